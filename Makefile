@@ -1,0 +1,42 @@
+# `make resnet50` and `make test` are all a newcomer needs; both build .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: help venv resnet50 test test-slow lint format clean
+
+help:
+	@echo "make venv       set up .venv (the first step of every other target)"
+	@echo "make resnet50   train ResNet-50 with clipping on the embedded MNIST images"
+	@echo "make test       lint, type-check and test"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff and mypy alone;  make format rewrites with ruff"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+resnet50: venv
+	$(BIN)/python recipes/resnet50.py $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
