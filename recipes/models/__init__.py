@@ -1,0 +1,104 @@
+"""The classic CNNs by name: `build("resnet50", num_classes=10, image_size=32)`.
+
+Every network is a functional model from images `[batch, size, size, channels]` to class
+probabilities `[batch, num_classes]` in float32. The names of its layers are stable: the rules of a
+`keras_gradclip.ClipMap` match them. The last layer is `predictions` everywhere.
+"""
+
+import inspect
+from functools import partial
+
+import keras
+
+from .alexnet import alexnet
+from .googlenet import auxiliary_model_class, googlenet
+from .inception_v2 import inception_v2
+from .resnet import resnet50
+from .vgg import vgg
+
+NETWORKS = {
+    "alexnet": alexnet,
+    "vgg16": partial(vgg, depth=16),
+    "vgg19": partial(vgg, depth=19),
+    "googlenet": googlenet,
+    "inception_v2": inception_v2,
+    "resnet50": resnet50,
+}
+
+__all__ = ["NETWORKS", "build", "inference_model", "options"]
+
+
+def options(name):
+    """The options of the network `name` with their defaults, as a dict."""
+    if name not in NETWORKS:
+        raise ValueError(f"name={name!r} is not a network: use one of {', '.join(NETWORKS)}")
+    parameters = inspect.signature(NETWORKS[name]).parameters.values()
+    own = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "depth"}
+    return {**own, "batch_norm_momentum": None}
+
+
+def build(
+    name,
+    num_classes=1000,
+    image_size=224,
+    channels=3,
+    model_class=keras.Model,
+    batch_norm_momentum=None,
+    **network_options,
+):
+    """Builds a network with fresh weights.
+
+    Args:
+        name: alexnet, vgg16, vgg19, googlenet, inception_v2 or resnet50.
+        num_classes: length of the softmax output.
+        image_size: side of the square input images, in pixels; 32 or more.
+        channels: channels of the input images.
+        model_class: called as `model_class(inputs, outputs, name=name)`, for example
+            `keras_gradclip.ClippedModel`. With GoogLeNet's auxiliary heads it is subclassed: see
+            `recipes.models.googlenet.auxiliary_model_class`.
+        batch_norm_momentum: momentum of the moving averages of every batch normalisation. The
+            default, 0.99, lags behind the weights in runs of a few hundred steps; 0.9 follows.
+        **network_options: as `options(name)` lists them; the function of each network in this
+            package documents its own.
+
+    Returns:
+        A functional model, not compiled.
+
+    Raises:
+        ValueError: unknown name or option, or images too small.
+    """
+    known = options(name)
+    unknown = sorted(set(network_options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{name} has no option {unknown[0]}={network_options[unknown[0]]!r}: "
+            f"its options are {', '.join(known)}"
+        )
+    if image_size < 32:
+        raise ValueError(f"image_size={image_size} is too small: resize the images to 32 or more")
+    if batch_norm_momentum is not None and not 0 <= batch_norm_momentum < 1:
+        raise ValueError(
+            f"batch_norm_momentum={batch_norm_momentum} must be in [0, 1): 0.99 is Keras's default"
+        )
+    inputs = keras.Input((image_size, image_size, channels), name="images")
+    outputs = NETWORKS[name](inputs, num_classes, **network_options)
+    if isinstance(outputs, list):
+        model_class = auxiliary_model_class(model_class)
+    model = model_class(inputs, outputs, name=name)
+    if batch_norm_momentum is not None:
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = batch_norm_momentum
+    return model
+
+
+def inference_model(model):
+    """The model to deploy: the same layers and weights, without auxiliary heads.
+
+    Args:
+        model: built by `build`.
+
+    Returns:
+        A plain `keras.Model` whose only output is the main one. Saves without the heads' weights.
+    """
+    return keras.Model(model.inputs, model.outputs[0], name=model.name)
