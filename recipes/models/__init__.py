@@ -10,26 +10,23 @@ from functools import partial
 
 import keras
 
-from .alexnet import alexnet
-from .googlenet import auxiliary_model_class, googlenet
-from .inception_v2 import inception_v2
-from .resnet import resnet50
-from .vgg import vgg
+from . import alexnet, googlenet, inception_v2, resnet, vgg
+from .googlenet import auxiliary_model_class
 
 NETWORKS = {
-    "alexnet": alexnet,
-    "vgg16": partial(vgg, depth=16),
-    "vgg19": partial(vgg, depth=19),
-    "googlenet": googlenet,
-    "inception_v2": inception_v2,
-    "resnet50": resnet50,
+    "alexnet": alexnet.alexnet,
+    "vgg16": partial(vgg.vgg, depth=16),
+    "vgg19": partial(vgg.vgg, depth=19),
+    "googlenet": googlenet.googlenet,
+    "inception_v2": inception_v2.inception_v2,
+    "resnet50": resnet.resnet50,
 }
 
-__all__ = ["NETWORKS", "build", "inference_model", "options"]
+__all__ = ["NETWORKS", "auxiliary_model_class", "build", "inference_model", "options"]
 
 
 def options(name):
-    """The options of the network `name` with their defaults, as a dict."""
+    """The options of the network `name` with their defaults, as a dict; ValueError if unknown."""
     if name not in NETWORKS:
         raise ValueError(f"name={name!r} is not a network: use one of {', '.join(NETWORKS)}")
     parameters = inspect.signature(NETWORKS[name]).parameters.values()
@@ -101,4 +98,4 @@ def inference_model(model):
     Returns:
         A plain `keras.Model` whose only output is the main one. Saves without the heads' weights.
     """
-    return keras.Model(model.inputs, model.outputs[0], name=model.name)
+    return keras.Model(model.input, model.outputs[0], name=model.name)
