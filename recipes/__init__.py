@@ -1,0 +1,1 @@
+"""Recipes: one short file per network over one shared training module."""
