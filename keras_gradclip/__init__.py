@@ -1,3 +1,28 @@
-"""Per-layer gradient clipping for Keras 3."""
+"""Per-layer gradient clipping for Keras 3: what is clipped is what is applied."""
+
+from keras_gradclip.base import Clipper, ClipStats, get, register, serialize
+from keras_gradclip.clip_map import ClipMap
+from keras_gradclip.clippers import AbsoluteClip, Chain, ExponentialClip, NormClip
+from keras_gradclip.gate import ActivationGate, GatedInput
+from keras_gradclip.model import ClippedModel, ClippedTrainStep
+from keras_gradclip.optimizer import ClippedOptimizer
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AbsoluteClip",
+    "ActivationGate",
+    "Chain",
+    "ClipMap",
+    "ClipStats",
+    "ClippedModel",
+    "ClippedOptimizer",
+    "ClippedTrainStep",
+    "Clipper",
+    "ExponentialClip",
+    "GatedInput",
+    "NormClip",
+    "get",
+    "register",
+    "serialize",
+]

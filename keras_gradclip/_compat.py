@@ -1,0 +1,78 @@
+"""The one place for names that Keras keeps to itself.
+
+Each name says why there is no public way, and `tests/test_compat.py` checks that it still
+behaves as it is used here, so that a new Keras release fails with a plain message.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import keras
+
+# `keras.Model(inputs, outputs)` returns a `Functional`, whose class has no public name. A model
+# that is both clipped and functional has to inherit from it.
+from keras.src.models.functional import Functional
+
+__all__ = ["Functional", "find_wrapping_loss_scale", "make_reduce_identity"]
+
+
+def make_reduce_identity(optimizer: Any) -> None:
+    """Stop `optimizer` from summing gradients over the replicas: its wrapper already did.
+
+    Keras reduces in `TFOptimizer._all_reduce_sum_gradients`, after its own clipping, and has no
+    public switch for it (Keras 2 had `experimental_aggregate_gradients`). On the other backends
+    the method does not exist and nothing has to be done.
+    """
+    if hasattr(optimizer, "_all_reduce_sum_gradients"):
+        optimizer._all_reduce_sum_gradients = list
+
+
+def set_distribution_strategy(optimizer: Any, strategy: Any) -> None:
+    """Make `optimizer` and the optimizers in it use `strategy`.
+
+    Keras reads the strategy at construction (`TFOptimizer.__init__`) and never again.
+    """
+    while optimizer is not None:
+        if hasattr(optimizer, "_distribution_strategy"):
+            optimizer._distribution_strategy = strategy
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def overwrite_with_average(optimizer: Any, variables: list) -> None:
+    """Copy the moving averages into `variables`; to be called in cross-replica context.
+
+    Keras does this inside a `cond` in replica context when `ema_overwrite_frequency` is set,
+    which fails on more than one replica; the method itself is right in cross-replica context.
+    """
+    optimizer._overwrite_model_variables_with_average_value(variables)
+
+
+def find_wrapping_loss_scale(optimizer: Any) -> Any:
+    """The `LossScaleOptimizer` that is being constructed around `optimizer`, or None.
+
+    `Model.compile` wraps every optimizer in `LossScaleOptimizer` under `mixed_float16` and tells
+    the inner one nothing but `inner_optimizer.loss_scale_factor = None`. The assignment is our
+    only chance to learn who wraps us, so look for it among the callers' `self`.
+    """
+    frame: Any = sys._getframe(1)
+    for _ in range(12):
+        if frame is None:
+            return None
+        caller = frame.f_locals.get("self")
+        if (
+            isinstance(caller, keras.optimizers.LossScaleOptimizer)
+            and getattr(caller, "inner_optimizer", None) is optimizer
+        ):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def all_layers(model: Any) -> list[Any]:
+    """`model` and every layer inside it, at any depth.
+
+    `model.layers` stops at the first level and misses the layers inside custom layers.
+    """
+    return list(model._flatten_layers(include_self=True, recursive=True))

@@ -1,0 +1,155 @@
+"""Everything that knows `tf.distribute`.
+
+The functions here are called in replica context, as `optimizer.apply` is, and work under the
+default strategy, `MirroredStrategy` and strategies without merge calls. On the other backends
+there is one replica, and they do the plain thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import backend, ops
+
+
+def is_tensorflow() -> bool:
+    """Whether Keras runs on TensorFlow."""
+    return backend.backend() == "tensorflow"
+
+
+def current_strategy() -> Any:
+    """The `tf.distribute` strategy in scope, or None where there is none."""
+    if not is_tensorflow():
+        return None
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
+
+
+def replica_count() -> int:
+    """The number of replicas that train together (1 without a strategy)."""
+    strategy = current_strategy()
+    return 1 if strategy is None else strategy.num_replicas_in_sync
+
+
+def check_replica_context() -> None:
+    """Raise a ValueError outside `strategy.run`, where a strategy is in scope."""
+    if not is_tensorflow():
+        return
+    import tensorflow as tf
+
+    if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
+        raise ValueError(
+            "ClippedOptimizer: `apply` must be called in replica context, i.e. inside "
+            "`strategy.run(step_fn, ...)`, not directly under `strategy.scope()`."
+        )
+
+
+def all_reduce_sum(grads: Sequence[Any]) -> list[Any]:
+    """The gradients summed over the replicas, in one all-reduce; None entries stay None."""
+    grads = list(grads)
+    if replica_count() == 1:
+        return grads
+    import tensorflow as tf
+
+    present = [i for i, g in enumerate(grads) if g is not None]
+    reduced = tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM, [grads[i] for i in present]
+    )
+    for i, g in zip(present, reduced, strict=True):
+        grads[i] = g
+    return grads
+
+
+def cond(
+    flag: Any,
+    true_fn: Callable[..., Any],
+    false_fn: Callable[..., Any],
+    args: tuple = (),
+    *,
+    state: Sequence[Any] = (),
+    cross_replica: bool = False,
+) -> None:
+    """Run `true_fn(*args)` or `false_fn(*args)` for their side effects on variables.
+
+    A plain `tf.cond` in replica context may not hold anything that merges the replicas, which
+    every optimizer update does; so the condition is built in cross-replica context and its
+    branches enter the replicas again. Everything that differs between replicas must come in
+    through `args`: a closure would bring in the first replica's tensors.
+
+    Args:
+        flag: boolean scalar tensor, the same on every replica.
+        true_fn: a function of `args`.
+        false_fn: a function of `args`.
+        args: a tuple of nested structures of tensors.
+        state: every variable that the functions may write (needed on JAX alone).
+        cross_replica: call the functions in cross-replica context instead, without `args`.
+    """
+    if backend.backend() == "jax":
+        _select(flag, true_fn, false_fn, args, state)
+        return
+    if backend.backend() != "tensorflow":
+        (true_fn if bool(flag) else false_fn)(*args)
+        return
+    import tensorflow as tf
+
+    strategy = current_strategy()
+    if strategy is None or tf.__internal__.distribute.strategy_supports_no_merge_call():
+        call_args = () if cross_replica else args
+        tf.cond(flag, _no_result(true_fn, call_args), _no_result(false_fn, call_args))
+        return
+
+    def merged(distribution: Any, flag: Any, *args: Any) -> None:
+        def branch(fn: Callable[..., Any]) -> Callable[[], None]:
+            if cross_replica:
+                return _no_result(fn, ())
+
+            def in_replica(*args: Any) -> None:
+                fn(*args)
+
+            def call() -> None:
+                distribution.extended.call_for_each_replica(in_replica, args=args)
+
+            return call
+
+        first = distribution.experimental_local_results(flag)[0]
+        tf.cond(first, branch(true_fn), branch(false_fn))
+
+    tf.distribute.get_replica_context().merge_call(merged, args=(flag, *args))
+
+
+def _select(flag: Any, true_fn: Any, false_fn: Any, args: tuple, state: Sequence[Any]) -> None:
+    """`cond` for JAX, whose conditions may not write variables: do both and choose."""
+    before = [v.value for v in state]
+    true_fn(*args)
+    if_true = [v.value for v in state]
+    for v, old in zip(state, before, strict=True):
+        v.assign(old)
+    false_fn(*args)
+    for v, new in zip(state, if_true, strict=True):
+        v.assign(ops.where(flag, new, v.value))
+
+
+def _no_result(fn: Callable[..., Any], args: tuple) -> Callable[[], None]:
+    def call() -> None:
+        fn(*args)
+
+    return call
+
+
+def local_variable(shape: Sequence[int], dtype: Any, name: str) -> Any:
+    """A variable of zeros of which every replica keeps its own copy.
+
+    Outside the replicas it reads as the sum of the copies, and that is what is saved.
+    """
+    return keras.Variable(
+        initializer="zeros",
+        shape=tuple(shape),
+        dtype=dtype,
+        trainable=False,
+        aggregation="sum",
+        synchronization="on_read",
+        name=name,
+    )

@@ -1,0 +1,278 @@
+"""The activation gate: smaller gradients where a layer's input is very large."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from keras_gradclip import _compat, validation
+
+
+@keras.saving.register_keras_serializable(package="keras_gradclip")
+@dataclasses.dataclass(frozen=True)
+class ActivationGate:
+    """Scales the gradient at a layer's input where the input is very large.
+
+    At the input x of each gated layer the forward pass is the identity, and in the backward pass
+
+        dx' = γ·dx where |x| > c/(γ·lr₀), else dx.
+
+    The layer's own weight gradients come from the un-gated gradient at its output.
+
+    Use it as `ClippedModel.compile(..., activation_gate=ActivationGate())`, which gates the model
+    in place; or, for any functional or sequential model, `model = ActivationGate().insert(model)`,
+    which puts `GatedInput` layers before the gated ones.
+
+    Args:
+        clip_value: c, a positive number.
+        gamma: γ, a positive number.
+        initial_learning_rate: lr₀, a positive number.
+        layers: which layers to gate: None for every layer with weights of its own, or a regular
+            expression (or a list of them) that matches the layer's name or path in full.
+
+    Raises:
+        ValueError: a number that is not above 0, or a broken regular expression; and, once the
+            model is known, an expression that matches no layer.
+    """
+
+    clip_value: float = 0.1
+    gamma: float = 0.1
+    initial_learning_rate: float = 1e-3
+    layers: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("clip_value", "gamma", "initial_learning_rate"):
+            value = validation.positive("ActivationGate", name, getattr(self, name))
+            object.__setattr__(self, name, value)
+        patterns = self.layers
+        if patterns is None:
+            return
+        if isinstance(patterns, str):
+            patterns = (patterns,)
+        if not isinstance(patterns, Sequence) or not patterns:
+            raise ValueError(
+                f"ActivationGate: `layers` must be None, a regex or a list of them, not "
+                f"{patterns!r}."
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"ActivationGate: `layers` has {pattern!r}, which is no regular expression: "
+                    f"{error}."
+                ) from error
+        object.__setattr__(self, "layers", tuple(patterns))
+
+    @property
+    def threshold(self) -> float:
+        """c/(γ·lr₀): the |input| above which the gradient is scaled."""
+        return self.clip_value / (self.gamma * self.initial_learning_rate)
+
+    def __call__(self, x: Any) -> Any:
+        """`x` itself, a float tensor of any shape, with the gated gradient behind it."""
+        return _gate(x, self.threshold, self.gamma)
+
+    def selects(self, layer: Any) -> bool:
+        """Whether this gate belongs before `layer`."""
+        if isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
+            return False
+        if self.layers is None:
+            return bool(_own_weights(layer))
+        names = {layer.name, getattr(layer, "path", layer.name)}
+        return any(re.fullmatch(p, name) for p in self.layers for name in names)
+
+    def attach(self, model: Any) -> int:
+        """Gate the layers of `model` in place.
+
+        Saving does not see it: the gate lives in the compile configuration of `ClippedModel`,
+        which attaches it again when the model is loaded.
+
+        Returns:
+            The number of gated layers; layers that have no weights yet count once they do.
+        """
+        detach(model)
+        candidates = [
+            layer
+            for layer in _compat.all_layers(model)
+            if not isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer))
+        ]
+        if self.layers is not None:
+            candidates = [layer for layer in candidates if self.selects(layer)]
+            if not candidates:
+                raise ValueError(self._no_layer(model))
+        for layer in candidates:
+            object.__setattr__(layer, "call", _GatedCall(layer, self))
+        return len(candidates)
+
+    def insert(self, model: Any) -> Any:
+        """A model with `GatedInput` layers before the gated layers, which are shared with `model`.
+
+        Args:
+            model: a built functional or sequential model; nested models are gated inside.
+
+        Returns:
+            A model of the same kind with the same weights, not compiled. It saves and loads.
+
+        Raises:
+            ValueError: another kind of model (compile it as a `ClippedModel` instead), or no
+                layer to gate.
+        """
+        if not any(self.selects(layer) for layer in _compat.all_layers(model)):
+            raise ValueError(self._no_layer(model))
+        return self._insert(model)
+
+    def _insert(self, model: Any) -> Any:
+        if isinstance(model, keras.Sequential):
+            gated: list[Any] = []
+            for layer in model.layers:
+                if self.selects(layer):
+                    gated.append(GatedInput(self, name=f"{layer.name}_gate"))
+                gated.append(self._insert(layer) if isinstance(layer, keras.Model) else layer)
+            result = keras.Sequential(gated, name=model.name, trainable=model.trainable)
+            if model.built:
+                result.build(model.input_shape)
+            return result
+        if not isinstance(model, _compat.Functional):
+            raise ValueError(
+                f"ActivationGate: insert works on functional and sequential models, but "
+                f"{model.name!r} is a {type(model).__name__}. Make it a ClippedModel and compile "
+                "it with activation_gate=."
+            )
+        calls: dict[str, int] = {}
+
+        def reuse(layer: Any) -> Any:
+            return self._insert(layer) if isinstance(layer, keras.Model) else layer
+
+        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.selects(layer):
+                n = calls[layer.name] = calls.get(layer.name, 0) + 1
+                name = f"{layer.name}_gate" + (f"_{n}" if n > 1 else "")
+                args, kwargs = _map_floats(GatedInput(self, name=name), (args, kwargs))
+            return layer(*args, **kwargs)
+
+        return keras.models.clone_model(model, clone_function=reuse, call_function=call)
+
+    def _no_layer(self, model: Any) -> str:
+        names = [layer.name for layer in _compat.all_layers(model)][:8]
+        return (
+            f"ActivationGate: layers={self.layers!r} selects no layer of {model.name!r}; its "
+            f"layers begin with {names}. An expression must match the whole name."
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        config = dataclasses.asdict(self)
+        config["layers"] = None if self.layers is None else list(self.layers)
+        return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ActivationGate:
+        """The gate that `get_config` described."""
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="keras_gradclip")
+class GatedInput(keras.layers.Layer):
+    """The identity, with the gradient of an `ActivationGate`.
+
+    Args:
+        gate: an `ActivationGate`.
+
+    Input and output: a tensor of any shape and dtype; integers pass without a gate.
+    """
+
+    def __init__(self, gate: ActivationGate, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if isinstance(gate, Mapping):
+            gate = keras.saving.deserialize_keras_object(dict(gate))
+        self.gate = gate
+        self.supports_masking = True
+
+    def call(self, inputs: Any) -> Any:
+        """`inputs`."""
+        return _map_floats(self.gate, inputs)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, JSON-able."""
+        gate = keras.saving.serialize_keras_object(self.gate)
+        return {**super().get_config(), "gate": gate}
+
+
+def as_gate(value: Any) -> ActivationGate | None:
+    """`value` as a gate: None, a gate, or a gate's saved config.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, Mapping) and "class_name" in value:
+        value = keras.saving.deserialize_keras_object(dict(value))
+    if value is None or isinstance(value, ActivationGate):
+        return value
+    raise ValueError(
+        f"compile: `activation_gate` must be None or an ActivationGate, but is {value!r}. Write "
+        "activation_gate=ActivationGate(clip_value=0.1, gamma=0.1)."
+    )
+
+
+def detach(model: Any) -> None:
+    """Undo `ActivationGate.attach`."""
+    for layer in _compat.all_layers(model):
+        if isinstance(layer.__dict__.get("call"), _GatedCall):
+            object.__delattr__(layer, "call")
+
+
+class _GatedCall:
+    """A layer's `call` that gates its float inputs first."""
+
+    def __init__(self, layer: Any, gate: ActivationGate) -> None:
+        self._layer = layer
+        self._gate = gate
+        functools.update_wrapper(self, type(layer).call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self._layer
+        if self._gate.selects(layer):
+            args, kwargs = _map_floats(self._gate, (args, kwargs))
+        return type(layer).call(layer, *args, **kwargs)
+
+
+def _own_weights(layer: Any) -> list[Any]:
+    """The weights of a layer that are not those of a layer inside it."""
+    inner = {id(w) for part in _compat.all_layers(layer) if part is not layer for w in part.weights}
+    return [w for w in layer.weights if id(w) not in inner]
+
+
+def _map_floats(fn: Any, structure: Any) -> Any:
+    """Apply `fn` to every float tensor in a nested structure."""
+
+    def one(x: Any) -> Any:
+        is_float = ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
+        if is_float and "float" in keras.backend.standardize_dtype(x.dtype):
+            return fn(x)
+        return x
+
+    return tree.map_structure(one, structure)
+
+
+def _gate(x: Any, threshold: float, gamma: float) -> Any:
+    @ops.custom_gradient
+    def gate(x: Any) -> Any:
+        def grad(*args: Any, upstream: Any = None) -> Any:
+            dx = args[0] if upstream is None else upstream
+            large = ops.abs(ops.cast(x, "float32")) > threshold
+            return ops.where(large, dx * ops.cast(gamma, dx.dtype), dx)
+
+        return x, grad
+
+    return gate(x)

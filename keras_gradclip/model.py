@@ -1,0 +1,259 @@
+"""`ClippedTrainStep` and `ClippedModel`: Keras models that compile with a clipper."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import keras
+
+from keras_gradclip import _compat, gate
+from keras_gradclip.optimizer import ClippedOptimizer, find
+
+
+class _TelemetryMetric(keras.metrics.Metric):
+    """A view of a figure that the optimizer accumulates; it has no state of its own."""
+
+    def __init__(self, name: str, optimizer: ClippedOptimizer) -> None:
+        super().__init__(name=name)
+        self._optimizer = optimizer
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the optimizer counts."""
+
+    def result(self) -> Any:
+        """The mean since the epoch began."""
+        if self.name == "grad_norm":
+            return self._optimizer.mean_grad_norm()
+        return self._optimizer.mean_clip_fraction()
+
+    def reset_state(self) -> None:
+        """Begin an epoch."""
+        self._optimizer.reset_telemetry()
+
+
+class _Runtime:
+    """What compile leaves behind; a plain object, so that Keras tracks nothing in it twice."""
+
+    def __init__(self) -> None:
+        self.metrics: list[_TelemetryMetric] = []
+        self.gate: gate.ActivationGate | None = None
+        self.evaluating = False
+
+
+class ClippedTrainStep:
+    """Mixin for `keras.Model` subclasses: training with clipped gradients.
+
+    ```python
+    class MyNet(ClippedTrainStep, keras.Model): ...
+    class MyStack(ClippedTrainStep, keras.Sequential): ...
+    ```
+
+    `compile` takes `clipper=` and `activation_gate=`, and wraps the optimizer in a
+    `ClippedOptimizer`. `fit` logs `grad_norm` (global L2 norm before the clip) and
+    `clip_fraction` (elements or norms clipped / all), both averaged over the epoch's updates.
+    `train_step` is Keras's own: override it as you like; whatever it applies through
+    `self.optimizer` is clipped, and whatever it returns from `compute_metrics` or
+    `get_metrics_result` has the two figures.
+    """
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        *args: Any,
+        clipper: Any = None,
+        activation_gate: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `keras.Model.compile`, with two arguments more.
+
+        Args:
+            optimizer: as in Keras; or a `ClippedOptimizer`, and then no `clipper`.
+            *args: as in Keras.
+            clipper: a clipper, anything that `keras_gradclip.get` takes, or None (no clipping).
+            activation_gate: an `ActivationGate`, or None.
+            **kwargs: as in Keras.
+
+        Raises:
+            ValueError: a clipper beside a `ClippedOptimizer`, or what `ClippedOptimizer` refuses.
+        """
+        new_gate = gate.as_gate(activation_gate)
+        with self.distribute_scope():
+            optimizer = _with_clipper(optimizer, clipper)
+            super().compile(optimizer, *args, **kwargs)  # type: ignore[misc]
+        runtime = self._clip_runtime()
+        wrapper = find(self.optimizer)
+        runtime.metrics = []
+        if wrapper is not None:
+            wrapper.telemetry = True
+            runtime.metrics = [
+                _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")
+            ]
+        if runtime.gate is not None:
+            gate.detach(self)
+        runtime.gate = new_gate
+        if new_gate is not None:
+            new_gate.attach(self)
+
+    optimizer: Any
+
+    def distribute_scope(self) -> Any:
+        """The scope of the strategy that the model was built under (a null context if none)."""
+        import contextlib
+
+        strategy = getattr(self, "_distribute_strategy", None)
+        return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+    def _clip_runtime(self) -> _Runtime:
+        if "_kgc" not in self.__dict__:
+            object.__setattr__(self, "_kgc", _Runtime())
+        return self.__dict__["_kgc"]
+
+    @property
+    def metrics(self) -> list[Any]:
+        """Keras's metrics; while training, also `grad_norm` and `clip_fraction`."""
+        runtime = self._clip_runtime()
+        own = [] if runtime.evaluating else runtime.metrics
+        return [*super().metrics, *own]  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; nothing is clipped here, so the two figures do not appear."""
+        return self._while_evaluating(super().evaluate, *args, **kwargs)  # type: ignore[misc]
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; nothing is clipped here, so the two figures do not appear."""
+        return self._while_evaluating(super().test_on_batch, *args, **kwargs)  # type: ignore[misc]
+
+    def _while_evaluating(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = self._clip_runtime()
+        before, runtime.evaluating = runtime.evaluating, True
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            runtime.evaluating = before
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """As in Keras, and `steps_per_execution` works on several replicas as well."""
+        runtime = self._clip_runtime()
+        if runtime.gate is not None:
+            runtime.gate.attach(self)  # layers may have been built since compile
+        return self._make_unrolled("train", force)
+
+    def make_test_function(self, force: bool = False) -> Any:
+        """As in Keras, and `steps_per_execution` works on several replicas as well."""
+        return self._make_unrolled("test", force)
+
+    steps_per_execution: int
+
+    def _make_unrolled(self, kind: str, force: bool) -> Any:
+        """Keras's function; on several replicas, with its steps in a Python loop.
+
+        Keras puts the steps into a while loop in the graph, in which the replicas' merge calls
+        fail ("must feed a value for placeholder"). Given anything but a TensorFlow iterator, its
+        function loops in Python over the same compiled step.
+        """
+        attribute = f"{kind}_function"
+        before = getattr(self, attribute)
+        result = getattr(super(), f"make_{kind}_function")(force)
+        strategy = getattr(self, "_distribute_strategy", None)
+        replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+        steps = getattr(self, attribute)
+        if steps is before or self.steps_per_execution == 1 or replicas == 1:
+            return result
+
+        def python_loop(iterator: Any) -> Any:
+            first = next(iterator)  # StopIteration is what Keras expects at the end
+            return steps(itertools.chain([first], iterator))
+
+        setattr(self, attribute, python_loop)
+        return result
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `compile_from_config` needs, JSON-able."""
+        config = super().get_compile_config()  # type: ignore[misc]
+        if config:
+            config["activation_gate"] = keras.saving.serialize_keras_object(
+                self._clip_runtime().gate
+            )
+        return config
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as `get_compile_config` says and create the optimizer's variables."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:  # type: ignore[attr-defined]
+            with self.distribute_scope():
+                self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
+
+
+@keras.saving.register_keras_serializable(package="keras_gradclip")
+class ClippedModel(ClippedTrainStep, keras.Model):
+    """A `keras.Model` that compiles with a clipper: see `ClippedTrainStep`.
+
+    Subclass it, or build it from the inputs and outputs of a functional graph:
+
+    ```python
+    body = keras.applications.ResNet50(weights=None, classes=10, input_shape=(32, 32, 3))
+    model = ClippedModel(body.inputs, body.outputs)
+    model.compile("adamw", "sparse_categorical_crossentropy", clipper=AbsoluteClip(0.1))
+    ```
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A `ClippedModel`, functional if it is given inputs and outputs."""
+        if cls is ClippedModel and _is_functional(args, kwargs):
+            return super().__new__(_ClippedFunctional, *args, **kwargs)
+        return super().__new__(cls, *args, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if _is_functional(args, kwargs):
+            # Keras would make `ClippedModel` itself functional, and with it every later subclass.
+            _make_functional(type(self))
+        super().__init__(*args, **kwargs)
+
+
+class _ClippedFunctional(ClippedModel, _compat.Functional):
+    """What `ClippedModel(inputs, outputs)` is."""
+
+    def __init__(self, inputs: Any, outputs: Any, name: str | None = None, **kwargs: Any) -> None:
+        _compat.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
+
+
+_ClippedFunctional.__name__ = _ClippedFunctional.__qualname__ = "ClippedFunctional"
+keras.saving.register_keras_serializable(package="keras_gradclip")(_ClippedFunctional)
+
+
+def _is_functional(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a model is being built from `(inputs, outputs)`; the rule is Keras's."""
+    return (
+        len(args) == 2
+        or (len(args) == 1 and "outputs" in kwargs)
+        or ("inputs" in kwargs and "outputs" in kwargs)
+    )
+
+
+def _make_functional(cls: type) -> None:
+    """Put the functional model among the bases of a user's subclass of `ClippedModel`."""
+    if issubclass(cls, _compat.Functional):
+        return
+    for base in cls.__bases__:
+        if issubclass(base, ClippedModel) and base is not ClippedModel:
+            _make_functional(base)
+    cls.__bases__ = tuple(
+        _ClippedFunctional if base is ClippedModel else base for base in cls.__bases__
+    )
+
+
+def _with_clipper(optimizer: Any, clipper: Any) -> Any:
+    """`optimizer` wrapped with `clipper`, unless it is wrapped already."""
+    if optimizer is None:
+        return None
+    if isinstance(optimizer, (str, dict)):
+        optimizer = keras.optimizers.get(optimizer)
+    if find(optimizer) is None:
+        return ClippedOptimizer(optimizer, clipper)
+    if clipper is not None:
+        raise ValueError(
+            f"compile: `clipper` ({clipper!r}) was given beside a ClippedOptimizer, which has the "
+            "clipper already. Give it in one place."
+        )
+    return optimizer

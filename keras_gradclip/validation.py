@@ -1,0 +1,70 @@
+"""Checks of arguments that end in an error naming the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import keras
+
+LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+
+
+def positive(owner: str, name: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is not a number, not finite, or not above 0.
+    """
+    is_number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+    if isinstance(value, bool) or not is_number:
+        raise ValueError(
+            f"{owner}: `{name}` must be a positive number, but is {value!r} of type "
+            f"{type(value).__name__}. Pass a number such as 0.1."
+        )
+    result = float(value)
+    if not math.isfinite(result) or result <= 0:
+        raise ValueError(
+            f"{owner}: `{name}` must be a finite number above 0, but is {result!r}. "
+            "To clip nothing, pass `clipper=None` (or None as the rule of a ClipMap)."
+        )
+    return result
+
+
+def threshold(owner: str, name: str, value: Any) -> Any:
+    """`value` as a float, or the schedule that it is."""
+    if isinstance(value, dict) and "class_name" in value:  # a schedule from a saved config
+        value = keras.optimizers.schedules.deserialize(value)
+    if isinstance(value, LearningRateSchedule):
+        return value
+    if value is None:
+        raise ValueError(
+            f"{owner}: `{name}` must be a positive number or a LearningRateSchedule, but is "
+            "None. To clip nothing, pass `clipper=None`."
+        )
+    return positive(owner, name, value)
+
+
+def choice(owner: str, name: str, value: Any, allowed: tuple) -> Any:
+    """`value` if it is one of `allowed`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
+        words = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{owner}: `{name}` must be one of {words}, but is {value!r}.")
+    return value
+
+
+def steps(owner: str, name: str, value: Any) -> int | None:
+    """`value` as an int of at least 1, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(
+            f"{owner}: `{name}` must be None (off) or a whole number of at least 1, but is "
+            f"{value!r}."
+        )
+    return int(value)
