@@ -95,6 +95,9 @@ def train_stream(
     buffer = max(1, min(data.shuffle_buffer, data.train.size))
 
     def one_epoch(epoch):
+        # Sets the seed of this function's graph alone: the order depends on `seed`, not on the
+        # caller's global seed as well (and TensorFlow cannot combine a global 0 with a tensor).
+        tf.random.set_seed(1)
         # Seeds of neighbouring epochs must not collide with those of a neighbouring `seed`.
         order = tf.random.stateless_uniform(
             [2], tf.stack([tf.constant(seed, tf.int64), epoch]), None, None, tf.int64
