@@ -1,0 +1,304 @@
+"""Data of the recipes: splits, order, augmentation, and what happens to damaged or missing data."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from recipes import data, files
+from recipes.errors import DataError
+from recipes.mnist_embedded import split_rows
+
+CIFAR_DIR = Path(__file__).resolve().parents[3] / "shared" / "tfds"
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return data.load(image_size=32)
+
+
+def as_arrays(batches):
+    return [(x.numpy(), y.numpy()) for x, y in batches]
+
+
+def same(left, right):
+    return len(left) == len(right) and all(
+        np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+# ----------------------------------------------------------------------------- embedded MNIST
+
+
+def test_embedded_splits_are_disjoint_balanced_and_complete():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 500))
+    rows = split_rows(labels)
+    assert {name: len(part) for name, part in rows.items()} == {
+        "train": 4000,
+        "validation": 500,
+        "test": 500,
+    }
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(5000))
+    for part in rows.values():
+        assert set(Counter(labels[part]).values()) == {len(part) // 10}
+    again = split_rows(labels)
+    assert all(np.array_equal(rows[name], again[name]) for name in rows)
+
+
+def test_embedded_mnist_as_read_back(mnist):
+    assert (mnist.train.size, mnist.validation.size, mnist.test.size) == (4000, 500, 500)
+    labels = [int(label) for _, label in mnist.test.dataset]
+    assert Counter(labels) == {digit: 50 for digit in range(10)}
+    assert mnist.num_outputs == 10
+
+
+def test_evaluation_sees_each_example_once_scaled(mnist):
+    batches = data.eval_batches(mnist, mnist.validation, 64)
+    assert int(batches.cardinality()) == 8
+    images = np.concatenate([x for x, _ in as_arrays(batches)])
+    assert images.shape == (500, 32, 32, 3)
+    assert images.dtype == np.float32
+    assert images.min() == -1.0
+    assert 0.9 < images.max() <= 1.0
+    assert np.array_equal(images[..., 0], images[..., 2])  # grey
+
+
+# --------------------------------------------------------------------------------------- order
+
+
+def test_stream_resumes_at_any_step(mnist):
+    whole = as_arrays(data.train_stream(mnist, 64, seed=3).take(70))
+    # 62 steps an epoch: within the first, at the boundary, within the second.
+    for start in (5, 62, 66):
+        rest = data.train_stream(mnist, 64, seed=3, start_step=start).take(70 - start)
+        assert same(as_arrays(rest), whole[start:])
+
+
+def test_stream_differs_by_epoch_and_seed_but_not_by_the_global_seed(mnist):
+    first = as_arrays(data.train_stream(mnist, 64, seed=0).take(1))
+    tf.random.set_seed(99)
+    assert same(as_arrays(data.train_stream(mnist, 64, seed=0).take(1)), first)
+    assert not same(as_arrays(data.train_stream(mnist, 64, seed=1).take(1)), first)
+    second_epoch = data.train_stream(mnist, 64, seed=0, start_step=62).take(1)
+    assert not same(as_arrays(second_epoch), first)
+
+
+def test_an_epoch_has_each_example_at_most_once():
+    numbers = data.Split(tf.data.Dataset.range(100), 100)
+    plain = data.Data(
+        numbers, numbers, numbers, lambda x, seed: (x, seed), lambda x: (x, x), 1, "numbers"
+    )
+    batches = as_arrays(data.train_stream(plain, 30, seed=0).take(6))
+    for epoch in (batches[:3], batches[3:]):
+        seen = np.concatenate([x for x, _ in epoch])
+        assert len(set(seen)) == 90
+    # The rest that is dropped is not the same one in each epoch ...
+    assert {*np.concatenate([x for x, _ in batches])} > {
+        *np.concatenate([x for x, _ in batches[:3]])
+    }
+    # ... and no two examples share the seed of their augmentation.
+    seeds = np.concatenate([seed for _, seed in batches])
+    assert len({tuple(seed) for seed in seeds}) == 180
+
+
+def test_steps_per_epoch(mnist):
+    assert data.steps_per_epoch(mnist.train, 64) == 62
+    assert data.steps_per_epoch(mnist.train, 64, limit=5) == 5
+    with pytest.raises(DataError, match="batch-size=5000"):
+        data.steps_per_epoch(mnist.train, 5000)
+
+
+def test_global_batch_is_split_over_replicas(mnist):
+    devices = [device.name for device in tf.config.list_logical_devices("CPU")][:2]
+    if len(devices) < 2:
+        pytest.skip("needs two logical devices")
+    strategy = tf.distribute.MirroredStrategy(devices)
+    batches = data.train_stream(mnist, 64, seed=0)
+    whole = next(iter(batches))[1].numpy()
+    parts = next(iter(strategy.experimental_distribute_dataset(batches)))[1].values
+    assert [part.shape[0] for part in parts] == [32, 32]
+    assert np.array_equal(np.concatenate([part.numpy() for part in parts]), whole)
+
+
+# -------------------------------------------------------------------------------------- images
+
+
+def encoded(array, kind="png"):
+    encode = {"png": tf.io.encode_png, "jpeg": tf.io.encode_jpeg}[kind]
+    return encode(tf.constant(array))
+
+
+def random_image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_evaluation_crop_is_the_central_224_of_256():
+    pixels = random_image(256, 320)
+    image = data.decode_eval(encoded(pixels), 224, "imagenet").numpy()
+    assert np.array_equal(image, pixels[16:240, 48:272].astype(np.float32))
+
+
+def test_evaluation_without_crop_keeps_the_whole_image():
+    pixels = random_image(40, 40)
+    image = data.decode_eval(encoded(pixels), 40, "shift").numpy()
+    assert np.array_equal(image, pixels.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_random_crop_is_a_function_of_the_seed(kind):
+    # Red is the column, green the row: a crop shows where it came from.
+    column, row = np.meshgrid(np.arange(200), np.arange(160))
+    pixels = np.stack([column, row, 0 * row], axis=-1).astype(np.uint8)
+    source = encoded(pixels, kind)
+    crops = []
+    for index in range(20):
+        seed = tf.constant([7, index], tf.int64)
+        crop = data.decode_train(source, seed, 32, "imagenet", flip=False).numpy()
+        again = data.decode_train(source, seed, 32, "imagenet", flip=False).numpy()
+        assert np.array_equal(crop, again)
+        crops.append(crop)
+    assert crops[0].shape == (32, 32, 3)
+    widths = np.array([np.ptp(crop[..., 0]) for crop in crops]) / 200
+    heights = np.array([np.ptp(crop[..., 1]) for crop in crops]) / 160
+    areas = widths * heights
+    assert areas.min() > 0.03 and areas.max() <= 1.05  # edges blur in resize and JPEG
+    assert np.std(areas) > 0.05
+
+
+def test_flip_mirrors_about_half():
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    mirrored = 0
+    for index in range(40):
+        image = data.decode_train(
+            encoded(pixels), tf.constant([1, index], tf.int64), 16, "none", flip=True
+        ).numpy()
+        mirrored += image[0, 0, 0] == 0
+    assert 8 < mirrored < 32
+
+
+def test_shift_moves_by_an_eighth_at_most():
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[16, 16] = 255
+    places = set()
+    for index in range(40):
+        image = data.decode_train(
+            encoded(pixels), tf.constant([1, index], tf.int64), 32, "shift", flip=False
+        ).numpy()
+        places.add(tuple(np.argwhere(image[..., 0] == 255)[0] - 16))
+    assert np.abs(list(places)).max() <= 4
+    assert len(places) > 10
+
+
+def test_digits_are_not_mirrored_by_default(mnist):
+    seen = data.load(image_size=32, augment="none")
+    batch, _ = next(iter(data.train_stream(seen, 256, seed=0)))
+    originals = {x.tobytes() for x, _ in as_arrays(seen.train.dataset.map(seen.preprocess_eval))}
+    assert all(image.numpy().tobytes() in originals for image in batch)
+
+
+# ---------------------------------------------------------------------------------------- TFDS
+
+
+def test_misspelt_name_suggests(tmp_path):
+    with pytest.raises(DataError, match=r"'cifar1' is not a TFDS name: did you mean cifar10 "):
+        data.load("cifar1", data_dir=str(tmp_path))
+
+
+def test_data_set_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"not prepared in .*--download"):
+        data.load("cifar10", data_dir=str(tmp_path))
+    with pytest.raises(DataError, match="is not a folder"):
+        data.load("cifar10", data_dir=str(tmp_path / "absent"))
+
+
+def test_data_set_without_images(tmp_path):
+    with pytest.raises(DataError, match="an image and a class label"):
+        data.load("ag_news_subset", data_dir=str(tmp_path))
+
+
+def test_splits_must_be_three():
+    with pytest.raises(DataError, match="must name three"):
+        data.load(splits="train,test")
+    chosen = data.load(splits="train[:10%],train[10%:20%],test", image_size=32)
+    assert (chosen.train.size, chosen.validation.size, chosen.test.size) == (400, 400, 500)
+
+
+@pytest.mark.skipif(not CIFAR_DIR.is_dir(), reason="no CIFAR-10 subset beside the checkout")
+def test_cifar10_subset():
+    cifar = data.load("cifar10", data_dir=str(CIFAR_DIR), image_size=32)
+    assert (cifar.train.size, cifar.validation.size, cifar.test.size) == (4500, 500, 1000)
+    whole = as_arrays(data.train_stream(cifar, 100, seed=0).take(3))
+    assert same(as_arrays(data.train_stream(cifar, 100, 0, start_step=2).take(1)), whole[2:])
+    held_out = {
+        x.tobytes() for x, _ in as_arrays(cifar.validation.dataset.map(cifar.preprocess_eval))
+    }
+    trained_on = {x.tobytes() for x, _ in as_arrays(cifar.train.dataset.map(cifar.preprocess_eval))}
+    assert not held_out & trained_on
+
+
+def test_imagenet_as_mocked(tmp_path):
+    import tensorflow_datasets as tfds
+
+    with tfds.testing.mock_data(num_examples=12):
+        imagenet = data.load("imagenet2012", data_dir=str(tmp_path), image_size=64)
+        assert imagenet.num_outputs == 1000
+        assert imagenet.shuffle_buffer < 10_000  # photographs: memory
+        stream = data.train_stream(imagenet, 4, seed=0)
+        whole = as_arrays(stream.take(5))
+        resumed = as_arrays(data.train_stream(imagenet, 4, seed=0, start_step=4).take(1))
+        evaluated = as_arrays(data.eval_batches(imagenet, imagenet.validation, 8))
+    assert whole[0][0].shape == (4, 64, 64, 3)
+    assert same(resumed, whole[4:])
+    assert [x.shape[0] for x, _ in evaluated] == [8, 4]
+    assert -1 <= whole[0][0].min() < whole[0][0].max() <= 1
+
+
+# --------------------------------------------------------------------------------- damaged data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/{cat,dog} with 12 images each, one of them truncated."""
+    for name in ("cat", "dog"):
+        place = tmp_path / "train" / name
+        place.mkdir(parents=True)
+        for index in range(12):
+            Image.fromarray(random_image(40, 48, seed=index)).save(place / f"{index:02}.jpg")
+    bad = tmp_path / "train" / "dog" / "03.jpg"
+    bad.write_bytes(bad.read_bytes()[:400])
+    return tmp_path
+
+
+def test_truncated_image_is_refused_by_name(folder):
+    with pytest.raises(DataError, match=r"dog.03\.jpg.*truncated.*--on-bad-data skip"):
+        data.load("image_folder", data_dir=str(folder), image_size=32)
+
+
+def test_truncated_image_is_skipped_and_reported(folder, capsys):
+    loaded = data.load("image_folder", data_dir=str(folder), image_size=32, on_bad_data="skip")
+    printed = capsys.readouterr().err
+    assert "03.jpg" in printed
+    assert "1 bad entry" in printed
+    assert loaded.train.size + loaded.validation.size == 23
+    assert loaded.num_outputs == 2
+    images = [x for x, _ in as_arrays(data.train_stream(loaded, 4, seed=0).take(6))]
+    assert all(np.isfinite(image).all() for image in images)
+
+
+def test_rows_are_named_where_the_source_has_them(tmp_path):
+    rows = [("1", tmp_path / "absent.png")]
+    with pytest.raises(DataError, match=r"absent\.png \(log\.csv row 1\): no such file"):
+        files.readable_images(
+            rows, lambda row: [row[1]], lambda row: f"log.csv row {row[0]}", "refuse", "log.csv"
+        )
+
+
+@pytest.mark.parametrize("place", [None, "absent"])
+def test_image_folder_must_exist(place, tmp_path):
+    with pytest.raises(DataError, match="data-dir"):
+        data.load("image_folder", data_dir=place and str(tmp_path / place))

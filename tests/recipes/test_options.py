@@ -1,0 +1,141 @@
+"""Flags, configs and the checks that they share."""
+
+import json
+
+import pytest
+from tiny_recipe import RECIPE
+
+from recipes import options as opts
+from recipes.errors import RecipeError
+from recipes.training import Recipe
+
+
+def parse(*argv):
+    return opts.parse(RECIPE, list(argv)).options
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_rising_order_of_sources(tmp_path):
+    config = write(tmp_path / "c.json", {"recipe": "tiny", "epochs": 7, "batch_size": 16})
+    options = parse("--config", config, "--batch-size", "8")
+    assert options.seed == 0  # the table
+    assert options.image_size == 16  # the recipe
+    assert options.epochs == 7  # the config
+    assert options.batch_size == 8  # the command line
+
+
+def test_saved_config_gives_the_same_options(tmp_path):
+    options = parse("--epochs", "5", "--clipper", "exponential", "--beta", "0.5", "--no-flip")
+    path = tmp_path / "config.json"
+    opts.write_json(path, opts.saved_options(RECIPE, options))
+    assert parse("--config", str(path)) == options
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--epochs", "0"], "--epochs 0: must be 1 or more"),
+        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["--learning-rate", "0"], "more than 0"),
+        (["--learning-rate", "nan"], "finite"),
+        (["--label-smoothing", "1.5"], "0.99 or less"),
+        (["--momentum", "-1"], "0 or more"),
+        (["--clipper", "agc"], "invalid choice: 'agc'"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--clipper", "norm", "--beta", "0.5"], "--beta belongs to --clipper exponential"),
+        (["--clipper", "none", "--threshold", "0.1"], "--threshold belongs to"),
+        (["--gate-gamma", "0.1"], "--gate-gamma needs --activation-gate"),
+        (["--config", "absent.json"], "absent.json: No such file"),
+    ],
+)
+def test_wrong_flags(argv, message):
+    with pytest.raises(RecipeError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "c.json, line 1: not JSON"),
+        ([1], "must hold an object"),
+        ({"epohcs": 3}, "unknown option 'epohcs', did you mean 'epochs'?"),
+        ({"epochs": "3"}, '--epochs "3": must be a value of type int'),
+        ({"epochs": True}, "must be a value of type int"),
+        ({"epochs": None}, "must be a value of type int"),
+        ({"jit": 1}, "must be a value of type bool"),
+        ({"clipper": "agc"}, "one of absolute, exponential, norm, none"),
+        ({"recipe": "vgg16"}, "belongs to the recipe 'vgg16'"),
+    ],
+)
+def test_broken_configs_name_file_key_and_value(tmp_path, content, message):
+    with pytest.raises(RecipeError) as error:
+        parse("--config", write(tmp_path / "c.json", content))
+    assert message in str(error.value)
+    assert "c.json" in str(error.value)
+
+
+def test_an_int_will_do_for_a_float(tmp_path):
+    options = parse("--config", write(tmp_path / "c.json", {"learning_rate": 1}))
+    assert options.learning_rate == 1.0
+    assert isinstance(options.learning_rate, float)
+
+
+def test_threshold_of_the_recipe_goes_with_its_clipper():
+    assert parse().threshold == 0.01
+    assert parse("--clipper", "absolute").threshold == 0.01
+    assert parse("--clipper", "norm").threshold is None
+
+
+def test_clip_config_from_a_file_is_kept_in_the_config(tmp_path):
+    spec = {"class_name": "AbsoluteClip", "config": {"threshold": 0.02}}
+    for content in (spec, {"clipper": spec, "score": 0.9}):
+        options = parse("--clip-config", write(tmp_path / "best.json", content))
+        assert options.clip_config == spec
+        assert options.threshold is None
+    saved = write(tmp_path / "c.json", opts.saved_options(RECIPE, options))
+    assert parse("--config", saved).clip_config == spec
+    assert parse("--config", saved, "--clipper", "norm").clip_config is None
+    with pytest.raises(RecipeError, match="give one of them"):
+        parse("--clip-config", str(tmp_path / "best.json"), "--threshold", "0.1")
+
+
+def test_clip_config_must_be_a_clipper(tmp_path):
+    with pytest.raises(RecipeError, match="holds no serialised clipper"):
+        parse("--clip-config", write(tmp_path / "best.json", {"clipper": "absolute"}))
+
+
+def test_settings_of_a_recipe_are_checked():
+    with pytest.raises(RecipeError, match=r"recipe bad: unknown option 'epoch', did you mean"):
+        Recipe(name="bad", settings={"epoch": 1}).options()
+    with pytest.raises(RecipeError, match="epochs"):
+        Recipe(name="bad", settings={"epochs": 0}).options()
+
+
+def test_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.json"
+    opts.write_json(path, {"good": 1})
+
+    def half(scratch):
+        with open(scratch, "w") as file:
+            file.write('{"ba')
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        opts.replace_file(path, half)
+    assert json.loads(path.read_text()) == {"good": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_help_mentions_every_option(capsys):
+    with pytest.raises(SystemExit) as leave:
+        parse("--help")
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    assert all(option.flag in text for option in opts.OPTIONS)
+    assert "looking at the test set" in " ".join(text.split())
