@@ -201,7 +201,8 @@ class NormClip(Clipper):
         number = max(scopes) + 1
         stacked = ops.stack([squares[i] for i in present])
         if number > 1:
-            stacked = ops.segment_sum(stacked, scopes, num_segments=number)
+            ids = ops.convert_to_tensor(scopes, "int32")
+            stacked = ops.segment_sum(stacked, ids, num_segments=number)
         else:
             stacked = ops.reshape(ops.sum(stacked), (1,))
         factors = kernels.clip_factor(ops.sqrt(stacked), hyper["max_norm"])

@@ -201,7 +201,7 @@ class ClippedModel(ClippedTrainStep, keras.Model):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A `ClippedModel`, functional if it is given inputs and outputs."""
         if cls is ClippedModel and _is_functional(args, kwargs):
-            return super().__new__(_ClippedFunctional, *args, **kwargs)
+            return super().__new__(ClippedFunctional, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -211,15 +211,14 @@ class ClippedModel(ClippedTrainStep, keras.Model):
         super().__init__(*args, **kwargs)
 
 
-class _ClippedFunctional(ClippedModel, _compat.Functional):
+@keras.saving.register_keras_serializable(package="keras_gradclip")
+class ClippedFunctional(ClippedModel, _compat.Functional):
     """What `ClippedModel(inputs, outputs)` is."""
 
     def __init__(self, inputs: Any, outputs: Any, name: str | None = None, **kwargs: Any) -> None:
         _compat.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
 
 
-_ClippedFunctional.__name__ = _ClippedFunctional.__qualname__ = "ClippedFunctional"
-keras.saving.register_keras_serializable(package="keras_gradclip")(_ClippedFunctional)
 
 
 def _is_functional(args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -239,7 +238,7 @@ def _make_functional(cls: type) -> None:
         if issubclass(base, ClippedModel) and base is not ClippedModel:
             _make_functional(base)
     cls.__bases__ = tuple(
-        _ClippedFunctional if base is ClippedModel else base for base in cls.__bases__
+        ClippedFunctional if base is ClippedModel else base for base in cls.__bases__
     )
 
 

@@ -145,7 +145,12 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._ema_overwrite_frequency = None
         if self._strategy is not None and self._strategy.num_replicas_in_sync > 1:
             # Keras overwrites inside a cond in replica context, which fails; we do it.
-            self._ema_overwrite_frequency = inner_optimizer.ema_overwrite_frequency
+            # The mark serves an optimizer that is compiled, and so wrapped, a second time.
+            inner_optimizer.taken_ema_overwrite_frequency = (
+                inner_optimizer.ema_overwrite_frequency
+                or getattr(inner_optimizer, "taken_ema_overwrite_frequency", None)
+            )
+            self._ema_overwrite_frequency = inner_optimizer.taken_ema_overwrite_frequency
             inner_optimizer.ema_overwrite_frequency = None
         _compat.make_reduce_identity(inner_optimizer)
         self.inner_optimizer = inner_optimizer
@@ -323,8 +328,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         else:
             variables = list(trainable_variables)
             if not self.built:
-                with keras.name_scope(self.name):
-                    self.build(variables)
+                self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(
                 f"ClippedOptimizer: {len(grads)} gradients came for {len(variables)} variables."
@@ -637,11 +641,6 @@ def _check_inner(inner: Any) -> Any:
             f"gradient_accumulation_steps={n}, which would clip every micro-batch. Leave that "
             f"out and write ClippedOptimizer(..., gradient_accumulation_steps={n})."
         )
-    if inner.built:
-        raise ValueError(
-            f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) is already built for a "
-            "model. Pass a new one: type(optimizer).from_config(optimizer.get_config())."
-        )
     return inner
 
 
@@ -672,8 +671,7 @@ def _divide(gradient: Any, divisor: Any) -> Any:
 def _apply_scaled(outer: Any, wrapper: ClippedOptimizer, grads: Any, trainable_variables=None):
     """`LossScaleOptimizer.apply` that reduces first and asks for finiteness afterwards."""
     if not outer.built:
-        with keras.name_scope(outer.name):
-            outer.build(list(trainable_variables))
+        outer.build(list(trainable_variables))
         outer.built = True
     wrapper._apply(grads, trainable_variables, outer)
 

@@ -1,0 +1,93 @@
+"""ClipMap: which rule hits which variable, and what is refused."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import gradients, net, to64, variables
+
+import keras_gradclip as kgc
+
+
+def test_each_variable_is_clipped_by_its_rule():
+    vs = variables()
+    gs, g64 = gradients(vs)
+    clipper = kgc.ClipMap(
+        {"conv/kernel": kgc.AbsoluteClip(0.01), ".*/bias": None}, kgc.AbsoluteClip(0.2)
+    )
+    got = [to64(g) for g in clipper(gs, vs)]
+    np.testing.assert_allclose(got[0], np.clip(g64[0], -0.01, 0.01), rtol=1e-6)
+    np.testing.assert_array_equal(got[1], g64[1])
+    np.testing.assert_allclose(got[2], np.clip(g64[2], -0.2, 0.2), rtol=1e-6)
+    np.testing.assert_array_equal(got[4], g64[4])
+
+
+def test_a_norm_rule_sees_its_own_variables_only():
+    vs = variables()
+    gs, g64 = gradients(vs)
+    got = kgc.ClipMap({"dense/.*": kgc.NormClip(1.0, "global")})(gs, vs)
+    norm = np.sqrt((g64[3] ** 2).sum() + (g64[4] ** 2).sum())
+    np.testing.assert_allclose(to64(got[3]), g64[3] / norm, rtol=1e-6)
+    np.testing.assert_array_equal(to64(got[0]), g64[0])
+
+
+def test_a_match_must_be_full():
+    with pytest.raises(ValueError, match="matches none"):
+        kgc.ClipMap({"conv": kgc.AbsoluteClip(0.1)})(gradients(variables())[0], variables())
+
+
+def test_two_rules_on_one_variable_collide_in_a_dict_and_not_in_a_list():
+    vs = variables()
+    rules = {"conv/.*": None, ".*/kernel": kgc.AbsoluteClip(0.1)}
+    with pytest.raises(ValueError, match=r"conv/\.\*.*\.\*/kernel.*conv/kernel"):
+        kgc.ClipMap(rules)(gradients(vs)[0], vs)
+    gs, g64 = gradients(vs)
+    got = kgc.ClipMap(list(rules.items()))(gs, vs)
+    np.testing.assert_array_equal(to64(got[0]), g64[0])  # conv/.* came first
+    assert np.abs(to64(got[3])).max() <= 0.1 + 1e-6
+
+
+def test_a_rule_that_matches_nothing_names_itself_and_what_comes_near():
+    with pytest.raises(ValueError, match=r"'covn/\.\*'.*conv/"):
+        kgc.ClipMap({"covn/.*": None}).check_variables(variables())
+    kgc.ClipMap({"covn/.*": None}, allow_unmatched=True).check_variables(variables())
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ({}, "empty"),
+        ("conv", "dict or a list"),
+        ({"(": None}, "no regular expression"),
+        ({"a": 0.1}, "a clipper, its name or its config"),
+        ([("a", None), ("a", None)], "twice"),
+        (["a"], "pair"),
+        ({1: None}, "string"),
+    ],
+)
+def test_broken_rules_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        kgc.ClipMap(rules)
+
+
+def test_describe_shows_every_variable_and_its_rule():
+    model = net()
+    text = kgc.ClipMap({"head/.*": None}, kgc.AbsoluteClip(0.1)).describe(model)
+    lines = text.splitlines()
+    assert len(lines) == 2 + len(model.trainable_variables)
+    assert lines[-1].split()[-2:] == ["head/.*", "off"]
+    assert "stem/kernel" in lines[2] and "AbsoluteClip(threshold=0.1)" in lines[2]
+    assert kgc.NormClip(1.0).describe(model).count("NormClip") == len(model.trainable_variables)
+    with pytest.raises(ValueError, match="Build it first"):
+        kgc.NormClip(1.0).describe(keras.Sequential([keras.layers.Dense(1)]))
+
+
+def test_live_hyperparameters_are_named_by_rule():
+    clipper = kgc.ClipMap({"head/.*": kgc.AbsoluteClip(0.3)}, kgc.ExponentialClip(0.6, 0.2))
+    assert clipper.hyperparameters() == {
+        "head/.*/threshold": 0.3,
+        "default/beta": 0.6,
+        "default/gamma": 0.2,
+    }
+    changed = clipper.with_hyperparameters({**clipper.hyperparameters(), "default/beta": 0.9})
+    assert changed.default == kgc.ExponentialClip(0.9, 0.2)
+    assert changed.rules == clipper.rules

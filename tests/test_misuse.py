@@ -1,0 +1,139 @@
+"""What DESIGN promises under "None means off": a ValueError with the argument, value and remedy."""
+
+import keras
+import pytest
+from helpers import loss, net
+
+import keras_gradclip as kgc
+
+BAD_NUMBERS = [0, 0.0, -1, -0.1, float("nan"), float("inf"), None, "0.1", True, [0.1]]
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS, ids=repr)
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda v: kgc.AbsoluteClip(v), "threshold"),
+        (lambda v: kgc.ExponentialClip(beta=v), "beta"),
+        (lambda v: kgc.ExponentialClip(gamma=v), "gamma"),
+        (lambda v: kgc.NormClip(v), "max_norm"),
+        (lambda v: kgc.ActivationGate(clip_value=v), "clip_value"),
+        (lambda v: kgc.ActivationGate(gamma=v), "gamma"),
+        (lambda v: kgc.ActivationGate(initial_learning_rate=v), "initial_learning_rate"),
+    ],
+)
+def test_bad_number(make, name, value):
+    with pytest.raises(ValueError) as error:
+        make(value)
+    text = str(error.value)
+    assert name in text
+    assert repr(value) in text or repr(float(value)) in text
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda: kgc.AbsoluteClip(rescale="l2"), "'l2'"),
+        (lambda: kgc.AbsoluteClip(rescale="alpha"), "ExponentialClip"),
+        (lambda: kgc.NormClip(rescale="alpha"), "ExponentialClip"),
+        (lambda: kgc.ExponentialClip(rescale="l2"), "'l2'"),
+        (lambda: kgc.ExponentialClip(weight="mean"), "'mean'"),
+        (lambda: kgc.NormClip(scope="tensor"), "'tensor'"),
+        (lambda: kgc.get("absolut"), "Did you mean 'absolute'"),
+        (lambda: kgc.get({"class_name": "Absolut"}), "'Absolut'"),
+        (lambda: kgc.get({"config": {}}), "class_name"),
+        (lambda: kgc.get({"class_name": "absolute", "config": {"treshold": 1}}), "treshold"),
+        (lambda: kgc.get(0.1), "0.1"),
+        (lambda: kgc.Chain([]), "empty"),
+        (lambda: kgc.Chain([None]), "clippers[0]"),
+        (lambda: kgc.Chain(kgc.AbsoluteClip()), "list"),
+        (lambda: kgc.ActivationGate(layers="("), "regular expression"),
+        (lambda: kgc.ActivationGate(layers=[]), "layers"),
+        (lambda: kgc.serialize(3), "3"),
+    ],
+)
+def test_unknown_words(make, word):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert word in str(error.value)
+
+
+def test_rescale_of_a_norm_clip_warns():
+    with pytest.warns(UserWarning, match="rescale"):
+        kgc.NormClip(rescale="norm")
+
+
+@pytest.mark.parametrize("argument", ["clipvalue", "clipnorm", "global_clipnorm"])
+def test_an_inner_optimizer_that_clips_is_refused(argument):
+    inner = keras.optimizers.SGD(0.1, **{argument: 0.5})
+    with pytest.raises(ValueError, match=f"{argument}=0.5.*Leave that out and use"):
+        kgc.ClippedOptimizer(inner, "absolute")
+    with pytest.raises(ValueError, match=argument):
+        net().compile(keras.optimizers.SGD(0.1, **{argument: 0.5}), loss(), clipper="absolute")
+
+
+def inner():
+    return keras.optimizers.SGD(0.1)
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (
+            lambda: kgc.ClippedOptimizer(keras.optimizers.LossScaleOptimizer(inner())),
+            "other way round",
+        ),
+        (lambda: kgc.ClippedOptimizer(kgc.ClippedOptimizer(inner())), "Chain"),
+        (
+            lambda: kgc.ClippedOptimizer(keras.optimizers.SGD(gradient_accumulation_steps=4)),
+            "ClippedOptimizer(..., gradient_accumulation_steps=4)",
+        ),
+        (lambda: kgc.ClippedOptimizer(3), "keras.optimizers.Optimizer"),
+        (lambda: kgc.ClippedOptimizer(inner(), 0.1), "0.1"),
+        (
+            lambda: kgc.ClippedOptimizer(inner(), "absolute", gradient_accumulation_steps=0),
+            "gradient_accumulation_steps",
+        ),
+        (lambda: kgc.ClippedOptimizer(inner(), "absolute", gradient_accumulation_steps=2.5), "2.5"),
+        (lambda: kgc.ClippedOptimizer(inner(), "absolute", skip_nonfinite=1), "skip_nonfinite"),
+        (
+            lambda: net().compile(
+                kgc.ClippedOptimizer(inner(), "absolute"), loss(), clipper="norm"
+            ),
+            "one place",
+        ),
+        (lambda: net().compile("sgd", loss(), activation_gate=0.1), "activation_gate"),
+        (
+            lambda: net().compile(
+                "sgd", loss(), activation_gate=kgc.ActivationGate(layers="conv9")
+            ),
+            "selects no layer",
+        ),
+    ],
+)
+def test_wrong_combinations(make, word):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert word in str(error.value)
+
+
+def test_a_map_is_checked_when_the_variables_are_known():
+    model = net()
+    model.compile("sgd", loss(), clipper=kgc.ClipMap({"haed/.*": None}))
+    with pytest.raises(ValueError, match=r"haed.*matches none"):
+        model.optimizer.build(model.trainable_variables)
+
+
+def test_live_thresholds_refuse_what_the_constructor_refuses():
+    optimizer = kgc.ClippedOptimizer(inner(), kgc.AbsoluteClip(0.1))
+    for value in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="threshold"):
+            optimizer.clip_hyperparameters["threshold"] = value
+    with pytest.raises(KeyError, match="treshold"):
+        optimizer.clip_hyperparameters["treshold"] = 0.1
+    with pytest.raises(TypeError, match="cannot be deleted"):
+        del optimizer.clip_hyperparameters["threshold"]
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    scheduled = kgc.ClippedOptimizer(inner(), kgc.AbsoluteClip(schedule))
+    with pytest.raises(TypeError, match="schedule"):
+        scheduled.clip_hyperparameters["threshold"] = 0.1
