@@ -42,12 +42,6 @@ class LocalResponseNormalization(layers.Layer):
         return config
 
 
-def classifier(x, num_classes, name="predictions", kernel_initializer="glorot_uniform"):
-    """A dense softmax layer in float32, whatever the dtype policy (float16 loses small classes)."""
-    return layers.Dense(
-        num_classes,
-        activation="softmax",
-        dtype="float32",
-        kernel_initializer=kernel_initializer,
-        name=name,
-    )(x)
+def classifier(x, num_classes, name="predictions", activation="softmax"):
+    """The last dense layer, in float32 whatever the dtype policy (float16 loses small classes)."""
+    return layers.Dense(num_classes, activation=activation, dtype="float32", name=name)(x)
