@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-_LABELLED_LAYERS = 24  # more names than this would overlap
+_LABELLED_LAYERS = 36  # more names than this would overlap
+_LEAST_SHOWN = 1e-3  # per cent, bottom of the heat map's scale
 
 
 def draw_curves(history: Sequence[dict], layers: Sequence[dict], path, title: str, metric: str):
@@ -22,12 +23,10 @@ def draw_curves(history: Sequence[dict], layers: Sequence[dict], path, title: st
 
     epochs = np.array([row["epoch"] for row in history]) + 1
     names = list(dict.fromkeys(row["layer"] for row in layers))
-    height = 7.0 + (min(0.13 * len(names), 4.5) if names else 0)
-    figure = Figure(figsize=(11, height), layout="constrained", dpi=110)
+    heights = [2.9, 2.9] + ([min(1.5 + 0.13 * len(names), 6.0)] if names else [])  # inches
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=110)
     figure.suptitle(title)
-    rows = 3 if names else 2
-    ratios = [1.0, 1.0] + ([max(1.0, height - 7.0)] if names else [])
-    grid = figure.add_gridspec(rows, 2, height_ratios=ratios)
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
 
     axis = figure.add_subplot(grid[0, 0])
     _lines(axis, epochs, history, "loss", log=True)
@@ -44,15 +43,18 @@ def draw_curves(history: Sequence[dict], layers: Sequence[dict], path, title: st
         axis.plot(epochs, values, color="black", marker="o", markersize=3, label="all layers")
     if _any_positive(axis):
         axis.set_yscale("log")
-    axis.set_ylabel("gradient L2 norm before the clip")
+    axis.set_ylabel("gradient norm before the clip")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize="small")
     axis = figure.add_subplot(grid[1, 1])
     if "clip_fraction" in history[0]:
         values = 100 * _column(history, "clip_fraction")
         axis.plot(epochs, values, marker="o", markersize=3, color="tab:red")
-        axis.set_ylim(bottom=0)
-    axis.set_ylabel("clipped, % of all")
+        if _any_positive(axis):
+            # From all to next to nothing within a run; below a millionth is drawn as none.
+            axis.set_yscale("symlog", linthresh=1e-4)
+        axis.set_ylim(bottom=0, top=2 * np.nanmax(values, initial=1e-4))
+    axis.set_ylabel("clipped, % of all (log)")
     for axis in figure.axes:
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -76,7 +78,8 @@ def _lines(axis, epochs, history, name, log=False):
         if prefix + name in history[0]:
             values = _column(history, prefix + name)
             axis.plot(epochs, values, marker="o", markersize=3, label=label)
-    if log and _any_positive(axis):
+    drawn = np.concatenate([line.get_ydata() for line in axis.lines])
+    if log and np.nanmin(drawn) > 0 and np.nanmax(drawn) > 10 * np.nanmin(drawn):
         axis.set_yscale("log")
     axis.legend(fontsize="small")
 
@@ -101,15 +104,16 @@ def _layer_norms(axis, epochs, layers, names):
 
 
 def _heat_map(figure, axis, layers, names):
+    from matplotlib.colors import LogNorm
+
     at, fractions = _table(layers, names, "clip_fraction")
-    top = max(float(np.nanmax(100 * fractions, initial=0.0)), 1e-3)
+    colours = _colours()
     image = axis.imshow(
-        100 * fractions,
+        np.clip(100 * fractions, 0, 100),
         aspect="auto",
         interpolation="nearest",
-        cmap="magma",
-        vmin=0,
-        vmax=top,
+        cmap=colours,
+        norm=LogNorm(vmin=_LEAST_SHOWN, vmax=100),
         extent=(at[0] - 0.5, at[-1] + 0.5, len(names) - 0.5, -0.5),
     )
     every = -(-len(names) // _LABELLED_LAYERS)
@@ -118,7 +122,14 @@ def _heat_map(figure, axis, layers, names):
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"layer, input first ({len(names)})")
-    figure.colorbar(image, ax=axis, label="clipped, % of the layer", pad=0.01)
+    figure.colorbar(image, ax=axis, label="clipped, % (black: none)", pad=0.01, extend="min")
+
+
+def _colours():
+    """The colour map of the heat map: what is not clipped at all is black."""
+    import matplotlib
+
+    return matplotlib.colormaps["plasma"].with_extremes(under="black", bad="black")
 
 
 def _short(name: str, length: int = 34) -> str:

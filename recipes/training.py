@@ -300,7 +300,6 @@ def run(
     import keras
 
     keras.backend.clear_session()
-    keras.utils.set_random_seed(options.seed)
     clipper = build_clipper(options)
     strategy = make_strategy(options)
     with _dtype_policy(options.mixed_precision):
@@ -322,6 +321,8 @@ class _Trainer:
 
     def __init__(self, recipe, options, folder, data, clipper, strategy, started):
 
+        import keras
+
         from recipes.data import steps_per_epoch
 
         self.recipe, self.options, self.folder, self.data = recipe, options, folder, data
@@ -329,6 +330,8 @@ class _Trainer:
         self.steps = steps_per_epoch(data.train, options.batch_size, options.limit_steps)
         self.sign = {"max": 1.0, "min": -1.0}[recipe.mode]
         scope = strategy.scope() if strategy else contextlib.nullcontext()
+        # Now, and not only at the start: preparing data may have drawn random numbers.
+        keras.utils.set_random_seed(options.seed)
         with scope, _plain_errors():
             self.model = build_model(recipe, options, data, clipper, self.steps)
             self.exported = _export(self.model)

@@ -1,0 +1,339 @@
+"""Whole runs of a tiny recipe: what they write, how they fail, and what the options do."""
+
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny_recipe import RECIPE
+
+from recipes import callbacks as cb
+from recipes import training
+from recipes.errors import RecipeError, TrainingDiverged
+from recipes.training import main, run
+
+QUICK = {"epochs": 1, "limit_steps": 2, "verbose": "quiet"}
+
+
+def quick(tmp_path, **values):
+    return run(RECIPE, RECIPE.options(**{**QUICK, **values}), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------ a run that works
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    argv = ["--output", str(folder), "--epochs", "2", "--tensorboard"]
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("builtins.print", lambda *parts, **_: lines.append(" ".join(parts)))
+        assert main(RECIPE, argv) == 0
+    return folder, lines
+
+
+def test_last_lines(finished):
+    _, lines = finished
+    assert re.fullmatch(r"Best accuracy: \d+\.\d\d%", lines[-2])
+    assert re.fullmatch(r"Time taken: \d+ seconds", lines[-1])
+
+
+def test_files(finished):
+    folder, lines = finished
+    history = cb.read_rows(folder / cb.HISTORY)
+    assert [row["epoch"] for row in history] == [0, 1]
+    assert {"loss", "accuracy", "val_accuracy", "grad_norm", "clip_fraction"} <= set(history[0])
+    layers = cb.read_rows(folder / cb.LAYERS)
+    assert [row["layer"] for row in layers] == ["conv1", "bn1", "conv2", "predictions"] * 2
+    assert any(row["clip_fraction"] > 0 for row in layers)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard" / "train").glob("events*"))
+    best = max(row["val_accuracy"] for row in history)
+    assert lines[-2] == f"Best accuracy: {100 * best:.2f}%"
+    assert json.loads((folder / "config.json").read_text())["epochs"] == 2
+
+
+def test_best_model_loads_by_itself_and_scores_the_same(finished):
+    folder, lines = finished
+    model = keras.models.load_model(folder / cb.BEST)
+    assert type(model).__module__.startswith("keras.")
+    options = RECIPE.options()
+    data = RECIPE.load_data(options)
+    from recipes.data import eval_batches
+
+    right = [
+        np.argmax(model.predict_on_batch(x), axis=-1) == y.numpy()
+        for x, y in eval_batches(data, data.validation, 50)
+    ]
+    assert lines[-2] == f"Best accuracy: {100 * np.mean(right):.2f}%"
+
+
+def test_saved_config_runs_again_to_the_same_end(finished, tmp_path):
+    folder, _ = finished
+    again = tmp_path / "again"
+    argv = ["--config", str(folder / "config.json"), "--output", str(again), "--verbose", "quiet"]
+    assert main(RECIPE, argv) == 0
+    assert cb.read_rows(again / cb.HISTORY) == cb.read_rows(folder / cb.HISTORY)
+
+
+def test_folder_with_something_in_it_is_left_alone(finished, capsys):
+    folder, _ = finished
+    before = (folder / cb.BEST).read_bytes()
+    assert main(RECIPE, ["--output", str(folder)]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    assert (folder / cb.BEST).read_bytes() == before
+
+
+def test_default_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        _, folder = training._open_run(RECIPE, training.opts.parse(RECIPE, []))
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        names.append(str(folder))
+    assert names == ["runs/tiny", "runs/tiny-2", "runs/tiny-3"]
+    _, folder = training._open_run(RECIPE, training.opts.parse(RECIPE, ["--resume"]))
+    assert str(folder) == "runs/tiny-3"
+
+
+# ------------------------------------------------------------------------------- runs that fail
+
+
+def fails(capsys, argv, status):
+    assert main(RECIPE, argv) == status
+    error = capsys.readouterr().err.strip()
+    assert error.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_impossible_threshold(capsys, tmp_path):
+    folder = tmp_path / "run"
+    error = fails(capsys, ["--threshold", "0", "--output", str(folder)], 2)
+    assert "threshold" in error and "0" in error
+    assert not folder.exists()
+
+
+def test_batch_must_divide_by_devices(capsys, tmp_path):
+    argv = ["--devices", "3", "--batch-size", "64", "--output", str(tmp_path / "run")]
+    assert "--batch-size 64 is not divisible by --devices 3" in fails(capsys, argv, 2)
+
+
+def test_too_many_devices(capsys, tmp_path):
+    argv = ["--devices", "64", "--batch-size", "64", "--output", str(tmp_path / "run")]
+    tf.config.list_logical_devices()  # TensorFlow has started: no more of them
+    assert re.search(r"--devices 64: there are \d+ ", fails(capsys, argv, 2))
+
+
+def test_missing_data_set(capsys, tmp_path):
+    from recipes.resnet50 import RECIPE as resnet50
+
+    argv = ["--dataset", "cifar1", "--output", str(tmp_path / "run")]
+    assert main(resnet50, argv) == 2
+    assert "did you mean cifar10" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def stop_in_epoch_2(monkeypatch, error):
+    """Raises at the end of the second epoch, when the first one's files are there."""
+    original = cb.Telemetry.on_epoch_end
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise error
+        original(self, epoch, logs)
+
+    monkeypatch.setattr(cb.Telemetry, "on_epoch_end", on_epoch_end)
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    stop_in_epoch_2(monkeypatch, KeyboardInterrupt())
+    error = fails(capsys, ["--output", str(folder), "--limit-steps", "2"], 130)
+    assert f"--resume --output {folder}" in error
+    assert keras.models.load_model(folder / cb.BEST)
+    monkeypatch.undo()
+    assert cb.load_backup(folder / cb.BACKUP)["step"] == 2
+
+
+def test_full_disk_leaves_the_last_good_model(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run(RECIPE, RECIPE.options(**QUICK), folder)
+    good = (folder / cb.BEST).read_bytes()
+
+    def full(self, scratch, *args, **kwargs):
+        with open(scratch, "wb") as file:
+            file.write(b"half a mod")
+        raise OSError(28, "No space left on device", scratch)
+
+    monkeypatch.setattr(keras.Model, "save", full)
+    monkeypatch.setattr(training._Trainer, "_should_save", lambda *_: True)
+    argv = ["--resume", "--epochs", "2", "--output", str(folder), "--verbose", "quiet"]
+    assert "No space left on device" in fails(capsys, argv, 1)
+    assert (folder / cb.BEST).read_bytes() == good
+    assert not list(folder.glob(".partial*"))
+
+
+def test_nan_names_the_layer_and_keeps_the_model(capsys, tmp_path):
+    folder = tmp_path / "run"
+    error = fails(capsys, ["--output", str(folder), "--poison", "forward"], 1)
+    assert "epoch 1" in error
+    assert "first non-finite output, forward, from layer 'poisoned'" in error
+    assert not (folder / cb.BEST).exists()
+
+
+def test_nan_in_a_later_epoch_is_found_by_replay(tmp_path):
+    class Spoil(keras.callbacks.Callback):
+        """Sets a weight so large, before step 11, that step 11 overflows."""
+
+        step = 0
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if self.step == 11:
+                layer = self.model.get_layer("conv2")
+                layer.bias.assign(np.full(layer.bias.shape, 3e38, "float32"))
+                # As if the update before had done it: the replay starts from the backup.
+                cb.save_backup(tmp_path / "run" / cb.BACKUP, self.model, 11, 0.0)
+            self.step += 1
+
+    options = RECIPE.options(epochs=2, verbose="quiet")
+    with pytest.raises(TrainingDiverged) as error:
+        run(RECIPE, options, tmp_path / "run", callbacks=[Spoil()])
+    assert error.value.step == 11
+    assert error.value.layer == "predictions"
+    assert "from layer 'dropout'" in str(error.value)  # scales by 1.25, beyond float32
+    assert keras.models.load_model(tmp_path / "run" / cb.BEST)  # of epoch 1
+
+
+def test_plain_sgd_warns(tmp_path, capsys):
+    quick(tmp_path, optimizer="sgd", learning_rate=0.01)
+    assert "warning: plain SGD" in capsys.readouterr().err
+    quick(tmp_path / "2", optimizer="sgd", learning_rate=0.01, momentum=0.9)
+    assert "warning" not in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- what options do
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"clipper": "none"},
+        {"clipper": "exponential", "beta": 0.5, "rescale": "alpha"},
+        {"clipper": "norm", "max_norm": 0.1, "scope": "global"},
+        {"accumulate": 2, "skip_nonfinite": True},
+        {"mixed_precision": "float16", "label_smoothing": 0.1},
+        {"activation_gate": True, "gate_gamma": 0.5},
+    ],
+    ids=lambda values: next(iter(values)) + "-" + str(next(iter(values.values()))),
+)
+def test_options_train(tmp_path, values):
+    result = quick(tmp_path, **values)
+    assert np.isfinite(result.history[-1]["loss"])
+    assert result.history[-1]["grad_norm"] > 0
+    fraction = result.history[-1]["clip_fraction"]
+    assert fraction == 0 if values.get("clipper") == "none" else fraction >= 0
+    assert keras.config.dtype_policy().name == "float32"  # the caller's, restored
+
+
+def test_two_devices_take_the_same_steps_as_one(tmp_path):
+    if len(tf.config.list_logical_devices("CPU")) < 2:
+        pytest.skip("needs two logical devices")
+    rows = [
+        # Batch normalisation sees half a batch on each: compare the first loss, before updates.
+        quick(tmp_path / str(devices), devices=devices, limit_steps=1, augment="none").history[0]
+        for devices in (1, 2)
+    ]
+    assert rows[0]["grad_norm"] > 0
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=0.2)
+    assert rows[1]["val_accuracy"] == pytest.approx(rows[0]["val_accuracy"], abs=0.3)
+
+
+def test_clip_config(tmp_path):
+    import keras_gradclip as kgc
+
+    spec = json.loads(json.dumps(kgc.serialize(kgc.AbsoluteClip(1e-9))))
+    assert quick(tmp_path, clip_config=spec).clip_fraction > 0.5
+    with pytest.raises(RecipeError):
+        quick(tmp_path / "2", clip_config={"class_name": "NoSuchClip", "config": {}})
+
+
+def test_smoothed_loss_is_that_of_keras_on_one_hot_labels():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(5), size=7).astype("float32")
+    labels = rng.integers(0, 5, size=7)
+    expected = keras.losses.CategoricalCrossentropy(label_smoothing=0.2)(
+        keras.ops.one_hot(labels, 5), probabilities
+    )
+    loss = training.cross_entropy(0.2)
+    assert float(loss(labels, probabilities)) == pytest.approx(float(expected), rel=1e-6)
+    copy = keras.losses.deserialize(keras.losses.serialize(loss))
+    assert copy.label_smoothing == 0.2
+
+
+def model_of(options):
+    return RECIPE.build(10, 16, keras.Model, options)
+
+
+def test_weight_decay_leaves_biases_and_norms_alone():
+    options = RECIPE.options(weight_decay=0.5, warmup_epochs=0.0, learning_rate=0.1)
+    model = model_of(options)
+    optimizer = training.build_optimizer(options, model, steps=10)
+    for variable in model.trainable_variables:
+        variable.assign(np.ones(variable.shape))
+    optimizer.build(model.trainable_variables)
+    optimizer.apply([keras.ops.zeros(v.shape) for v in model.trainable_variables])
+    for variable in model.trainable_variables:
+        moved = float(keras.ops.max(keras.ops.abs(variable - 1)))
+        assert (moved > 0) == (variable.path.endswith("kernel")), variable.path
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_warmup_and_cosine(accumulate):
+    options = RECIPE.options(learning_rate=0.8, warmup_epochs=1.0, epochs=5, accumulate=accumulate)
+    model = model_of(options)
+    schedule = training.build_optimizer(options, model, steps=20)._learning_rate
+    updates = 20 * 5 // accumulate
+    rates = np.array([float(schedule(step)) for step in range(updates + 1)])
+    peak = 20 // accumulate
+    assert rates[0] > 0
+    assert np.all(np.diff(rates[: peak + 1]) > 0)
+    assert rates[peak] == pytest.approx(0.8)
+    assert np.all(np.diff(rates[peak:]) < 0)
+    middle = (peak + updates) // 2
+    assert rates[middle] == pytest.approx(0.4, rel=0.01)
+    assert rates[-1] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "rows", "kept"),
+    [
+        ("improve", [(0.5, 0.9), (0.7, 0.9), (0.6, 0.1)], 1),
+        ("beats-test", [(0.5, 0.4), (0.7, 0.9), (0.6, 0.1)], 2),
+        ("beats-test", [(0.5, 0.6), (0.7, 0.9)], -1),
+    ],
+)
+def test_rules_for_the_best_model(rule, rows, kept):
+    trainer = object.__new__(training._Trainer)
+    trainer.recipe, trainer.options, trainer.sign = RECIPE, RECIPE.options(select_best=rule), 1.0
+    logs = [
+        {"epoch": epoch, "val_accuracy": val, "test_accuracy": test}
+        for epoch, (val, test) in enumerate(rows)
+    ]
+    assert trainer._best_row(logs)[1] == kept
+
+
+def test_beats_test_evaluates_the_test_split(tmp_path):
+    result = quick(tmp_path, select_best="beats-test")
+    assert 0 <= result.history[0]["test_accuracy"] <= 1
+    better = result.history[0]["val_accuracy"] > result.history[0]["test_accuracy"]
+    assert result.kept == better == (tmp_path / "run" / cb.BEST).exists()
+
+
+def test_validation_is_not_disturbed_by_training_metrics(finished):
+    folder, _ = finished
+    assert not [name for name in cb.read_rows(folder / cb.HISTORY)[0] if name == "val_grad_norm"]
