@@ -2,7 +2,7 @@
 
 from keras import layers
 
-from .layers import classifier
+from .layers import AdaptiveAveragePooling2D, classifier
 
 # Layer: (filters, kernel, padding in pixels, 3x3/2 max pool after it?)
 CONVOLUTIONS = {
@@ -71,7 +71,7 @@ def alexnet(
         )(x)
         if pool:
             x = layers.MaxPooling2D(3, 2, name=name.replace("conv", "pool"))(x)
-    x = layers.AdaptiveAveragePooling2D(pool_grid, name="avg_pool")(x)
+    x = AdaptiveAveragePooling2D(pool_grid, name="avg_pool")(x)
     x = layers.Flatten(name="flatten")(x)
     for name in ("fc6", "fc7"):
         x = layers.Dropout(dropout, name=f"{name}_dropout")(x)

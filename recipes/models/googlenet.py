@@ -5,7 +5,7 @@ from functools import cache
 import keras
 from keras import layers
 
-from .layers import LocalResponseNormalization, classifier
+from .layers import AdaptiveAveragePooling2D, LocalResponseNormalization, classifier
 
 AUXILIARY_WEIGHT = 0.3
 
@@ -81,7 +81,7 @@ def googlenet(
         if x.shape[1:3] == (14, 14):
             x = layers.AveragePooling2D(5, 3, name=f"{name}_pool")(x)
         else:
-            x = layers.AdaptiveAveragePooling2D(4, name=f"{name}_pool")(x)
+            x = AdaptiveAveragePooling2D(4, name=f"{name}_pool")(x)
         x = conv(x, 128, 1, f"{name}_conv")
         x = layers.Flatten(name=f"{name}_flatten")(x)
         x = layers.Dense(1024, "relu", kernel_initializer=initializer, name=f"{name}_fc")(x)

@@ -1,6 +1,7 @@
-"""The two building pieces which the networks share and Keras lacks."""
+"""Building pieces which the networks share and Keras lacks."""
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 
@@ -40,6 +41,52 @@ class LocalResponseNormalization(layers.Layer):
         config = super().get_config()
         config.update(size=self.size, alpha=self.alpha, beta=self.beta, bias=self.bias)
         return config
+
+
+@keras.saving.register_keras_serializable(package="recipes")
+class AdaptiveAveragePooling2D(layers.Layer):
+    """Averages a map of any size into a fixed grid, as torchvision's AlexNet and VGG do.
+
+    Cell i of m averages the pixels floor(i n / m) to ceil((i + 1) n / m) - 1 of n, so a map
+    smaller than the grid is repeated. Written as a product with two matrices of means, because
+    the layer of the same name in Keras 3.15 fails in a graph where the map is no larger than the
+    grid.
+
+    Input: `[batch, height, width, channels]`, height and width known; output: `[batch, grid, grid,
+    channels]` of the same dtype.
+
+    Args:
+        grid: side of the output.
+    """
+
+    def __init__(self, grid, **kwargs):
+        super().__init__(**kwargs)
+        if grid < 1:
+            raise ValueError(f"grid must be 1 or more cells a side, got grid={grid}")
+        self.grid = grid
+
+    def _means(self, size, dtype):
+        matrix = np.zeros((self.grid, size))
+        for i in range(self.grid):
+            first, last = i * size // self.grid, -(-(i + 1) * size // self.grid)
+            matrix[i, first:last] = 1 / (last - first)
+        return ops.convert_to_tensor(matrix, dtype=dtype)
+
+    def call(self, inputs):
+        """The means over the cells."""
+        _, height, width, _ = inputs.shape
+        if height == width == self.grid:
+            return inputs
+        rows, columns = self._means(height, inputs.dtype), self._means(width, inputs.dtype)
+        return ops.einsum("ih,bhwc,jw->bijc", rows, inputs, columns)
+
+    def compute_output_shape(self, input_shape):
+        """`[batch, grid, grid, channels]`."""
+        return (input_shape[0], self.grid, self.grid, input_shape[3])
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {**super().get_config(), "grid": self.grid}
 
 
 def classifier(x, num_classes, name="predictions", activation="softmax"):

@@ -3,7 +3,7 @@
 import keras
 from keras import layers
 
-from .layers import classifier
+from .layers import AdaptiveAveragePooling2D, classifier
 
 APPLICATIONS = {16: keras.applications.VGG16, 19: keras.applications.VGG19}
 
@@ -52,7 +52,7 @@ def vgg(
     x = inputs
     for layer in _with_initializer(base, initializer).layers[1:]:
         x = layer(x)
-    x = layers.AdaptiveAveragePooling2D(pool_grid, name="avg_pool")(x)
+    x = AdaptiveAveragePooling2D(pool_grid, name="avg_pool")(x)
     x = layers.Flatten(name="flatten")(x)
     for name in ("fc1", "fc2"):
         x = layers.Dense(dense_units, "relu", kernel_initializer=initializer, name=name)(x)

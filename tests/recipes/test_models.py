@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recipes import models
-from recipes.models.layers import LocalResponseNormalization
+from recipes.models.layers import AdaptiveAveragePooling2D, LocalResponseNormalization
 
 NAMES = ["alexnet", "vgg16", "vgg19", "googlenet", "inception_v2", "resnet50"]
 
@@ -265,7 +265,9 @@ def test_dense_shapes_do_not_depend_on_the_image_size(full_size, name):
     ("name", "options"),
     [
         ("alexnet", {"dense_units": 32, "pool_grid": 2}),
+        ("alexnet", {"dense_units": 32}),
         ("vgg16", {"dense_units": 32, "pool_grid": 1}),
+        ("vgg16", {"dense_units": 32}),
         ("googlenet", {}),
         ("inception_v2", {}),
         ("resnet50", {}),
@@ -274,7 +276,7 @@ def test_dense_shapes_do_not_depend_on_the_image_size(full_size, name):
 def test_forward_pass_gives_probabilities(name, options):
     model = models.build(name, 10, 32, **options)
     images = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype("float32")
-    probabilities = keras.ops.convert_to_numpy(model(images, training=False))
+    probabilities = model.predict(images, verbose=0)  # in a graph, as training runs
     assert probabilities.shape == (3, 10) and probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     assert np.ptp(probabilities, axis=0).max() > 0  # the images matter
@@ -332,6 +334,7 @@ def test_initializer_reaches_every_hidden_kernel():
         (lambda: models.build("alexnet", image_size=32, stem_stride=4), ["stem_stride=4"]),
         (lambda: models.build("resnet50", batch_norm_momentum=1.0), ["batch_norm_momentum=1.0"]),
         (lambda: LocalResponseNormalization(size=4), ["size=4"]),
+        (lambda: models.build("vgg16", pool_grid=0), ["grid=0"]),
     ],
 )
 def test_errors_name_the_argument_and_the_remedy(call, words):
@@ -354,6 +357,24 @@ def test_local_response_normalization_against_numpy():
     assert LocalResponseNormalization.from_config(layer.get_config()).get_config() == (
         layer.get_config()
     )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (6, 6), (7, 13), (14, 12)])
+@pytest.mark.parametrize("grid", [1, 4, 6])
+def test_adaptive_pooling_against_numpy(size, grid):
+    x = np.random.default_rng(4).normal(size=(2, *size, 3)).astype("float32")
+    expected = np.empty((2, grid, grid, 3))
+    for i in range(grid):
+        for j in range(grid):
+            rows = slice(i * size[0] // grid, math.ceil((i + 1) * size[0] / grid))
+            columns = slice(j * size[1] // grid, math.ceil((j + 1) * size[1] / grid))
+            expected[:, i, j] = x[:, rows, columns].astype("float64").mean((1, 2))
+    layer = AdaptiveAveragePooling2D(grid)
+    inputs = keras.Input((*size, 3))
+    model = keras.Model(inputs, layer(inputs))  # predict runs in a graph, as training does
+    assert model.output_shape == (None, grid, grid, 3)
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-6)
+    assert AdaptiveAveragePooling2D.from_config(layer.get_config()).grid == grid
 
 
 def tiny_heads(model_class=keras.Model):
