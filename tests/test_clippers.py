@@ -109,11 +109,8 @@ ALL = [
     kgc.NormClip(1.0),
     kgc.NormClip(1.0, "variable"),
     kgc.NormClip(1.0, "global"),
-    kgc.ClipMap({"conv/.*": kgc.NormClip(0.5), ".*/bias": None} | {}, default=kgc.AbsoluteClip(0.1))
-    if False
-    else kgc.ClipMap(
-        [("conv/.*", kgc.NormClip(0.5)), (".*/bias", None)], default=kgc.AbsoluteClip(0.1)
-    ),
+    kgc.ClipMap({"conv/.*": kgc.NormClip(0.5), "dense/bias": None}, kgc.AbsoluteClip(0.1)),
+    kgc.ClipMap([("conv/.*", kgc.NormClip(0.5)), (".*/bias", None)]),
     kgc.Chain([kgc.AbsoluteClip(0.1), kgc.NormClip(0.5, "global")]),
 ]
 
