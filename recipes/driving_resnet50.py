@@ -107,7 +107,7 @@ SETTINGS = {
     "dataset": RENDERED,
     "image_size": 32,
     "batch_size": 64,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "warmup_epochs": 1.0,
     "weight_decay": 1e-4,
     "clipper": "absolute",

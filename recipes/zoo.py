@@ -124,7 +124,7 @@ def show(rows: list[dict]) -> None:
 
     table = Table(title="the zoo on embedded data")
     table.add_column("network")
-    for column in ("parameters", "best validation", "test", "clipped", "seconds"):
+    for column in ("parameters", "validation", "test", "clipped", "seconds"):
         table.add_column(column, justify="right")
     for row in rows:
         if row["error"]:
@@ -133,7 +133,7 @@ def show(rows: list[dict]) -> None:
         table.add_row(
             row["recipe"],
             f"{int(row['parameters']):,}",
-            f"{_score(row, 'best')} (epoch {row['best_epoch']})",
+            _score(row, "best"),
             _score(row, "test"),
             f"{100 * float(row['clip_fraction']):.3g} %",
             f"{float(row['seconds']):.0f}",

@@ -1,0 +1,124 @@
+"""The zoo: every recipe is in it, failures do not stop it, and its table."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import zoo
+from recipes.errors import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def test_every_recipe_file_is_in_the_zoo():
+    files = {
+        path.stem
+        for path in (ROOT / "recipes").glob("*.py")
+        if "\nRECIPE = Recipe(" in path.read_text(encoding="utf-8")
+    }
+    assert files == {module.removeprefix("recipes.") for module, _ in zoo.RECIPES.values()}
+
+
+@pytest.mark.parametrize("name", zoo.RECIPES)
+def test_recipes_have_valid_settings_and_build(name):
+    import keras
+
+    from recipes import models
+
+    recipe = zoo.find_recipe(name)
+    options = recipe.options()  # raises at a setting that cannot be
+    assert recipe.name == name
+    assert options.clipper != "none"
+    assert "python recipes/" in recipe.description
+    with keras.StatelessScope(initialize_variables=False):
+        if recipe.build:
+            model = recipe.build(1, options.image_size, keras.Model, options)
+        else:
+            model = models.build(recipe.network, 10, options.image_size, **recipe.network_options)
+    norms = [la for la in model.layers if isinstance(la, keras.layers.BatchNormalization)]
+    assert bool(norms) == (recipe.network in ("resnet50", "inception_v2"))
+
+
+def test_unknown_recipe():
+    with pytest.raises(RecipeError, match=r"lenet.*alexnet"):
+        zoo.find_recipe("lenet")
+
+
+def row(name, **values):
+    return dict.fromkeys(zoo.COLUMNS, "") | {
+        "recipe": name,
+        "parameters": 1234567,
+        "monitor": "val_accuracy",
+        "best": 0.9876,
+        "best_epoch": 3,
+        "test": 0.97,
+        "clip_fraction": 0.125,
+        "seconds": 61.2,
+        **values,
+    }
+
+
+def test_a_failed_recipe_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def train_apart(name, folder, argv):
+        ran.append((name, Path(folder).name, argv))
+        if name == "vgg16" and len(ran) < 4:
+            return dict.fromkeys(zoo.COLUMNS, "") | {"recipe": name, "error": "OSError: disk full"}
+        return row(name)
+
+    monkeypatch.setattr(zoo, "train_apart", train_apart)
+    flags = ["--only", "alexnet,vgg16,resnet50", "--output", str(tmp_path / "zoo")]
+    assert zoo.main([*flags, "--epochs", "2"]) == 1
+    assert ran == [(n, n, ["--epochs", "2"]) for n in ("alexnet", "vgg16", "resnet50")]
+    captured = capsys.readouterr()
+    assert "vgg16 failed: OSError: disk full" in captured.err
+    for text in ("1,234,567", "98.76 %", "97.00 %", "12.5 %", "61", "results in"):
+        assert text in captured.out
+    # Nothing is overwritten; with --resume only the failed recipe runs again.
+    assert zoo.main(flags) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert zoo.main([*flags, "--resume"]) == 0
+    assert [name for name, *_ in ran] == ["alexnet", "vgg16", "resnet50", "vgg16"]
+    with (tmp_path / "zoo" / "zoo.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(r["recipe"] for r in rows) == ["alexnet", "resnet50", "vgg16"]
+    assert not any(r["error"] for r in rows)
+
+
+def test_a_mistake_in_the_flags_costs_no_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "train_apart", lambda *_: pytest.fail("trained"))
+    assert zoo.main(["--output", str(tmp_path), "--epoch", "2"]) == 2
+    assert "--epoch" in capsys.readouterr().err
+    assert zoo.main(["--output", str(tmp_path), "--only", "lenet"]) == 2
+
+
+def test_the_steering_row_is_in_its_own_metric(capsys):
+    steering = row("driving_resnet50", monitor="val_mae", best=0.0351, test=0.0402)
+    zoo.show([steering])
+    out = capsys.readouterr().out
+    assert "mae 0.0351" in out and "mae 0.0402" in out
+
+
+def test_one_recipe_trains_into_a_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.RECIPES, "tiny", ("tiny_recipe", "RECIPE"))
+    result = zoo.train("tiny", str(tmp_path / "tiny"), ["--epochs", "1", "--limit-steps", "2"])
+    assert result["error"] == "" and result["monitor"] == "val_accuracy"
+    assert 0 <= result["best"] <= 1 and result["parameters"] > 0 and result["best_epoch"] == 1
+    failed = zoo.train("tiny", str(tmp_path / "other"), ["--data-dir", "x", "--epochs", "no"])
+    assert "RecipeError" in failed["error"] and "epochs" in failed["error"]
+
+
+def killed(name, folder, argv):
+    """As the kernel does it to a process out of memory."""
+    os._exit(9)
+
+
+def test_a_killed_process_is_a_failed_row(monkeypatch):
+    monkeypatch.setattr(zoo, "train", killed)
+    result = zoo.train_apart("vgg19", "nowhere", [])
+    assert result["recipe"] == "vgg19" and "killed" in result["error"]
