@@ -16,6 +16,7 @@ BACKUP = "backup.npz"
 HISTORY = "history.csv"
 LAYERS = "layers.csv"
 BEST = "best.keras"
+_LOSS_SCALE_SKIPS = 20  # from 2^15 down to 2^-5: no loss scale needs more
 
 
 class NonFinite(Exception):
@@ -206,9 +207,15 @@ class StopAtNonFinite(keras.callbacks.Callback):
         self.step += 1
 
     def on_epoch_end(self, epoch, logs=None):
-        """Looks at the weights, for an update after the last loss."""
-        if not all_finite(self.model):
+        """Looks at the weights, for an update after the last loss, and for updates at all."""
+        if not all_finite(self.model) or self._all_skipped():
             raise NonFinite(self.step - 1)
+
+    def _all_skipped(self) -> bool:
+        seen = clipped_optimizer(self.model).read_telemetry()
+        # A falling loss scale in float16 may skip a few in a row.
+        tolerated = 0 if self.skips else _LOSS_SCALE_SKIPS
+        return seen["updates"] == 0 and seen["skipped"] > tolerated
 
 
 class TestScore(keras.callbacks.Callback):

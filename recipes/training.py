@@ -138,7 +138,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_tensorflow_error(error):
             raise
-        return _fail(f"{_first_line(error)}{_how_to_resume(place)}", 1, argv)
+        return _fail(f"{_tensorflow_line(error)}{_how_to_resume(place)}", 1, argv)
 
 
 def _fail(message: str, status: int, argv: Sequence[str]) -> int:
@@ -156,6 +156,14 @@ def _is_tensorflow_error(error: Exception) -> bool:
     import tensorflow as tf
 
     return isinstance(error, tf.errors.OpError)
+
+
+def _tensorflow_line(error: Exception) -> str:
+    """The line that says what happened, out of TensorFlow's report on its graph."""
+    noise = ("Graph execution error", "Detected at node", "File ", "[[", "<stack traces", "(")
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(noise)]
+    return telling[-1] if telling else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

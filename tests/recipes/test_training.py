@@ -1,5 +1,6 @@
 """Whole runs of a tiny recipe: what they write, how they fail, and what the options do."""
 
+import dataclasses
 import json
 import re
 
@@ -184,6 +185,28 @@ def test_nan_names_the_layer_and_keeps_the_model(capsys, tmp_path):
     assert "epoch 1" in error
     assert "first non-finite output, forward, from layer 'poisoned'" in error
     assert not (folder / cb.BEST).exists()
+
+
+@pytest.mark.parametrize("precision", ["none", "float16"])
+def test_nothing_but_skipped_updates_is_no_training(capsys, tmp_path, precision):
+    argv = ["--output", str(tmp_path / "run"), "--poison", "forward", "--batch-size", "16"]
+    argv += ["--skip-nonfinite"] if precision == "none" else ["--mixed-precision", precision]
+    error = fails(capsys, [*argv, "--verbose", "quiet"], 1)
+    assert "epoch 1" in error
+    assert "from layer 'poisoned'" in error
+
+
+def test_damaged_example_is_one_line(capsys, tmp_path):
+    def load_data(options):
+        data = RECIPE.load_data(options)
+        damaged = data.train.dataset.enumerate().map(
+            lambda i, e: (tf.where(i == 3, tf.constant(b"\xff\xd8\xffjunk"), e[0]), e[1])
+        )
+        return dataclasses.replace(data, train=dataclasses.replace(data.train, dataset=damaged))
+
+    recipe = dataclasses.replace(RECIPE, load_data=load_data)
+    assert main(recipe, ["--output", str(tmp_path / "run"), "--verbose", "quiet"]) == 1
+    assert "error: jpeg::Uncompress failed" in capsys.readouterr().err
 
 
 def test_nan_in_a_later_epoch_is_found_by_replay(tmp_path):
