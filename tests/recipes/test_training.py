@@ -276,6 +276,30 @@ def test_two_devices_take_the_same_steps_as_one(tmp_path):
     assert rows[1]["val_accuracy"] == pytest.approx(rows[0]["val_accuracy"], abs=0.3)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_imagenet_mocked(tmp_path, devices):
+    import tensorflow_datasets as tfds
+
+    if len(tf.config.list_logical_devices("CPU")) < devices:
+        pytest.skip("needs two logical devices")
+    imagenet = dataclasses.replace(RECIPE, load_data=None)  # through --dataset, as users do
+    options = imagenet.options(
+        dataset="imagenet2012",
+        data_dir=str(tmp_path),
+        image_size=32,
+        batch_size=8,
+        devices=devices,
+        mixed_precision="bfloat16",
+        label_smoothing=0.1,
+        **QUICK,
+    )
+    with tfds.testing.mock_data(num_examples=20):
+        result = run(imagenet, options, tmp_path / "run")
+    assert result.data.num_outputs == 1000
+    # Untrained, the smoothed cross-entropy is that of a guess.
+    assert result.history[0]["loss"] == pytest.approx(np.log(1000), rel=0.15)
+
+
 def test_clip_config(tmp_path):
     import keras_gradclip as kgc
 
