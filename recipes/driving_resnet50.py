@@ -38,6 +38,8 @@ def build(num_outputs, image_size, model_class, options):
         model_class=model_class,
         batch_norm_momentum=0.9,
         head_activation="linear",
+        # Straight on, about the mean: angles of size 1 would have to be unlearned first.
+        head_initializer="zeros",
     )
 
 
@@ -107,7 +109,7 @@ SETTINGS = {
     "dataset": RENDERED,
     "image_size": 32,
     "batch_size": 64,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,
     "warmup_epochs": 1.0,
     "weight_decay": 1e-4,
     "clipper": "absolute",

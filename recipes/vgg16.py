@@ -23,7 +23,7 @@ RECIPE = Recipe(
         "batch_size": 32,
         "optimizer": "sgd",
         "momentum": 0.9,
-        "learning_rate": 0.05,
+        "learning_rate": 0.03,
         "warmup_epochs": 1.0,
         "weight_decay": 5e-4,
         "clipper": "norm",

@@ -19,11 +19,11 @@ RECIPE = Recipe(
     # The paper's optimizer; its learning rate is 0.01.
     settings={
         "image_size": 32,
-        "epochs": 4,
+        "epochs": 5,
         "batch_size": 32,
         "optimizer": "sgd",
         "momentum": 0.9,
-        "learning_rate": 0.05,
+        "learning_rate": 0.03,
         "warmup_epochs": 1.0,
         "weight_decay": 5e-4,
         "clipper": "norm",

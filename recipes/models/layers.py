@@ -89,6 +89,14 @@ class AdaptiveAveragePooling2D(layers.Layer):
         return {**super().get_config(), "grid": self.grid}
 
 
-def classifier(x, num_classes, name="predictions", activation="softmax"):
+def classifier(
+    x, num_classes, name="predictions", activation="softmax", initializer="glorot_uniform"
+):
     """The last dense layer, in float32 whatever the dtype policy (float16 loses small classes)."""
-    return layers.Dense(num_classes, activation=activation, dtype="float32", name=name)(x)
+    return layers.Dense(
+        num_classes,
+        activation=activation,
+        dtype="float32",
+        kernel_initializer=initializer,
+        name=name,
+    )(x)

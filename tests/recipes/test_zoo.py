@@ -122,3 +122,18 @@ def test_a_killed_process_is_a_failed_row(monkeypatch):
     monkeypatch.setattr(zoo, "train", killed)
     result = zoo.train_apart("vgg19", "nowhere", [])
     assert result["recipe"] == "vgg19" and "killed" in result["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", zoo.RECIPES)
+def test_every_recipe_learns_with_clipping_on(tmp_path, name):
+    result = zoo.train_apart(name, str(tmp_path / name), ["--verbose", "line", "--no-tensorboard"])
+    assert result["error"] == ""
+    if result["monitor"] == "val_accuracy":
+        assert result["best"] >= 0.9
+    else:
+        from recipes import driving
+
+        drive = driving.load(image_size=32)
+        assert result["best"] < 0.6 * driving.mean_baseline(drive, drive.validation)
