@@ -19,7 +19,7 @@ RECIPE = Recipe(
     # The paper's optimizer; its learning rate is 0.01.
     settings={
         "image_size": 32,
-        "epochs": 4,
+        "epochs": 3,
         "batch_size": 64,
         "optimizer": "sgd",
         "momentum": 0.9,

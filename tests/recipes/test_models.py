@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_gradclip as kgc
 from recipes import models
 from recipes.models.layers import AdaptiveAveragePooling2D, LocalResponseNormalization
 
@@ -428,6 +429,25 @@ def test_auxiliary_gradients_are_of_the_mean_loss():
         step = weight * (predictions[head] - np.eye(3)[y]).mean(0)
         bias = model.get_layer(head).bias
         np.testing.assert_allclose(bias.numpy(), before[bias.path] - step, rtol=1e-4, atol=1e-7)
+
+
+def test_auxiliary_heads_train_with_clipping():
+    x, y = np.eye(4, dtype="float32"), np.array([0, 1, 2, 0])
+    model = tiny_heads(kgc.ClippedModel)
+    assert isinstance(model, kgc.ClippedModel)
+    before = {v.path: v.numpy() for v in model.trainable_variables}
+    model.compile(
+        optimizer=keras.optimizers.SGD(1.0),
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        clipper=kgc.AbsoluteClip(1e-4),
+    )
+    history = model.fit(x, y, batch_size=4, validation_data=(x, y), verbose=0).history
+    assert history["clip_fraction"][0] > 0.5 and history["grad_norm"][0] > 1e-4
+    assert {"accuracy", "val_accuracy"} <= set(history)
+    for v in model.trainable_variables:  # the heads' gradients are clipped as the trunk's
+        step = np.abs(v.numpy() - before[v.path])
+        assert 0.9e-4 < step.max() < 1.01e-4, v.path
 
 
 def test_inference_model_drops_the_heads():
