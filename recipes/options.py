@@ -197,6 +197,13 @@ OPTIONS = (
     ),
     Option("jit", bool, False, "compile the step with XLA", "machine"),
     Option(
+        "deterministic",
+        bool,
+        False,
+        "kernels that compute the same twice on a GPU too, at some cost; CPUs do without it",
+        "machine",
+    ),
+    Option(
         "devices", int, 1, "GPUs, or logical CPU devices where there are none", "machine", low=1
     ),
     Option(

@@ -13,6 +13,7 @@ for Python callers, who get a `Result` or an exception.
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 import sys
@@ -200,7 +201,7 @@ def _print_result(recipe: Recipe, result: Result) -> None:
             rows.append(("its test accuracy", f"{100 * result.test['accuracy']:.2f} %"))
     if recipe.report:
         rows += recipe.report(result)
-    if result.clip_fraction == result.clip_fraction:
+    if not math.isnan(result.clip_fraction):
         rows.append(("clipped", f"{100 * result.clip_fraction:.3g} % (mean over the epochs)"))
     if result.history and "grad_norm" in result.history[-1]:
         rows.append(("gradient norm, last epoch", f"{result.history[-1]['grad_norm']:.4g}"))
@@ -308,6 +309,10 @@ def run(
     import keras
 
     keras.backend.clear_session()
+    if options.deterministic:
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
     clipper = build_clipper(options)
     strategy = make_strategy(options)
     with _dtype_policy(options.mixed_precision):
@@ -454,6 +459,8 @@ class _Trainer:
         """The rule of `--select-best`."""
         monitor = self.recipe.monitor
         value = self.sign * logs[monitor]
+        if not math.isfinite(value):
+            return False
         if self.options.select_best == "beats-test":
             return value > self.sign * logs["test_" + monitor.removeprefix("val_")]
         return best is None or value > self.sign * best[monitor]
@@ -658,6 +665,11 @@ def make_strategy(options: argparse.Namespace):
                     tf.config.list_physical_devices("CPU")[0],
                     [tf.config.LogicalDeviceConfiguration()] * count,
                 )
+        if count > 1 and options.jit:
+            raise RecipeError(
+                "--jit does not work on several CPU devices (XLA cannot reach the weights of one "
+                "from another): leave out --jit or --devices"
+            )
     names = [device.name for device in tf.config.list_logical_devices(kind)]
     if len(names) < count:
         raise RecipeError(f"--devices {count}: there are {len(names)} {kind}s")

@@ -124,6 +124,13 @@ def test_batch_must_divide_by_devices(capsys, tmp_path):
     assert "--batch-size 64 is not divisible by --devices 3" in fails(capsys, argv, 2)
 
 
+def test_jit_on_several_cpus(capsys, tmp_path):
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("works there")
+    argv = ["--devices", "2", "--jit", "--output", str(tmp_path / "run")]
+    assert "--jit does not work on several CPU devices" in fails(capsys, argv, 2)
+
+
 def test_too_many_devices(capsys, tmp_path):
     argv = ["--devices", "64", "--batch-size", "64", "--output", str(tmp_path / "run")]
     tf.config.list_logical_devices()  # TensorFlow has started: no more of them
@@ -362,6 +369,7 @@ def test_warmup_and_cosine(accumulate):
         ("improve", [(0.5, 0.9), (0.7, 0.9), (0.6, 0.1)], 1),
         ("beats-test", [(0.5, 0.4), (0.7, 0.9), (0.6, 0.1)], 2),
         ("beats-test", [(0.5, 0.6), (0.7, 0.9)], -1),
+        ("improve", [(float("nan"), 0.9), (0.1, 0.9)], 1),
     ],
 )
 def test_rules_for_the_best_model(rule, rows, kept):
