@@ -219,8 +219,6 @@ class ClippedFunctional(ClippedModel, _compat.Functional):
         _compat.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
 
 
-
-
 def _is_functional(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a model is being built from `(inputs, outputs)`; the rule is Keras's."""
     return (

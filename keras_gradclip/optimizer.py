@@ -208,19 +208,18 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """The number of updates left out because a gradient was not finite, since the start."""
         return int(_to_numpy(self._skipped)) if self.built else 0
 
-    @property
-    def loss_scale_factor(self) -> None:
-        """None: a fixed loss scale is the inner optimizer's affair."""
-        return None
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Learns that somebody wraps this optimizer, by what `LossScaleOptimizer` assigns."""
+        if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
+            self._on_loss_scale_factor(value)
+        else:
+            super().__setattr__(name, value)
 
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value: float | None) -> None:
+    def _on_loss_scale_factor(self, value: float | None) -> None:
         if value is not None:
             raise ValueError(
                 f"ClippedOptimizer: set loss_scale_factor={value!r} on the inner optimizer."
             )
-        if "inner_optimizer" not in self.__dict__:
-            return  # the base class's __init__
         # `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps.
         self.inner_optimizer.loss_scale_factor = None
         if not aggregation.is_tensorflow():
