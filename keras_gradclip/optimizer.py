@@ -8,6 +8,7 @@ telemetry.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -172,12 +173,14 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     @property
     def clipper(self) -> Clipper | None:
         """The clipper, with the thresholds that are in force now."""
-        numbers = {
-            k: self.clip_hyperparameters[k] for k, v in self._hyper.items() if not _is_schedule(v)
-        }
-        if self._clipper is None or not numbers:
-            return self._clipper
-        return self._clipper.with_hyperparameters({**self._clipper.hyperparameters(), **numbers})
+        if self._clipper is None:
+            return None
+        values = dict(self._clipper.hyperparameters())
+        for key, given in values.items():
+            now = given if _is_schedule(given) else self.clip_hyperparameters[key]
+            if now is not given and np.float32(given) != np.float32(now):
+                values[key] = now  # set since; otherwise keep the number as it was written
+        return self._clipper.with_hyperparameters(values)
 
     @property
     def clip_hyperparameters(self) -> ClipHyperparameters:
@@ -556,17 +559,19 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             store[str(i)] = _to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` saved.
-
-        Raises:
-            ValueError: it was saved by another configuration of the wrapper.
-        """
+        """Load what `save_own_variables` saved; as in Keras, warn and go on if it does not fit."""
         if len(store.keys()) != len(self._variables):
-            raise ValueError(
-                f"ClippedOptimizer: the saved state has {len(store.keys())} variables, this "
-                f"optimizer {len(self._variables)}. Use the clipper and the "
-                "gradient_accumulation_steps that it was saved with."
+            warnings.warn(
+                f"ClippedOptimizer: its state was not loaded: {len(store.keys())} variables were "
+                f"saved, and this optimizer has {len(self._variables)}. "
+                + (
+                    "Use the clipper and the gradient_accumulation_steps that it was saved with."
+                    if self.built
+                    else "Build it first: optimizer.build(model.trainable_variables)."
+                ),
+                stacklevel=2,
             )
+            return
         for i, variable in enumerate(self._variables):
             variable.assign(store[str(i)])
 

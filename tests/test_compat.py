@@ -1,0 +1,85 @@
+"""The private names that `_compat` uses: a new Keras that changes one is told here, plainly."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+
+import keras_gradclip as kgc
+from keras_gradclip import _compat
+
+tf = pytest.importorskip("tensorflow")
+
+
+def test_functional_is_what_keras_model_returns():
+    inputs = keras.Input((2,))
+    assert type(keras.Model(inputs, inputs)) is _compat.Functional, (
+        "keras.Model(inputs, outputs) no longer returns keras.src.models.functional.Functional"
+    )
+
+
+def test_the_reduction_method_is_still_there_and_still_used():
+    sgd = keras.optimizers.SGD(0.1)
+    assert hasattr(sgd, "_all_reduce_sum_gradients"), (
+        "TFOptimizer._all_reduce_sum_gradients is gone: find where Keras reduces gradients now, or "
+        "every gradient will be summed over the replicas twice"
+    )
+    called = []
+    sgd._all_reduce_sum_gradients = lambda pairs: called.append(1) or list(pairs)
+    sgd.apply([tf.ones(1)], [keras.Variable(np.zeros(1, "float32"))])
+    assert called, "Keras no longer calls _all_reduce_sum_gradients in apply"
+
+
+def test_an_optimizer_still_learns_who_scales_its_loss():
+    ours = kgc.ClippedOptimizer(keras.optimizers.SGD(0.1), "absolute")
+    outer = keras.optimizers.LossScaleOptimizer(ours)
+    assert "apply" in outer.__dict__, (
+        "LossScaleOptimizer.__init__ no longer assigns inner_optimizer.loss_scale_factor after "
+        "inner_optimizer: mixed_float16 would fall back to skipping without a lower loss scale"
+    )
+    assert not ours._wrapped_blindly
+
+
+def test_the_loss_scale_has_the_variables_that_we_write():
+    outer = keras.optimizers.LossScaleOptimizer(
+        kgc.ClippedOptimizer(keras.optimizers.SGD(0.1), "absolute")
+    )
+    outer.build([keras.Variable(np.zeros(1, "float32"))])
+    for name in ("dynamic_scale", "step_counter", "dynamic_growth_steps"):
+        assert hasattr(outer, name), f"LossScaleOptimizer.{name} is gone"
+
+
+def test_every_layer_is_found():
+    class Custom(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.Dense(1, name="inside")
+
+        def call(self, x):
+            return self.inner(x)
+
+    model = keras.Sequential(
+        [keras.Input((2,)), Custom(), keras.Sequential([keras.layers.ReLU(name="deep")])]
+    )
+    names = [layer.name for layer in _compat.all_layers(model)]
+    assert "inside" in names and "deep" in names, "Layer._flatten_layers changed"
+
+
+def test_overwrite_with_average_takes_the_variables():
+    method = keras.optimizers.SGD._overwrite_model_variables_with_average_value
+    assert list(inspect.signature(method).parameters) == ["self", "trainable_variables"]
+
+
+def test_private_names_live_in_one_module():
+    """`keras.src` and TensorFlow's internals appear in _compat and aggregation alone."""
+    from pathlib import Path
+
+    package = Path(kgc.__file__).parent
+    for path in package.glob("*.py"):
+        text = path.read_text()
+        if path.name != "_compat.py":
+            assert "keras.src" not in text, path.name
+        if path.name not in ("_compat.py", "aggregation.py"):
+            assert "__internal__" not in text, path.name
+            assert "tf.distribute" not in text.replace("`tf.distribute`", ""), path.name

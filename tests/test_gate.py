@@ -1,0 +1,220 @@
+"""The activation gate against its equation, in every kind of model, saved and loaded."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import CLASSES, data, loss, net, strategy, train, weights
+
+import keras_gradclip as kgc
+from keras_gradclip.gate import detach
+
+tf = pytest.importorskip("tensorflow")
+
+# |x| > 0.5, gradients times 0.1
+GATE = kgc.ActivationGate(clip_value=0.05, gamma=0.1, initial_learning_rate=1.0)
+
+
+def test_threshold_is_c_over_gamma_lr():
+    assert kgc.ActivationGate().threshold == pytest.approx(1000.0)
+    assert GATE.threshold == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_forward_is_the_identity_and_backward_is_the_equation(dtype):
+    x = tf.cast([-2.0, -0.5, -0.1, 0.0, 0.1, 0.5, 2.0], dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = GATE(x)
+        value = tf.reduce_sum(y * tf.cast([1.0, 2, 3, 4, 5, 6, 7], dtype))
+    np.testing.assert_array_equal(y.numpy(), x.numpy())
+    got = tape.gradient(value, x)
+    assert got.dtype == x.dtype
+    want = np.array([0.1, 2, 3, 4, 5, 6, 0.7])
+    np.testing.assert_allclose(tf.cast(got, "float64").numpy(), want, rtol=1e-2)
+
+
+def manual(model, x, y, gated):
+    """Gradients of a Dense-Dense net by hand, in float64."""
+    (w1, b1), (w2, b2) = (
+        [w.astype("float64") for w in model.get_layer(n).get_weights()] for n in ("one", "two")
+    )
+    h = x @ w1 + b1
+    d_out = 2 * (h @ w2 + b2 - y) / y.size
+    d_h = d_out @ w2.T
+    if gated:
+        d_h = np.where(np.abs(h) > 0.5, 0.1 * d_h, d_h)
+    return [x.T @ d_h, d_h.sum(0), h.T @ d_out, d_out.sum(0)]
+
+
+def dense_net(model_class=kgc.ClippedModel):
+    inputs = keras.Input((4,))
+    h = keras.layers.Dense(5, name="one")(inputs)
+    return model_class(inputs, keras.layers.Dense(2, name="two")(h))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", ["attach", "insert"])
+def test_only_the_gradient_at_the_input_of_a_gated_layer_changes(gated, way):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(6, 4)), rng.normal(size=(6, 2))
+    model = dense_net()
+    want = manual(model, x, y, gated)
+    if gated and way == "attach":
+        GATE.attach(model)
+    elif gated:
+        model = GATE.insert(model)
+    with tf.GradientTape() as tape:
+        value = tf.reduce_mean(tf.square(model(x.astype("float32")) - y.astype("float32")))
+    got = tape.gradient(value, model.trainable_variables)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a.numpy(), b, rtol=1e-4, atol=1e-6)
+
+
+def nested():
+    inner = keras.Sequential([keras.layers.Dense(6), keras.layers.ReLU()], name="inner")
+    inputs = keras.Input((8, 8, 3))
+    h = inner(keras.layers.Flatten()(inputs))
+    return inputs, keras.layers.Dense(CLASSES, name="head")(h)
+
+
+class Subclassed(kgc.ClippedModel):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.flatten = keras.layers.Flatten()
+        self.one, self.two = keras.layers.Dense(6), keras.layers.Dense(CLASSES)
+
+    def call(self, x):
+        return self.two(self.one(self.flatten(x)))
+
+
+class Stack(kgc.ClippedTrainStep, keras.Sequential):
+    pass
+
+
+MODELS = {
+    "functional": net,
+    "nested": lambda: kgc.ClippedModel(*nested()),
+    "subclassed, not built": Subclassed,
+    "sequential": lambda: Stack(
+        [keras.layers.Flatten(), keras.layers.Dense(6), keras.layers.Dense(CLASSES)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_gate_acts_in_every_kind_of_model(kind):
+    """Compared with no gate, and with a gate whose threshold nothing reaches."""
+    x, y = data(16)
+    results = []
+    for gate in (None, kgc.ActivationGate(clip_value=1e9), GATE):
+        keras.utils.set_random_seed(3)
+        model = MODELS[kind]()
+        model.compile(keras.optimizers.SGD(0.1), loss(), activation_gate=gate)
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        results.append(weights(model))
+    np.testing.assert_array_equal(results[0], results[1])
+    assert np.abs(results[2] - results[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_parity_under_a_strategy(replicas):
+    args = {"clipper": kgc.NormClip(0.5), "activation_gate": GATE}
+    _, _, want = train(0, lambda: keras.optimizers.Adam(1e-2), compile_args=args)
+    _, _, got = train(replicas, lambda: keras.optimizers.Adam(1e-2), compile_args=args)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path):
+    x, y = data(16)
+    model = net()
+    model.compile(
+        keras.optimizers.Adam(1e-2), loss(), clipper=kgc.AbsoluteClip(0.05), activation_gate=GATE
+    )
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert loaded._clip_runtime().gate == GATE
+    for m in (model, loaded):
+        m.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+    detach(loaded)
+    loaded.make_train_function(force=True)
+
+
+@pytest.mark.parametrize("kind", ["functional", "sequential", "nested"])
+def test_insert_saves_and_loads_in_a_plain_model(kind, tmp_path):
+    x, y = data(16)
+    if kind == "functional":
+        model = net(keras.Model)
+    elif kind == "nested":
+        model = keras.Model(*nested())
+    else:
+        model = keras.Sequential(
+            [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(CLASSES)]
+        )
+    paths = [v.path for v in model.trainable_variables]
+    gated = GATE.insert(model)
+    assert [v.path for v in gated.trainable_variables] == paths  # clip rules still match
+    np.testing.assert_array_equal(gated.predict(x, verbose=0), model.predict(x, verbose=0))
+    gated.compile(kgc.ClippedOptimizer(keras.optimizers.SGD(0.1), kgc.AbsoluteClip(0.05)), loss())
+    gated.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    gated.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    for m in (gated, loaded):
+        m.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(weights(gated), weights(loaded))
+
+
+def test_chosen_layers_only():
+    model = net()
+    assert GATE.attach(model) == len(model.layers) - 1  # all but the input; weights decide later
+    gate = kgc.ActivationGate(layers=["head", "bo.*"])
+    assert gate.attach(model) == 2
+    assert [layer.name for layer in model.layers if gate.selects(layer)] == ["body", "head"]
+    assert [layer.name for layer in model.layers if GATE.selects(layer)] == ["stem", "body", "head"]
+
+
+def test_compiling_without_a_gate_removes_it():
+    x, y = data(16)
+    results = []
+    for first in (None, GATE):
+        model = net()
+        model.compile("sgd", loss(), activation_gate=first)
+        model.compile(keras.optimizers.SGD(0.1), loss())
+        model.fit(x, y, shuffle=False, verbose=0)
+        results.append(weights(model))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_integer_inputs_and_masks_pass():
+    inputs = keras.Input((6,), dtype="int32")
+    h = keras.layers.Embedding(10, 4, mask_zero=True)(inputs)
+    h = keras.layers.LSTM(4)(h)
+    model = kgc.ClippedModel(inputs, keras.layers.Dense(2)(h))
+    x = np.array([[1, 2, 0, 0, 0, 0], [3, 4, 5, 0, 0, 0]])
+    want = model.predict(x, verbose=0)
+    GATE.attach(model)
+    model.make_predict_function(force=True)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), want)
+
+
+def test_insert_needs_a_graph():
+    model = Subclassed()
+    model(data(2)[0])
+    with pytest.raises(ValueError, match="ClippedModel"):
+        GATE.insert(model)
+    with pytest.raises(ValueError, match="selects no layer"):
+        kgc.ActivationGate(layers="conv9").insert(net())
+
+
+def test_round_trip():
+    for gate in (GATE, kgc.ActivationGate(layers=["a", "b.*"])):
+        assert kgc.ActivationGate.from_config(gate.get_config()) == gate
+
+
+def test_attach_works_in_a_scope():
+    with strategy(2).scope():
+        model = net()
+        model.compile("sgd", loss(), activation_gate=GATE)
+    x, y = data(8)
+    assert np.isfinite(model.fit(x, y, verbose=0).history["loss"][0])
