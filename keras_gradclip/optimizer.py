@@ -7,6 +7,7 @@ telemetry.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -592,7 +593,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> ClippedOptimizer:
         """The optimizer that `get_config` described, without its state."""
-        config = dict(config)
+        config = copy.deepcopy(dict(config))  # Keras writes into the config that it reads
         config["inner_optimizer"] = keras.saving.deserialize_keras_object(
             config["inner_optimizer"], custom_objects=custom_objects
         )
