@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 test test-slow lint format clean
+.PHONY: help venv resnet50 zoo replicas search test test-slow lint format clean
 
 help:
 	@echo "make venv       set up .venv (the first step of every other target)"
 	@echo "make resnet50   train ResNet-50 with clipping on the embedded MNIST images"
+	@echo "make zoo        train every recipe on its embedded data and print one table"
+	@echo "make search     search clipping thresholds with KerasTuner on the embedded data"
+	@echo "make replicas   what a threshold means on 1, 2 and 4 replicas, Keras beside us"
 	@echo "make test       lint, type-check and test"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy alone;  make format rewrites with ruff"
@@ -22,6 +25,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 resnet50: venv
 	$(BIN)/python recipes/resnet50.py $(ARGS)
+
+zoo: venv
+	$(BIN)/python recipes/zoo.py $(ARGS)
+
+search: venv
+	$(BIN)/python tuning/search.py $(ARGS)
+
+replicas: venv
+	$(BIN)/python recipes/replicas.py
 
 lint: venv
 	$(BIN)/ruff check .
