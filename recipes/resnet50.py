@@ -1,8 +1,11 @@
 """ResNet-50 with per-layer gradient clipping.
 
-    python recipes/resnet50.py
+Command: `python recipes/resnet50.py`, or `make resnet50`.
 
-trains on the 5,000 embedded MNIST digits at 32x32.
+Trains on the 5,000 embedded MNIST digits at 32x32, about 23 CPU seconds an epoch and 5 minutes in
+all on two CPU cores. Reached here: 98.2 % validation and 96.4 % test accuracy (seed 0), 97.4 % and
+95.6 % (seed 1). The clip acts in the first two epochs, when the gradient's norm is near 1,000.
+Without it (`--clipper none`, seed 0): 95.4 % and 95.2 %; one run each, so no more than a hint.
 """
 
 import sys
@@ -24,7 +27,7 @@ RECIPE = Recipe(
         "image_size": 32,
         "epochs": 8,
         "batch_size": 64,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "warmup_epochs": 1.0,
         "weight_decay": 1e-4,
         "clipper": "absolute",
