@@ -1,5 +1,6 @@
 """Per-layer gradient clipping for Keras 3: what is clipped is what is applied."""
 
+from keras_gradclip.adaptive import AdaptiveClip, RMSClip, unit_axes
 from keras_gradclip.base import Clipper, ClipStats, get, register, serialize
 from keras_gradclip.clip_map import ClipMap
 from keras_gradclip.clippers import AbsoluteClip, Chain, ExponentialClip, NormClip
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AbsoluteClip",
     "ActivationGate",
+    "AdaptiveClip",
     "Chain",
     "ClipMap",
     "ClipStats",
@@ -22,7 +24,9 @@ __all__ = [
     "ExponentialClip",
     "GatedInput",
     "NormClip",
+    "RMSClip",
     "get",
     "register",
     "serialize",
+    "unit_axes",
 ]
