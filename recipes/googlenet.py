@@ -18,7 +18,7 @@ RECIPE = Recipe(
     network_options={"initializer": "he_normal"},
     settings={
         "image_size": 32,
-        "epochs": 8,
+        "epochs": 10,
         "batch_size": 64,
         "learning_rate": 1e-3,
         "warmup_epochs": 1.0,

@@ -15,7 +15,7 @@ RECIPE = Recipe(
     name="vgg19",
     network="vgg19",
     description=__doc__,
-    network_options={"pool_grid": 1, "dense_units": 512},
+    network_options={"pool_grid": 1, "dense_units": 512, "dropout": 0.0},
     # The paper's optimizer; its learning rate is 0.01.
     settings={
         "image_size": 32,
@@ -23,7 +23,7 @@ RECIPE = Recipe(
         "batch_size": 32,
         "optimizer": "sgd",
         "momentum": 0.9,
-        "learning_rate": 0.03,
+        "learning_rate": 0.02,
         "warmup_epochs": 1.0,
         "weight_decay": 5e-4,
         "clipper": "norm",
