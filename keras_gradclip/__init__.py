@@ -7,12 +7,14 @@ from keras_gradclip.clippers import AbsoluteClip, Chain, ExponentialClip, NormCl
 from keras_gradclip.gate import ActivationGate, GatedInput
 from keras_gradclip.model import ClippedModel, ClippedTrainStep
 from keras_gradclip.optimizer import ClippedOptimizer
+from keras_gradclip.stateful import AdaClip, PercentileClip, ZScoreClip
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AbsoluteClip",
     "ActivationGate",
+    "AdaClip",
     "AdaptiveClip",
     "Chain",
     "ClipMap",
@@ -24,7 +26,9 @@ __all__ = [
     "ExponentialClip",
     "GatedInput",
     "NormClip",
+    "PercentileClip",
     "RMSClip",
+    "ZScoreClip",
     "get",
     "register",
     "serialize",
