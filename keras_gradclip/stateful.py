@@ -4,7 +4,8 @@ What they remember is a handful of numbers for each scope (a layer, a variable, 
 model), kept in the optimizer's variables: the same on every replica, since every replica sees the
 same reduced gradients; saved and resumed with the optimizer. Norms that are not finite are never
 remembered. Called as a function, `clipper(grads, variables)`, each starts from an empty memory;
-loops that want the memory use `init` and `apply`, or `ClippedOptimizer`.
+loops that want the memory use `init` and `apply`, or `ClippedOptimizer`. Counters are float32 and
+bounded: TensorFlow keeps int32 variables off the GPU, where a compiled step cannot reach them.
 """
 
 from __future__ import annotations
@@ -154,32 +155,36 @@ class PercentileClip(_FromNorms):
         self._check_scope()
 
     def init(self, variables):
-        """An empty history: `[scopes, window]` norms, and how many were written."""
+        """An empty history: `[scopes, window]` norms, the next slot, and how many are filled."""
         number = self._number(variables)
         return {
             "history": np.full((number, self.window), NO_LIMIT, "float32"),
-            "count": np.zeros((number,), "int32"),
+            "slot": np.zeros((number,), "float32"),
+            "filled": np.zeros((number,), "float32"),
         }
 
     def _limits(self, norms, usable, state, hyper):
-        count = ops.convert_to_tensor(state["count"])
-        slots = ops.arange(self.window, dtype="int32")
-        here = ops.equal(slots[None, :], (count % self.window)[:, None])
+        slot, filled = (ops.convert_to_tensor(state[k]) for k in ("slot", "filled"))
+        slots = ops.arange(self.window, dtype="float32")
+        here = ops.equal(slots[None, :], slot[:, None])
         here = ops.logical_and(here, usable[:, None])
         history = ops.where(here, norms[:, None], ops.convert_to_tensor(state["history"]))
-        count = count + ops.cast(usable, "int32")
+        slot = (slot + kernels.float32(usable)) % self.window
+        filled = ops.minimum(filled + kernels.float32(usable), float(self.window))
 
         # The unused slots hold NO_LIMIT and sort to the end.
         ordered = ops.sort(history, axis=1)
-        last = ops.maximum(ops.minimum(count, self.window) - 1, 0)
+        last = ops.maximum(filled - 1.0, 0.0)
         share = ops.minimum(hyper["percentile"], 100.0) / 100.0
-        position = kernels.float32(last) * share
-        low = ops.cast(ops.floor(position), "int32")
-        high = ops.minimum(low + 1, last)
-        below = ops.take_along_axis(ordered, low[:, None], axis=1)[:, 0]
-        above = ops.take_along_axis(ordered, high[:, None], axis=1)[:, 0]
-        limits = below + (above - below) * (position - kernels.float32(low))
-        return limits, {"history": history, "count": count}
+        position = last * share
+        low = ops.floor(position)
+        high = ops.minimum(low + 1.0, last)
+        below, above = (
+            ops.take_along_axis(ordered, ops.cast(i, "int32")[:, None], axis=1)[:, 0]
+            for i in (low, high)
+        )
+        limits = below + (above - below) * (position - low)
+        return limits, {"history": history, "slot": slot, "filled": filled}
 
 
 @register("zscore")
@@ -232,7 +237,7 @@ class ZScoreClip(_FromNorms):
         return {
             "mean": np.zeros((number,), "float32"),
             "variance": np.zeros((number,), "float32"),
-            "count": np.zeros((number,), "int32"),
+            "count": np.zeros((number,), "float32"),
         }
 
     def _limits(self, norms, usable, state, hyper):
@@ -251,7 +256,7 @@ class ZScoreClip(_FromNorms):
 
         norm = ops.minimum(norms, limits)
         # During the warm-up: Welford's running mean and population variance.
-        n = kernels.float32(count + 1)
+        n = count + 1.0
         first_mean = mean + (norm - mean) / n
         first_variance = variance + ((norm - mean) * (norm - first_mean) - variance) / n
         later_mean = self.alpha * mean + (1 - self.alpha) * norm
@@ -263,7 +268,7 @@ class ZScoreClip(_FromNorms):
         return limits, {
             "mean": new(first_mean, later_mean, mean),
             "variance": new(first_variance, later_variance, variance),
-            "count": count + ops.cast(usable, "int32"),
+            "count": ops.minimum(count + kernels.float32(usable), float(self.warmup_steps)),
         }
 
 
@@ -312,7 +317,7 @@ class AdaClip(_FromNorms):
         """No norms yet: γ for each scope, and the number of updates."""
         return {
             "gamma": np.full((self._number(variables),), NO_LIMIT, "float32"),
-            "count": np.zeros((1,), "int32"),
+            "count": np.zeros((1,), "float32"),
         }
 
     def _limits(self, norms, usable, state, hyper):
@@ -332,5 +337,5 @@ class AdaClip(_FromNorms):
         updated = ops.where(warm, later, ops.minimum(gamma, norm))
         return limits, {
             "gamma": ops.where(remembered, updated, gamma),
-            "count": count + 1,
+            "count": ops.minimum(count + 1.0, float(self.warmup_steps)),
         }
