@@ -161,6 +161,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         for key, value in (clipper.hyperparameters() if clipper else {}).items():
             self._hyper[key] = value if _is_schedule(value) else self._scalar(key, value)
         self._fraction_weights: list[float] = []
+        self._observer: Any = None
 
     def _scalar(self, key: str, value: float) -> Any:
         """A float32 variable for a live threshold."""
@@ -429,7 +430,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         """Clip, let the inner optimizer apply, take the figures."""
         variables = self._trainable_variables
-        clipped, stats = grads, None
+        clipped, stats, hyper = grads, None, {}
         if self._clipper is not None:
             iterations = self.inner_optimizer.iterations
             hyper = {k: current_value(v, iterations) for k, v in self._hyper.items()}
@@ -437,6 +438,10 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             clipped, state, stats = self._clipper.apply(grads, variables, state, hyper)
             for key, value in state.items():
                 self._clip_state[key].assign(value)
+        if self._observer is not None:
+            self._observer.on_update(grads, clipped, stats, hyper)
+            if self._observer.holds:
+                return
         inner_scale = self.inner_optimizer.loss_scale_factor
         if inner_scale:  # the inner optimizer will divide once more
             clipped = [_divide(g, 1.0 / inner_scale) for g in clipped]
@@ -458,6 +463,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def _skip(self, loss_scale: Any, grads: list[Any], overwriting: list[Any]) -> None:
         """Leave the update out on every replica; the loss scale falls."""
+        if self._observer is not None:
+            self._observer.on_skip(grads)
         del grads, overwriting
         self._skipped.assign(self._skipped + 1)
         self._totals.assign(self._totals + ops.convert_to_tensor([0.0, 1.0, 0.0]))
@@ -482,6 +489,17 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         )
         norm = ops.sqrt(ops.sum(squares))
         self._totals.assign(self._totals + ops.stack([ops.ones_like(norm), zero, norm]))
+
+    def observe(self, observer: Any) -> None:
+        """Show every update, from the next trace on, to `observer`; None ends it.
+
+        Args:
+            observer: an object with `on_update(grads, clipped, stats, hyper)`, called after the
+                clip in replica context with the reduced gradients (`stats`: `ClipStats` or None);
+                `on_skip(grads)`, called for an update that is left out; and `holds`, a bool: True
+                leaves the weights as they are.
+        """
+        self._observer = observer
 
     def mean_grad_norm(self) -> Any:
         """The global L2 norm before the clip, averaged since the last reset; a float32 scalar."""
