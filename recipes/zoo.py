@@ -151,7 +151,7 @@ def _score(row: dict, key: str) -> str:
 
 
 def main(argv=None) -> int:
-    """The exit status: 0; 1 when a recipe failed; 2 for a mistake in the flags."""
+    """The exit status: 0; 1 when a recipe failed; 2 for a mistake in the flags; 130 by Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="zoo",
         description=__doc__,
@@ -181,7 +181,11 @@ def main(argv=None) -> int:
     for name in names:
         if name not in done:
             print(f"== {name}", flush=True)
-            done[name] = train_apart(name, str(output / name), rest)
+            try:
+                done[name] = train_apart(name, str(output / name), rest)
+            except KeyboardInterrupt:
+                print("interrupted; go on with the same command and --resume", file=sys.stderr)
+                return 130
             if done[name]["error"]:
                 print(f"{name} failed: {done[name]['error']}", file=sys.stderr)
         rows = [row for row in done.values() if row["recipe"] in RECIPES]
