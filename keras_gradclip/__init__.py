@@ -6,6 +6,7 @@ from keras_gradclip.clip_map import ClipMap
 from keras_gradclip.clippers import AbsoluteClip, Chain, ExponentialClip, NormClip
 from keras_gradclip.gate import ActivationGate, GatedInput
 from keras_gradclip.model import ClippedModel, ClippedTrainStep
+from keras_gradclip.monitor import ClipMonitor
 from keras_gradclip.optimizer import ClippedOptimizer
 from keras_gradclip.stateful import AdaClip, PercentileClip, ZScoreClip
 
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptiveClip",
     "Chain",
     "ClipMap",
+    "ClipMonitor",
     "ClipStats",
     "ClippedModel",
     "ClippedOptimizer",
