@@ -16,7 +16,14 @@ _LEAST_CLIPPED = 0.01  # per cent, the dark end of the colours
 _SYMBOLS = {"threshold": "c", "gamma": "γ", "max_norm": "max_norm"}
 
 
-def draw(rows: Sequence[Mapping], path, objective, title: str, folder: Path | None = None) -> None:
+def draw(
+    rows: Sequence[Mapping],
+    path,
+    objective,
+    title: str,
+    folder: Path | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
     """Draws the score by threshold, parallel coordinates, and the best trials' learning curves.
 
     Args:
@@ -24,19 +31,20 @@ def draw(rows: Sequence[Mapping], path, objective, title: str, folder: Path | No
         path: of the PNG file.
         objective: `keras_tuner.Objective`.
         title: str, a head above the verdict.
-        folder: of the search, for the learning curves; None: without them.
+        folder: of the trials, for the learning curves; None: without them.
+        ranges: (low, high) of the thresholds by name, the widths of the axes.
     """
     from matplotlib.figure import Figure
 
     done = [row for row in rows if row["status"] == "completed"]
     names = list(dict.fromkeys(name for row in rows for name in threshold_of(row["values"])))
-    figure = Figure(figsize=(12, 9.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(12, 10), layout="constrained", dpi=110)
     lines = textwrap.wrap(verdict(rows, objective), 100)
     figure.suptitle(f"{title}\n" + "\n".join(lines), fontsize=12, fontweight="bold")
     above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
 
     if names and done:
-        _thresholds(above, rows, names, objective)
+        _thresholds(above, rows, names, objective, ranges or {})
     left, right = below.subfigures(1, 2, width_ratios=(1.55, 1))
     if done:
         _parallel(left.add_subplot(), rows, objective)
@@ -51,7 +59,7 @@ def _scale(objective):
     return 1.0, objective.name.replace("_", " ")
 
 
-def _thresholds(figure, rows, names, objective):
+def _thresholds(figure, rows, names, objective, ranges):
     """A panel a threshold: score over it, coloured by clip fraction, beside the baseline."""
     import matplotlib
     from matplotlib.colors import LogNorm
@@ -95,6 +103,11 @@ def _thresholds(figure, rows, names, objective):
                         "best", (x, score), xytext=(0, 11), textcoords="offset points", ha="center"
                     )
         axis.set_xscale("log")
+        if name in ranges:
+            low, high = ranges[name]
+            room = (high / low) ** 0.04
+            axis.set_xlim(low / room, high * room)
+        _plain_ticks(axis)
         kind, _, rest = name.partition("/")
         parameter, _, group = rest.partition("/")
         symbol = _SYMBOLS.get(parameter, parameter)
@@ -107,6 +120,15 @@ def _thresholds(figure, rows, names, objective):
     _key(axes[0], rows, rates)
     if image is not None:
         figure.colorbar(image, ax=list(axes), label="clipped, % of all (log)", pad=0.01)
+
+
+def _plain_ticks(axis):
+    """0.02 rather than 2×10⁻², at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _unclipped_lines(axis, rows, unclipped, factor, objective):
@@ -277,7 +299,7 @@ def _curves(axis, done, objective, folder):
                 marker="o",
                 markersize=3,
                 linewidth=1.0 if row["baseline"] else 1.5,
-                label=textwrap.fill(text, 46) if number == 0 else None,
+                label=textwrap.fill(text, 80) if number == 0 else None,
                 color=colour,
             )
     axis.set_title("learning curves of the best (red: the unclipped baseline)", fontsize=9)
@@ -286,7 +308,7 @@ def _curves(axis, done, objective, folder):
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if anything:
-        axis.legend(fontsize=6.5, loc="lower right" if objective.direction == "max" else "best")
+        axis.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(0.0, -0.2), frameon=False)
     else:
         axis.annotate(
             "the runs are on other machines", (0.5, 0.5), ha="center", xycoords="axes fraction"

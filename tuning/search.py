@@ -453,12 +453,20 @@ class _Search:
 
     def _report(self, oracle, console) -> int:
         from tuning import plots, results
+        from tuning.space import ranges
 
         rows = results.trial_rows(oracle)
         best = self._write(rows)
         title = f"{self.recipe.name}: {len(rows)} trials"
         results.print_table(rows, self.objective, title, console)
-        plots.draw(rows, self.folder / "search.png", self.objective, title, self.folder / PROJECT)
+        plots.draw(
+            rows,
+            self.folder / "search.png",
+            self.objective,
+            title,
+            self.folder / PROJECT,
+            ranges(self.hyperparameters),
+        )
         diverged = sum(row["status"] == "diverged" for row in rows)
         failed = sum(row["status"] == "failed" for row in rows)
         for number, what in ((diverged, "diverged and rank last"), (failed, "failed")):

@@ -287,6 +287,23 @@ def threshold_of(values: Mapping) -> dict[str, float]:
     }
 
 
+def ranges(hp) -> dict[str, tuple[float, float]]:
+    """(low, high) of the numbers of a space, by name.
+
+    Args:
+        hp: `keras_tuner.HyperParameters`.
+    """
+    found = {}
+    for parameter in hp.space:
+        config = parameter.get_config()
+        numbers = [config.get("min_value"), config.get("max_value")]
+        if "values" in config:
+            numbers = [v for v in config["values"] if isinstance(v, float)]
+        if numbers and all(isinstance(v, (int, float)) for v in numbers):
+            found[parameter.name] = (min(numbers), max(numbers))
+    return found
+
+
 def _one_clipper(kind, threshold, values):
     rescale = values.get(f"{kind}/rescale", "none")
     rescale = None if rescale == "none" else rescale

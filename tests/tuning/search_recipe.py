@@ -1,0 +1,72 @@
+"""A recipe that trains in a second: one dense layer on random images, of which it logs the starts.
+
+`HANG` in the environment names a file: the run that finds it there and no `HANG.taken` beside it
+takes it, writes its process id into `HANG.taken`, and never ends, until it is killed.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.training import Recipe, main
+
+
+def build(num_outputs, image_size, model_class, options):
+    """Three dense layers."""
+    import keras
+
+    inputs = keras.Input((image_size, image_size, 3))
+    x = keras.layers.Flatten()(inputs)
+    x = keras.layers.Dense(8, "relu", name="first")(x)
+    x = keras.layers.Dense(8, "relu", name="second")(x)
+    outputs = keras.layers.Dense(num_outputs, "softmax", name="predictions")(x)
+    return model_class(inputs, outputs)
+
+
+def load_data(options):
+    """64 random images of two classes that differ in brightness."""
+    import numpy as np
+    import tensorflow as tf
+
+    from recipes.data import Data, Split
+
+    hang = os.environ.get("HANG")
+    if hang and Path(hang).exists():
+        try:
+            with open(f"{hang}.taken", "x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            pass
+        else:
+            time.sleep(600)
+    if "STARTS" in os.environ:
+        with open(os.environ["STARTS"], "a") as file:
+            file.write(f"{options.clipper} {options.learning_rate} {options.seed}\n")
+    rng = np.random.default_rng(0)
+    labels = np.arange(64) % 2
+    side = options.image_size
+    images = rng.random((64, side, side, 3), "float32") + 0.5 * labels[:, None, None, None]
+    split = Split(tf.data.Dataset.from_tensor_slices((images.astype("float32"), labels)), 64)
+    return Data(split, split, split, lambda e, seed: e, lambda e: e, 2, "brightness")
+
+
+RECIPE = Recipe(
+    name="brightness",
+    build=build,
+    load_data=load_data,
+    settings={
+        "image_size": 8,
+        "epochs": 1,
+        "batch_size": 16,
+        "learning_rate": 1e-2,
+        "threshold": 0.1,
+        "tensorboard": False,
+    },
+)
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

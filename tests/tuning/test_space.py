@@ -1,0 +1,182 @@
+"""The search space: conditions, round trips, groups."""
+
+import keras
+import keras_tuner as kt
+import numpy as np
+import pytest
+
+import keras_gradclip as kgc
+from tuning.oracles import combinations
+from tuning.space import (
+    CLIPPERS,
+    clip_hyperparameters,
+    from_clipper,
+    layer_groups,
+    ranges,
+    threshold_of,
+    to_clipper,
+    to_gate,
+)
+
+WHOLE = {"scope": ("layer", "global"), "activation_gate": True, "learning_rate": (1e-4, 1e-2)}
+GROUPS = {"stem": "conv1/.*", "head": "predictions/.*", "stages": ".*"}
+
+
+def space_of(**options):
+    hp = kt.HyperParameters()
+    values = clip_hyperparameters(hp, **options)
+    return hp, values
+
+
+def samples(hp, number=60):
+    """Random trials, as an oracle draws them."""
+    oracle = kt.oracles.RandomSearchOracle("val_loss", number, hyperparameters=hp, seed=1)
+    for i in range(number):
+        yield oracle.populate_space(str(i))["values"]
+
+
+def small_net():
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, name="conv1")(inputs)
+    x = keras.layers.BatchNormalization(name="bn1")(x)
+    x = keras.layers.Conv2D(4, 3, name="conv2")(x)
+    x = keras.layers.Conv2D(4, 3, name="conv3")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(2, "softmax", name="predictions")(x))
+
+
+def test_a_trial_carries_what_it_uses_and_nothing_else():
+    hp, _ = space_of(**WHOLE)
+    seen = set()
+    for values in samples(hp):
+        kind = values["clipper"]
+        seen.add(kind)
+        for name in values:
+            family = name.partition("/")[0]
+            assert family in ("clipper", "learning_rate", "activation_gate", "gate", kind), name
+        assert ("gate/clip_value" in values) == values["activation_gate"]
+        expected = {
+            "none": set(),
+            "absolute": {"absolute/threshold", "absolute/rescale"},
+            "norm": {"norm/max_norm", "norm/scope"},
+            "exponential": {
+                f"exponential/{name}" for name in ("gamma", "beta", "weight", "rescale")
+            },
+        }[kind]
+        assert {name for name in values if name.startswith(f"{kind}/")} == expected
+    assert seen == set(CLIPPERS)
+
+
+def test_every_value_is_within_its_range_and_makes_a_clipper():
+    hp, _ = space_of(**WHOLE, threshold=(0, 1))
+    for values in samples(hp):
+        clipper = to_clipper(values)
+        assert (clipper is None) == (values["clipper"] == "none")
+        for name, (low, high) in ranges(hp).items():
+            assert low <= values.get(name, low) <= high
+    assert ranges(hp)["absolute/threshold"] == pytest.approx((1e-4, 1))
+    assert ranges(hp)["exponential/beta"] == (0.5, 1.0)
+
+
+def test_clipper_and_values_round_trip():
+    hp, _ = space_of(**WHOLE)
+    for values in samples(hp):
+        clipper = to_clipper(values)
+        back = from_clipper(clipper)
+        assert to_clipper(back) == clipper
+        assert kgc.get(kgc.serialize(clipper)) == clipper
+        for name, value in back.items():
+            assert values[name] == (pytest.approx(value) if isinstance(value, float) else value)
+
+
+def test_float32_on_the_way_does_not_change_the_clipper():
+    values = {"clipper": "absolute", "absolute/threshold": 0.0123456}
+    through = {**values, "absolute/threshold": float(np.float32(0.0123456))}
+    assert through != values
+    assert to_clipper(through) == to_clipper(values) == kgc.AbsoluteClip(0.0123456)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "exponential", "norm"])
+def test_groups_have_thresholds_of_their_own(kind):
+    hp, _ = space_of(clippers=[kind], groups=GROUPS)
+    values = next(iter(samples(hp)))
+    assert [name.rpartition("/")[2] for name in threshold_of(values)] == list(GROUPS)
+    assert len(set(threshold_of(values).values())) == 3
+    clipper = to_clipper(values, GROUPS)
+    model = small_net()
+    assert [rule for rule, _ in clipper.rule_of(model.trainable_variables)] == [
+        "conv1/.*", "conv1/.*", *[".*"] * 6, "predictions/.*", "predictions/.*"
+    ]  # fmt: skip
+    assert to_clipper(from_clipper(clipper, GROUPS), GROUPS) == clipper
+    with pytest.raises(ValueError, match="Pass the same `groups`"):
+        to_clipper(values)
+
+
+def test_layer_groups_split_stem_stages_and_head():
+    groups = layer_groups(small_net())
+    assert list(groups) == ["stem", "head", "stages"]  # the order in which they are tried
+    clipper = kgc.ClipMap([(rx, kgc.AbsoluteClip(0.1)) for rx in groups.values()])
+    names = {rx: name for name, rx in groups.items()}
+    variables = small_net().trainable_variables
+    found = {
+        v.path: names[rule]
+        for v, (rule, _) in zip(variables, clipper.rule_of(variables), strict=True)
+    }
+    assert found["conv1/kernel"] == found["bn1/gamma"] == "stem"
+    assert found["conv2/kernel"] == found["conv3/bias"] == "stages"
+    assert found["predictions/kernel"] == found["predictions/bias"] == "head"
+    with pytest.raises(ValueError, match="three or more"):
+        layer_groups(keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]))
+
+
+def test_the_default_trial_is_the_unclipped_baseline():
+    _, values = space_of(learning_rate=(1e-4, 1e-2), default_learning_rate=5e-3)
+    assert values == {"clipper": "none", "learning_rate": 5e-3}
+    assert to_clipper(values) is None and to_gate(values, 1e-3) is None
+
+
+def test_gate():
+    values = {"activation_gate": True, "gate/clip_value": 0.2, "gate/gamma": 0.5}
+    assert to_gate(values, 1e-3) == kgc.ActivationGate(0.2, 0.5, 1e-3)
+
+
+def test_points_make_a_grid_with_its_ends():
+    hp, _ = space_of(clippers=["none", "absolute"], points=3, rescale=("none", "norm"))
+    grid = list(combinations(hp))
+    assert len(grid) == 1 + 3 * 2
+    assert grid[0] == {"clipper": "none"}
+    thresholds = sorted({values["absolute/threshold"] for values in grid[1:]})
+    assert thresholds == pytest.approx([0.01, 0.1**1.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"clippers": ["clipvalue"]}, "`clippers` must be some of"),
+        ({"clippers": []}, "`clippers` must be some of"),
+        ({"rescale": ["alpha"], "clippers": ["absolute"]}, "holds nothing for 'absolute'"),
+        ({"threshold": (0.1, 0.01)}, "range of 'absolute/threshold'"),
+        ({"gamma": (-1, 0.01)}, "range of 'exponential/gamma'"),
+        ({"learning_rate": (0.1, 1), "default_learning_rate": 2.0}, "default of 'learning_rate'"),
+        ({"points": 1}, "`points`=1 must be 2 or more"),
+    ],
+)
+def test_wrong_spaces_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        space_of(**options)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: to_clipper({}), "must hold 'clipper'"),
+        (lambda: to_clipper({"clipper": "agc"}), "'agc'"),
+        (lambda: to_clipper({"clipper": "absolute"}), "lack 'absolute/threshold'"),
+        (lambda: from_clipper(kgc.Chain([kgc.AbsoluteClip(0.1)])), "outside of the space"),
+        (lambda: from_clipper(kgc.ClipMap({".*": kgc.AbsoluteClip(0.1)})), "not those of `groups`"),
+        (lambda: from_clipper(kgc.AbsoluteClip(0.1), GROUPS), "has no groups"),
+    ],
+)
+def test_clippers_outside_of_the_space_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
