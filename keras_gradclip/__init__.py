@@ -2,6 +2,7 @@
 
 from keras_gradclip.adaptive import AdaptiveClip, RMSClip, unit_axes
 from keras_gradclip.base import Clipper, ClipStats, get, register, serialize
+from keras_gradclip.calibrate import Calibration, calibrate
 from keras_gradclip.clip_map import ClipMap
 from keras_gradclip.clippers import AbsoluteClip, Chain, ExponentialClip, NormClip
 from keras_gradclip.gate import ActivationGate, GatedInput
@@ -17,6 +18,7 @@ __all__ = [
     "ActivationGate",
     "AdaClip",
     "AdaptiveClip",
+    "Calibration",
     "Chain",
     "ClipMap",
     "ClipMonitor",
@@ -31,6 +33,7 @@ __all__ = [
     "PercentileClip",
     "RMSClip",
     "ZScoreClip",
+    "calibrate",
     "get",
     "register",
     "serialize",

@@ -106,9 +106,9 @@ class AdaptiveClip(Clipper):
                 if 0 in axes
                 else kernels.matching_weight(variable, g)
             )
-            square = _unit_squares(x, axes)
+            square = unit_squares(x, axes)
             norm = ops.sqrt(square)
-            floor = ops.maximum(ops.sqrt(_unit_squares(weight, axes)), self.eps)
+            floor = ops.maximum(ops.sqrt(unit_squares(weight, axes)), self.eps)
             limit = hyper["clip_factor"] * floor
             y = kernels.scale(x, kernels.clip_factor(norm, limit))
             clipped.append(kernels.with_values(g, y))
@@ -141,7 +141,7 @@ class AdaptiveClip(Clipper):
         return f"AdaptiveClip(clip_factor={shown}, eps={self.eps:g}{axes})"
 
 
-def _unit_squares(x: Any, axes: Sequence[int]) -> Any:
+def unit_squares(x: Any, axes: Sequence[int]) -> Any:
     """The sum of x² over `axes`, which stay as dimensions of 1; float32."""
     square = ops.square(kernels.float32(x))
     return ops.sum(square, axis=tuple(axes), keepdims=True) if axes else square

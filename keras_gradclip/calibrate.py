@@ -1,0 +1,335 @@
+"""`calibrate`: thresholds from the gradients that a model really has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradclip import kernels, validation
+from keras_gradclip.adaptive import AdaptiveClip, RMSClip, default_unit_axes, unit_squares
+from keras_gradclip.base import Clipper, layer_of, serialize
+from keras_gradclip.clip_map import ClipMap
+from keras_gradclip.clippers import AbsoluteClip, ExponentialClip, NormClip
+from keras_gradclip.monitor import device_variable, strategy_scope, to_numpy, wrapped_optimizer
+from keras_gradclip.optimizer import ClippedOptimizer
+
+#: The clippers that a threshold is suggested for, and what each bounds.
+KINDS = {
+    "norm": "L2 norm of the layer's gradient",
+    "absolute": "largest element",
+    "exponential": "largest |g|·exp(−β·W)",
+    "adaptive": "largest ratio of a unit's gradient norm to its weight norm",
+    "rms": "largest root mean square of a variable's gradient",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        layers: the layers, in the model's order.
+        thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "rms") and
+            layer the suggested threshold; None for a layer whose gradient is zero or missing.
+        global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
+        updates: the number of updates that the figures rest on.
+        nonfinite: the number of updates left out because a gradient was not finite.
+        percentile: the percentile, 0..100.
+        beta: β of the exponential clipper.
+        eps: ε of the adaptive clipper.
+    """
+
+    layers: list[str]
+    thresholds: dict[str, dict[str, float | None]]
+    global_norm: float | None
+    updates: int
+    nonfinite: int
+    percentile: float
+    beta: float
+    eps: float
+
+    def clipper(self, kind: str, layer: str) -> Clipper | None:
+        """The clipper suggested for a layer, or None where there is nothing to clip."""
+        validation.choice("Calibration", "kind", kind, tuple(KINDS))
+        threshold = self.thresholds[kind][layer]
+        if threshold is None:
+            return None
+        makers = {
+            "norm": lambda: NormClip(threshold, scope="layer"),
+            "absolute": lambda: AbsoluteClip(threshold),
+            "exponential": lambda: ExponentialClip(self.beta, threshold),
+            "adaptive": lambda: AdaptiveClip(threshold, eps=self.eps),
+            "rms": lambda: RMSClip(threshold),
+        }
+        return makers[kind]()
+
+    def clip_map(self, kind: str = "norm") -> ClipMap:
+        """A `ClipMap` with a rule for each layer.
+
+        Args:
+            kind: "norm", "absolute", "exponential", "adaptive" or "rms".
+        """
+        return ClipMap([(_pattern(layer), self.clipper(kind, layer)) for layer in self.layers])
+
+    def table(self) -> str:
+        """Text: a line a layer with the threshold of each clipper."""
+        rows = [("layer", *KINDS)]
+        for layer in self.layers:
+            values = (self.thresholds[kind][layer] for kind in KINDS)
+            rows.append((layer, *("–" if v is None else f"{v:.3g}" for v in values)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
+        left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
+        return "\n".join(
+            [
+                lines[0],
+                "-" * len(lines[0]),
+                *lines[1:],
+                f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
+                f"{left_out}; exponential: gamma at beta={self.beta:g}",
+            ]
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def save(self, path: str | os.PathLike, kind: str = "norm") -> None:
+        """Write JSON: the `ClipMap` under "clipper", for `--clip-config`, and all the figures.
+
+        Args:
+            path: the file.
+            kind: which clipper, as in `clip_map`.
+        """
+        content = {
+            "clipper": serialize(self.clip_map(kind)),
+            "calibration": {"kind": kind, **dataclasses.asdict(self)},
+        }
+        path = Path(path)
+        scratch = path.with_name(path.name + ".tmp")
+        scratch.write_text(json.dumps(content, indent=1))
+        scratch.replace(path)
+
+
+def _pattern(layer: str) -> str:
+    """A regular expression for the paths of a layer's variables."""
+    return re.escape(layer) + "(/[^/]+)?"
+
+
+class _Sampler:
+    """Keeps four figures a variable of each update, on the device."""
+
+    def __init__(
+        self, optimizer: ClippedOptimizer, updates: int, hold: bool, beta: float, eps: float
+    ) -> None:
+        self.holds = hold
+        self.variables = list(optimizer._trainable_variables)
+        self.updates, self.beta, self.eps = updates, beta, eps
+        with strategy_scope(optimizer):
+            self.figures = device_variable((updates, 4, len(self.variables)))
+            self.seen = device_variable((), "int64")
+            self.skipped = device_variable((), "int64")
+
+    def on_skip(self, grads: Sequence[Any]) -> None:
+        del grads
+        self.skipped.assign(self.skipped + 1)
+
+    def on_update(self, grads: Any, clipped: Any, stats: Any, hyper: Any) -> None:
+        del clipped, stats, hyper
+        columns = [self._of(g, v) for g, v in zip(grads, self.variables, strict=True)]
+        figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
+        here = ops.equal(ops.arange(self.updates, dtype="int64"), self.seen + 0)
+        self.figures.assign(ops.where(here[:, None, None], figures[None], self.figures))
+        self.seen.assign(self.seen + 1)
+
+    def _of(self, gradient: Any, variable: Any) -> list[Any]:
+        """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio."""
+        if gradient is None:
+            return [ops.zeros((), "float32")] * 4
+        x = kernels.float32(kernels.values(gradient))
+        weight = kernels.float32(kernels.matching_weight(variable, gradient))
+        axes = default_unit_axes(variable)
+        whole = kernels.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
+        unit = ops.sqrt(unit_squares(x, axes))
+        floor = ops.maximum(ops.sqrt(unit_squares(whole, axes)), self.eps)
+        return [
+            kernels.sum_of_squares(x),
+            kernels.max_abs(x),
+            kernels.max_abs(ops.abs(x) / kernels.exp_of(self.beta, weight)),
+            kernels.max_abs(unit / floor),
+        ]
+
+
+class _Stop(keras.callbacks.Callback):
+    """Ends training after a number of updates, skipped ones included."""
+
+    def __init__(self, sampler: _Sampler) -> None:
+        super().__init__()
+        self.sampler = sampler
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Look at the counters."""
+        sampler = self.sampler
+        seen = int(to_numpy(sampler.seen)) + int(to_numpy(sampler.skipped))
+        if seen >= sampler.updates:
+            self.model.stop_training = True
+
+
+def calibrate(
+    model: Any,
+    data: Any,
+    steps: int = 100,
+    percentile: float = 90.0,
+    *,
+    follow: bool = True,
+    batch_size: int | None = None,
+    beta: float = 0.7,
+    eps: float = 1e-3,
+) -> Calibration:
+    """Suggest a threshold for each layer and each clipper, from the model's own gradients.
+
+    Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
+    clipper bounds: a threshold at the 90th percentile clips about one update in ten, as long as
+    the gradients stay as they were. (More than half clipped is too much: the threshold then acts
+    as a learning rate.) Afterwards weights, optimizer, metrics and random states are what they
+    were before, bit for bit.
+
+    ```python
+    found = kgc.calibrate(model, dataset, steps=200)
+    print(found)
+    model.compile("adamw", loss, clipper=found.clip_map("norm"))
+    found.save("clip.json")                       # recipes: --clip-config clip.json
+    ```
+
+    Args:
+        model: compiled with a `ClippedOptimizer` (or a `ClippedModel`), `clipper=None` or not:
+            the gradients are watched before the clip.
+        data: what `fit` takes as x: a `tf.data.Dataset`, a `PyDataset`, a generator; or a tuple
+            (x, y). It is repeated as needed, unless it is a generator.
+        steps: the number of updates to watch.
+        percentile: in 0..100, as `numpy.percentile`.
+        follow: True trains while it watches, and puts everything back at the end, so that the
+            figures are those of the first `steps` updates of a run. False stays at the present
+            weights.
+        batch_size: for (x, y) arrays, as in `fit`.
+        beta: β for the exponential clipper's γ.
+        eps: ε of the adaptive clipper.
+
+    Returns:
+        A `Calibration`; print it for a table.
+
+    Raises:
+        ValueError: an argument out of its range, a model without a `ClippedOptimizer`, no update
+            with finite gradients, or a backend without `ClipMonitor` support.
+    """
+    count = validation.steps("calibrate", "steps", steps)
+    if count is None:
+        raise ValueError("calibrate: `steps` must be a whole number of at least 1, not None.")
+    percentile = validation.positive("calibrate", "percentile", percentile)
+    if percentile > 100:
+        raise ValueError(f"calibrate: `percentile` must be at most 100, but is {percentile!r}.")
+    beta = validation.positive("calibrate", "beta", beta)
+    eps = validation.positive("calibrate", "eps", eps)
+    optimizer = wrapped_optimizer("calibrate", model)
+    sampler = _Sampler(optimizer, count, not follow, beta, eps)
+    x, y = data if isinstance(data, tuple) else (data, None)
+    epochs = count * (optimizer.gradient_accumulation_steps or 1)
+    with _everything_put_back(model, optimizer):
+        optimizer.observe(sampler)
+        model.train_function = None  # the step must be traced with the hook
+        model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=0, callbacks=[_Stop(sampler)])
+        seen = min(int(to_numpy(sampler.seen)), count)
+        figures = to_numpy(sampler.figures)[:seen].astype("float64")
+        skipped = int(to_numpy(sampler.skipped))
+    return _suggest(sampler.variables, figures, skipped, percentile, beta, eps)
+
+
+@contextlib.contextmanager
+def _everything_put_back(model: Any, optimizer: ClippedOptimizer) -> Iterator[None]:
+    """Leave the model, its optimizer, metrics and random states as they were."""
+
+    def variables() -> list[Any]:
+        found = [
+            *model.variables,
+            *model.metrics_variables,
+            *model.optimizer.variables,
+            *optimizer.variables,
+        ]
+        return list({id(v): v for v in found}.values())
+
+    before = [(v, np.array(to_numpy(v))) for v in variables()]
+    known = {id(v) for v, _ in before}
+    history, observer = getattr(model, "history", None), optimizer._observer
+    try:
+        yield
+    finally:
+        optimizer.observe(observer)
+        model.train_function = None
+        model.history, model.stop_training = history, False
+        if any(id(v) not in known for v in variables()):
+            model.reset_metrics()  # metrics that were built on the way
+        for variable, value in before:
+            variable.assign(value)
+
+
+def _suggest(
+    variables: Sequence[Any],
+    figures: np.ndarray,
+    skipped: int,
+    percentile: float,
+    beta: float,
+    eps: float,
+) -> Calibration:
+    """Percentiles over the updates of figures `[updates, 4, variables]`, layer by layer."""
+    finite = np.isfinite(figures).all(axis=(1, 2))
+    if not finite.any():
+        raise ValueError(
+            f"calibrate: none of {len(figures) + skipped} updates had finite gradients. Lower the "
+            "learning rate, or look at the data; ClipMonitor names the layer."
+        )
+    kept = figures[finite]
+    square, largest, scaled, ratio = (kept[:, i] for i in range(4))
+    sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
+    owners = [layer_of(v) for v in variables]
+    layers = list(dict.fromkeys(owners))
+
+    def suggestion(values: np.ndarray) -> float | None:
+        value = float(np.percentile(values, percentile))
+        return value if value > 0 else None
+
+    thresholds: dict[str, dict[str, float | None]] = {kind: {} for kind in KINDS}
+    for layer in layers:
+        mine = [i for i, owner in enumerate(owners) if owner == layer]
+        thresholds["norm"][layer] = suggestion(np.sqrt(square[:, mine].sum(axis=1)))
+        thresholds["absolute"][layer] = suggestion(largest[:, mine].max(axis=1))
+        thresholds["exponential"][layer] = suggestion(scaled[:, mine].max(axis=1))
+        thresholds["adaptive"][layer] = suggestion(ratio[:, mine].max(axis=1))
+        rms = np.sqrt(square[:, mine] / sizes[mine])
+        thresholds["rms"][layer] = suggestion(rms.max(axis=1))
+    return Calibration(
+        layers=layers,
+        thresholds=thresholds,
+        global_norm=suggestion(np.sqrt(square.sum(axis=1))),
+        updates=len(kept),
+        nonfinite=len(figures) - len(kept) + skipped,
+        percentile=percentile,
+        beta=beta,
+        eps=eps,
+    )

@@ -1,0 +1,209 @@
+"""calibrate: thresholds against gradients taken by hand, and nothing left changed."""
+
+import contextlib
+import json
+
+import keras
+import numpy as np
+import pytest
+from helpers import data, loss, net, strategy
+
+import keras_gradclip as kgc
+from keras_gradclip.adaptive import default_unit_axes
+from keras_gradclip.base import layer_of
+
+tf = pytest.importorskip("tensorflow")
+STEPS, BATCH = 6, 16
+
+
+def compiled(clipper=None, replicas=0, optimizer=None, **kwargs):
+    scope = strategy(replicas)
+    with scope.scope() if scope else contextlib.nullcontext():
+        model = net()
+        model.compile(
+            kgc.ClippedOptimizer(optimizer or keras.optimizers.Adam(0.01), clipper, **kwargs),
+            loss(),
+            loss_weights=5.0,
+            metrics=["accuracy"],
+        )
+    return model
+
+
+def dataset(steps=STEPS, batch=BATCH):
+    return tf.data.Dataset.from_tensor_slices(data(steps * batch)).batch(batch)
+
+
+def by_hand(follow, percentile, beta=0.7, eps=1e-3):
+    """The thresholds of the same run, in NumPy: kind -> layer -> number."""
+    model, rows = compiled(), []
+    adam = keras.optimizers.Adam(0.01)
+    owners = [layer_of(v) for v in model.trainable_variables]
+    for x, y in dataset():
+        with tf.GradientTape() as tape:
+            value = 5.0 * loss()(y, model(x))
+        grads = tape.gradient(value, model.trainable_variables)
+        row = {}
+        for layer in dict.fromkeys(owners):
+            mine = [
+                (np.asarray(g, "float64"), v)
+                for g, v in zip(grads, model.trainable_variables, strict=True)
+                if layer_of(v) == layer
+            ]
+            arrays = [(g, keras.ops.convert_to_numpy(v), default_unit_axes(v)) for g, v in mine]
+            row["norm", layer] = np.sqrt(sum((g**2).sum() for g, _, _ in arrays))
+            row["absolute", layer] = max(np.abs(g).max() for g, _, _ in arrays)
+            row["exponential", layer] = max(
+                (np.abs(g) * np.exp(-beta * w)).max() for g, w, _ in arrays
+            )
+            row["adaptive", layer] = max(
+                (np.sqrt((g**2).sum(a)) / np.maximum(np.sqrt((w**2).sum(a)), eps)).max()
+                for g, w, a in arrays
+            )
+            row["rms", layer] = max(np.sqrt((g**2).mean()) for g, _, _ in arrays)
+        row["global", ""] = np.sqrt(sum((np.asarray(g, "float64") ** 2).sum() for g in grads))
+        rows.append(row)
+        if follow:
+            adam.apply(grads, model.trainable_variables)
+    return {key: np.percentile([row[key] for row in rows], percentile) for key in rows[0]}
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_against_the_tape(follow):
+    want = by_hand(follow, 75.0)
+    found = kgc.calibrate(compiled(), dataset(), steps=STEPS, percentile=75.0, follow=follow)
+    assert found.updates == STEPS
+    assert found.layers == ["stem", "body", "head"]
+    for kind, of_layer in found.thresholds.items():
+        for layer, value in of_layer.items():
+            assert value == pytest.approx(want[kind, layer], rel=1e-3), (kind, layer)
+    assert found.global_norm == pytest.approx(want["global", ""], rel=1e-3)
+
+
+def everything(model):
+    values = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    return [np.array(v.numpy()) for v in values]
+
+
+@pytest.mark.parametrize("replicas, follow", [(0, True), (0, False), (2, True)])
+def test_nothing_is_changed(replicas, follow):
+    """With batch normalisation, dropout, a running clipper, and an optimizer in mid-run."""
+    x, y = data(64)
+    scope = strategy(replicas)
+    with scope.scope() if scope else contextlib.nullcontext():
+        keras.utils.set_random_seed(3)
+        inputs = keras.Input((8, 8, 3))
+        h = keras.layers.BatchNormalization()(keras.layers.Flatten()(inputs))
+        h = keras.layers.Dropout(0.3)(h)
+        model = kgc.ClippedModel(inputs, keras.layers.Dense(3)(h))
+        model.compile("adam", loss(), metrics=["accuracy"], clipper=kgc.PercentileClip(window=4))
+    history = model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+    before = everything(model)
+    kgc.calibrate(model, (x, y), steps=5, batch_size=16, follow=follow)
+    after = everything(model)
+    assert len(after) == len(before)
+    for a, b in zip(after, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert model.history is history
+    assert model.optimizer._observer is None
+    model.fit(x, y, batch_size=16, verbose=0)  # and it trains on
+    assert any((a != b).any() for a, b in zip(everything(model), before, strict=True))
+
+
+def test_replicas_and_accumulation_watch_updates():
+    want = kgc.calibrate(compiled(), dataset(), steps=STEPS)
+    many = kgc.calibrate(compiled(replicas=2), dataset(), steps=STEPS)
+    micro = kgc.calibrate(
+        compiled(gradient_accumulation_steps=2), dataset(2 * STEPS, BATCH // 2), steps=STEPS
+    )
+    for got in (many, micro):
+        assert got.updates == STEPS
+        for layer in want.layers:
+            for kind in want.thresholds:
+                expected = want.thresholds[kind][layer]
+                assert got.thresholds[kind][layer] == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["norm", "exponential", "adaptive"])
+def test_the_thresholds_clip_as_often_as_they_say(kind):
+    """The same updates again, at the same weights, each layer clipped at its 75th percentile.
+
+    A learning rate of 1e-12 keeps the weights where they are.
+    """
+    steps = 20
+    found = kgc.calibrate(compiled(), dataset(steps), steps=steps, percentile=75.0, follow=False)
+    model = compiled(found.clip_map(kind), optimizer=keras.optimizers.SGD(1e-12))
+    monitor = kgc.ClipMonitor(every=1)
+    model.fit(dataset(steps), verbose=0, callbacks=[monitor])
+    fractions = np.array(monitor.history["clip_fraction"])
+    for layer in found.layers:
+        mine = [i for i, path in enumerate(monitor.variables) if path.startswith(layer)]
+        assert np.mean((fractions[:, mine] > 0).any(axis=1)) == pytest.approx(0.25, abs=0.051)
+
+
+def test_map_table_and_file(tmp_path):
+    model = compiled()
+    found = kgc.calibrate(model, dataset(), steps=3)
+    text = str(found)
+    for layer in found.layers:
+        assert layer in text
+        assert f"{found.thresholds['norm'][layer]:.3g}" in text
+    described = found.clip_map("absolute").describe(model)
+    assert described.count("AbsoluteClip") == len(model.trainable_variables)
+    found.save(tmp_path / "clip.json", "absolute")
+    content = json.loads((tmp_path / "clip.json").read_text())
+    assert kgc.get(content["clipper"]) == found.clip_map("absolute")
+    assert content["calibration"]["thresholds"]["rms"] == found.thresholds["rms"]
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.json"]
+
+
+def test_layers_without_a_gradient_get_no_rule():
+    inputs = keras.Input((8, 8, 3))
+    h = keras.layers.Flatten()(inputs)
+    dead = keras.layers.Dense(4, kernel_initializer="zeros", name="dead")(h)
+    outputs = keras.layers.Dense(3, kernel_initializer="zeros", name="head")(
+        keras.layers.ReLU()(dead)
+    )
+    model = kgc.ClippedModel(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.1), loss())
+    found = kgc.calibrate(model, dataset(), steps=3, follow=False)
+    assert found.thresholds["norm"]["dead"] is None
+    assert found.thresholds["norm"]["head"] > 0
+    assert "off" in found.clip_map("norm").describe(model)
+
+
+def test_not_finite_updates_are_left_out():
+    x, y = data(64)
+    x[32:] = np.nan
+    model = compiled()
+    broken = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    found = kgc.calibrate(model, broken, steps=4, follow=False)
+    assert (found.updates, found.nonfinite) == (2, 2)
+    assert "left out" in str(found)
+    x[:] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        kgc.calibrate(model, (x, y), steps=2, batch_size=16)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": None}, "steps"),
+        ({"percentile": 0}, "percentile"),
+        ({"percentile": 101}, "percentile"),
+        ({"beta": -1.0}, "beta"),
+    ],
+)
+def test_misuse_is_named(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        kgc.calibrate(compiled(), dataset(), **arguments)
+
+
+def test_refusals():
+    plain = net(keras.Model)
+    plain.compile("sgd", loss())
+    with pytest.raises(ValueError, match="ClippedOptimizer"):
+        kgc.calibrate(plain, dataset())
+    with pytest.raises(ValueError, match="kind"):
+        kgc.calibrate(compiled(), dataset(), steps=1).clip_map("median")
