@@ -150,7 +150,9 @@ def show(rows: list[dict], title: str) -> None:
             here = [r for r in rows if r["clipper"] == clipper and r["learning_rate"] == rate]
             cells.append(summary(here))
             if clipper != "none":
-                fraction = _mean(r["clip_fraction"] for r in here)
+                # A run that diverged in its first epoch has no figure.
+                known = [r["clip_fraction"] for r in here if not math.isnan(r["clip_fraction"])]
+                fraction = _mean(known)
                 cells.append("" if math.isnan(fraction) else f"{100 * fraction:.3g} %")
         table.add_row(*cells)
     Console().print(table)
@@ -258,7 +260,8 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
         folder = output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
         print(f"{len(rows) + 1}: {name}", end=" ... ", flush=True)
         row = run_cell(recipe, values, folder) | {"recipe": recipe.name} | cell
-        print(f"{row['status']}, {100 * row['val_accuracy']:.1f} %", flush=True)
+        best = "" if math.isnan(row["val_accuracy"]) else f", {100 * row['val_accuracy']:.1f} %"
+        print(row["status"] + best, flush=True)
         rows.append(row)
         zoo.write(path, rows, COLUMNS)
         draw(rows, output / "compare.png", f"{recipe.name}: with and without clipping")
