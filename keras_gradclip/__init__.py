@@ -9,6 +9,7 @@ from keras_gradclip.gate import ActivationGate, GatedInput
 from keras_gradclip.model import ClippedModel, ClippedTrainStep
 from keras_gradclip.monitor import ClipMonitor
 from keras_gradclip.optimizer import ClippedOptimizer
+from keras_gradclip.report import report
 from keras_gradclip.stateful import AdaClip, PercentileClip, ZScoreClip
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "calibrate",
     "get",
     "register",
+    "report",
     "serialize",
     "unit_axes",
 ]

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,13 @@ def device_variable(shape: Sequence[int], dtype: str = "float32") -> Any:
     return keras.Variable(
         initializer="zeros", shape=tuple(shape), dtype=dtype, trainable=False, aggregation="none"
     )
+
+
+def _text(clipper: Any) -> str:
+    """A clipper for people; a schedule by its class alone."""
+    if clipper is None:
+        return "off"
+    return re.sub(r"<[^<>]*?(\w+) object at 0x[0-9a-f]+>", r"\1", str(clipper))
 
 
 class _Recorder:
@@ -404,14 +412,14 @@ class ClipMonitor(keras.callbacks.Callback):
         description = {
             "every": self.every,
             "clipper": serialize(clipper),
-            "clipper_text": "off" if clipper is None else str(clipper),
+            "clipper_text": _text(clipper),
             "variables": [
                 {
                     "path": path_of(v),
                     "layer": layer_of(v),
                     "shape": [int(d) for d in v.shape],
                     "rule": rule,
-                    "clipper": "off" if c is None else str(c),
+                    "clipper": _text(c),
                 }
                 for v, (rule, c) in zip(watched, rules, strict=True)
             ],
