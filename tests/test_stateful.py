@@ -341,3 +341,19 @@ def test_get_by_name(name):
 def test_misuse_is_named(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def test_the_code_on_the_cards_runs(tmp_path, monkeypatch, capsys):
+    import re
+    import tempfile
+    from pathlib import Path
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    text = (Path(kgc.__file__).parent / "CLIPPERS.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(block, "CLIPPERS.md", "exec"), names)
+    assert names["page"].exists()
+    assert "hidden/kernel" in capsys.readouterr().out
+    for name in re.findall(r"^\| `(\w+)\(", text, re.M):
+        assert name in kgc.__all__
