@@ -17,8 +17,10 @@ from keras_tuner.engine.base_tuner import BaseTuner
 import keras_gradclip as kgc
 from recipes import options as opts
 from recipes.errors import RecipeError, TrainingDiverged
-from tuning.oracles import BASELINE, DIVERGED, worst_score
+from tuning.oracles import CONFIRMS, DIVERGED, worst_score
 from tuning.space import clip_hyperparameters, to_clipper, to_gate
+
+LARGEST_WEIGHT = 1e8
 
 # ---------------------------------------------------------------------------- a user's own model
 
@@ -29,8 +31,8 @@ class ClipHyperModel(kt.HyperModel):
     `build_model` declares what it likes on `hp` and returns a compiled model without a clipper.
     The space of `clip_hyperparameters` is added, and the optimizer wrapped.
 
-    A trial that diverges (a loss, a weight or the objective that is not finite) stops at once and
-    reports the worst possible value: it ranks last, and the search goes on.
+    A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
+    1e8) stops at once and reports the worst possible value: it ranks last, and the search goes on.
 
     Args:
         build_model: `hp -> compiled keras.Model`.
@@ -133,9 +135,18 @@ class _Watch(keras.callbacks.Callback):
         seen = self._optimizer.read_telemetry()
         for name in ("grad_norm", "clip_fraction"):
             logs[name] = float(seen[name])
-        weights = (keras.ops.convert_to_numpy(v) for v in self.model.trainable_variables)
-        if not all(np.isfinite(weight).all() for weight in weights):
+        if exploded(self.model):
             self._stop()
+
+
+def exploded(model) -> bool:
+    """Whether a trainable weight is not finite, or so large that no training led there.
+
+    One step at a learning rate of 1e38 may leave weights of 1e37: finite, and with luck accurate.
+    """
+    weights = (keras.ops.convert_to_numpy(v) for v in model.trainable_variables)
+    # Not "any > LARGEST": NaN is not larger than anything.
+    return not all((np.abs(weight) <= LARGEST_WEIGHT).all() for weight in weights)
 
 
 def _find(optimizer):
@@ -200,8 +211,7 @@ class RecipeTuner(BaseTuner):
         space: arguments of `clip_hyperparameters`.
         objective: `keras_tuner.Objective`, over the columns of a run's `history.csv`.
         executions: runs of each trial, with seeds in a row; their mean counts.
-        baseline_executions: runs of the unclipped baseline, whose spread shows what a difference
-            is worth.
+        confirm_executions: runs of a trial that confirms another, with seeds of its own.
         keep_weights: leave each run's `best.keras` in place.
         keep_backups: leave each run's backup in place, for Hyperband to go on from.
         report: called with a line of text at the end of each epoch.
@@ -216,7 +226,7 @@ class RecipeTuner(BaseTuner):
         objective,
         oracle,
         executions: int = 1,
-        baseline_executions: int = 1,
+        confirm_executions: int = 3,
         keep_weights: bool = False,
         keep_backups: bool = False,
         report: Callable = print,
@@ -224,7 +234,7 @@ class RecipeTuner(BaseTuner):
     ):
         self.recipe, self.given, self.space = recipe, dict(given), dict(space)
         self.objective, self.report = objective, report
-        self.executions, self.baseline_executions = executions, baseline_executions
+        self.executions, self.confirm_executions = executions, confirm_executions
         self.keep_weights, self.keep_backups = keep_weights, keep_backups
         self._asked = False
         folder = Path(kwargs["directory"]) / kwargs["project_name"]
@@ -259,9 +269,11 @@ class RecipeTuner(BaseTuner):
         """Trains the trial's runs, and reports the mean of their metrics."""
         self._asked = False
         values = trial.hyperparameters.values
-        number = self.baseline_executions if BASELINE in values else self.executions
+        numbers = range(self.executions)
+        if CONFIRMS in values:
+            numbers = range(self.executions, self.executions + self.confirm_executions)
         folder = Path(self.get_trial_dir(trial.trial_id))
-        results = [self._execute(values, folder / f"run-{i}", i) for i in range(number)]
+        results = [self._execute(values, folder / f"run-{i}", i) for i in numbers]
         scores = [result[self.objective.name] for result in results]
         means = {
             name: float(np.mean([result[name] for result in results]))
@@ -272,7 +284,7 @@ class RecipeTuner(BaseTuner):
             means |= {self.objective.name: worst_score(self.objective.direction), DIVERGED: 1.0}
         else:
             means |= {"lowest": min(scores), "highest": max(scores)}
-        return {**means, "runs": float(number)}
+        return {**means, "runs": float(len(numbers))}
 
     def _execute(self, values, folder, execution) -> dict:
         options = self.options(values, execution)
@@ -358,6 +370,8 @@ class _Epochs(keras.callbacks.Callback):
         if self.metric not in logs:
             raise RecipeError(f"--objective {self.metric}: not among {', '.join(sorted(logs))}")
         self.report(f"  epoch {epoch + 1}/{self.last}  {self.metric} {logs[self.metric]:.4f}")
+        if exploded(self.model):
+            raise TrainingDiverged(f"a weight grew beyond {LARGEST_WEIGHT:g}", step=-1)
         if epoch + 1 >= self.last:
             self.model.stop_training = True
 

@@ -3,6 +3,8 @@
 What `SearchOracle` adds to each of them:
 
 - the first trial has the default values: the unclipped baseline;
+- at the end, the best clipped and the best unclipped trial may be trained again with other seeds,
+  because the best of many is flattered by having been chosen;
 - a trial that diverged is COMPLETED with a score of -inf (or +inf) and so ranks last;
 - its files are replaced as a whole, and a reload runs no finished trial again;
 - a worker that is idle gets no "stop" while trials are out that may come back;
@@ -21,6 +23,7 @@ import keras_tuner as kt
 from keras_tuner.engine.trial import TrialStatus
 
 BASELINE = "tuner/baseline"  # marks the values of the baseline; KerasTuner's own are tuner/ too
+CONFIRMS = "tuner/confirms"  # marks the values of a trial that repeats another, named here
 MOST_LOSSES = 3
 DIVERGED = "diverged"  # a metric: 1 for a trial that diverged
 
@@ -39,6 +42,9 @@ class SearchOracle(kt.Oracle):
     """
 
     on_change: Callable | None = None
+    #: Trials of the search itself; None for as many as the algorithm wants.
+    search_trials: int | None = None
+    confirm: bool = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -54,7 +60,42 @@ class SearchOracle(kt.Oracle):
                 if hps.is_active(hp):
                     values[hp.name] = hp.default
             return {"status": "RUNNING", "values": self._baseline(values)}
+        own = [t for t in self.trials.values() if CONFIRMS not in t.hyperparameters.values]
+        if self.search_trials and len(own) >= self.search_trials:
+            return self._confirmation(own)
+        # The algorithm knows nothing of the trials that confirm.
+        everything, self.trials = self.trials, {t.trial_id: t for t in own}
+        try:
+            answer = self.next_values(trial_id)
+        finally:
+            self.trials = everything
+        return self._confirmation(own) if answer["status"] == "STOPPED" else answer
+
+    def next_values(self, trial_id):
+        """What the algorithm wants next, as `keras_tuner.Oracle.populate_space`."""
         return super().populate_space(trial_id)
+
+    def _confirmation(self, own):
+        stopped = {"status": "STOPPED", "values": None}
+        if not self.confirm:
+            return stopped
+        if any(trial in self.ongoing_trials.values() for trial in own) or self._retry_queue:
+            return {"status": "IDLE", "values": None}
+        ended = [t for t in own if t.status == "COMPLETED" and math.isfinite(t.score)]
+        ended.sort(key=lambda t: t.score, reverse=self.objective.direction == "max")
+        clipped = [t for t in ended if t.hyperparameters.values["clipper"] != "none"]
+        unclipped = [t for t in ended if t.hyperparameters.values["clipper"] == "none"]
+        chosen = [*clipped[:1], *unclipped[:1]]
+        chosen.sort(key=ended.index)  # the better one first, should this be interrupted
+        confirmed = {t.hyperparameters.values.get(CONFIRMS) for t in self.trials.values()}
+        for trial in chosen:
+            if trial.trial_id not in confirmed:
+                values = trial.hyperparameters.values
+                again = {k: v for k, v in values.items() if not k.startswith("tuner/")}
+                if "tuner/epochs" in values:
+                    again["tuner/epochs"] = values["tuner/epochs"]
+                return {"status": "RUNNING", "values": {**again, CONFIRMS: trial.trial_id}}
+        return stopped
 
     def _baseline(self, values):
         return {**values, BASELINE: True}
@@ -149,10 +190,10 @@ class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
     KerasTuner turns an infinite score into 0, which is the best of all losses.
     """
 
-    def populate_space(self, trial_id):
+    def next_values(self, trial_id):
         """The next values, from a model over finite scores."""
         with _finite_scores(self.trials.values(), self.objective.direction):
-            return super().populate_space(trial_id)
+            return super().next_values(trial_id)
 
 
 class HyperbandOracle(SearchOracle, kt.oracles.HyperbandOracle):
@@ -170,10 +211,8 @@ class GridOracle(SearchOracle):
     combination from the trials there are.
     """
 
-    def populate_space(self, trial_id):
+    def next_values(self, trial_id):
         """The first combination that no trial has."""
-        if not self.trials:
-            return super().populate_space(trial_id)
         tried = {_key(trial.hyperparameters.values) for trial in self.trials.values()}
         for values in combinations(self.get_space()):
             if _key(values) not in tried:
@@ -203,13 +242,17 @@ def combinations(hps) -> Iterator[dict]:
     yield from extend({}, grids)
 
 
-def make_oracle(tuner: str, objective, max_trials: int | None = None, **options) -> SearchOracle:
+def make_oracle(
+    tuner: str, objective, max_trials: int | None = None, confirm: bool = False, **options
+) -> SearchOracle:
     """The oracle of a kind.
 
     Args:
         tuner: "random", "bayesian", "hyperband" or "grid".
         objective: `keras_tuner.Objective`, or the name of one whose direction is known.
-        max_trials: int; None for a whole grid. Hyperband takes `max_epochs` and decides itself.
+        max_trials: int, the baseline included; None for a whole grid, and for Hyperband, which
+            takes `max_epochs` and decides itself.
+        confirm: after that, repeat the best clipped and the best unclipped trial.
         **options: of the oracle: seed, hyperparameters, max_epochs, factor ...
     """
     kinds = {
@@ -220,9 +263,12 @@ def make_oracle(tuner: str, objective, max_trials: int | None = None, **options)
     }
     if tuner not in kinds:
         raise ValueError(f"make_oracle: `tuner`={tuner!r} must be one of {', '.join(kinds)}.")
-    if tuner != "hyperband":
-        options["max_trials"] = max_trials
-    return kinds[tuner](objective=objective, **options)
+    if max_trials is None and tuner in ("random", "bayesian"):
+        raise ValueError(f"make_oracle: `max_trials` must be a number for {tuner!r}.")
+    oracle = kinds[tuner](objective=objective, **options)
+    oracle.max_trials = None  # KerasTuner would count the trials that confirm
+    oracle.search_trials, oracle.confirm = max_trials, confirm
+    return oracle
 
 
 def _key(values):

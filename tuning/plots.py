@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tuning.results import best_row, curves, describe, formatter, noise, verdict
+from tuning.results import best_row, contest, curves, describe, formatter, verdict
 from tuning.space import threshold_of
 
 _BEST = 5  # learning curves
@@ -66,7 +66,6 @@ def _thresholds(figure, rows, names, objective, ranges):
 
     factor, label = _scale(objective)
     done = [row for row in rows if row["status"] == "completed"]
-    unclipped = [row for row in done if not threshold_of(row["values"])]
     bottom, top = _limits([factor * row["score"] for row in done], objective)
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     rates = [r["values"]["learning_rate"] for r in rows if "learning_rate" in r["values"]]
@@ -75,7 +74,7 @@ def _thresholds(figure, rows, names, objective, ranges):
     best = best_row(rows)
     image = None
     for axis, name in zip(axes, names, strict=True):
-        _unclipped_lines(axis, rows, unclipped, factor, objective)
+        _unclipped_lines(axis, rows, factor)
         here = [row for row in rows if name in row["values"]]
         for row in here:
             x, size = row["values"][name], _size(row["values"].get("learning_rate"), rates)
@@ -84,6 +83,9 @@ def _thresholds(figure, rows, names, objective, ranges):
                 axis.scatter(x, bottom, marker="x", s=size, color="tab:red", clip_on=False)
             elif row["status"] == "completed":
                 clipped = max(100 * row["clip_fraction"], _LEAST_CLIPPED)
+                if row["runs"] > 1:
+                    span = [min(max(factor * row[k], bottom), top) for k in ("lowest", "highest")]
+                    axis.plot([x, x], span, color="black", linewidth=1.2, zorder=2)
                 inside = bottom <= score <= top
                 image = axis.scatter(
                     x,
@@ -100,7 +102,11 @@ def _thresholds(figure, rows, names, objective, ranges):
                 )
                 if row is best:
                     axis.annotate(
-                        "best", (x, score), xytext=(0, 11), textcoords="offset points", ha="center"
+                        "best" if row["runs"] == 1 else f"best, {row['runs']:.0f} other seeds",
+                        (x, score),
+                        xytext=(0, 11),
+                        textcoords="offset points",
+                        ha="center",
                     )
         axis.set_xscale("log")
         if name in ranges:
@@ -131,21 +137,19 @@ def _plain_ticks(axis):
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _unclipped_lines(axis, rows, unclipped, factor, objective):
-    """The spread of the baseline's runs as a band, and the best unclipped trial as a line."""
-    baseline = next((row for row in rows if row["baseline"]), None)
-    if baseline is not None and noise(rows) is not None:
-        axis.axhspan(
-            factor * baseline["lowest"], factor * baseline["highest"], color="tab:red", alpha=0.15
-        )
-    for row in unclipped:
-        first = row is unclipped[0]
-        axis.axhline(
-            factor * row["score"],
-            color="tab:red",
-            linewidth=2 if first else 0.7,
-            linestyle="-" if first else ":",
-        )
+def _unclipped_lines(axis, rows, factor):
+    """The best unclipped trial as a line, the range of its seeds as a band; the others dotted."""
+    best = contest(rows)[1]
+    for row in rows:
+        if row["status"] == "completed" and not threshold_of(row["values"]):
+            axis.axhline(
+                factor * row["score"],
+                color="tab:red",
+                linewidth=2 if row is best else 0.7,
+                linestyle="-" if row is best else ":",
+            )
+    if best is not None and best["runs"] > 1:
+        axis.axhspan(factor * best["lowest"], factor * best["highest"], color="tab:red", alpha=0.15)
 
 
 def _key(axis, rows, rates):
@@ -154,12 +158,11 @@ def _key(axis, rows, rates):
     from matplotlib.patches import Patch
 
     handles = [Line2D([], [], color="tab:red", linewidth=2, label="best without clipping")]
-    if any(row["status"] == "completed" and not threshold_of(row["values"]) for row in rows):
-        if noise(rows) is not None:
-            text = "unclipped baseline, its seeds"
-            handles.append(Patch(color="tab:red", alpha=0.15, label=text))
-    else:
+    unclipped = contest(rows)[1]
+    if unclipped is None or unclipped["status"] == "diverged":
         handles = [Line2D([], [], linestyle="", label="unclipped: diverged")]
+    elif unclipped["runs"] > 1:
+        handles.append(Patch(color="tab:red", alpha=0.15, label="its range over other seeds"))
     if any(row["status"] == "diverged" and threshold_of(row["values"]) for row in rows):
         handles.append(Line2D([], [], marker="x", linestyle="", color="tab:red", label="diverged"))
     if rates and max(rates) > min(rates):
@@ -206,7 +209,7 @@ def _parallel(axis, rows, objective):
     factor, label = _scale(objective)
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     names = [n for n in names if len({str(r["values"].get(n)) for r in rows}) > 1]
-    done = [row for row in rows if row["status"] in ("completed", "diverged")]
+    done = [r for r in rows if r["status"] in ("completed", "diverged") and not r["confirms"]]
     scores = [factor * row["score"] for row in done if row["status"] == "completed"]
     low, high = _limits(scores, objective)
     colours = matplotlib.colormaps["viridis"]
@@ -285,7 +288,8 @@ def _curves(axis, done, objective, folder):
     """The metric by epoch: the best five trials, and the baseline in red."""
     factor, label = _scale(objective)
     show = formatter(objective.name)
-    shown = [*done[:_BEST], *(row for row in done[_BEST:] if row["baseline"])]
+    own = [row for row in done if not row["confirms"]]
+    shown = [*own[:_BEST], *(row for row in own[_BEST:] if row["baseline"])]
     anything = False
     for rank, row in enumerate(shown):
         runs = curves(folder, row, objective.name) if folder else []

@@ -8,16 +8,17 @@ from pathlib import Path
 import keras_gradclip as kgc
 from recipes.callbacks import read_rows
 from recipes.options import replace_file, write_json
-from tuning.oracles import BASELINE, DIVERGED
+from tuning.oracles import BASELINE, CONFIRMS, DIVERGED
 from tuning.space import threshold_of, to_clipper
 
 _MEASURED = ("lowest", "highest", "runs", "clip_fraction", "grad_norm", "epochs", "seconds")
 
 
 def trial_rows(oracle) -> list[dict]:
-    """A dict a trial, best first, then those that diverged, failed, or are not done.
+    """A dict a trial: those that confirm, the others best first, the diverged, failed and running.
 
-    Keys: trial, status ("completed", "diverged", "failed", "running"), baseline, score, lowest
+    Keys: trial, status ("completed", "diverged", "failed", "running"), baseline, confirms (the id
+    of the trial that this one repeats with other seeds, or ""), score, lowest
     and highest (over the trial's runs), runs, clip_fraction, grad_norm, epochs, seconds, and
     values (the hyper-parameters by name).
     """
@@ -39,6 +40,7 @@ def trial_rows(oracle) -> list[dict]:
                 "trial": trial_id,
                 "status": status,
                 "baseline": BASELINE in values,
+                "confirms": values.get(CONFIRMS, ""),
                 "score": score,
                 **{name: metric(name) for name in _MEASURED},
                 "values": {k: v for k, v in values.items() if not k.startswith("tuner/")},
@@ -50,6 +52,7 @@ def trial_rows(oracle) -> list[dict]:
         rows,
         key=lambda row: (
             order.index(row["status"]),
+            not row["confirms"],
             sign * row["score"] if row["status"] == "completed" else 0,
             row["trial"],
         ),
@@ -59,7 +62,7 @@ def trial_rows(oracle) -> list[dict]:
 def write_csv(rows: Sequence[Mapping], path: Path) -> None:
     """`trials.csv`: a line a trial, best first, a column a hyper-parameter; empty: not in use."""
     names = sorted({name for row in rows for name in row["values"]})
-    fields = ["rank", "trial", "status", "baseline", "score", *_MEASURED, *names]
+    fields = ["rank", "trial", "status", "baseline", "confirms", "score", *_MEASURED, *names]
 
     def write(scratch):
         with open(scratch, "w", newline="", encoding="utf-8") as file:
@@ -98,48 +101,64 @@ def write_best(rows: Sequence[Mapping], path: Path, objective, groups, recipe: s
 
 
 def best_row(rows: Sequence[Mapping]) -> Mapping | None:
-    """The best completed trial."""
+    """The best completed trial: of those that were confirmed, if any was."""
     return next((row for row in rows if row["status"] == "completed"), None)
+
+
+def contest(rows: Sequence[Mapping]) -> tuple[Mapping | None, Mapping | None]:
+    """The best clipped and the best unclipped trial, as they were confirmed if they were."""
+    ended = [row for row in rows if row["status"] == "completed" or row["confirms"]]
+    ended.sort(key=lambda row: not row["confirms"])  # stable: the best stay in front
+
+    def first(clipped):
+        return next((r for r in ended if bool(threshold_of(r["values"])) == clipped), None)
+
+    return first(True), first(False)
 
 
 def verdict(rows: Sequence[Mapping], objective) -> str:
     """Which threshold to use, and whether it matters, in one or two sentences.
 
-    The yardstick is the spread of the baseline's runs, which differ in nothing but the seed.
+    It matters where no run without clipping came up to one with it, over seeds that had no part
+    in choosing the two trials.
     """
-    best = best_row(rows)
-    if best is None:
-        return "No trial ended well: lower the learning rates (--learning-rate-range)."
-    clipped = [r for r in rows if r["status"] == "completed" and threshold_of(r["values"])]
-    unclipped = [r for r in rows if r["status"] == "completed" and not threshold_of(r["values"])]
+    if best_row(rows) is None:
+        if any(row["status"] == "diverged" for row in rows):
+            return "No trial ended well: lower the learning rates (--learning-rate-range)."
+        return "No trial ended: see the errors above (--traceback shows more)."
+    clipped, unclipped = contest(rows)
     show = formatter(objective.name)
-    if not clipped:
-        return f"Do not clip: no clipped trial ended well; unclipped, {show(best['score'])}."
-    choice = f"Use {describe(clipped[0]['values'])}"
-    if not unclipped:
-        return f"{choice}: {show(clipped[0]['score'])}. It matters: unclipped training diverged."
+    if clipped is None or clipped["status"] == "diverged":
+        return f"Do not clip: unclipped, {_runs(unclipped, show)}; no clipped trial held up."
+    choice = f"Use {describe(clipped['values'])}"
+    if unclipped is None or unclipped["status"] == "diverged":
+        score = _runs(clipped, show)
+        return f"{choice}: {score}. It matters: without clipping, training diverged."
     sign = 1 if objective.direction == "max" else -1
-    gain = sign * (clipped[0]["score"] - unclipped[0]["score"])
-    scores = f"{show(clipped[0]['score'])} clipped, {show(unclipped[0]['score'])} unclipped"
-    spread = noise(rows)
-    if spread is None:
-        hint = "run the baseline more than once (--baseline-runs) to see what is chance"
-        head = choice if gain > 0 else "Do not clip"
-        return f"{head}: {scores}; {hint}."
-    chance = f"the baseline's seeds alone differ by {show(spread, difference=True)}"
-    if gain > spread:
-        return f"{choice}. It matters: {scores}; {chance}."
-    if gain >= -spread:
-        return f"It hardly matters: {scores}; {chance}."
-    return f"Do not clip: {scores}; {chance}."
+    scores = f"{_runs(clipped, show)} clipped, {_runs(unclipped, show)} unclipped"
+    helps = sign * (clipped["score"] - unclipped["score"]) > 0
+    if not (clipped["confirms"] and unclipped["confirms"]):
+        head = choice if helps else "Do not clip"
+        return f"{head}: {scores}; not confirmed with other seeds (--confirm-runs)."
+    if _apart(clipped, unclipped):
+        if helps:
+            return f"{choice}. It matters: {scores}, and no run of one reaches one of the other."
+        return f"Do not clip: {scores}, and no run of one reaches one of the other."
+    if helps:
+        return f"It may not matter: {scores}, and their runs overlap. The best guess: {choice}."
+    return f"It does not matter: {scores}, and their runs overlap."
 
 
-def noise(rows: Sequence[Mapping]) -> float | None:
-    """The spread of the baseline's runs; None without two runs that ended well."""
-    for row in rows:
-        if row["baseline"] and row["status"] == "completed" and row["runs"] > 1:
-            return row["highest"] - row["lowest"]
-    return None
+def _apart(a: Mapping, b: Mapping) -> bool:
+    """Whether the runs of two trials do not overlap."""
+    return a["lowest"] > b["highest"] or b["lowest"] > a["highest"]
+
+
+def _runs(row: Mapping, show) -> str:
+    """The mean of a trial's runs, and their range."""
+    if not row["runs"] > 1:
+        return show(row["score"])
+    return f"{show(row['score'])} ({show(row['lowest'])} to {show(row['highest'])})"
 
 
 def describe(values: Mapping) -> str:
@@ -180,6 +199,8 @@ def print_table(rows: Sequence[Mapping], objective, title: str, console) -> None
         if done and row["runs"] > 1:
             spread = f"{show(row['lowest'])} .. {show(row['highest'])}"
         label = describe(row["values"]) + (" (baseline)" if row["baseline"] else "")
+        if row["confirms"]:
+            label += f" (trial {row['confirms']} with other seeds)"
         fraction = row["clip_fraction"]
         table.add_row(
             str(rank),
@@ -189,7 +210,7 @@ def print_table(rows: Sequence[Mapping], objective, title: str, console) -> None
             "" if math.isnan(row["seconds"]) else f"{row['seconds']:.0f} s",
             row["trial"],
             label,
-            style="bold" if row["baseline"] else None,
+            style="bold" if row["confirms"] else None,
         )
     console.print(table)
 
@@ -203,9 +224,9 @@ def curves(folder: Path, row: Mapping, metric: str) -> list[list[float]]:
 def formatter(metric: str):
     """How to print a metric: accuracies in per cent, others to four digits."""
 
-    def show(value, difference=False):
+    def show(value):
         if "accuracy" in metric:
-            return f"{100 * value:.2f} {'points' if difference else '%'}"
+            return f"{100 * value:.2f} %"
         return f"{value:.4g}"
 
     return show

@@ -80,11 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--executions", type=int, default=1, metavar="N", help="runs a trial (%(default)s)")
     add(
-        "--baseline-runs",
+        "--confirm-runs",
         type=int,
         default=3,
         metavar="N",
-        help="runs of the baseline, whose spread tells what is chance (%(default)s)",
+        help="at the end, the best clipped and unclipped trial with N other seeds (%(default)s)",
     )
     add("--output", metavar="DIR", help="folder of the search (runs/search-RECIPE)")
     add("--keep-weights", action="store_true", help="keep best.keras of each run")
@@ -179,8 +179,8 @@ class _Search:
         args, rest = build_parser().parse_known_args(argv)
         self.args, self.argv = args, argv
         self.role = parallel.role()
-        if args.workers < 0 or args.executions < 1 or args.baseline_runs < 1:
-            raise RecipeError("--workers, --executions and --baseline-runs take positive numbers")
+        if min(args.workers, args.executions - 1, args.confirm_runs) < 0:
+            raise RecipeError("--workers, --executions and --confirm-runs take positive numbers")
         if args.max_trials is not None and args.max_trials < 2:
             raise RecipeError(
                 f"--max-trials {args.max_trials}: at least 2, one of which is the baseline"
@@ -300,7 +300,7 @@ class _Search:
             "tuner": self.args.tuner,
             "objective": str(self.objective),
             "executions": self.args.executions,
-            "baseline_runs": self.args.baseline_runs,
+            "confirm_runs": self.args.confirm_runs,
             "groups": self.space["groups"],
             **{f"search space: {_name(hp)}": hp["config"] for hp in space},
             **{f"recipe option {name}": value for name, value in fixed.items()},
@@ -335,6 +335,7 @@ class _Search:
         with (
             open(self.folder / "kerastuner.log", "a") as log,
             contextlib.redirect_stdout(log),
+            contextlib.nullcontext() if self.args.traceback else contextlib.redirect_stderr(log),
             open(os.dup(1), "w", closefd=True) as out,
         ):
             return self._search(workers, out)
@@ -380,11 +381,11 @@ class _Search:
             args.tuner,
             self.objective,
             number,
+            confirm=args.confirm_runs > 0,
             seed=_ORACLE_SEED + options.seed,
             hyperparameters=self.hyperparameters.copy(),
             **extra,
         )
-        oracle.max_trials = number  # Hyperband decides itself, unless told
         oracle.verbose = 0
         return oracle
 
@@ -398,7 +399,7 @@ class _Search:
             self.objective,
             oracle,
             executions=self.args.executions,
-            baseline_executions=max(self.args.baseline_runs, self.args.executions),
+            confirm_executions=self.args.confirm_runs,
             keep_weights=self.args.keep_weights,
             keep_backups=self.args.tuner == "hyperband",
             report=console.print if console else print,
@@ -412,7 +413,10 @@ class _Search:
         from tuning.oracles import product_size
 
         total = {"grid": f"{product_size(oracle.get_space())} combinations"}.get(self.args.tuner)
-        trials = f"at most {oracle.max_trials} trials" if oracle.max_trials else "all trials"
+        number = oracle.search_trials
+        trials = f"at most {number} trials" if number else "all trials"
+        if oracle.confirm:
+            trials += " and 2 that confirm"
         text = ", ".join(part for part in (self.args.tuner, trials, total) if part)
         console.print(f"[bold]{self.recipe.name}[/]: {text}; results in {self.folder}")
         done = len(oracle.end_order)
@@ -421,13 +425,16 @@ class _Search:
 
     def _watch_trials(self, oracle, console):
         from tuning import results
+        from tuning.oracles import CONFIRMS
 
         show = results.formatter(self.objective.name)
 
         def on_change(trial, event):
             count = f"{trial.trial_id}"
             if event == "begin":
-                console.print(f"trial {count}: {results.describe(_values(trial))}")
+                repeated = trial.hyperparameters.values.get(CONFIRMS)
+                text = f" (trial {repeated} with other seeds)" if repeated else ""
+                console.print(f"trial {count}: {results.describe(_values(trial))}{text}")
                 return
             rows = results.trial_rows(oracle)
             self._write(rows)

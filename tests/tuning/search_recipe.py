@@ -50,8 +50,13 @@ def load_data(options):
     labels = np.arange(64) % 2
     side = options.image_size
     images = rng.random((64, side, side, 3), "float32") + 0.5 * labels[:, None, None, None]
-    split = Split(tf.data.Dataset.from_tensor_slices((images.astype("float32"), labels)), 64)
-    return Data(split, split, split, lambda e, seed: e, lambda e: e, 2, "brightness")
+    elements = {"image": images.astype("float32"), "label": labels}
+    split = Split(tf.data.Dataset.from_tensor_slices(elements), 64)
+
+    def pair(element, seed=None):
+        return element["image"], element["label"]
+
+    return Data(split, split, split, pair, pair, 2, "brightness")
 
 
 RECIPE = Recipe(

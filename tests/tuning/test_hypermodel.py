@@ -1,0 +1,168 @@
+"""`ClipHyperModel` in KerasTuner's own tuners, and the README's example."""
+
+import math
+import re
+from pathlib import Path
+
+import keras
+import keras_tuner as kt
+import numpy as np
+import pytest
+
+import keras_gradclip as kgc
+from tuning.hypermodel import ClipHyperModel, as_objective
+from tuning.space import to_clipper
+
+README = Path(__file__).resolve().parents[2] / "tuning" / "README.md"
+
+
+def data():
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    return x, (x[:, :1] > 0).astype("float32")
+
+
+def build_model(hp, model_class=keras.Model, optimizer="sgd", compiled=True):
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(hp.Choice("units", [4, 8]), "relu", name="first")(inputs)
+    model = model_class(inputs, keras.layers.Dense(1, "sigmoid", name="last")(x))
+    if compiled:
+        model.compile(optimizer, "binary_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def trial(**values):
+    hp = kt.HyperParameters()
+    hp.values = values
+    return hp
+
+
+@pytest.mark.parametrize("model_class", [keras.Model, kgc.ClippedModel])
+def test_a_trial_trains_with_its_clipper_and_learning_rate(model_class):
+    values = {"clipper": "absolute", "absolute/threshold": 1e-3, "learning_rate": 0.5}
+    hyper = ClipHyperModel(
+        lambda hp: build_model(hp, model_class), learning_rate=(1e-3, 1.0), rescale=("none",)
+    )
+    hp = trial(**values)
+    model = hyper.build(hp)
+    assert model.optimizer.clipper == kgc.AbsoluteClip(1e-3) == to_clipper(hp.values)
+    before = [keras.ops.convert_to_numpy(v) for v in model.trainable_variables]
+    x, y = data()
+    history = hyper.fit(hp, model, x, y, batch_size=64, epochs=1, verbose=0)
+    moved = max(
+        np.abs(keras.ops.convert_to_numpy(v) - b).max()
+        for v, b in zip(model.trainable_variables, before, strict=True)
+    )
+    assert moved == pytest.approx(0.5 * 1e-3, rel=1e-3)  # lr · c
+    assert history.history["grad_norm"][0] > 0
+    assert 0 < history.history["clip_fraction"][0] <= 1
+
+
+def test_the_gate_is_put_in():
+    values = {
+        "clipper": "none", "activation_gate": True, "gate/clip_value": 0.01, "gate/gamma": 0.5
+    }  # fmt: skip
+    hyper = ClipHyperModel(build_model, activation_gate=True)
+    x, y = data()
+    grads = []
+    for gated in (True, False):
+        keras.utils.set_random_seed(0)
+        model = hyper.build(trial(**{**values, "activation_gate": gated}))
+        model.fit(x * 1e3, y, batch_size=64, epochs=1, verbose=0)
+        grads.append(keras.ops.convert_to_numpy(model.get_layer("first").kernel))
+    assert np.isfinite(grads).all()
+    assert not np.allclose(*grads)
+
+
+def test_mixed_precision_keeps_its_loss_scale():
+    keras.config.set_dtype_policy("mixed_float16")
+    hyper = ClipHyperModel(build_model)
+    hp = trial(**{"clipper": "absolute", "absolute/threshold": 0.01})
+    model = hyper.build(hp)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert model.optimizer.inner_optimizer.clipper == kgc.AbsoluteClip(0.01)
+    x, y = data()
+    history = hyper.fit(hp, model, x, y, epochs=2, verbose=0)
+    assert math.isfinite(history.history["loss"][-1])
+
+
+@pytest.mark.parametrize("tuner", ["random", "hyperband"])
+def test_the_stock_tuners_rank_a_diverged_trial_last(tuner, tmp_path):
+    """At this learning rate val_accuracy alone would let the diverged trial win."""
+
+    def build(hp):
+        model = build_model(hp)
+        model.optimizer.learning_rate = hp.Choice("rate", [1e38, 1e-3])
+        return model
+
+    options = {"objective": "val_accuracy", "directory": tmp_path, "seed": 1}
+    model = ClipHyperModel(build, clippers=("none",))
+    if tuner == "hyperband":
+        search = kt.Hyperband(model, max_epochs=2, factor=2, **options)
+    else:
+        search = kt.RandomSearch(model, max_trials=4, **options)
+    x, y = data()
+    search.search(x, y, validation_split=0.5, epochs=2, verbose=0)
+    trials = search.oracle.get_best_trials(99)
+    assert len(trials) == len(search.oracle.trials) >= 4
+    diverged = [trial.hyperparameters.values["rate"] == 1e38 for trial in trials]
+    assert diverged == sorted(diverged) and any(diverged) and not all(diverged)
+    assert all(trial.score == -math.inf for trial, d in zip(trials, diverged, strict=True) if d)
+
+
+def test_diverged_value():
+    hyper = ClipHyperModel(build_model, objective="val_loss", diverged_value=9.0)
+    hp = trial(clipper="none")
+    model = hyper.build(hp)
+    x, y = data()
+    x[0] = np.nan
+    result = hyper.fit(hp, model, x, y, validation_data=(x, y), epochs=5, verbose=0)
+    assert result == {"val_loss": 9.0, "diverged": 1.0}
+    assert ClipHyperModel(build_model, objective="val_loss").diverged_value == math.inf
+
+
+@pytest.mark.parametrize(
+    "build, options, message",
+    [
+        (lambda hp: build_model(hp, compiled=False), {}, "must return a compiled model"),
+        (
+            lambda hp: build_model(hp, optimizer=kgc.ClippedOptimizer("sgd", "norm")),
+            {},
+            "has the clipper NormClip",
+        ),
+        (
+            lambda hp: build_model(hp, optimizer=keras.optimizers.SGD(0.1, clipvalue=1.0)),
+            {},
+            "clips by itself",
+        ),
+        (
+            lambda hp: build_model(
+                hp, optimizer=keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 9))
+            ),
+            {"learning_rate": (0.01, 0.1)},
+            "learning rate is a schedule",
+        ),
+    ],
+)
+def test_models_that_cannot_be_wrapped_are_refused(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        ClipHyperModel(build, **options).build(kt.HyperParameters())
+
+
+def test_objectives():
+    assert as_objective("val_loss").direction == "min"
+    assert as_objective("val_accuracy").direction == "max"
+    assert as_objective("grad_norm", "min").name == "grad_norm"
+    with pytest.raises(ValueError, match="'steering' should be large or small"):
+        as_objective("steering")
+    with pytest.raises(ValueError, match="metric's name"):
+        as_objective(["val_loss", "loss"])
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], str(README), "exec"), {"__name__": "example"})
+    assert "->" in capsys.readouterr().out.splitlines()[-1]
+    first = (tmp_path / "runs/mine/clipping/trial_0/trial.json").read_text()
+    assert '"clipper": "none"' in first

@@ -1,0 +1,358 @@
+"""Whole searches from the command line, over a recipe that trains in a second."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import keras_gradclip as kgc
+from recipes.callbacks import read_rows
+from tuning.search import main
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RECIPE = str(HERE / "search_recipe.py")
+QUICK = ["--recipe", RECIPE, "--baseline-runs", "1", "--clippers", "absolute"]
+
+
+def search(folder, *more):
+    return main([*QUICK, "--output", str(folder), *more])
+
+
+def trials_of(folder):
+    with open(folder / "trials.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def started(folder, monkeypatch):
+    """Where the recipe writes a line for each run that it starts."""
+    path = folder / "starts.txt"
+    monkeypatch.setenv("STARTS", str(path))
+    return lambda: path.read_text().splitlines() if path.exists() else []
+
+
+def run_apart(folder, *more, **environment):
+    """A search in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "tuning/search.py", *QUICK, "--output", str(folder), *more],
+        cwd=ROOT,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists() or not path.read_text():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return path.read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A search that nobody interrupts, with its output."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("search") / "whole"
+    argv = [*QUICK, "--output", str(folder), "--max-trials", "4", "--baseline-runs", "2"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(argv) == 0
+    return folder
+
+
+def test_a_search_leaves_its_results(finished):
+    rows = trials_of(finished)
+    assert len(rows) == 4
+    assert {row["status"] for row in rows} == {"completed"}
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    (baseline,) = (row for row in rows if row["baseline"] == "True")
+    assert baseline["clipper"] == "none" and baseline["absolute/threshold"] == ""
+    assert baseline["runs"] == "2.0" and float(baseline["clip_fraction"]) == 0
+    assert float(baseline["lowest"]) <= float(baseline["score"]) <= float(baseline["highest"])
+    clipped = [row for row in rows if row["clipper"] == "absolute"]
+    assert clipped and all(0.01 <= float(row["absolute/threshold"]) <= 0.1 for row in clipped)
+    from PIL import Image
+
+    with Image.open(finished / "search.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1_000_000)) > 50  # not an empty page
+    assert not list(finished.rglob("*.keras")) and not list(finished.rglob("backup.npz"))
+
+
+def test_the_runs_are_those_of_the_recipe_with_the_trials_values(finished):
+    rows = {row["trial"]: row for row in trials_of(finished)}
+    for trial, row in rows.items():
+        runs = sorted((finished / "trials" / f"trial_{trial}").glob("run-*"))
+        assert len(runs) == float(row["runs"])
+        for i, run in enumerate(runs):
+            config = json.loads((run / "config.json").read_text())
+            assert config["seed"] == i
+            assert config["epochs"] == 2 and config["limit_steps"] == 100  # the small budget
+            assert config["learning_rate"] == pytest.approx(float(row["learning_rate"]))
+            if row["clipper"] == "none":
+                assert config["clipper"] == "none" and config["clip_config"] is None
+            else:
+                threshold = kgc.get(config["clip_config"]).threshold
+                assert threshold == pytest.approx(float(row["absolute/threshold"]))
+        best = [max(r["val_accuracy"] for r in read_rows(run / "history.csv")) for run in runs]
+        assert float(row["score"]) == pytest.approx(sum(best) / len(best))
+
+
+@pytest.mark.parametrize("best", ["absolute", "none"])
+def test_best_json_trains_through_the_recipe(finished, tmp_path, best):
+    import contextlib
+
+    from tuning.hypermodel import as_objective
+    from tuning.results import write_best
+
+    (values,) = (json.loads((finished / "best.json").read_text())["values"],)
+    if values["clipper"] != best:
+        values = {"clipper": best, "absolute/threshold": 0.05}
+    row = {"status": "completed", "score": 1.0, "trial": "0", "values": values}
+    path = tmp_path / "best.json"
+    write_best([row], path, as_objective("val_accuracy"), None, "brightness")
+    from search_recipe import RECIPE as recipe
+
+    from recipes.training import main as train
+
+    argv = ["--clip-config", str(path), "--output", str(tmp_path / "run"), "--verbose", "quiet"]
+    with contextlib.redirect_stdout(None):
+        assert train(recipe, argv) == 0
+    fractions = [row["clip_fraction"] for row in read_rows(tmp_path / "run" / "history.csv")]
+    assert all((fraction > 0) == (best == "absolute") for fraction in fractions)
+
+
+def test_the_same_command_again_runs_nothing(finished, capsys, tmp_path, monkeypatch):
+    starts = started(tmp_path, monkeypatch)
+    before = trials_of(finished)
+    assert search(finished, "--max-trials", "4", "--baseline-runs", "2") == 0
+    assert starts() == []
+    assert trials_of(finished) == before
+    assert "4 trials are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (["--threshold-range", "0.01", "1"], "absolute/threshold"),
+        (["--clippers", "norm"], "search space: clipper"),
+        (["--epochs", "3"], "recipe option epochs"),
+        (["--tuner", "grid"], "tuner"),
+        (["--objective", "val_loss"], "objective"),
+    ],
+)
+def test_another_search_in_the_same_folder_is_refused(finished, change, named, capsys):
+    before = (finished / "search.json").read_text()
+    argv = [*QUICK, "--output", str(finished), "--baseline-runs", "2", *change]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ")
+    assert "holds another search" in error and named in error
+    assert (finished / "search.json").read_text() == before
+
+
+def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
+    """A kill -9 in the second trial: the first is not run again, the second is."""
+    monkeypatch.setenv("STARTS", str(tmp_path / "starts.txt"))
+    hang = tmp_path / "hang"
+    folder = tmp_path / "search"
+    process = run_apart(folder, "--max-trials", "3", HANG=str(hang))
+    try:
+        done = folder / "trials.csv"
+        wait_for(done, process)
+        hang.write_text("now")
+        taken = int(wait_for(tmp_path / "hang.taken", process))
+        assert taken == process.pid
+        process.kill()
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+    before = {row["trial"]: row for row in trials_of(folder)}
+    completed = [trial for trial, row in before.items() if row["status"] == "completed"]
+    assert 1 <= len(completed) < 3
+    starts = (tmp_path / "starts.txt").read_text().splitlines()
+    assert len(starts) == len(completed)
+
+    assert search(folder, "--max-trials", "3") == 0
+    after = {row["trial"]: row for row in trials_of(folder)}
+    assert {row["status"] for row in after.values()} == {"completed"} and len(after) == 3
+    for trial in completed:
+        assert after[trial]["score"] == before[trial]["score"]
+    starts = (tmp_path / "starts.txt").read_text().splitlines()
+    assert len(starts) == len(set(starts)) == 3  # nobody twice
+
+
+def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys):
+    from tuning import hypermodel
+
+    folder, run_trial = tmp_path / "search", hypermodel.RecipeTuner.run_trial
+
+    def interrupted(self, trial, *args, **kwargs):
+        if trial.trial_id == "1":
+            raise KeyboardInterrupt
+        return run_trial(self, trial, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hypermodel.RecipeTuner, "run_trial", interrupted)
+        assert search(folder, "--max-trials", "2") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    starts = started(tmp_path, monkeypatch)
+    assert search(folder, "--max-trials", "2") == 0
+    assert len(starts()) == 1
+    assert [row["status"] for row in trials_of(folder)] == ["completed"] * 2
+
+
+def test_diverged_trials_rank_last_and_the_search_goes_on(tmp_path, capsys):
+    """The baseline and more diverge, one after the other."""
+    argv = ["--learning-rate", "1e38", "--learning-rate-range", "1e-3", "2e38"]
+    assert search(tmp_path / "search", "--max-trials", "7", "--budget", "full", *argv) in (0, 1)
+    rows = trials_of(tmp_path / "search")
+    assert len(rows) == 7
+    status = [row["status"] for row in rows]
+    assert status == sorted(status) and status.count("diverged") >= 3  # completed < diverged
+    assert any(row["baseline"] == "True" for row in rows if row["status"] == "diverged")
+    assert "diverged and rank last" in capsys.readouterr().out
+
+
+def test_no_trial_that_ends_well_is_an_error(tmp_path, capsys):
+    argv = ["--learning-rate", "1e38", "--fix-learning-rate", "--max-trials", "2"]
+    assert search(tmp_path / "search", *argv) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: no trial ended well\n"
+    assert [row["status"] for row in trials_of(tmp_path / "search")] == ["diverged"] * 2
+    assert not (tmp_path / "search" / "best.json").exists()
+
+
+def test_hyperband_goes_on_from_the_round_before(tmp_path, monkeypatch):
+    folder = tmp_path / "search"
+    assert search(folder, "--tuner", "hyperband", "--epochs", "4", "--max-trials", "12") == 0
+    trials = [json.loads(path.read_text()) for path in folder.glob("trials/*/trial.json")]
+    later = [t for t in trials if "tuner/trial_id" in t["hyperparameters"]["values"]]
+    assert later
+    for trial in later:
+        values = trial["hyperparameters"]["values"]
+
+        def history(trial_id):
+            return read_rows(folder / "trials" / f"trial_{trial_id}" / "run-0" / "history.csv")
+
+        parent, own = history(values["tuner/trial_id"]), history(trial["trial_id"])
+        assert len(parent) == values["tuner/initial_epoch"]
+        assert len(own) == values["tuner/epochs"] > len(parent)
+        assert own[: len(parent)] == parent
+
+
+def test_grid_and_groups_and_gate(tmp_path, capsys):
+    argv = ["--tuner", "grid", "--points", "2", "--groups", "--fix-learning-rate"]
+    assert search(tmp_path / "a", *argv, "--max-trials", "3") == 0
+    assert "9 combinations" in capsys.readouterr().out  # 1 + 2³
+    clipper = next(row for row in trials_of(tmp_path / "a") if row["clipper"] == "absolute")
+    for group in ("stem", "stages", "head"):
+        assert clipper[f"absolute/threshold/{group}"]
+    configs = (tmp_path / "a").rglob("config.json")
+    clip = [json.loads(path.read_text())["clip_config"] for path in configs]
+    assert any(c and c["class_name"] == "ClipMap" for c in clip)
+
+    assert search(tmp_path / "b", "--search-gate", "--max-trials", "6") == 0
+    rows = trials_of(tmp_path / "b")
+    assert {row["activation_gate"] for row in rows} == {"True", "False"}
+    for row in rows:
+        assert (row["gate/gamma"] != "") == (row["activation_gate"] == "True")
+
+
+def test_mirrored(tmp_path):
+    argv = ["--devices", "2", "--strategy", "mirrored", "--max-trials", "2"]
+    assert search(tmp_path / "search", *argv) == 0
+    assert [row["status"] for row in trials_of(tmp_path / "search")] == ["completed"] * 2
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--recipe", "lenet"], "'lenet' is not a recipe: choose from alexnet"),
+        (["--recipe", "nowhere.py"], "--recipe nowhere.py: no such file"),
+        (["--max-trials", "1"], "at least 2"),
+        (["--tuner", "genetic"], "invalid choice: 'genetic'"),
+        (["--clippers", "agc"], "`clippers` must be some of"),
+        (["--threshold-range", "1", "0.1"], "must be 0 <= low < high"),
+        (["--threshold", "0.1"], "--threshold is searched here: use --threshold-range"),
+        (["--clip-config", "x.json"], "x.json: No such file"),
+        (["--objective", "steering"], "say --direction max or min"),
+        (["--learning-rate-range", "1e-9", "1e-8"], "must hold the baseline's learning rate"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path, argv, message, capsys):
+    assert main([*QUICK, "--output", str(tmp_path / "x"), *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_an_objective_that_is_not_logged_is_named(tmp_path, capsys):
+    argv = ["--objective", "val_recall", "--direction", "max", "--max-trials", "2"]
+    assert search(tmp_path / "x", *argv) == 1
+    error = capsys.readouterr().err
+    assert "--objective val_recall: not among" in error and "val_accuracy" in error
+
+
+def test_half_of_kerastuners_variables(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "worker-0")
+    assert search(tmp_path / "x") == 2
+    assert "KERASTUNER_ORACLE_IP" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["workers", "variables"])
+def test_a_worker_is_killed_and_every_trial_is_accounted_for(launch, tmp_path):
+    """Chief and two workers on loopback; kill -9 for the one that runs a trial."""
+    import socket
+
+    hang, folder = tmp_path / "hang", tmp_path / "search"
+    hang.write_text("now")  # the first worker to start a run hangs in it
+    environment = {"HANG": str(hang), "STARTS": str(tmp_path / "starts.txt")}
+    processes = []
+    try:
+        if launch == "workers":
+            processes.append(
+                run_apart(folder, "--max-trials", "5", "--workers", "2", **environment)
+            )
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            for name in ("chief", "worker-0", "worker-1"):
+                variables = {
+                    "KERASTUNER_ORACLE_IP": "127.0.0.1",
+                    "KERASTUNER_ORACLE_PORT": port,
+                    "KERASTUNER_TUNER_ID": name,
+                }
+                more = ["--max-trials", "5", "--worker-timeout", "10"]
+                processes.append(run_apart(folder, *more, **environment, **variables))
+        victim = int(wait_for(tmp_path / "hang.taken", processes[0]))
+        time.sleep(3)  # the other one goes on meanwhile
+        os.kill(victim, signal.SIGKILL)
+        out, _ = processes[0].communicate(timeout=200)
+        assert processes[0].returncode == 0, out
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=30)
+    assert "is gone; its trial" in out
+    rows = trials_of(folder)
+    assert len(rows) == 5 and {row["status"] for row in rows} == {"completed"}
+    starts = (tmp_path / "starts.txt").read_text().splitlines()
+    assert len(starts) == len(set(starts)) == 5  # the victim died before its own line
+    if launch == "variables":
+        assert sorted(p.returncode for p in processes) == [-signal.SIGKILL, 0, 0]
