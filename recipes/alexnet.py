@@ -1,6 +1,14 @@
-"""AlexNet, no batch normalisation, under per-layer gradient clipping.
+"""AlexNet, without batch normalisation, under per-layer gradient clipping.
 
-python recipes/alexnet.py
+Command: `python recipes/alexnet.py`
+
+Trains on the 5,000 embedded MNIST digits at 32x32, with 2x2 pooling and dense layers of 1024 (4.6
+million parameters): 60 seconds of processor time, 0.2 times ResNet-50's, on two CPU cores shared
+with other work. Reached here: 94.2 % validation accuracy (seed 0), 94.8 % (seed 1). Without the
+clip (`--clipper none`), at the same learning rate of 0.05: 73.8 % and 78.0 %. At 0.2 it diverges,
+while the clipped network still learns (77.2 % and 66.8 %); at 0.01 it is better without the clip
+(94.2 % and 91.8 %, clipped 87.0 % and 84.8 %), which then only slows the first steps. From
+`python recipes/compare.py alexnet --learning-rates 0.01 0.05 0.2 --seeds 0 1`.
 """
 
 import sys
@@ -16,7 +24,7 @@ RECIPE = Recipe(
     network="alexnet",
     description=__doc__,
     network_options={"pool_grid": 2, "dense_units": 1024},
-    # The paper's optimizer; its learning rate is 0.01.
+    # SGD with momentum as in the paper, at five times its learning rate.
     settings={
         "image_size": 32,
         "epochs": 3,

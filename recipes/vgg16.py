@@ -1,6 +1,12 @@
-"""VGG-16, no batch normalisation, under per-layer gradient clipping.
+"""VGG-16, without batch normalisation, under per-layer gradient clipping.
 
-python recipes/vgg16.py
+Command: `python recipes/vgg16.py`
+
+Trains on the 5,000 embedded MNIST digits at 32x32, with 1x1 pooling and dense layers of 512 (15.2
+million parameters): 160 seconds of processor time, 0.6 times ResNet-50's, on two CPU cores shared
+with other work. Reached here: 94.2 % validation and 95.2 % test accuracy (seed 0). Without the clip
+(`--clipper none`, seed 0), at the same learning rate: 80.4 % and 78.4 %; the whole first epoch is
+spent at chance. One run each.
 """
 
 import sys
@@ -15,8 +21,10 @@ RECIPE = Recipe(
     name="vgg16",
     network="vgg16",
     description=__doc__,
+    # Dropout of 0.5 drowns the little by which images differ in so deep an untrained network:
+    # VGG-19 spent the whole of such a run at chance.
     network_options={"pool_grid": 1, "dense_units": 512, "dropout": 0.0},
-    # The paper's optimizer; its learning rate is 0.01.
+    # SGD with momentum as in the paper, at twice its learning rate.
     settings={
         "image_size": 32,
         "epochs": 3,

@@ -1,6 +1,11 @@
-"""VGG-19, no batch normalisation, under per-layer gradient clipping.
+"""VGG-19, without batch normalisation, under per-layer gradient clipping.
 
-python recipes/vgg19.py
+Command: `python recipes/vgg19.py`
+
+Trains on the 5,000 embedded MNIST digits at 32x32, with 1x1 pooling and dense layers of 512 (20.6
+million parameters): 325 seconds of processor time, 1.1 times ResNet-50's, on two CPU cores shared
+with other work. Reached here: 95.4 % validation and 96.6 % test accuracy (seed 0). Without the clip
+(`--clipper none`, seed 0), at the same learning rate: 87.0 % and 85.0 %. One run each.
 """
 
 import sys
@@ -15,8 +20,10 @@ RECIPE = Recipe(
     name="vgg19",
     network="vgg19",
     description=__doc__,
+    # Dropout of 0.5 drowns the little by which images differ in so deep an untrained network:
+    # VGG-19 spent the whole of such a run at chance.
     network_options={"pool_grid": 1, "dense_units": 512, "dropout": 0.0},
-    # The paper's optimizer; its learning rate is 0.01.
+    # SGD with momentum as in the paper, at twice its learning rate.
     settings={
         "image_size": 32,
         "epochs": 5,
