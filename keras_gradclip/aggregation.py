@@ -19,6 +19,15 @@ def is_tensorflow() -> bool:
     return backend.backend() == "tensorflow"
 
 
+def _is_traced_by_jax(x: Any) -> bool:
+    """Whether `x` is a value that a compiled JAX step has not computed yet."""
+    if backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
+
+
 def current_strategy() -> Any:
     """The `tf.distribute` strategy in scope, or None where there is none."""
     if not is_tensorflow():
@@ -87,10 +96,10 @@ def cond(
         state: every variable that the functions may write (needed on JAX alone).
         cross_replica: call the functions in cross-replica context instead, without `args`.
     """
-    if backend.backend() == "jax":
-        _select(flag, true_fn, false_fn, args, state)
+    if _is_traced_by_jax(flag):
+        _stateless_cond(flag, true_fn, false_fn, args, state)
         return
-    if backend.backend() != "tensorflow":
+    if not is_tensorflow():
         (true_fn if bool(flag) else false_fn)(*args)
         return
     import tensorflow as tf
@@ -120,16 +129,22 @@ def cond(
     tf.distribute.get_replica_context().merge_call(merged, args=(flag, *args))
 
 
-def _select(flag: Any, true_fn: Any, false_fn: Any, args: tuple, state: Sequence[Any]) -> None:
-    """`cond` for JAX, whose conditions may not write variables: do both and choose."""
-    before = [v.value for v in state]
-    true_fn(*args)
-    if_true = [v.value for v in state]
-    for v, old in zip(state, before, strict=True):
-        v.assign(old)
-    false_fn(*args)
-    for v, new in zip(state, if_true, strict=True):
-        v.assign(ops.where(flag, new, v.value))
+def _stateless_cond(
+    flag: Any, true_fn: Any, false_fn: Any, args: tuple, state: Sequence[Any]
+) -> None:
+    """`cond` for a compiled JAX step: the branches return the new values of `state`."""
+    before = [(v, v.value) for v in state]
+
+    def branch(fn: Callable[..., Any]) -> Callable[[], list[Any]]:
+        def call() -> list[Any]:
+            with keras.StatelessScope(state_mapping=before) as scope:
+                fn(*args)
+            return [scope.get_current_value(v) for v in state]
+
+        return call
+
+    for v, new in zip(state, ops.cond(flag, branch(true_fn), branch(false_fn)), strict=True):
+        v.assign(new)
 
 
 def _no_result(fn: Callable[..., Any], args: tuple) -> Callable[[], None]:

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import keras
+from keras import backend
 
 from keras_gradclip import _compat, gate
 from keras_gradclip.optimizer import ClippedOptimizer, find
@@ -38,7 +39,7 @@ class _Runtime:
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
         self.gate: gate.ActivationGate | None = None
-        self.evaluating = False
+        self.hidden = False
 
 
 class ClippedTrainStep:
@@ -113,35 +114,64 @@ class ClippedTrainStep:
     def metrics(self) -> list[Any]:
         """Keras's metrics; while training, also `grad_norm` and `clip_fraction`."""
         runtime = self._clip_runtime()
-        own = [] if runtime.evaluating else runtime.metrics
+        own = [] if runtime.hidden else runtime.metrics
         return [*super().metrics, *own]  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; nothing is clipped here, so the two figures do not appear."""
-        return self._while_evaluating(super().evaluate, *args, **kwargs)  # type: ignore[misc]
+        return self._without_figures(super().evaluate, *args, **kwargs)  # type: ignore[misc]
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; nothing is clipped here, so the two figures do not appear."""
-        return self._while_evaluating(super().test_on_batch, *args, **kwargs)  # type: ignore[misc]
+        return self._without_figures(super().test_on_batch, *args, **kwargs)  # type: ignore[misc]
 
-    def _while_evaluating(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+    def _without_figures(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         runtime = self._clip_runtime()
-        before, runtime.evaluating = runtime.evaluating, True
+        before, runtime.hidden = runtime.hidden, True
         try:
             return fn(*args, **kwargs)
         finally:
-            runtime.evaluating = before
+            runtime.hidden = before
 
     def make_train_function(self, force: bool = False) -> Any:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
         runtime = self._clip_runtime()
         if runtime.gate is not None:
             runtime.gate.attach(self)  # layers may have been built since compile
+        if runtime.metrics and backend.backend() == "jax":
+            return self._make_stateless(force)
         return self._make_unrolled("train", force)
 
     def make_test_function(self, force: bool = False) -> Any:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
         return self._make_unrolled("test", force)
+
+    train_step: Any
+
+    def _make_stateless(self, force: bool) -> Any:
+        """Keras's function on JAX, with the two figures taken from the state it returns.
+
+        While a step runs on JAX, the optimizer's variables hold nothing: its state goes in and
+        comes out. What reads them, as the figures do, has to be told what came out.
+        """
+        own = self.__dict__.get("train_step")
+        train_step, runtime = self.train_step, self._clip_runtime()
+
+        def step(state: Any, data: Any) -> Any:
+            logs, state = self._without_figures(train_step, state, data)
+            if isinstance(logs, dict):
+                mapping = zip(self.optimizer.variables, state[2], strict=True)
+                with keras.StatelessScope(state_mapping=mapping):
+                    logs = {**logs, **{m.name: m.result() for m in runtime.metrics}}
+            return logs, state
+
+        object.__setattr__(self, "train_step", step)  # Keras compiles what it finds there
+        try:
+            return super().make_train_function(force)  # type: ignore[misc]
+        finally:
+            object.__delattr__(self, "train_step")
+            if own is not None:
+                object.__setattr__(self, "train_step", own)
 
     steps_per_execution: int
 

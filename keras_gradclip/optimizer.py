@@ -84,8 +84,13 @@ class ClipHyperparameters(MutableMapping):
 
 
 def _to_numpy(value: Any) -> Any:
-    """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises."""
-    return value.numpy() if hasattr(value, "numpy") else ops.convert_to_numpy(value)
+    """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises.
+
+    On PyTorch `.numpy()` takes no tensor of a GPU.
+    """
+    if aggregation.is_tensorflow() and hasattr(value, "numpy"):
+        return value.numpy()
+    return ops.convert_to_numpy(value)
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
