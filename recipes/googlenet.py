@@ -1,6 +1,11 @@
 """GoogLeNet, with its auxiliary heads, under per-layer gradient clipping.
 
-python recipes/googlenet.py
+Command: `python recipes/googlenet.py`
+
+Trains on the 5,000 embedded MNIST digits at 32x32, without batch normalisation: 190 seconds of
+processor time, 0.7 times ResNet-50's, on two CPU cores shared with other work. Reached here: 97.2 %
+validation and 95.6 % test accuracy (seed 0). Without the clip (`--clipper none`, seed 0), at the
+same learning rate: 97.2 % and 96.6 %, so it does not need the clip here. One run each.
 """
 
 import sys
