@@ -224,7 +224,7 @@ def calibrate(
         model: compiled with a `ClippedOptimizer` (or a `ClippedModel`), `clipper=None` or not:
             the gradients are watched before the clip.
         data: what `fit` takes as x: a `tf.data.Dataset`, a `PyDataset`, a generator; or a tuple
-            (x, y). It is repeated as needed, unless it is a generator.
+            (x, y) or (x, y, sample_weight). It is repeated as needed, unless it is a generator.
         steps: the number of updates to watch.
         percentile: in 0..100, as `numpy.percentile`.
         follow: True trains while it watches, and puts everything back at the end, so that the
@@ -251,16 +251,37 @@ def calibrate(
     eps = validation.positive("calibrate", "eps", eps)
     optimizer = wrapped_optimizer("calibrate", model)
     sampler = _Sampler(optimizer, count, not follow, beta, eps)
-    x, y = data if isinstance(data, tuple) else (data, None)
+    x, y, weight = _unpack(data)
     epochs = count * (optimizer.gradient_accumulation_steps or 1)
     with _everything_put_back(model, optimizer):
         optimizer.observe(sampler)
         model.train_function = None  # the step must be traced with the hook
-        model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=0, callbacks=[_Stop(sampler)])
+        model.fit(
+            x,
+            y,
+            sample_weight=weight,
+            batch_size=batch_size,
+            epochs=epochs,
+            verbose=0,
+            callbacks=[_Stop(sampler)],
+        )
         seen = min(int(to_numpy(sampler.seen)), count)
         figures = to_numpy(sampler.figures)[:seen].astype("float64")
         skipped = int(to_numpy(sampler.skipped))
     return _suggest(sampler.variables, figures, skipped, percentile, beta, eps)
+
+
+def _unpack(data: Any) -> tuple[Any, Any, Any]:
+    """x, y and sample_weight for `fit`."""
+    if not isinstance(data, tuple):
+        return data, None, None
+    if not 1 <= len(data) <= 3:
+        raise ValueError(
+            "calibrate: `data` must be a data set, or a tuple (x, y) or (x, y, sample_weight), "
+            f"but has {len(data)} parts."
+        )
+    x, y, weight = (*data, None, None)[:3]
+    return x, y, weight
 
 
 @contextlib.contextmanager

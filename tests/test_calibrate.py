@@ -200,6 +200,17 @@ def test_misuse_is_named(arguments, word):
         kgc.calibrate(compiled(), dataset(), **arguments)
 
 
+def test_sample_weights_count():
+    x, y = data(32)
+    heavy = (x, y, np.full(32, 3.0))
+    plain, weighted = (
+        kgc.calibrate(compiled(), d, steps=1, batch_size=32) for d in ((x, y), heavy)
+    )
+    assert weighted.global_norm == pytest.approx(3 * plain.global_norm, rel=1e-4)
+    with pytest.raises(ValueError, match="4 parts"):
+        kgc.calibrate(compiled(), (x, y, x, y))
+
+
 def test_refusals():
     plain = net(keras.Model)
     plain.compile("sgd", loss())
