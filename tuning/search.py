@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import shlex
 import signal
 import sys
@@ -331,14 +330,18 @@ class _Search:
             with parallel.heartbeat(self.folder):
                 self._tuner(self._oracle()).search()
             return 0
-        # KerasTuner prints from its messages; what we have to say goes around it.
-        with (
-            open(self.folder / "kerastuner.log", "a") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.nullcontext() if self.args.traceback else contextlib.redirect_stderr(log),
-            open(os.dup(1), "w", closefd=True) as out,
-        ):
-            return self._search(workers, out)
+        import keras_tuner as kt
+
+        # KerasTuner prints from inside its messages; what we have to say goes around it.
+        out, errors = sys.stdout, contextlib.nullcontext()
+        with open(self.folder / "kerastuner.log", "a") as log:
+            if not self.args.traceback:
+                errors = contextlib.redirect_stderr(log)
+            try:
+                with contextlib.redirect_stdout(log), errors:
+                    return self._search(workers, out)
+            except kt.errors.FatalError as error:
+                raise RecipeError(str(error)) from error
 
     def _search(self, workers, out) -> int:
         from rich.console import Console

@@ -164,5 +164,5 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert len(blocks) == 1
     exec(compile(blocks[0], str(README), "exec"), {"__name__": "example"})
     assert "->" in capsys.readouterr().out.splitlines()[-1]
-    first = (tmp_path / "runs/mine/clipping/trial_0/trial.json").read_text()
+    first = (tmp_path / "runs/mine/clipping/trial_0000/trial.json").read_text()
     assert '"clipper": "none"' in first

@@ -6,7 +6,7 @@ import math
 import keras_tuner as kt
 import pytest
 
-from tuning.oracles import BASELINE, MOST_LOSSES, make_oracle, worst_score
+from tuning.oracles import BASELINE, CONFIRMS, MOST_LOSSES, make_oracle, worst_score
 from tuning.space import clip_hyperparameters
 
 KINDS = ("random", "bayesian", "hyperband", "grid")
@@ -67,7 +67,7 @@ def test_the_first_trial_is_the_unclipped_baseline_and_the_search_ends(kind, tmp
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
 def test_trials_that_diverge_rank_last_and_abort_nothing(kind, objective, tmp_path):
-    oracle = oracle_in(tmp_path, kind, objective=objective, max_trials=10)
+    oracle = oracle_in(tmp_path, kind, objective=objective, max_trials=9)
     worst = worst_score(oracle.objective.direction)
     # The baseline and every second trial: more than KerasTuner lets fail.
     started = run_all(oracle, lambda values, n: worst if n % 2 else 0.1 * n)
@@ -83,7 +83,7 @@ def test_bayesian_takes_a_diverged_trial_for_the_worst_there_is(tmp_path):
     run_all(oracle, lambda values, n: math.inf if n in (2, 4) else float(n))
     seen = []
     oracle.gpr.fit = lambda x, y: seen.extend(y) or 1 / 0
-    oracle.max_trials += 1
+    oracle.search_trials += 1
     with pytest.raises(ZeroDivisionError):
         oracle.create_trial("tuner0")
     assert seen == [1, 6, 3, 6, 5, 6]
@@ -192,9 +192,9 @@ def test_a_trial_that_takes_its_workers_with_it_fails(tmp_path):
     for k in range(MOST_LOSSES):
         ids.append(oracle.create_trial(f"worker-{k}").trial_id)
         oracle.lose_worker(f"worker-{k}")
-    assert set(ids) == {"0"}
-    assert oracle.trials["0"].status == "FAILED"
-    assert oracle.create_trial("worker-9").trial_id == "1"
+    assert set(ids) == {"0000"}
+    assert oracle.trials["0000"].status == "FAILED"
+    assert oracle.create_trial("worker-9").trial_id == "0001"
 
 
 def test_listeners_hear_of_each_trial_once(tmp_path):
@@ -204,7 +204,52 @@ def test_listeners_hear_of_each_trial_once(tmp_path):
     trial = oracle.create_trial("tuner0")
     oracle.create_trial("tuner0")  # asks again and gets the same
     finish(oracle, trial, 0.5)
-    assert heard == [("0", "begin"), ("0", "end")]
+    assert heard == [("0000", "begin"), ("0000", "end")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
+def test_the_best_clipped_and_unclipped_trial_are_confirmed(kind, objective, tmp_path):
+    oracle = oracle_in(tmp_path, kind, objective=objective, confirm=True)
+    scores = iter([0.5, 0.3, math.nan, 0.2, 0.7, *[0.4] * 200])
+    sign = 1 if objective == "val_accuracy" else -1
+
+    def score(values, n):
+        if CONFIRMS in values:
+            return 0.1
+        value = next(scores)
+        return sign * (-math.inf if math.isnan(value) else value)
+
+    started = run_all(oracle, score)
+    again = [values for values in started if CONFIRMS in values]
+    assert started[-2:] == again and len(again) == 2
+    assert sorted(values["clipper"] == "none" for values in again) == [False, True]
+    for values in again:
+        original = oracle.trials[values[CONFIRMS]]
+        rivals = [
+            sign * trial.score
+            for trial in oracle.trials.values()
+            if (trial.hyperparameters.values["clipper"] == "none") == (values["clipper"] == "none")
+            and CONFIRMS not in trial.hyperparameters.values
+        ]
+        assert sign * original.score == max(rivals)
+        for name, value in original.hyperparameters.values.items():
+            if not name.startswith("tuner/") or name == "tuner/epochs":
+                assert values[name] == value
+    assert (
+        oracle_in(tmp_path, kind, objective=objective, confirm=True).create_trial("tuner0").status
+        == "STOPPED"
+    )
+
+
+def test_confirmation_waits_for_the_trials_of_others(tmp_path):
+    oracle = oracle_in(tmp_path, "random", max_trials=2, confirm=True)
+    first, second = oracle.create_trial("worker-0"), oracle.create_trial("worker-1")
+    finish(oracle, first, 0.5)
+    assert oracle.create_trial("worker-0").status == "IDLE"
+    finish(oracle, second, 0.6)
+    confirming = oracle.create_trial("worker-0")
+    assert confirming.hyperparameters.values[CONFIRMS] == second.trial_id  # the better one first
 
 
 def test_unknown_tuner():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tuning.search import main
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE = str(HERE / "search_recipe.py")
-QUICK = ["--recipe", RECIPE, "--baseline-runs", "1", "--clippers", "absolute"]
+QUICK = ["--recipe", RECIPE, "--confirm-runs", "0", "--clippers", "absolute"]
 
 
 def search(folder, *more):
@@ -58,6 +59,47 @@ def wait_for(path, process, seconds=120):
     return path.read_text()
 
 
+@pytest.fixture
+def fake_run(monkeypatch):
+    """Stands for `recipes.training.run`: writes a history at once, diverges at rates above 1.
+
+    Returns:
+        A list of (options, folder, epochs that were there) of the runs.
+    """
+    from recipes import training
+    from recipes.callbacks import HISTORY
+    from recipes.errors import TrainingDiverged
+
+    calls = []
+
+    def run(recipe, options, folder, callbacks):
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = read_rows(folder / HISTORY) if options.resume else []
+        calls.append((options, folder, len(rows)))
+        config = {"learning_rate": options.learning_rate, "clip_config": options.clip_config}
+        (folder / "config.json").write_text(json.dumps(config))
+        model = types.SimpleNamespace(stop_training=False, trainable_variables=[])
+        for epoch in range(len(rows), options.epochs):
+            if options.learning_rate > 1:
+                raise TrainingDiverged("training diverged to NaN", epoch)
+            score = 1 - 1 / (2 + epoch) - options.learning_rate
+            rows.append(
+                {"epoch": float(epoch), "val_accuracy": score, "clip_fraction": 0.1, "loss": 1.0}
+            )
+            with open(folder / HISTORY, "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            for callback in callbacks:
+                callback.set_model(model)
+                callback.on_epoch_end(epoch, dict(rows[-1]))
+            if model.stop_training:
+                return
+
+    monkeypatch.setattr(training, "run", run)
+    return calls
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A search that nobody interrupts, with its output."""
@@ -65,7 +107,7 @@ def finished(tmp_path_factory):
     import io
 
     folder = tmp_path_factory.mktemp("search") / "whole"
-    argv = [*QUICK, "--output", str(folder), "--max-trials", "4", "--baseline-runs", "2"]
+    argv = [*QUICK, "--output", str(folder), "--max-trials", "3"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(argv) == 0
     return folder
@@ -73,13 +115,13 @@ def finished(tmp_path_factory):
 
 def test_a_search_leaves_its_results(finished):
     rows = trials_of(finished)
-    assert len(rows) == 4
+    assert len(rows) == 3
     assert {row["status"] for row in rows} == {"completed"}
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores, reverse=True)
     (baseline,) = (row for row in rows if row["baseline"] == "True")
     assert baseline["clipper"] == "none" and baseline["absolute/threshold"] == ""
-    assert baseline["runs"] == "2.0" and float(baseline["clip_fraction"]) == 0
+    assert baseline["runs"] == "1.0" and float(baseline["clip_fraction"]) == 0
     assert float(baseline["lowest"]) <= float(baseline["score"]) <= float(baseline["highest"])
     clipped = [row for row in rows if row["clipper"] == "absolute"]
     assert clipped and all(0.01 <= float(row["absolute/threshold"]) <= 0.1 for row in clipped)
@@ -136,10 +178,10 @@ def test_best_json_trains_through_the_recipe(finished, tmp_path, best):
 def test_the_same_command_again_runs_nothing(finished, capsys, tmp_path, monkeypatch):
     starts = started(tmp_path, monkeypatch)
     before = trials_of(finished)
-    assert search(finished, "--max-trials", "4", "--baseline-runs", "2") == 0
+    assert search(finished, "--max-trials", "3") == 0
     assert starts() == []
     assert trials_of(finished) == before
-    assert "4 trials are done" in capsys.readouterr().out
+    assert "3 trials are done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -154,7 +196,7 @@ def test_the_same_command_again_runs_nothing(finished, capsys, tmp_path, monkeyp
 )
 def test_another_search_in_the_same_folder_is_refused(finished, change, named, capsys):
     before = (finished / "search.json").read_text()
-    argv = [*QUICK, "--output", str(finished), "--baseline-runs", "2", *change]
+    argv = [*QUICK, "--output", str(finished), *change]
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ")
@@ -193,13 +235,13 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
     assert len(starts) == len(set(starts)) == 3  # nobody twice
 
 
-def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys, fake_run):
     from tuning import hypermodel
 
     folder, run_trial = tmp_path / "search", hypermodel.RecipeTuner.run_trial
 
     def interrupted(self, trial, *args, **kwargs):
-        if trial.trial_id == "1":
+        if trial.trial_id == "0001":
             raise KeyboardInterrupt
         return run_trial(self, trial, *args, **kwargs)
 
@@ -207,22 +249,76 @@ def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys):
         patch.setattr(hypermodel.RecipeTuner, "run_trial", interrupted)
         assert search(folder, "--max-trials", "2") == 130
     assert "the same command goes on" in capsys.readouterr().err
-    starts = started(tmp_path, monkeypatch)
+    assert len(fake_run) == 1
     assert search(folder, "--max-trials", "2") == 0
-    assert len(starts()) == 1
+    assert len(fake_run) == 2
     assert [row["status"] for row in trials_of(folder)] == ["completed"] * 2
 
 
-def test_diverged_trials_rank_last_and_the_search_goes_on(tmp_path, capsys):
-    """The baseline and more diverge, one after the other."""
-    argv = ["--learning-rate", "1e38", "--learning-rate-range", "1e-3", "2e38"]
-    assert search(tmp_path / "search", "--max-trials", "7", "--budget", "full", *argv) in (0, 1)
+def test_diverged_trials_rank_last_and_the_search_goes_on(tmp_path, capsys, fake_run):
+    """The baseline and others diverge, more in a row than KerasTuner lets fail."""
+    argv = ["--learning-rate", "1e3", "--learning-rate-range", "1e-3", "1e6"]
+    assert search(tmp_path / "search", "--max-trials", "12", *argv) == 0
     rows = trials_of(tmp_path / "search")
-    assert len(rows) == 7
+    assert len(rows) == 12
     status = [row["status"] for row in rows]
-    assert status == sorted(status) and status.count("diverged") >= 3  # completed < diverged
+    assert status == sorted(status) and status.count("diverged") >= 5  # completed < diverged
+    assert all((float(r["learning_rate"]) > 1) == (r["status"] == "diverged") for r in rows)
     assert any(row["baseline"] == "True" for row in rows if row["status"] == "diverged")
     assert "diverged and rank last" in capsys.readouterr().out
+
+
+def test_confirmation_has_seeds_of_its_own_and_decides(tmp_path, fake_run, capsys):
+    folder = tmp_path / "search"
+    assert search(folder, "--max-trials", "5", "--confirm-runs", "2") == 0
+    rows = trials_of(folder)
+    again = [row for row in rows if row["confirms"]]
+    assert len(rows) == 7 and rows[:2] == again
+    assert {row["clipper"] for row in again} == {"none", "absolute"}
+    for row in again:
+        seeds = [o.seed for o, f, _ in fake_run if f.parent.name == f"trial_{row['trial']}"]
+        assert seeds == [1, 2]  # the search itself had 0
+        original = next(r for r in rows if r["trial"] == row["confirms"])
+        assert original["learning_rate"] == row["learning_rate"]
+    assert json.loads((folder / "best.json").read_text())["trial"] == again[0]["trial"]
+    assert "no run of one reaches one of the other" in capsys.readouterr().out
+
+
+def test_max_trials_may_be_raised(tmp_path, fake_run):
+    assert search(tmp_path, "--max-trials", "3") == 0
+    assert search(tmp_path, "--max-trials", "5") == 0
+    assert len(fake_run) == len(trials_of(tmp_path)) == 5
+
+
+def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
+    from recipes import training
+
+    calls = []
+
+    def run(recipe, options, folder, callbacks):
+        calls.append(options)
+        folder.mkdir(parents=True)
+        if len(calls) % 2:
+            raise MemoryError("no memory left")
+        raise training.TrainingDiverged("training diverged to NaN", 0)
+
+    monkeypatch.setattr(training, "run", run)
+    assert search(tmp_path, "--max-trials", "4") == 1
+    status = [row["status"] for row in trials_of(tmp_path)]
+    assert status == ["diverged", "diverged", "failed", "failed"]
+    assert "failed: MemoryError: no memory left" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_every_trial_ends_the_search(tmp_path, monkeypatch, capsys):
+    from recipes import training
+    from recipes.errors import DataError
+
+    def run(*args):
+        raise DataError("no data set 'x'")
+
+    monkeypatch.setattr(training, "run", run)
+    assert search(tmp_path, "--max-trials", "4") == 2
+    assert capsys.readouterr().err == "error: no data set 'x'\n"
 
 
 def test_no_trial_that_ends_well_is_an_error(tmp_path, capsys):
@@ -234,9 +330,8 @@ def test_no_trial_that_ends_well_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "search" / "best.json").exists()
 
 
-def test_hyperband_goes_on_from_the_round_before(tmp_path, monkeypatch):
-    folder = tmp_path / "search"
-    assert search(folder, "--tuner", "hyperband", "--epochs", "4", "--max-trials", "12") == 0
+def check_hyperband(folder):
+    """Each later round goes on where its parent stopped."""
     trials = [json.loads(path.read_text()) for path in folder.glob("trials/*/trial.json")]
     later = [t for t in trials if "tuner/trial_id" in t["hyperparameters"]["values"]]
     assert later
@@ -252,24 +347,44 @@ def test_hyperband_goes_on_from_the_round_before(tmp_path, monkeypatch):
         assert own[: len(parent)] == parent
 
 
-def test_grid_and_groups_and_gate(tmp_path, capsys):
-    argv = ["--tuner", "grid", "--points", "2", "--groups", "--fix-learning-rate"]
-    assert search(tmp_path / "a", *argv, "--max-trials", "3") == 0
-    assert "9 combinations" in capsys.readouterr().out  # 1 + 2³
-    clipper = next(row for row in trials_of(tmp_path / "a") if row["clipper"] == "absolute")
-    for group in ("stem", "stages", "head"):
-        assert clipper[f"absolute/threshold/{group}"]
-    configs = (tmp_path / "a").rglob("config.json")
-    clip = [json.loads(path.read_text())["clip_config"] for path in configs]
-    assert any(c and c["class_name"] == "ClipMap" for c in clip)
+def test_hyperband_goes_on_from_the_round_before(tmp_path, fake_run):
+    argv = ["--tuner", "hyperband", "--epochs", "4", "--confirm-runs", "1"]
+    assert search(tmp_path, *argv) == 0
+    check_hyperband(tmp_path)
+    assert any(before for _, _, before in fake_run)
+    confirming = [row for row in trials_of(tmp_path) if row["confirms"]]
+    assert [row["epochs"] for row in confirming] == ["4.0", "4.0"]
 
-    assert search(tmp_path / "b", "--search-gate", "--max-trials", "6") == 0
-    rows = trials_of(tmp_path / "b")
+
+@pytest.mark.slow
+def test_hyperband_with_real_training(tmp_path):
+    assert search(tmp_path, "--tuner", "hyperband", "--epochs", "2", "--max-trials", "8") == 0
+    check_hyperband(tmp_path)
+
+
+def test_grid_and_groups(tmp_path, capsys, fake_run):
+    argv = ["--tuner", "grid", "--points", "2", "--groups", "--fix-learning-rate"]
+    assert search(tmp_path, *argv) == 0
+    assert "9 combinations" in capsys.readouterr().out  # 1 + 2³
+    rows = [row for row in trials_of(tmp_path) if row["clipper"] == "absolute"]
+    names = [f"absolute/threshold/{group}" for group in ("stem", "head", "stages")]
+    assert len({tuple(row[name] for name in names) for row in rows}) == 8
+    clip = [options.clip_config for options, _, _ in fake_run if options.clip_config]
+    assert len(clip) == 8
+    assert all(isinstance(kgc.get(config), kgc.ClipMap) for config in clip)
+
+
+def test_gate(tmp_path, fake_run):
+    assert search(tmp_path, "--search-gate", "--max-trials", "6") == 0
+    rows = trials_of(tmp_path)
     assert {row["activation_gate"] for row in rows} == {"True", "False"}
     for row in rows:
         assert (row["gate/gamma"] != "") == (row["activation_gate"] == "True")
+    gated = [options.activation_gate for options, _, _ in fake_run]
+    assert sorted(gated) == sorted(row["activation_gate"] == "True" for row in rows)
 
 
+@pytest.mark.slow
 def test_mirrored(tmp_path):
     argv = ["--devices", "2", "--strategy", "mirrored", "--max-trials", "2"]
     assert search(tmp_path / "search", *argv) == 0
@@ -300,9 +415,9 @@ def test_mistakes_are_one_clear_line(tmp_path, argv, message, capsys):
     assert message in error
 
 
-def test_an_objective_that_is_not_logged_is_named(tmp_path, capsys):
+def test_an_objective_that_is_not_logged_is_named(tmp_path, capsys, fake_run):
     argv = ["--objective", "val_recall", "--direction", "max", "--max-trials", "2"]
-    assert search(tmp_path / "x", *argv) == 1
+    assert search(tmp_path / "x", *argv) == 2
     error = capsys.readouterr().err
     assert "--objective val_recall: not among" in error and "val_accuracy" in error
 
