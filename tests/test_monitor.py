@@ -275,6 +275,38 @@ def test_tensorboard(tmp_path):
     )
 
 
+@pytest.mark.parametrize("clipper", [kgc.NormClip(0.1), kgc.PercentileClip(scope="layer")], ids=str)
+def test_embeddings(clipper):
+    """A sparse gradient, some rows twice in a batch: as its dense twin by the tape."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, (16, 5)), rng.integers(0, 3, 16)
+
+    def model(model_class):
+        keras.utils.set_random_seed(2)
+        inputs = keras.Input((5,), dtype="int32")
+        h = keras.layers.Flatten()(keras.layers.Embedding(20, 4, name="table")(inputs))
+        return model_class(inputs, keras.layers.Dense(3, name="head")(h))
+
+    watched_model = model(kgc.ClippedModel)
+    watched_model.compile(keras.optimizers.SGD(0.1), loss(), clipper=clipper)
+    found = kgc.calibrate(watched_model, (x, y), steps=1, batch_size=16)
+    monitor = kgc.ClipMonitor(every=1)
+    watched_model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[monitor])
+    plain = model(keras.Model)
+    with tf.GradientTape() as tape:
+        value = loss()(y, plain(x))
+    grads = [
+        np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(value, plain.trainable_variables)
+    ]
+    want = [np.linalg.norm(g) for g in grads]
+    np.testing.assert_allclose(monitor.history["norm_before"][0], want, rtol=1e-4)
+    np.testing.assert_allclose(
+        monitor.history["max_abs"][0], [np.abs(g).max() for g in grads], rtol=1e-4
+    )
+    assert found.thresholds["norm"]["table"] == pytest.approx(want[0], rel=1e-4)
+    assert found.thresholds["rms"]["table"] == pytest.approx(want[0] / np.sqrt(80), rel=1e-4)
+
+
 def test_after_training_the_step_has_no_trace_of_it():
     _, _, model = watched()
     assert model.optimizer._observer is None
