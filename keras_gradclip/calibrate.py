@@ -18,7 +18,7 @@ from keras import ops
 
 from keras_gradclip import kernels, validation
 from keras_gradclip.adaptive import AdaptiveClip, RMSClip, default_unit_axes, unit_squares
-from keras_gradclip.base import Clipper, layer_of, serialize
+from keras_gradclip.base import Clipper, layer_of, path_of, serialize
 from keras_gradclip.clip_map import ClipMap
 from keras_gradclip.clippers import AbsoluteClip, ExponentialClip, NormClip
 from keras_gradclip.monitor import device_variable, strategy_scope, to_numpy, wrapped_optimizer
@@ -29,7 +29,7 @@ KINDS = {
     "norm": "L2 norm of the layer's gradient",
     "absolute": "largest element",
     "exponential": "largest |g|·exp(−β·W)",
-    "adaptive": "largest ratio of a unit's gradient norm to its weight norm",
+    "adaptive": "largest ratio of a kernel's unit's gradient norm to its weight norm",
     "rms": "largest root mean square of a variable's gradient",
 }
 
@@ -41,7 +41,10 @@ class Calibration:
     Attributes:
         layers: the layers, in the model's order.
         thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "rms") and
-            layer the suggested threshold; None for a layer whose gradient is zero or missing.
+            layer the suggested threshold; None for a layer whose gradient is zero or missing. The
+            adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
+            their ratio says nothing, and its map leaves them alone.
+        kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
         updates: the number of updates that the figures rest on.
         nonfinite: the number of updates left out because a gradient was not finite.
@@ -52,6 +55,7 @@ class Calibration:
 
     layers: list[str]
     thresholds: dict[str, dict[str, float | None]]
+    kernels: dict[str, list[str]]
     global_norm: float | None
     updates: int
     nonfinite: int
@@ -80,7 +84,14 @@ class Calibration:
         Args:
             kind: "norm", "absolute", "exponential", "adaptive" or "rms".
         """
-        return ClipMap([(_pattern(layer), self.clipper(kind, layer)) for layer in self.layers])
+        validation.choice("Calibration", "kind", kind, tuple(KINDS))
+        if kind != "adaptive":
+            return ClipMap([(_pattern(layer), self.clipper(kind, layer)) for layer in self.layers])
+        rules = []
+        for layer, names in self.kernels.items():
+            pattern = f"{re.escape(layer)}/({'|'.join(re.escape(n) for n in names)})"
+            rules.append((pattern, self.clipper(kind, layer)))
+        return ClipMap(rules)
 
     def table(self) -> str:
         """Text: a line a layer with the threshold of each clipper."""
@@ -338,17 +349,22 @@ def _suggest(
         return value if value > 0 else None
 
     thresholds: dict[str, dict[str, float | None]] = {kind: {} for kind in KINDS}
+    kernels_of: dict[str, list[str]] = {}
     for layer in layers:
         mine = [i for i, owner in enumerate(owners) if owner == layer]
         thresholds["norm"][layer] = suggestion(np.sqrt(square[:, mine].sum(axis=1)))
         thresholds["absolute"][layer] = suggestion(largest[:, mine].max(axis=1))
         thresholds["exponential"][layer] = suggestion(scaled[:, mine].max(axis=1))
-        thresholds["adaptive"][layer] = suggestion(ratio[:, mine].max(axis=1))
+        whole = [i for i in mine if len(default_unit_axes(variables[i])) < len(variables[i].shape)]
+        thresholds["adaptive"][layer] = suggestion(ratio[:, whole].max(axis=1)) if whole else None
+        if whole:
+            kernels_of[layer] = [path_of(variables[i]).rpartition("/")[2] for i in whole]
         rms = np.sqrt(square[:, mine] / sizes[mine])
         thresholds["rms"][layer] = suggestion(rms.max(axis=1))
     return Calibration(
         layers=layers,
         thresholds=thresholds,
+        kernels=kernels_of,
         global_norm=suggestion(np.sqrt(square.sum(axis=1))),
         updates=len(kept),
         nonfinite=len(figures) - len(kept) + skipped,

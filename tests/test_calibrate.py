@@ -58,6 +58,7 @@ def by_hand(follow, percentile, beta=0.7, eps=1e-3):
             row["adaptive", layer] = max(
                 (np.sqrt((g**2).sum(a)) / np.maximum(np.sqrt((w**2).sum(a)), eps)).max()
                 for g, w, a in arrays
+                if len(a) < g.ndim
             )
             row["rms", layer] = max(np.sqrt((g**2).mean()) for g, _, _ in arrays)
         row["global", ""] = np.sqrt(sum((np.asarray(g, "float64") ** 2).sum() for g in grads))
@@ -149,6 +150,9 @@ def test_map_table_and_file(tmp_path):
         assert f"{found.thresholds['norm'][layer]:.3g}" in text
     described = found.clip_map("absolute").describe(model)
     assert described.count("AbsoluteClip") == len(model.trainable_variables)
+    kernels_only = found.clip_map("adaptive").describe(model)
+    assert kernels_only.count("AdaptiveClip") == kernels_only.count("/kernel ")
+    assert kernels_only.count("off") == kernels_only.count("/bias ")
     found.save(tmp_path / "clip.json", "absolute")
     content = json.loads((tmp_path / "clip.json").read_text())
     assert kgc.get(content["clipper"]) == found.clip_map("absolute")
