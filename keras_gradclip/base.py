@@ -58,6 +58,21 @@ def layer_of(variable: Any) -> str:
     return path_of(variable).rpartition("/")[0] or path_of(variable)
 
 
+def layers_of(variables: Sequence[Any]) -> list[str]:
+    """The layer of each variable.
+
+    Two layers may have one path (two towers with a Dense of the same name in each): where a path
+    comes a second time, it belongs to a second layer, whose name gets `#2`.
+    """
+    seen: dict[str, int] = {}
+    layers = []
+    for variable in variables:
+        path = path_of(variable)
+        seen[path] = seen.get(path, 0) + 1
+        layers.append(layer_of(variable) + (f"#{seen[path]}" if seen[path] > 1 else ""))
+    return layers
+
+
 def size_of(variable: Any) -> int:
     """The number of elements of a variable."""
     size = 1
@@ -162,7 +177,12 @@ class Clipper:
         Returns:
             Text: a line a trainable variable, with its path, shape, rule and clipper.
         """
-        variables = list(getattr(model, "trainable_variables", model))
+        variables = getattr(model, "trainable_variables", model)
+        if not isinstance(variables, (list, tuple)):
+            raise ValueError(
+                f"describe: `model` must be a built model or a list of variables, not {model!r}."
+            )
+        variables = list(variables)
         if not variables:
             raise ValueError(
                 "describe: `model` has no trainable variables. Build it first, e.g. by calling "
@@ -194,10 +214,14 @@ class Clipper:
 
 
 def current_value(value: Any, iterations: Any) -> Any:
-    """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar."""
+    """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar.
+
+    A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
+    clip would turn gradients around.
+    """
     if isinstance(value, validation.LearningRateSchedule):
-        value = value(iterations)
-    return ops.cast(value, "float32")
+        value = ops.maximum(ops.cast(value(iterations), "float32"), kernels.TINY)
+    return ops.cast(kernels.read(value), "float32")
 
 
 def serialize_value(value: Any) -> Any:
@@ -251,6 +275,8 @@ def get(identifier: Any) -> Clipper | None:
             )
         name = str(identifier["class_name"])
         config = identifier.get("config") or {}
+        if not isinstance(config, Mapping):
+            raise ValueError(f"get: the 'config' of {name!r} must be a dict, but is {config!r}.")
         known = _find(name)
         if known is None:  # registered by somebody else, through Keras
             try:
@@ -334,21 +360,26 @@ class Composite(Clipper):
             for name, value in clipper.hyperparameters().items()
         }
 
+    def _split(self, mapping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """For each part, the entries of `mapping` that are its own, without its name.
+
+        One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
+        """
+        parts: dict[str, dict[str, Any]] = {name: {} for name, _ in self._parts()}
+        for key, value in mapping.items():
+            owners = [name for name in parts if key.startswith(f"{name}/")]
+            if owners:
+                owner = max(owners, key=len)
+                parts[owner][key[len(owner) + 1 :]] = value
+        return parts
+
     def with_hyperparameters(self, values):
         """A copy with other values: see `Clipper.with_hyperparameters`."""
         known = self.hyperparameters()
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"{type(self).__name__}: unknown hyper-parameters {unknown}.")
+        split = self._split(values)
         return self._with_parts(
-            {
-                part: clipper.with_hyperparameters(inside(part, values))
-                for part, clipper in self._parts()
-            }
+            {part: clipper.with_hyperparameters(split[part]) for part, clipper in self._parts()}
         )
-
-
-def inside(part: str, mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `mapping` that belong to `part`, without its prefix."""
-    prefix = f"{part}/"
-    return {k[len(prefix) :]: v for k, v in mapping.items() if k.startswith(prefix)}

@@ -14,8 +14,7 @@ from keras_gradclip.base import (
     Composite,
     State,
     as_clipper,
-    deserialize_value,
-    inside,
+    get,
     path_of,
     register,
     serialize_value,
@@ -110,11 +109,12 @@ class ClipMap(Composite):
             pairs if self.ordered else dict(pairs), parts.get(DEFAULT), self.allow_unmatched
         )
 
-    def _assign(self, variables: Sequence[Any]) -> list[str]:
+    def _assign(self, variables: Sequence[Any], check: bool = False) -> list[str]:
         """The name of the rule of each variable.
 
         Raises:
-            ValueError: two rules of a dict match one variable, or a rule matches nothing.
+            ValueError: two rules of a dict match one variable; with `check`, also a rule that
+                matches nothing.
         """
         hits = dict.fromkeys((name for name, _ in self.rules), 0)
         names = []
@@ -131,18 +131,19 @@ class ClipMap(Composite):
                 hits[name] += 1
             names.append(matches[0] if matches else DEFAULT)
         unmatched = [name for name, count in hits.items() if count == 0]
-        if unmatched and not self.allow_unmatched:
+        if check and unmatched and not self.allow_unmatched:
             paths = [path_of(v) for v in variables]
             near = difflib.get_close_matches(unmatched[0], paths, n=3, cutoff=0.0)
             raise ValueError(
-                f"ClipMap: the rule {unmatched[0]!r} matches none of the {len(paths)} trainable "
-                f"variables; paths that come near: {near}. A rule must match the whole path "
-                "(`.*` at its end?). If its layer is frozen, pass allow_unmatched=True."
+                f"ClipMap: the rule {unmatched[0]!r} matches none of the {len(paths)} variables; "
+                f"paths that come near: {near}. A rule must match the whole path (`.*` at its "
+                "end?). If its layer is frozen or comes later, pass allow_unmatched=True."
             )
         return names
 
     def check_variables(self, variables):
         """Raise a ValueError on collisions and on rules that match nothing."""
+        self._assign(variables, check=True)
         for _, clipper, members in self._groups(variables):
             clipper.check_variables([variables[i] for i in members])
 
@@ -174,12 +175,13 @@ class ClipMap(Composite):
         new_state: State = {}
         groups = []
         squares: list[Any] = [None] * len(variables)
+        states, hypers = self._split(state), self._split(hyper)
         for name, clipper, members in self._groups(variables):
             part, part_state, stats = clipper.apply(
                 [grads[i] for i in members],
                 [variables[i] for i in members],
-                inside(name, state),
-                inside(name, hyper),
+                states[name],
+                hypers[name],
             )
             new_state.update({f"{name}/{k}": v for k, v in part_state.items()})
             groups.append((members, stats))
@@ -216,11 +218,13 @@ class ClipMap(Composite):
     @classmethod
     def from_config(cls, config):
         """The map that `get_config` described."""
-        pairs = [(name, deserialize_value(clipper)) for name, clipper in config["rules"]]
-        rules = pairs if config.get("ordered", True) else dict(pairs)
-        return cls(
-            rules, deserialize_value(config.get("default")), config.get("allow_unmatched", False)
-        )
+        rules = config["rules"]
+        if isinstance(rules, Mapping):  # written by hand
+            rules = {name: get(clipper) for name, clipper in rules.items()}
+        else:
+            pairs = [(name, get(clipper)) for name, clipper in rules]
+            rules = pairs if config.get("ordered", True) else dict(pairs)
+        return cls(rules, get(config.get("default")), config.get("allow_unmatched", False))
 
     def __str__(self) -> str:
         rules = ", ".join(f"{name!r}: {clipper or 'off'}" for name, clipper in self.rules)

@@ -17,8 +17,7 @@ from keras_gradclip.base import (
     State,
     as_clipper,
     deserialize_value,
-    inside,
-    layer_of,
+    layers_of,
     register,
     serialize_value,
     size_of,
@@ -45,11 +44,12 @@ class _PerVariable(Clipper):
 
         def fractions():
             return [
-                None if g is None else kernels.fraction_over(kernels.values(g), limit)
-                for g, limit in zip(grads, limits, strict=True)
+                None if g is None else kernels.fraction_over(kernels.values(g), limit, size_of(v))
+                for g, limit, v in zip(grads, limits, variables, strict=True)
             ]
 
-        weights = [float(size_of(v)) for v in variables]
+        present = zip(grads, variables, strict=True)
+        weights = [0.0 if g is None else float(size_of(v)) for g, v in present]
         return clipped, state, ClipStats(fractions, weights, "elements")
 
     rescale: str | None
@@ -139,7 +139,7 @@ class ExponentialClip(_PerVariable):
         if self.weight == "elementwise":
             weight = kernels.matching_weight(variable, gradient)
         elif self.weight == "rms":
-            weight = kernels.rms(ops.convert_to_tensor(variable))
+            weight = kernels.rms(ops.convert_to_tensor(kernels.read(variable)))
         else:
             weight = 1.0
         factor = kernels.exp_of(hyper["beta"], weight)
@@ -230,7 +230,7 @@ class NormClip(Clipper):
         if self.scope == "variable":
             return list(range(len(variables)))
         numbers: dict[str, int] = {}
-        return [numbers.setdefault(layer_of(v), len(numbers)) for v in variables]
+        return [numbers.setdefault(layer, len(numbers)) for layer in layers_of(variables)]
 
 
 @register("chain")
@@ -290,9 +290,10 @@ class Chain(Composite):
         """Clip by each clipper in turn: see `Clipper.apply`."""
         new_state: State = {}
         stats: list[ClipStats] = []
+        states, hypers = self._split(state), self._split(hyper)
         for part, clipper in self._parts():
             grads, part_state, part_stats = clipper.apply(
-                grads, variables, inside(part, state), inside(part, hyper)
+                grads, variables, states[part], hypers[part]
             )
             new_state.update({f"{part}/{k}": v for k, v in part_state.items()})
             stats.append(part_stats)

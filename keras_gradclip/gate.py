@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -26,15 +28,17 @@ class ActivationGate:
     The layer's own weight gradients come from the un-gated gradient at its output.
 
     Use it as `ClippedModel.compile(..., activation_gate=ActivationGate())`, which gates the model
-    in place; or, for any functional or sequential model, `model = ActivationGate().insert(model)`,
-    which puts `GatedInput` layers before the gated ones.
+    in place whenever it is called, and no other model that shares its layers; or, for any
+    functional or sequential model, `model = ActivationGate().insert(model)`, which puts
+    `GatedInput` layers before the gated ones.
 
     Args:
         clip_value: c, a positive number.
         gamma: γ, a positive number.
         initial_learning_rate: lr₀, a positive number.
-        layers: which layers to gate: None for every layer with weights of its own, or a regular
-            expression (or a list of them) that matches the layer's name or path in full.
+        layers: which layers to gate: None for every layer with weights, or a regular expression
+            (or a list of them) that matches the layer's name or path in full. A layer is one of
+            the model's or of a model inside it; an LSTM or an attention is gated at its input.
 
     Raises:
         ValueError: a number that is not above 0, or a broken regular expression; and, once the
@@ -84,32 +88,22 @@ class ActivationGate:
         if isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
             return False
         if self.layers is None:
-            return bool(_own_weights(layer))
+            return bool(layer.weights)
         names = {layer.name, getattr(layer, "path", layer.name)}
         return any(re.fullmatch(p, name) for p in self.layers for name in names)
 
-    def attach(self, model: Any) -> int:
-        """Gate the layers of `model` in place.
+    def attach(self, model: Any) -> None:
+        """Gate the layers of `model` in place and for good, in any kind of model.
 
-        Saving does not see it: the gate lives in the compile configuration of `ClippedModel`,
-        which attaches it again when the model is loaded.
+        Saving does not see it, and other models that share the layers are gated as well: meant
+        for models that are built anew for each run. Prefer `compile(activation_gate=)` or `insert`.
 
-        Returns:
-            The number of gated layers; layers that have no weights yet count once they do.
+        Raises:
+            ValueError: the model is built and the gate selects no layer of it.
         """
-        detach(model)
-        candidates = [
-            layer
-            for layer in _compat.all_layers(model)
-            if not isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer))
-        ]
-        if self.layers is not None:
-            candidates = [layer for layer in candidates if self.selects(layer)]
-            if not candidates:
-                raise ValueError(self._no_layer(model))
-        for layer in candidates:
-            object.__setattr__(layer, "call", _GatedCall(layer, self))
-        return len(candidates)
+        instrument(self, model)
+        for layer in _units(model):
+            layer.call.always = self
 
     def insert(self, model: Any) -> Any:
         """A model with `GatedInput` layers before the gated layers, which are shared with `model`.
@@ -124,7 +118,9 @@ class ActivationGate:
             ValueError: another kind of model (compile it as a `ClippedModel` instead), or no
                 layer to gate.
         """
-        if not any(self.selects(layer) for layer in _compat.all_layers(model)):
+        if any(isinstance(layer, GatedInput) for layer in _compat.all_layers(model)):
+            raise ValueError(f"ActivationGate: the model {model.name!r} is gated already.")
+        if not any(self.selects(layer) for layer in _units(model)):
             raise ValueError(self._no_layer(model))
         return self._insert(model)
 
@@ -160,7 +156,7 @@ class ActivationGate:
         return keras.models.clone_model(model, clone_function=reuse, call_function=call)
 
     def _no_layer(self, model: Any) -> str:
-        names = [layer.name for layer in _compat.all_layers(model)][:8]
+        names = [layer.name for layer in _units(model)][:8]
         return (
             f"ActivationGate: layers={self.layers!r} selects no layer of {model.name!r}; its "
             f"layers begin with {names}. An expression must match the whole name."
@@ -225,40 +221,87 @@ def as_gate(value: Any) -> ActivationGate | None:
     )
 
 
-def detach(model: Any) -> None:
-    """Undo `ActivationGate.attach`."""
-    for layer in _compat.all_layers(model):
-        if isinstance(layer.__dict__.get("call"), _GatedCall):
-            object.__delattr__(layer, "call")
+# The gate that acts on the layers called now: that of the model whose call this is. A layer may
+# belong to several models, and the others must not notice.
+_ACTIVE: contextvars.ContextVar[ActivationGate | None] = contextvars.ContextVar(
+    "gate", default=None
+)
+
+
+@contextlib.contextmanager
+def active(gate: ActivationGate | None) -> Iterator[None]:
+    """While it lasts, layers that `instrument` prepared are gated; None changes nothing."""
+    if gate is None:
+        yield
+        return
+    token = _ACTIVE.set(gate)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def instrument(gate: ActivationGate, model: Any) -> None:
+    """Prepare the layers of `model` for `active`; it is no matter how often.
+
+    Raises:
+        ValueError: the model is built and the gate selects no layer of it.
+    """
+    units = _units(model)
+    if not any(gate.selects(layer) for layer in units) and model.built:
+        raise ValueError(gate._no_layer(model))
+    for layer in units:
+        if not isinstance(layer.__dict__.get("call"), _GatedCall):
+            object.__setattr__(layer, "call", _GatedCall(layer))
 
 
 class _GatedCall:
-    """A layer's `call` that gates its float inputs first."""
+    """A layer's `call` that gates its float inputs while a gate is active."""
 
-    def __init__(self, layer: Any, gate: ActivationGate) -> None:
+    def __init__(self, layer: Any) -> None:
         self._layer = layer
-        self._gate = gate
-        functools.update_wrapper(self, type(layer).call)
+        self._call = layer.call
+        self.always: ActivationGate | None = None
+        functools.update_wrapper(self, layer.call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self._layer
-        if self._gate.selects(layer):
-            args, kwargs = _map_floats(self._gate, (args, kwargs))
-        return type(layer).call(layer, *args, **kwargs)
+        gate = _ACTIVE.get() or self.always
+        if gate is None or not gate.selects(self._layer):
+            return self._call(*args, **kwargs)
+        args, kwargs = _map_floats(gate, (args, kwargs))
+        # A layer inside this one (an LSTM's cell) is part of it and not gated again.
+        token = _ACTIVE.set(None)
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            _ACTIVE.reset(token)
 
 
-def _own_weights(layer: Any) -> list[Any]:
-    """The weights of a layer that are not those of a layer inside it."""
-    inner = {id(w) for part in _compat.all_layers(layer) if part is not layer for w in part.weights}
-    return [w for w in layer.weights if id(w) not in inner]
+def _units(model: Any) -> list[Any]:
+    """The layers that a gate may select: those of the model and of the models inside it.
+
+    What is inside a layer (the cell of an LSTM, the projections of an attention) is its own
+    affair: the gate acts at the input of the layer.
+    """
+    units = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            units += _units(layer)
+        elif not isinstance(layer, (GatedInput, keras.layers.InputLayer)):
+            units.append(layer)
+    return units
 
 
 def _map_floats(fn: Any, structure: Any) -> Any:
     """Apply `fn` to every float tensor in a nested structure."""
 
     def one(x: Any) -> Any:
-        is_float = ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
-        if is_float and "float" in keras.backend.standardize_dtype(x.dtype):
+        is_tensor = ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
+        # Sparse and ragged tensors pass: few layers take them, and custom gradients do not.
+        special = getattr(x, "sparse", False) or any(
+            hasattr(x, name) for name in ("dense_shape", "row_splits")
+        )
+        if is_tensor and not special and "float" in keras.backend.standardize_dtype(x.dtype):
             return fn(x)
         return x
 

@@ -14,16 +14,36 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 from keras import backend, ops
 
 # exp(80) = 5.5e34 still fits float32: a larger exponent would turn a zero gradient into
 # 0 * inf = NaN, and thresholds beyond it clip nothing anyway.
 MAX_EXPONENT = 80.0
 
+# Far below any useful threshold, far above float32's subnormal numbers.
+TINY = 1e-30
+
 
 def is_sparse(gradient: Any) -> bool:
     """Whether `gradient` is a `tf.IndexedSlices` (told by its fields: TensorFlow may be absent)."""
     return hasattr(gradient, "dense_shape") and hasattr(gradient, "indices")
+
+
+def read(value: Any) -> Any:
+    """The present value of a variable, as a tensor; tensors and numbers as they are.
+
+    `keras.ops.convert_to_tensor` hands a TensorFlow variable through, to be read whenever it is
+    used: after an assignment that would be the new value.
+    """
+    if isinstance(value, keras.Variable):
+        value = value.value
+    if backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if isinstance(value, tf.Variable):
+            return tf.convert_to_tensor(value)
+    return value
 
 
 def values(gradient: Any) -> Any:
@@ -40,7 +60,7 @@ def with_values(gradient: Any, new: Any) -> Any:
 
 def matching_weight(variable: Any, gradient: Any) -> Any:
     """The part of `variable` that lines up with `values(gradient)`."""
-    weight = ops.convert_to_tensor(variable)
+    weight = ops.convert_to_tensor(read(variable))
     return ops.take(weight, gradient.indices, axis=0) if is_sparse(gradient) else weight
 
 
@@ -101,10 +121,13 @@ def scale(x: Any, factor: Any) -> Any:
     return ops.cast(float32(x) * factor, x.dtype)
 
 
-def fraction_over(x: Any, limit: Any) -> Any:
-    """The share of the elements of x with |x| > limit, a float32 scalar in 0..1."""
+def fraction_over(x: Any, limit: Any, size: int) -> Any:
+    """The number of elements of x with |x| > limit, over `size`; a float32 scalar.
+
+    `size` is the variable's: the rows that a sparse gradient does not hold are not clipped.
+    """
     over = ops.abs(x) > ops.cast(limit, x.dtype)
-    return ops.mean(float32(over)) if 0 not in tuple(x.shape) else ops.zeros((), "float32")
+    return ops.sum(float32(over)) / max(size, 1)
 
 
 def clip_factor(norm: Any, max_norm: Any) -> Any:
@@ -114,7 +137,7 @@ def clip_factor(norm: Any, max_norm: Any) -> Any:
     beside it become 0 and only the element itself becomes NaN, where `global_clipnorm` of Keras
     makes every gradient NaN.
     """
-    factor = max_norm / ops.maximum(norm, max_norm)
+    factor = max_norm / ops.maximum(ops.maximum(norm, max_norm), TINY)
     return ops.where(ops.isfinite(norm), factor, ops.zeros_like(factor))
 
 

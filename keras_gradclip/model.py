@@ -87,16 +87,46 @@ class ClippedTrainStep:
         runtime.metrics = []
         if wrapper is not None:
             wrapper.telemetry = True
+            wrapper.set_frozen_variables(self._untrained())
             runtime.metrics = [
                 _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")
             ]
-        if runtime.gate is not None:
-            gate.detach(self)
         runtime.gate = new_gate
         if new_gate is not None:
-            new_gate.attach(self)
+            gate.instrument(new_gate, self)
 
     optimizer: Any
+
+    def _untrained(self) -> list[Any]:
+        """The variables that do not train now, for the rules of a ClipMap."""
+        trained = {id(v) for v in self.trainable_variables}  # type: ignore[attr-defined]
+        return [v for v in self.variables if id(v) not in trained]  # type: ignore[attr-defined]
+
+    @property
+    def clip_hyperparameters(self) -> Any:
+        """The live thresholds: `ClippedOptimizer.clip_hyperparameters`, under any loss scale.
+
+        Raises:
+            ValueError: the model is not compiled.
+        """
+        wrapper = find(getattr(self, "optimizer", None))
+        if wrapper is None:
+            raise ValueError("clip_hyperparameters: compile the model with an optimizer first.")
+        return wrapper.clip_hyperparameters
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if keras.Model in order and order.index(keras.Model) < order.index(ClippedTrainStep):
+            raise TypeError(
+                f"class {cls.__name__}: ClippedTrainStep must come before the Keras model among "
+                "the bases: class MyNet(ClippedTrainStep, keras.Model)."
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; with an activation gate, gated behind the scenes."""
+        with gate.active(self._clip_runtime().gate):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def distribute_scope(self) -> Any:
         """The scope of the strategy that the model was built under (a null context if none)."""
@@ -137,7 +167,7 @@ class ClippedTrainStep:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
         runtime = self._clip_runtime()
         if runtime.gate is not None:
-            runtime.gate.attach(self)  # layers may have been built since compile
+            gate.instrument(runtime.gate, self)  # layers may have been made since compile
         if runtime.metrics and backend.backend() == "jax":
             return self._make_stateless(force)
         return self._make_unrolled("train", force)
@@ -209,6 +239,9 @@ class ClippedTrainStep:
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as `get_compile_config` says and create the optimizer's variables."""
+        if type(self).compile is not ClippedTrainStep.compile:
+            super().compile_from_config(config)  # type: ignore[misc]  # warns, as in Keras
+            return
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:  # type: ignore[attr-defined]
             with self.distribute_scope():
@@ -273,6 +306,8 @@ def _make_functional(cls: type) -> None:
 def _with_clipper(optimizer: Any, clipper: Any) -> Any:
     """`optimizer` wrapped with `clipper`, unless it is wrapped already."""
     if optimizer is None:
+        if clipper is not None:
+            raise ValueError(f"compile: `clipper` ({clipper!r}) needs an optimizer, not None.")
         return None
     if isinstance(optimizer, (str, dict)):
         optimizer = keras.optimizers.get(optimizer)

@@ -23,7 +23,7 @@ from keras_gradclip.base import (
     as_clipper,
     current_value,
     deserialize_value,
-    layer_of,
+    layers_of,
     serialize,
 )
 
@@ -166,6 +166,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         for key, value in (clipper.hyperparameters() if clipper else {}).items():
             self._hyper[key] = value if _is_schedule(value) else self._scalar(key, value)
         self._fraction_weights: list[float] = []
+        self.set_frozen_variables(())
         self._observer: Any = None
 
     def _scalar(self, key: str, value: float) -> Any:
@@ -242,6 +243,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             # Its own `apply` asks the first replica alone whether the gradients are finite.
             outer.apply = functools.partial(_apply_scaled, outer, self)
 
+    @property
+    def _model_variables_moving_average(self) -> Any:
+        """What `SwapEMAWeights` looks for in the optimizer that it finds under a loss scale."""
+        return self.inner_optimizer._model_variables_moving_average
+
     def scale_loss(self, loss: Any) -> Any:
         """`loss` times the inner optimizer's fixed loss scale, if it has one."""
         return self.inner_optimizer.scale_loss(loss)
@@ -254,6 +260,14 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """As the inner optimizer's."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
+    def set_frozen_variables(self, variables: Sequence[Any]) -> None:
+        """Name the model's variables that are not trained now: a ClipMap's rules may match them.
+
+        `ClippedModel` does this at compile.
+        """
+        # Past Keras, which would take them for variables of the optimizer.
+        object.__setattr__(self, "_frozen_variables", tuple(variables))
+
     # State ----------------------------------------------------------------------------------
 
     def build(self, variables: Sequence[Any]) -> None:
@@ -265,9 +279,15 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
+        if self._strategy is None and aggregation.replica_count() > 1:
+            raise ValueError(
+                "ClippedOptimizer: it was created outside the strategy that its model trains "
+                "under, and every replica would count its steps. Create it inside "
+                "`strategy.scope()`."
+            )
         state = {}
         if self._clipper is not None:
-            self._clipper.check_variables(variables)
+            self._clipper.check_variables([*variables, *self._frozen_variables])
             state = self._clipper.init(variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
@@ -276,7 +296,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         super().build(variables)
         self.gradient_accumulation_steps = steps
 
-        self._paths = [layer_of(v) for v in variables]
+        self._paths = layers_of(variables)
         self._clip_state = {
             key: self.add_variable(
                 value.shape,
@@ -394,7 +414,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self, present: Sequence[bool], called: Sequence[int], loss_scale: Any
     ) -> None:
         grads = [
-            ops.convert_to_tensor(a) if there else None
+            kernels.read(a) if there else None
             for a, there in zip(self._accumulators, present, strict=True)
         ]
         self._update(grads, called, loss_scale)
@@ -439,7 +459,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if self._clipper is not None:
             iterations = self.inner_optimizer.iterations
             hyper = {k: current_value(v, iterations) for k, v in self._hyper.items()}
-            state = {k: ops.convert_to_tensor(v) for k, v in self._clip_state.items()}
+            state = {k: kernels.read(v) for k, v in self._clip_state.items()}
             clipped, state, stats = self._clipper.apply(grads, variables, state, hyper)
             for key, value in state.items():
                 self._clip_state[key].assign(value)
@@ -510,8 +530,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """The global L2 norm before the clip, averaged since the last reset; a float32 scalar."""
         if not self.built:
             return ops.zeros((), "float32")
-        totals = ops.convert_to_tensor(self._totals)
-        return totals[2] / ops.maximum(totals[0], 1.0)
+        return self._mean(kernels.read(self._totals)[2])
 
     def mean_clip_fraction(self) -> Any:
         """Elements (or norms) clipped / all, averaged since the last reset; a float32 scalar."""
@@ -519,8 +538,13 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if not self.built or not total:
             return ops.zeros((), "float32")
         shares = ops.convert_to_tensor(np.asarray(self._fraction_weights, "float32") / total)
-        updates = ops.maximum(ops.convert_to_tensor(self._totals)[0], 1.0)
-        return ops.sum(ops.convert_to_tensor(self._sums)[1] * shares) / updates
+        return self._mean(ops.sum(kernels.read(self._sums)[1] * shares))
+
+    def _mean(self, total: Any) -> Any:
+        """`total` over the number of updates: 0 before the first, NaN if all were skipped."""
+        totals = kernels.read(self._totals)
+        none = ops.where(totals[1] > 0, float("nan"), 0.0)
+        return ops.where(totals[0] > 0, total / ops.maximum(totals[0], 1.0), none)
 
     def read_telemetry(self) -> dict[str, Any]:
         """What happened since the last `reset_telemetry`, fetched to the host.
@@ -577,17 +601,36 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     # Saving ---------------------------------------------------------------------------------
 
+    def _saved(self) -> dict[str, Any]:
+        """The wrapper's variables by stable names; telemetry is not worth saving."""
+        named = {"calls": self._iterations}
+        named.update({f"hyper:{k}": v for k, v in self._hyper.items() if not _is_schedule(v)})
+        if self.built:
+            named["skipped"] = self._skipped
+            named.update({f"state:{k}": v for k, v in self._clip_state.items()})
+            named.update({f"accumulator:{i}": v for i, v in enumerate(self._accumulators)})
+        return {name.replace("/", "|"): v for name, v in named.items()}
+
     def save_own_variables(self, store: Any) -> None:
         """Save the wrapper's variables; Keras saves the inner optimizer by itself."""
-        for i, variable in enumerate(self._variables):
-            store[str(i)] = _to_numpy(variable)
+        for name, variable in self._saved().items():
+            store[name] = _to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` saved; as in Keras, warn and go on if it does not fit."""
-        if len(store.keys()) != len(self._variables):
+        """Load what `save_own_variables` saved; what does not fit stays, with a warning."""
+        own, saved = self._saved(), {name: store[name] for name in store.keys()}  # noqa: SIM118
+        fitting = [
+            name
+            for name, variable in own.items()
+            if name in saved and tuple(saved[name].shape) == tuple(variable.shape)
+        ]
+        for name in fitting:
+            own[name].assign(saved[name])
+        missing = sorted({*own, *saved} - {*fitting})
+        if missing:
             warnings.warn(
-                f"ClippedOptimizer: its state was not loaded: {len(store.keys())} variables were "
-                f"saved, and this optimizer has {len(self._variables)}. "
+                f"ClippedOptimizer: not loaded, because this optimizer and the saved one differ "
+                f"in them: {missing[:6]}. "
                 + (
                     "Use the clipper and the gradient_accumulation_steps that it was saved with."
                     if self.built
@@ -595,9 +638,23 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
                 ),
                 stacklevel=2,
             )
-            return
-        for i, variable in enumerate(self._variables):
-            variable.assign(store[str(i)])
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all variables, the inner optimizer's as well, in the order of `variables`."""
+        if not self.built:
+            raise ValueError(
+                "ClippedOptimizer: `set_weights` needs a built optimizer. Call "
+                "`optimizer.build(trainable_variables)` first."
+            )
+        variables, weights = self.variables, list(weights)
+        shapes = [tuple(np.shape(w)) for w in weights]
+        if shapes != [tuple(v.shape) for v in variables]:
+            raise ValueError(
+                f"ClippedOptimizer: `weights` must have the shapes of the {len(variables)} "
+                f"variables, but there are {len(weights)}, of the shapes {shapes[:6]} ..."
+            )
+        for variable, weight in zip(variables, weights, strict=True):
+            variable.assign(weight)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, JSON-able, with the thresholds that are in force now."""
@@ -640,6 +697,11 @@ def _check_inner(inner: Any) -> Any:
         remedy = (
             "wrap it the other way round: LossScaleOptimizer(ClippedOptimizer(inner, clipper)); "
             "under mixed_float16, compile does so by itself"
+        )
+    elif isinstance(inner, keras.optimizers.MultiOptimizer):
+        remedy = (
+            "each of its optimizers reduces, clips and accumulates for itself; write the "
+            "MultiOptimizer around ClippedOptimizers instead, and compile a plain model with it"
         )
     elif isinstance(inner, ClippedOptimizer):
         remedy = "use Chain([first, second]) to clip twice"
@@ -707,7 +769,7 @@ def _apply_scaled(outer: Any, wrapper: ClippedOptimizer, grads: Any, trainable_v
 def _grow(loss_scale: Any) -> None:
     """After a finite step: double the scale every `dynamic_growth_steps` of them."""
     full = ops.equal(loss_scale.step_counter, loss_scale.dynamic_growth_steps - 1)
-    counter = ops.convert_to_tensor(loss_scale.step_counter)
-    scale = ops.convert_to_tensor(loss_scale.dynamic_scale)
+    counter = kernels.read(loss_scale.step_counter)
+    scale = kernels.read(loss_scale.dynamic_scale)
     loss_scale.step_counter.assign(ops.where(full, ops.zeros_like(counter), counter + 1))
     loss_scale.dynamic_scale.assign(ops.where(full, scale * 2.0, scale))

@@ -23,7 +23,10 @@ def positive(owner: str, name: str, value: Any) -> float:
             f"{owner}: `{name}` must be a positive number, but is {value!r} of type "
             f"{type(value).__name__}. Pass a number such as 0.1."
         )
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # an int beyond every float
+        result = math.inf
     if not math.isfinite(result) or result <= 0:
         raise ValueError(
             f"{owner}: `{name}` must be a finite number above 0, but is {result!r}. "

@@ -81,6 +81,27 @@ def test_describe_shows_every_variable_and_its_rule():
         kgc.NormClip(1.0).describe(keras.Sequential([keras.layers.Dense(1)]))
 
 
+def test_one_rule_may_begin_like_another():
+    """`.*` and `.*/bias`: each keeps its own thresholds, saved and live."""
+    vs = variables()
+    gs, g64 = gradients(vs)
+    clipper = kgc.ClipMap([(".*/bias", kgc.AbsoluteClip(0.1)), (".*", kgc.AbsoluteClip(0.2))])
+    got = [to64(g) for g in clipper(gs, vs)]
+    for v, a, g in zip(vs, got, g64, strict=True):
+        limit = 0.1 if v.name == "bias" else 0.2
+        np.testing.assert_allclose(a, np.clip(g, -limit, limit), rtol=1e-6)
+    optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(0.1), clipper)
+    optimizer.clip_hyperparameters[".*/threshold"] = 0.25
+    assert optimizer.clipper.rules[0][1] == kgc.AbsoluteClip(0.1)
+    assert optimizer.clipper.rules[1][1] == kgc.AbsoluteClip(0.25)
+    assert kgc.get(kgc.serialize(optimizer.clipper)) == optimizer.clipper
+
+
+def test_rules_written_by_hand():
+    config = {"class_name": "clip_map", "config": {"rules": {"a": "norm", "b": None}}}
+    assert kgc.get(config) == kgc.ClipMap({"a": kgc.NormClip(), "b": None})
+
+
 def test_live_hyperparameters_are_named_by_rule():
     clipper = kgc.ClipMap({"head/.*": kgc.AbsoluteClip(0.3)}, kgc.ExponentialClip(0.6, 0.2))
     assert clipper.hyperparameters() == {

@@ -225,6 +225,36 @@ def test_get(identifier, want):
     assert kgc.get(identifier) == want
 
 
+def test_layers_of_the_same_path_are_two_layers():
+    """Two towers with a Dense of the same name in each; and variables without a path."""
+    vs = [*variables()[3:], *variables()[3:]]
+    gs = [ops.ones(v.shape) for v in vs]
+    got = kgc.NormClip(1.0)(gs, vs)
+    for g in got:
+        np.testing.assert_allclose(to64(g), 1 / np.sqrt(18), rtol=1e-6)
+    plain = [np.ones(1, "float32"), np.ones(1, "float32")]
+    got = kgc.NormClip(1.0)([ops.convert_to_tensor([3.0]), ops.convert_to_tensor([4.0])], plain)
+    assert [float(g[0]) for g in got] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("make", [kgc.AbsoluteClip, kgc.NormClip], ids=["absolute", "norm"])
+def test_a_schedule_that_reaches_zero_or_less_turns_no_gradient_around(make):
+    v = keras.Variable(np.zeros(2, "float32"))
+    for end in (0.0, -1.0):
+        clipper = make(keras.optimizers.schedules.PolynomialDecay(end, 1, end))
+        for g in ([0.5, -0.5], [0.0, 0.0]):
+            (got,) = clipper([ops.convert_to_tensor(g)], [v])
+            np.testing.assert_allclose(to64(got), 0.0, atol=1e-20)
+
+
+def test_missing_gradients_do_not_count():
+    vs = variables()
+    gs, _ = gradients(vs)
+    _, _, stats = kgc.AbsoluteClip(1e-6).apply([None, *gs[1:]], vs, {}, {"threshold": 1e-6})
+    assert stats.weights[0] == 0.0
+    assert [float(f) for f in stats.fractions()[1:]] == pytest.approx([1.0] * 4)
+
+
 def test_mismatched_lists_are_refused():
     vs = variables()
     with pytest.raises(ValueError, match="one to one"):

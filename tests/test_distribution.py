@@ -130,6 +130,19 @@ def test_accumulation_clips_the_mean_of_the_micro_batches(replicas):
     assert int(model.optimizer.iterations.numpy()) == 4
 
 
+def test_accumulation_while_run_eagerly():
+    adam, clipper = OPTIMIZERS["adam"], CLIPPERS["norm-layer"]
+    _, _, want = run(0, clipper, adam, steps=2, batch=16)
+    _, _, got = train(
+        2,
+        lambda: kgc.ClippedOptimizer(adam(), clipper, gradient_accumulation_steps=2),
+        compile_args={"run_eagerly": True},
+        steps=4,
+        batch=8,
+    )
+    np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
+
+
 def test_accumulation_is_bit_equal_to_keras_on_one_device():
     _, _, stock = train(
         0,

@@ -6,7 +6,7 @@ import pytest
 from helpers import CLASSES, data, loss, net, strategy, train, weights
 
 import keras_gradclip as kgc
-from keras_gradclip.gate import detach
+from keras_gradclip.gate import _units
 
 tf = pytest.importorskip("tensorflow")
 
@@ -53,13 +53,16 @@ def dense_net(model_class=kgc.ClippedModel):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("way", ["attach", "insert"])
+@pytest.mark.parametrize("way", ["compile", "insert", "attach"])
 def test_only_the_gradient_at_the_input_of_a_gated_layer_changes(gated, way):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(6, 4)), rng.normal(size=(6, 2))
     model = dense_net()
     want = manual(model, x, y, gated)
-    if gated and way == "attach":
+    if gated and way == "compile":
+        model.compile("sgd", "mse", activation_gate=GATE)
+    elif gated and way == "attach":
+        model = keras.Model(model.inputs, model.outputs)
         GATE.attach(model)
     elif gated:
         model = GATE.insert(model)
@@ -137,8 +140,6 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path):
     for m in (model, loaded):
         m.fit(x, y, batch_size=8, shuffle=False, verbose=0)
     np.testing.assert_array_equal(weights(model), weights(loaded))
-    detach(loaded)
-    loaded.make_train_function(force=True)
 
 
 @pytest.mark.parametrize("kind", ["functional", "sequential", "nested"])
@@ -167,11 +168,106 @@ def test_insert_saves_and_loads_in_a_plain_model(kind, tmp_path):
 
 def test_chosen_layers_only():
     model = net()
-    assert GATE.attach(model) == len(model.layers) - 1  # all but the input; weights decide later
     gate = kgc.ActivationGate(layers=["head", "bo.*"])
-    assert gate.attach(model) == 2
-    assert [layer.name for layer in model.layers if gate.selects(layer)] == ["body", "head"]
-    assert [layer.name for layer in model.layers if GATE.selects(layer)] == ["stem", "body", "head"]
+    assert [layer.name for layer in _units(model) if gate.selects(layer)] == ["body", "head"]
+    assert [layer.name for layer in _units(model) if GATE.selects(layer)] == [
+        *("stem", "body", "head")
+    ]
+
+
+def test_a_layer_made_in_build_is_found_later():
+    class Late(kgc.ClippedModel):
+        def build(self, input_shape):
+            self.late = keras.layers.Dense(CLASSES, name="late")
+            self.late.build((None, 192))
+
+        def call(self, x):
+            return self.late(keras.ops.reshape(x, (-1, 192)))
+
+    x, y = data(8)
+    model = Late()
+    model.compile("sgd", loss(), activation_gate=kgc.ActivationGate(layers="late"))
+    model.fit(x, y, verbose=0)
+    wrong = Late()
+    wrong.compile("sgd", loss(), activation_gate=kgc.ActivationGate(layers="lately"))
+    wrong(x)
+    with pytest.raises(ValueError, match="selects no layer"):
+        wrong.fit(x, y, verbose=0)
+
+
+STRONG = kgc.ActivationGate(clip_value=1e-9, gamma=0.1, initial_learning_rate=1.0)
+
+
+def input_gradient(model, x):
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = tf.reduce_sum(tf.square(model(x)))
+    return [g.numpy() for g in tape.gradient(value, [x, *model.trainable_variables])]
+
+
+@pytest.mark.parametrize("way", ["compile", "insert"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.layers.LSTM(3),
+        lambda: keras.layers.Bidirectional(keras.layers.GRU(3)),
+        lambda: keras.layers.TimeDistributed(keras.layers.Dense(3)),
+    ],
+    ids=["LSTM", "Bidirectional", "TimeDistributed"],
+)
+def test_a_recurrent_layer_is_gated_at_its_input_alone(make, way):
+    x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype("float32")
+    inputs = keras.Input((5, 3))
+    model = kgc.ClippedModel(inputs, make()(inputs))
+    before = input_gradient(model, x)
+    if way == "insert":
+        model = STRONG.insert(model)
+    else:
+        model.compile("sgd", "mse", activation_gate=STRONG)
+    after = input_gradient(model, x)
+    np.testing.assert_allclose(after[0], 0.1 * before[0], rtol=1e-5)
+    for a, b in zip(after[1:], before[1:], strict=True):  # its own weights see the un-gated dy
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_attention_is_gated_at_its_inputs():
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
+    inputs = keras.Input((5, 4))
+    model = kgc.ClippedModel(inputs, keras.layers.MultiHeadAttention(2, 3)(inputs, inputs))
+    before = input_gradient(model, x)
+    after = input_gradient(STRONG.insert(model), x)
+    np.testing.assert_allclose(after[0], 0.1 * before[0], rtol=1e-4)
+    np.testing.assert_allclose(after[1], before[1], rtol=1e-4)
+
+
+def test_other_models_that_share_the_layers_do_not_notice():
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
+    inputs = keras.Input((4,))
+    outputs = keras.layers.Dense(2)(keras.layers.Dense(5)(inputs))
+    gated, plain = kgc.ClippedModel(inputs, outputs), keras.Model(inputs, outputs)
+    before = input_gradient(plain, x)
+    gated.compile("sgd", "mse", activation_gate=STRONG)
+    for a, b in zip(input_gradient(plain, x), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.abs(input_gradient(gated, x)[0]).max() < 0.2 * np.abs(before[0]).max()
+
+
+def test_a_call_that_the_user_replaced_is_kept():
+    model = dense_net()
+    x = np.ones((1, 4), "float32")
+    layer = model.get_layer("two")
+    layer.call = lambda h: keras.ops.zeros((1, 2)) + 7.0
+    model.compile("sgd", "mse", activation_gate=GATE)
+    np.testing.assert_array_equal(model(x), 7.0)
+
+
+def test_sparse_inputs_pass():
+    inputs = keras.Input((8,), sparse=True)
+    model = kgc.ClippedModel(inputs, keras.layers.Dense(2)(inputs))
+    model.compile("sgd", "mse", activation_gate=GATE)
+    x = tf.sparse.from_dense(np.eye(4, 8, dtype="float32"))
+    model.fit(tf.data.Dataset.from_tensors((x, np.ones((4, 2)))), verbose=0)
 
 
 def test_compiling_without_a_gate_removes_it():
@@ -193,8 +289,7 @@ def test_integer_inputs_and_masks_pass():
     model = kgc.ClippedModel(inputs, keras.layers.Dense(2)(h))
     x = np.array([[1, 2, 0, 0, 0, 0], [3, 4, 5, 0, 0, 0]])
     want = model.predict(x, verbose=0)
-    GATE.attach(model)
-    model.make_predict_function(force=True)
+    model.compile("sgd", "mse", activation_gate=GATE)
     np.testing.assert_array_equal(model.predict(x, verbose=0), want)
 
 
@@ -205,6 +300,8 @@ def test_insert_needs_a_graph():
         GATE.insert(model)
     with pytest.raises(ValueError, match="selects no layer"):
         kgc.ActivationGate(layers="conv9").insert(net())
+    with pytest.raises(ValueError, match="gated already"):
+        GATE.insert(GATE.insert(net(keras.Model)))
 
 
 def test_round_trip():

@@ -44,6 +44,9 @@ def test_bad_number(make, name, value):
         (lambda: kgc.get({"config": {}}), "class_name"),
         (lambda: kgc.get({"class_name": "absolute", "config": {"treshold": 1}}), "treshold"),
         (lambda: kgc.get(0.1), "0.1"),
+        (lambda: kgc.get({"class_name": "absolute", "config": 5}), "must be a dict"),
+        (lambda: kgc.AbsoluteClip(10**400), "inf"),
+        (lambda: kgc.AbsoluteClip().describe(3), "built model"),
         (lambda: kgc.Chain([]), "empty"),
         (lambda: kgc.Chain([None]), "clippers[0]"),
         (lambda: kgc.Chain(kgc.AbsoluteClip()), "list"),
@@ -115,6 +118,34 @@ def test_wrong_combinations(make, word):
     with pytest.raises(ValueError) as error:
         make()
     assert word in str(error.value)
+
+
+def test_a_multi_optimizer_goes_outside():
+    multi = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner()))
+    with pytest.raises(ValueError, match="MultiOptimizer around ClippedOptimizers"):
+        kgc.ClippedOptimizer(multi, "absolute")
+
+
+def test_the_mixin_comes_first():
+    with pytest.raises(TypeError, match="must come before"):
+
+        class Wrong(keras.Model, kgc.ClippedTrainStep):
+            pass
+
+
+def test_a_clipper_needs_an_optimizer():
+    with pytest.raises(ValueError, match="needs an optimizer"):
+        net().compile(None, loss(), clipper="absolute")
+
+
+def test_an_optimizer_from_outside_the_scope_is_refused():
+    strategy = pytest.importorskip("helpers").strategy
+    outside = kgc.ClippedOptimizer(inner(), "absolute")
+    with strategy(2).scope():
+        model = net()
+        model.compile(outside, loss())
+        with pytest.raises(ValueError, match=r"inside `strategy\.scope\(\)`"):
+            outside.build(model.trainable_variables)
 
 
 def test_a_map_is_checked_when_the_variables_are_known():

@@ -352,6 +352,49 @@ def test_jit_compile(clipper, options):
     np.testing.assert_allclose(results[1], results[0], atol=2e-5)
 
 
+def test_swap_ema_weights_under_a_loss_scale():
+    keras.config.set_dtype_policy("mixed_float16")
+    train(
+        0,
+        lambda: keras.optimizers.Adam(1e-2, use_ema=True),
+        compile_args={"clipper": "absolute"},
+        steps=2,
+        scale=1.0,
+        callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)],
+    )
+
+
+def test_a_state_is_read_before_anything_is_written():
+    """A clipper that moves one state into another sees both as they were."""
+    import dataclasses
+
+    @dataclasses.dataclass(frozen=True)
+    class Shift(kgc.Clipper):
+        def init(self, variables):
+            return {"a": np.float32(1.0), "b": np.float32(0.0)}
+
+        def apply(self, grads, variables, state, hyper):
+            stats = kgc.ClipStats(lambda: [None] * len(grads), [0.0] * len(grads), "elements")
+            return list(grads), {"a": state["a"] + 1.0, "b": state["a"]}, stats
+
+    optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(0.1), Shift())
+    v = keras.Variable(np.zeros(1, "float32"))
+    for step in (1.0, 2.0):
+        optimizer.apply([ops.ones(1)], [v])
+        assert float(optimizer._clip_state["b"].numpy()) == step
+        assert float(optimizer._clip_state["a"].numpy()) == step + 1.0
+
+
+def test_an_epoch_of_skipped_updates_is_no_epoch_of_zero_gradients():
+    _, history, _ = train(
+        0,
+        lambda: kgc.ClippedOptimizer(keras.optimizers.SGD(0.1), "absolute", skip_nonfinite=True),
+        steps=1,
+        scale=float("inf"),
+    )
+    assert np.isnan(history["grad_norm"][0]) and np.isnan(history["clip_fraction"][0])
+
+
 def test_telemetry_needs_to_be_on():
     optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), "absolute")
     with pytest.raises(ValueError, match="telemetry=True"):

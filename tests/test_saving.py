@@ -116,7 +116,7 @@ def test_the_file_holds_the_inner_state_once(tmp_path):
     with h5py.File(tmp_path / "model.weights.h5") as file:
         own = len(file["optimizer/vars"])
         inner = len(file["optimizer/inner_optimizer/vars"])
-    assert own == len(model.optimizer.variables) - len(model.optimizer.inner_optimizer.variables)
+    assert own == len(model.optimizer._saved()) == 5  # no slot of the inner optimizer among them
     assert inner == len(model.optimizer.inner_optimizer.variables)
 
 
@@ -126,8 +126,73 @@ def test_state_of_another_configuration_is_not_loaded():
         model.optimizer.build(model.trainable_variables)
     store = {}
     a.optimizer.save_own_variables(store)
-    with pytest.warns(UserWarning, match="gradient_accumulation_steps"):
+    with pytest.warns(UserWarning, match=r"accumulator:0.*gradient_accumulation_steps"):
         b.optimizer.load_own_variables(store)
+
+
+def test_a_threshold_never_becomes_another_clippers(tmp_path):
+    """Equally many variables, another meaning."""
+    x, y = data(8)
+    model = net()
+    model.compile("sgd", loss(), clipper=kgc.AbsoluteClip(0.003))
+    model.fit(x, y, verbose=0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = net()
+    other.compile("sgd", loss(), clipper=kgc.NormClip(1.0))
+    other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match=r"hyper:max_norm.*hyper:threshold"):
+        other.load_weights(tmp_path / "m.weights.h5")
+    assert other.clip_hyperparameters["max_norm"] == 1.0
+    np.testing.assert_array_equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("clipper", ["norm", kgc.ClipMap({"stem/.*": kgc.NormClip(0.1)})], ids=str)
+def test_saved_after_freezing_a_layer(clipper, tmp_path):
+    x, y = data(8)
+    model = net()
+    model.compile("adam", loss(), clipper=clipper)
+    model.fit(x, y, verbose=0)
+    model.get_layer("stem").trainable = False
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+    loaded.fit(x, y, verbose=0)
+
+
+@keras.saving.register_keras_serializable("tests")
+class OwnCompile(kgc.ClippedModel):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def compile(self, optimizer, temperature=1.0):
+        super().compile(optimizer, "mse", clipper="absolute")
+
+
+def test_a_model_with_a_compile_of_its_own_loads_as_in_keras(tmp_path):
+    model = OwnCompile()
+    model.compile("sgd")
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="`compile\\(\\)` method is custom"):
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+
+
+def test_set_weights_covers_the_inner_optimizer():
+    model, other = compiled(), compiled()
+    fit(model)
+    other.optimizer.build(other.trainable_variables)
+    other.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
+    other.set_weights(model.get_weights())
+    for m in (model, other):
+        fit(m)
+    np.testing.assert_array_equal(weights(model), weights(other))
+    with pytest.raises(ValueError, match="shapes"):
+        other.optimizer.set_weights([np.zeros(1)])
 
 
 def test_config_round_trip():
