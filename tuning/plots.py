@@ -101,12 +101,15 @@ def _thresholds(figure, rows, names, objective, ranges):
                     clip_on=False,
                 )
                 if row is best:
+                    low, high = ranges.get(name, (x, x))
+                    left = x * x > low * high  # where there is room
                     axis.annotate(
                         "best" if row["runs"] == 1 else f"best, {row['runs']:.0f} other seeds",
                         (x, score),
-                        xytext=(0, 11),
+                        xytext=(-10 if left else 10, 0),
                         textcoords="offset points",
-                        ha="center",
+                        ha="right" if left else "left",
+                        va="center",
                     )
         axis.set_xscale("log")
         if name in ranges:

@@ -142,8 +142,8 @@ def verdict(rows: Sequence[Mapping], objective) -> str:
         return f"{head}: {scores}; not confirmed with other seeds (--confirm-runs)."
     if _apart(clipped, unclipped):
         if helps:
-            return f"{choice}. It matters: {scores}, and no run of one reaches one of the other."
-        return f"Do not clip: {scores}, and no run of one reaches one of the other."
+            return f"{choice}. It matters: {scores}, and their runs do not overlap."
+        return f"Do not clip: {scores}, and their runs do not overlap."
     if helps:
         return f"It may not matter: {scores}, and their runs overlap. The best guess: {choice}."
     return f"It does not matter: {scores}, and their runs overlap."

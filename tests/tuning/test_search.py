@@ -281,7 +281,7 @@ def test_confirmation_has_seeds_of_its_own_and_decides(tmp_path, fake_run, capsy
         original = next(r for r in rows if r["trial"] == row["confirms"])
         assert original["learning_rate"] == row["learning_rate"]
     assert json.loads((folder / "best.json").read_text())["trial"] == again[0]["trial"]
-    assert "no run of one reaches one of the other" in capsys.readouterr().out
+    assert "their runs do not overlap" in capsys.readouterr().out
 
 
 def test_max_trials_may_be_raised(tmp_path, fake_run):
