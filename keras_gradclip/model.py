@@ -128,6 +128,11 @@ class ClippedTrainStep:
         with gate.active(self._clip_runtime().gate):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
+    def stateless_call(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras, which trains through it on JAX; gated in the same way."""
+        with gate.active(self._clip_runtime().gate):
+            return super().stateless_call(*args, **kwargs)  # type: ignore[misc]
+
     def distribute_scope(self) -> Any:
         """The scope of the strategy that the model was built under (a null context if none)."""
         import contextlib
