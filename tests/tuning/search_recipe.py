@@ -1,7 +1,8 @@
-"""A recipe that trains in a second: one dense layer on random images, of which it logs the starts.
+"""A recipe that trains in a second: one dense layer on random images.
 
-`HANG` in the environment names a file: the run that finds it there and no `HANG.taken` beside it
-takes it, writes its process id into `HANG.taken`, and never ends, until it is killed.
+`STARTS` in the environment names a file that gets a line for each run. `HANG` names a file with a
+number: the first run to start after so many writes its process id into `HANG.taken` and never
+ends, until it is killed.
 """
 
 import os
@@ -34,15 +35,8 @@ def load_data(options):
 
     from recipes.data import Data, Split
 
-    hang = os.environ.get("HANG")
-    if hang and Path(hang).exists():
-        try:
-            with open(f"{hang}.taken", "x") as file:
-                file.write(str(os.getpid()))
-        except FileExistsError:
-            pass
-        else:
-            time.sleep(600)
+    if "HANG" in os.environ:
+        _hang(Path(os.environ["HANG"]))
     if "STARTS" in os.environ:
         with open(os.environ["STARTS"], "a") as file:
             file.write(f"{options.clipper} {options.learning_rate} {options.seed}\n")
@@ -57,6 +51,19 @@ def load_data(options):
         return element["image"], element["label"]
 
     return Data(split, split, split, pair, pair, 2, "brightness")
+
+
+def _hang(flag):
+    starts = Path(os.environ["STARTS"])
+    done = len(starts.read_text().splitlines()) if starts.exists() else 0
+    if done < int(flag.read_text()):
+        return
+    try:
+        with open(f"{flag}.taken", "x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return
+    time.sleep(600)
 
 
 RECIPE = Recipe(
