@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 zoo replicas search test test-slow lint format clean
+.PHONY: help venv resnet50 zoo replicas search test test-slow test-backends \
+        venv-jax venv-torch lint format clean
 
 help:
 	@echo "make venv       set up .venv (the first step of every other target)"
@@ -14,6 +15,7 @@ help:
 	@echo "make replicas   what a threshold means on 1, 2 and 4 replicas, Keras beside us"
 	@echo "make test       lint, type-check and test"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-backends  the core tests on TensorFlow, JAX and PyTorch"
 	@echo "make lint       ruff and mypy alone;  make format rewrites with ruff"
 
 venv: $(VENV)/.installed
@@ -21,6 +23,17 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+# The other backends live in environments of their own, without TensorFlow.
+venv-jax: .venv-jax/.installed
+
+venv-torch: .venv-torch/.installed
+
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt \
+	  -e . $* pytest pytest-timeout
 	@touch $@
 
 resnet50: venv
@@ -50,5 +63,13 @@ test: lint
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+BACKEND_TESTS := tests/backends $(addprefix tests/test_, \
+  clippers.py clip_map.py misuse.py adaptive.py stateful.py)
+
+test-backends: venv venv-jax venv-torch
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS) $(ARGS)
+	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(BACKEND_TESTS) $(ARGS)
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(BACKEND_TESTS) $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-jax .venv-torch build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
