@@ -37,7 +37,8 @@ class ClipHyperparameters(MutableMapping):
     """The live thresholds of an optimizer: names as in `clipper.hyperparameters()`.
 
     Reading gives the current value as a float. Setting takes effect from the next step on,
-    without a retrace, as `optimizer.learning_rate = ...` does.
+    without a retrace, as `optimizer.learning_rate = ...` does. Inside an epoch on JAX, call
+    `model.jax_state_sync()` first, as for the learning rate.
     """
 
     def __init__(self, optimizer: ClippedOptimizer) -> None:
@@ -216,7 +217,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of updates left out because a gradient was not finite, since the start."""
+        """The number of updates left out because a gradient was not finite, since the start.
+
+        What a LossScaleOptimizer leaves out is counted on TensorFlow alone: on JAX and PyTorch
+        Keras drops it, a micro-batch at a time, before it comes here.
+        """
         return int(_to_numpy(self._skipped)) if self.built else 0
 
     def __setattr__(self, name: str, value: Any) -> None:
