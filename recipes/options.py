@@ -220,6 +220,14 @@ OPTIONS = (
     Option("backup_every", int, 500, "steps between backups; one more each epoch", "run", low=1),
     Option("tensorboard", bool, True, "write TensorBoard logs", "run"),
     Option(
+        "monitor",
+        int,
+        0,
+        "measure each variable's gradient every N updates and write monitor/report.html; 0: off",
+        "run",
+        low=0,
+    ),
+    Option(
         "verbose",
         str,
         "auto",

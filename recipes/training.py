@@ -27,7 +27,8 @@ from recipes.quiet import import_tensorflow
 
 RUNS = Path("runs")
 # An interrupted run may be resumed with these changed: none of them alters a step.
-_FREE_ON_RESUME = {"epochs", "backup_every", "tensorboard"}
+_FREE_ON_RESUME = {"epochs", "backup_every", "tensorboard", "monitor"}
+MONITOR = "monitor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +350,8 @@ class _Trainer:
             self.model = build_model(recipe, options, data, clipper, self.steps)
             self.exported = _export(self.model)
 
+    monitored: Path | None = None
+
     def train(self, extra_callbacks) -> Result:
         import keras
 
@@ -453,6 +456,13 @@ class _Trainer:
             chain.append(
                 keras.callbacks.TensorBoard(self.folder / "tensorboard", write_graph=False)
             )
+        if self.options.monitor:
+            import keras_gradclip as kgc
+
+            # A resumed run measures from there on, in a folder of its own.
+            name = MONITOR if start == 0 else f"{MONITOR}-from-{start}"
+            self.monitored = self.folder / name
+            chain.append(kgc.ClipMonitor(self.monitored, every=self.options.monitor))
         return [*chain, backup]
 
     def _should_save(self, logs, best) -> bool:
@@ -493,6 +503,10 @@ class _Trainer:
         rows = cb.read_rows(self.folder / cb.HISTORY)
         metric = self.recipe.monitor.removeprefix("val_")
         plots.draw_from_files(self.folder, f"{self.recipe.name} on {self.data.name}", metric)
+        if self.monitored is not None:
+            import keras_gradclip as kgc
+
+            print(f"Gradient report: {kgc.report(self.monitored)}")
         best, epoch = self._best_row(rows)
         kept = best is not None
         if not kept:

@@ -405,3 +405,9 @@ def test_beats_test_evaluates_the_test_split(tmp_path):
 def test_validation_is_not_disturbed_by_training_metrics(finished):
     folder, _ = finished
     assert not [name for name in cb.read_rows(folder / cb.HISTORY)[0] if name == "val_grad_norm"]
+
+
+def test_monitor_writes_a_report(tmp_path):
+    quick(tmp_path, monitor=1)
+    page = (tmp_path / "run" / "monitor" / "report.html").read_text()
+    assert "<html" in page and "kernel" in page
