@@ -106,10 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="of absolute, exponential, norm; none is always there (%(default)s)",
     )
     low_high = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-    add("--threshold-range", default=[0.01, 0.1], help="absolute: c, log (%(default)s)", **low_high)
-    add("--gamma-range", default=[0.01, 0.1], help="exponential: γ, log (%(default)s)", **low_high)
+    add(
+        "--calibration",
+        metavar="FILE",
+        help="centre the three ranges below on what keras_gradclip.calibrate saved there",
+    )
+    add("--threshold-range", help="absolute: c, log (0.01 0.1)", **low_high)
+    add("--gamma-range", help="exponential: γ, log (0.01 0.1)", **low_high)
+    add("--max-norm-range", help="norm, log (0.1 10)", **low_high)
     add("--beta-range", default=[0.5, 1.0], help="exponential: β (%(default)s)", **low_high)
-    add("--max-norm-range", default=[0.1, 10.0], help="norm, log (%(default)s)", **low_high)
     add("--rescales", nargs="+", metavar="WORD", default=["none"], help="none norm max alpha")
     add("--weights", nargs="+", metavar="WORD", default=["elementwise"], help="exponential")
     add("--scopes", nargs="+", metavar="WORD", default=["layer"], help="norm")
@@ -242,14 +247,21 @@ class _Search:
             self._check_folder()
 
     def _space(self) -> dict:
+        from tuning.space import calibrated_ranges
+
         args = self.args
         clippers = ["none", *(name for name in args.clippers if name != "none")]
-        space = {
-            "clippers": clippers,
+        centred = calibrated_ranges(args.calibration) if args.calibration else {}
+        given = {
             "threshold": args.threshold_range,
             "gamma": args.gamma_range,
-            "beta": args.beta_range,
             "max_norm": args.max_norm_range,
+        }
+        space = {
+            "clippers": clippers,
+            "beta": args.beta_range,
+            **centred,
+            **{name: limits for name, limits in given.items() if limits},
             "rescale": args.rescales,
             "weight": args.weights,
             "scope": args.scopes,

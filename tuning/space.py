@@ -9,9 +9,13 @@ Every name belongs to one clipper (`absolute/threshold`, `exponential/gamma` ...
 conditional scope of KerasTuner, so that a trial carries no parameter that it does not use.
 """
 
+import json
 import math
+import os
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import keras_gradclip as kgc
 
@@ -21,6 +25,36 @@ THRESHOLDS = {"absolute": "threshold", "exponential": "gamma", "norm": "max_norm
 _RESCALES = {"absolute": ("none", "norm", "max"), "exponential": ("none", "norm", "max", "alpha")}
 # A log scale has no 0, and a threshold of 0 would stop training.
 _LEAST_OF_ZERO = 1e-4
+
+
+def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]:
+    """Ranges for `clip_hyperparameters`, centred on measured thresholds.
+
+    Args:
+        path: JSON that `keras_gradclip.calibrate(...).save(path)` wrote.
+
+    Returns:
+        A dict of `threshold`, `gamma` and `max_norm`: half a decade to either side of the median
+        of the layers' thresholds, on a log scale. A clipper without a figure is left out.
+
+    Raises:
+        ValueError: the file is no such JSON.
+    """
+    try:
+        found = json.loads(Path(path).read_text())["calibration"]["thresholds"]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"calibration {str(path)!r} is no file that keras_gradclip.calibrate(...).save() "
+            f"wrote: {type(error).__name__}: {error}."
+        ) from error
+    ranges = {}
+    kinds = {"absolute": "threshold", "exponential": "gamma", "norm": "max_norm"}
+    for kind, name in kinds.items():
+        figures = [x for x in found.get(kind, {}).values() if x and math.isfinite(x) and x > 0]
+        if figures:
+            centre = statistics.median(figures)
+            ranges[name] = (centre / math.sqrt(10), centre * math.sqrt(10))
+    return ranges
 
 
 def clip_hyperparameters(

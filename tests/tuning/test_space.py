@@ -1,5 +1,7 @@
 """The search space: conditions, round trips, groups."""
 
+import json
+
 import keras
 import keras_tuner as kt
 import numpy as np
@@ -9,6 +11,7 @@ import keras_gradclip as kgc
 from tuning.oracles import combinations
 from tuning.space import (
     CLIPPERS,
+    calibrated_ranges,
     clip_hyperparameters,
     from_clipper,
     layer_groups,
@@ -180,3 +183,36 @@ def test_wrong_spaces_are_refused(options, message):
 def test_clippers_outside_of_the_space_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_ranges_centred_on_a_calibration(tmp_path):
+    path = tmp_path / "calibration.json"
+    figures = {"norm": {"a": 0.5, "b": 2.0, "c": 8.0}, "absolute": {"a": None}}
+    path.write_text(json.dumps({"calibration": {"thresholds": figures}}))
+    found = calibrated_ranges(path)
+    assert set(found) == {"max_norm"}
+    low, high = found["max_norm"]
+    assert low * high == pytest.approx(2.0**2)
+    assert high / low == pytest.approx(10)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="calibrate"):
+        calibrated_ranges(path)
+
+
+def test_what_calibrate_saves_centres_the_ranges(tmp_path):
+    model = kgc.ClippedModel(*_graph())
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 4)).astype("float32"), rng.normal(size=(32, 1)).astype("float32")
+    kgc.calibrate(model, (x, y), steps=4, batch_size=8).save(tmp_path / "c.json")
+    found = calibrated_ranges(tmp_path / "c.json")
+    hp = kt.HyperParameters()
+    clip_hyperparameters(hp, ["none", "absolute", "exponential", "norm"], **found)
+    declared = {p.name: p for p in hp.space}
+    assert declared["norm/max_norm"].min_value == pytest.approx(found["max_norm"][0])
+    assert declared["absolute/threshold"].max_value == pytest.approx(found["threshold"][1])
+
+
+def _graph():
+    inputs = keras.Input((4,))
+    return inputs, keras.layers.Dense(1)(keras.layers.Dense(3)(inputs))
