@@ -130,6 +130,22 @@ def cond(
     tf.distribute.get_replica_context().merge_call(merged, args=(flag, *args))
 
 
+def local_cond(flag: Any, true_fn: Callable[[], Any], state: Sequence[Any]) -> None:
+    """Run `true_fn()` if `flag`; it writes `state` alone and merges no replicas."""
+    if _is_traced_by_jax(flag):
+        _stateless_cond(flag, true_fn, lambda: None, (), state)
+        return
+
+    def branch(fn: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            fn()
+            return ops.zeros(())
+
+        return call
+
+    ops.cond(flag, branch(true_fn), branch(lambda: None))
+
+
 def _stateless_cond(
     flag: Any, true_fn: Any, false_fn: Any, args: tuple, state: Sequence[Any]
 ) -> None:

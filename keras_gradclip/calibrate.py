@@ -21,7 +21,13 @@ from keras_gradclip.adaptive import AdaptiveClip, RMSClip, default_unit_axes, un
 from keras_gradclip.base import Clipper, layer_of, path_of, serialize
 from keras_gradclip.clip_map import ClipMap
 from keras_gradclip.clippers import AbsoluteClip, ExponentialClip, NormClip
-from keras_gradclip.monitor import device_variable, strategy_scope, to_numpy, wrapped_optimizer
+from keras_gradclip.monitor import (
+    device_variable,
+    strategy_scope,
+    sync,
+    to_numpy,
+    wrapped_optimizer,
+)
 from keras_gradclip.optimizer import ClippedOptimizer
 
 #: The clippers that a threshold is suggested for, and what each bounds.
@@ -157,6 +163,7 @@ class _Sampler:
             self.figures = device_variable((updates, 4, len(self.variables)))
             self.seen = device_variable((), "int64")
             self.skipped = device_variable((), "int64")
+        self.state = [self.figures, self.seen, self.skipped]
 
     def on_skip(self, grads: Sequence[Any]) -> None:
         del grads
@@ -166,8 +173,10 @@ class _Sampler:
         del clipped, stats, hyper
         columns = [self._of(g, v) for g, v in zip(grads, self.variables, strict=True)]
         figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
-        here = ops.equal(ops.arange(self.updates, dtype="int64"), self.seen + 0)
-        self.figures.assign(ops.where(here[:, None, None], figures[None], self.figures))
+        here = ops.equal(ops.arange(self.updates, dtype=self.seen.dtype), self.seen + 0)
+        self.figures.assign(
+            ops.where(here[:, None, None], figures[None], kernels.read(self.figures))
+        )
         self.seen.assign(self.seen + 1)
 
     def _of(self, gradient: Any, variable: Any) -> list[Any]:
@@ -198,6 +207,7 @@ class _Stop(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Look at the counters."""
         sampler = self.sampler
+        sync(self.model)
         seen = int(to_numpy(sampler.seen)) + int(to_numpy(sampler.skipped))
         if seen >= sampler.updates:
             self.model.stop_training = True
@@ -249,8 +259,8 @@ def calibrate(
         A `Calibration`; print it for a table.
 
     Raises:
-        ValueError: an argument out of its range, a model without a `ClippedOptimizer`, no update
-            with finite gradients, or a backend without `ClipMonitor` support.
+        ValueError: an argument out of its range, a model without a `ClippedOptimizer`, or no
+            update with finite gradients.
     """
     count = validation.steps("calibrate", "steps", steps)
     if count is None:

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import backend, ops
 
-from keras_gradclip import kernels, validation
+from keras_gradclip import aggregation, kernels, validation
 from keras_gradclip.base import layer_of, path_of, serialize
 from keras_gradclip.optimizer import ClippedOptimizer, find
 
@@ -32,13 +32,8 @@ def wrapped_optimizer(owner: str, model: Any) -> ClippedOptimizer:
     """The built `ClippedOptimizer` of a compiled model.
 
     Raises:
-        ValueError: the model is not compiled with one, is not built, or Keras runs on JAX.
+        ValueError: the model is not compiled with one or is not built.
     """
-    if backend.backend() == "jax":
-        raise ValueError(
-            f"{owner}: the backend is 'jax', whose compiled step can write the optimizer's own "
-            "variables alone. Use TensorFlow or PyTorch, or read `optimizer.read_telemetry()`."
-        )
     outer: Any = getattr(model, "optimizer", None)
     wrapper = find(outer)
     if wrapper is None:
@@ -70,6 +65,8 @@ def to_numpy(value: Any) -> np.ndarray:
 
 def device_variable(shape: Sequence[int], dtype: str = "float32") -> Any:
     """A variable of zeros into which every replica writes the same."""
+    if backend.backend() == "jax" and dtype == "int64":
+        dtype = "int32"  # JAX has no other, unless asked
     return keras.Variable(
         initializer="zeros", shape=tuple(shape), dtype=dtype, trainable=False, aggregation="none"
     )
@@ -80,6 +77,12 @@ def _text(clipper: Any) -> str:
     if clipper is None:
         return "off"
     return re.sub(r"<[^<>]*?(\w+) object at 0x[0-9a-f]+>", r"\1", str(clipper))
+
+
+def sync(model: Any) -> None:
+    """Bring the variables up to date: inside an epoch on JAX they are not."""
+    if backend.backend() == "jax":
+        model.jax_state_sync()
 
 
 class _Recorder:
@@ -104,6 +107,10 @@ class _Recorder:
             self.force = device_variable(())
             self.updates = device_variable(())  # since the last sample, skipped ones included
             self.nonfinite = device_variable((count,))  # of them, with a bad gradient
+        self.state = [
+            *(self.samples, self.steps, self.extra, self.written),
+            *(self.force, self.updates, self.nonfinite),
+        ]
         self.read = 0
 
     # On the device ---------------------------------------------------------------------------
@@ -115,14 +122,13 @@ class _Recorder:
 
     def on_update(self, grads: Any, clipped: Any, stats: Any, hyper: Any) -> None:
         self.updates.assign(self.updates + 1.0)
-        iterations = ops.cast(self.optimizer.inner_optimizer.iterations, "int64")
+        iterations = ops.cast(self.optimizer.inner_optimizer.iterations, self.steps.dtype)
         due = ops.logical_or(ops.equal(iterations % self.every, 0), self.force > 0)
 
-        def sample() -> Any:
+        def sample() -> None:
             self._sample(iterations, grads, clipped, stats, hyper)
-            return ops.zeros(())
 
-        ops.cond(due, sample, lambda: ops.zeros(()))
+        aggregation.local_cond(due, sample, self.state)
 
     def _sample(self, iterations: Any, grads: Any, clipped: Any, stats: Any, hyper: Any) -> None:
         zero = ops.zeros((), "float32")
@@ -155,10 +161,14 @@ class _Recorder:
         figures = ops.concatenate([figures, (self.nonfinite + 0.0)[None]])
         extra = ops.stack([self.updates + 0.0, *(hyper[n] for n in self.names)])
 
-        here = ops.equal(ops.arange(self.capacity, dtype="int64"), self.written % self.capacity)
-        self.samples.assign(ops.where(here[:, None, None], figures[None], self.samples))
-        self.extra.assign(ops.where(here[:, None], extra[None], self.extra))
-        self.steps.assign(ops.where(here, iterations, self.steps))
+        here = ops.equal(
+            ops.arange(self.capacity, dtype=self.steps.dtype), self.written % self.capacity
+        )
+        self.samples.assign(
+            ops.where(here[:, None, None], figures[None], kernels.read(self.samples))
+        )
+        self.extra.assign(ops.where(here[:, None], extra[None], kernels.read(self.extra)))
+        self.steps.assign(ops.where(here, iterations, kernels.read(self.steps)))
         self.written.assign(self.written + 1)
         self.force.assign(ops.zeros(()))
         self.updates.assign(ops.zeros(()))
@@ -200,7 +210,7 @@ class ClipMonitor(keras.callbacks.Callback):
     device; the host fetches the samples about every `every` batches. The first update of each
     epoch is always measured. Updates that are left out because a gradient was not finite are all
     counted. It works under MirroredStrategy, with gradient accumulation, steps_per_execution,
-    mixed_float16 and jit_compile, on TensorFlow and PyTorch.
+    mixed_float16 and jit_compile, on TensorFlow, JAX and PyTorch.
 
     `fit`'s history gets, averaged over the epoch's samples: `grad_norm_after` (global L2 norm
     after the clip), `grad_max` (largest element before it), `clip_angle` (degrees between the
@@ -276,6 +286,7 @@ class ClipMonitor(keras.callbacks.Callback):
         """Fetch what was measured, every `every` batches."""
         if batch + 1 - self._batches >= self.every:
             self._batches = batch + 1
+            sync(self.model)
             self._fetch()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import backend, ops
 
 from keras_gradclip import _compat, aggregation, kernels, validation
 from keras_gradclip.base import (
@@ -212,8 +212,16 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[Any]:
-        """The wrapper's variables, then the inner optimizer's."""
-        return self._variables[:] + self.inner_optimizer.variables
+        """The wrapper's variables, then the inner optimizer's; on JAX also the observer's.
+
+        What a step on JAX may write goes in and comes out with the optimizer's variables.
+        """
+        watching = backend.backend() == "jax" and self._observer is not None
+        return [
+            *self._variables,
+            *self.inner_optimizer.variables,
+            *(self._observer.state if watching else []),
+        ]
 
     @property
     def skipped_steps(self) -> int:
@@ -526,8 +534,9 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         Args:
             observer: an object with `on_update(grads, clipped, stats, hyper)`, called after the
                 clip in replica context with the reduced gradients (`stats`: `ClipStats` or None);
-                `on_skip(grads)`, called for an update that is left out; and `holds`, a bool: True
-                leaves the weights as they are.
+                `on_skip(grads)`, called for an update that is left out; `holds`, a bool: True
+                leaves the weights as they are; and `state`, the list of the variables that the
+                two write (for JAX).
         """
         self._observer = observer
 

@@ -343,7 +343,6 @@ def test_misuse_is_named(make, word):
         make()
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="ClipMonitor and calibrate refuse JAX")
 def test_the_code_on_the_cards_runs(tmp_path, monkeypatch, capsys):
     import re
     import tempfile

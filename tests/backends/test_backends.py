@@ -603,21 +603,48 @@ def test_cond_writes_what_the_chosen_branch_writes(outer, inner, want):
 # The monitor ------------------------------------------------------------------------------------
 
 
-def test_the_monitor_works_or_says_why_not(tmp_path):
-    x, y = data(3)
+@pytest.mark.parametrize("every", [1, 2])
+def test_monitor(every, tmp_path):
+    """Five updates, the third left out: what is sampled is what NumPy says."""
+    x, y = data(5)
+    x[2 * BATCH, 0] = np.nan
     model = model_of()
-    model.compile(sgd(), "mse", clipper=kgc.AbsoluteClip(0.3))
-    monitor = kgc.ClipMonitor(tmp_path, every=1)
-    if BACKEND == "jax":
-        with pytest.raises(ValueError, match="jax") as error:
-            fit(model, x, y, callbacks=[monitor])
-        assert "\n" not in str(error.value)
-        return
-    _, norms, _ = numpy_run(model.get_weights(), x, y, each(oracles.absolute, threshold=0.3))
-    fit(model, x, y, callbacks=[monitor])
+    clip = each(oracles.absolute, threshold=0.3)
+    _, norms, _ = numpy_run(model.get_weights(), x, y, clip)
+    model.compile(kgc.ClippedOptimizer(sgd(), kgc.AbsoluteClip(0.3), skip_nonfinite=True), "mse")
+    monitor = kgc.ClipMonitor(tmp_path, every=every)
+    history = fit(model, x, y, callbacks=[monitor])
+    assert monitor.history["step"] == list(range(0, 4, every))
     got = [np.linalg.norm(row) for row in monitor.history["norm_before"]]
-    np.testing.assert_allclose(got, norms, rtol=RTOL)
-    assert (tmp_path / "monitor.csv").read_text().count("\n") == 1 + 3 * 4
+    np.testing.assert_allclose(got, norms[::every], rtol=RTOL)
+    assert max(np.max(row) for row in monitor.history["nonfinite"]) > 0
+    assert history["clip_angle"][0] > 0
+    assert (tmp_path / "monitor.csv").read_text().count("\n") == 1 + 4 * len(norms[::every])
+    fit(model, x, y)  # afterwards nobody looks
+    assert len(monitor.history["step"]) == len(norms[::every])
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_calibrate_puts_everything_back(follow):
+    x, y = data(4)
+    model = model_of()
+    model.compile(kgc.ClippedOptimizer(sgd()), "mse")
+    fit(model, x, y)
+    before = model.get_weights()
+    state = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
+    found = kgc.calibrate(
+        model, (x, y), steps=3, percentile=100, batch_size=4 * BATCH, follow=follow
+    )
+    if not follow:
+        g = gradients([w.astype("float64") for w in before], x, y)
+        norm = np.sqrt(sum((part**2).sum() for part in g))
+        assert found.global_norm == pytest.approx(norm, rel=1e-5)
+    assert found.updates == 3
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    after = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
+    for a, b in zip(state, after, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # Many devices on JAX ----------------------------------------------------------------------------
@@ -686,3 +713,16 @@ def test_data_parallel_loss_scale_falls_where_one_shard_overflows(data_parallel)
     fit(model, x, y)
     check(model, want)
     assert float(ops.convert_to_numpy(outer.dynamic_scale)) == 512.0
+
+
+@only_jax
+def test_the_monitor_under_data_parallel(data_parallel):
+    x, y = data(4)
+    data_parallel(4)
+    model = model_of()
+    _, norms, _ = numpy_run(model.get_weights(), x, y, each(oracles.absolute, threshold=0.3))
+    model.compile(sgd(), "mse", clipper=kgc.AbsoluteClip(0.3))
+    monitor = kgc.ClipMonitor(every=1)
+    fit(model, x, y, callbacks=[monitor])
+    got = [np.linalg.norm(row) for row in monitor.history["norm_before"]]
+    np.testing.assert_allclose(got, norms, rtol=RTOL)
