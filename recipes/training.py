@@ -687,7 +687,10 @@ def make_strategy(options: argparse.Namespace):
     names = [device.name for device in tf.config.list_logical_devices(kind)]
     if len(names) < count:
         raise RecipeError(f"--devices {count}: there are {len(names)} {kind}s")
-    return tf.distribute.MirroredStrategy(names[:count])
+    # Between CPUs TensorFlow would use collective operations, which remember the size of their
+    # group for the rest of the process; a search or a comparison runs more than one size.
+    reduction = None if kind == "GPU" else tf.distribute.ReductionToOneDevice()
+    return tf.distribute.MirroredStrategy(names[:count], cross_device_ops=reduction)
 
 
 def _load_data(recipe: Recipe, options: argparse.Namespace):
