@@ -13,9 +13,7 @@ import keras
 
 # `keras.Model(inputs, outputs)` returns a `Functional`, whose class has no public name. A model
 # that is both clipped and functional has to inherit from it.
-from keras.src.models.functional import Functional
-
-__all__ = ["Functional", "find_wrapping_loss_scale", "make_reduce_identity"]
+from keras.src.models.functional import Functional as Functional
 
 
 def make_reduce_identity(optimizer: Any) -> None:
@@ -27,17 +25,6 @@ def make_reduce_identity(optimizer: Any) -> None:
     """
     if hasattr(optimizer, "_all_reduce_sum_gradients"):
         optimizer._all_reduce_sum_gradients = list
-
-
-def set_distribution_strategy(optimizer: Any, strategy: Any) -> None:
-    """Make `optimizer` and the optimizers in it use `strategy`.
-
-    Keras reads the strategy at construction (`TFOptimizer.__init__`) and never again.
-    """
-    while optimizer is not None:
-        if hasattr(optimizer, "_distribution_strategy"):
-            optimizer._distribution_strategy = strategy
-        optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
 def overwrite_with_average(optimizer: Any, variables: list) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import kernels, validation
-from keras_gradclip.base import Clipper, ClipStats, layer_of, register
+from keras_gradclip.base import Clipper, ClipStats, layers_of, register
 
 #: Stands for "no threshold" and "no norm yet": an infinity would turn into NaN when divided.
 NO_LIMIT = 1e38
@@ -96,7 +96,7 @@ def _scopes(scope: str, variables: Sequence[Any]) -> list[int]:
     if scope == "variable":
         return list(range(len(variables)))
     numbers: dict[str, int] = {}
-    return [numbers.setdefault(layer_of(v), len(numbers)) for v in variables]
+    return [numbers.setdefault(layer, len(numbers)) for layer in layers_of(variables)]
 
 
 def _share(owner: str, name: str, value: Any) -> float:
