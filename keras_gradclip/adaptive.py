@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_gradclip import _compat, kernels, validation
-from keras_gradclip.base import Clipper, ClipStats, path_of, register, size_of
+from keras_gradclip.base import Clipper, ClipStats, path_of, register, shown, size_of
 
 
 @register("adaptive")
@@ -135,10 +135,8 @@ class AdaptiveClip(Clipper):
         return config
 
     def __str__(self) -> str:
-        factor = self.clip_factor
-        shown = f"{factor:g}" if isinstance(factor, float) else str(factor)
         axes = "" if self.axes is None else f", axes of {len(self.axes)} variables"
-        return f"AdaptiveClip(clip_factor={shown}, eps={self.eps:g}{axes})"
+        return f"AdaptiveClip(clip_factor={shown(self.clip_factor)}, eps={self.eps:g}{axes})"
 
 
 def unit_squares(x: Any, axes: Sequence[int]) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -207,10 +208,34 @@ class Clipper:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is not None:
-                parts.append(
-                    f"{f.name}={value:g}" if isinstance(value, float) else f"{f.name}={value}"
-                )
+                parts.append(f"{f.name}={shown(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def shown(value: Any) -> str:
+    """A hyper-parameter for people: `0.1`, `ExponentialDecay(0.1, 1000, 0.9)`."""
+    if isinstance(value, validation.LearningRateSchedule):
+        return _shown_schedule(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shown_schedule(schedule: Any) -> str:
+    """A schedule's class and its arguments, less those that are at their defaults."""
+    owner = type(schedule)
+    try:
+        config = schedule.get_config()
+    except NotImplementedError:  # somebody's own, without a config: its class must do
+        return owner.__name__
+    parts = []
+    in_order = True
+    for name, parameter in inspect.signature(owner).parameters.items():
+        if name not in config or name == "name" or config[name] == parameter.default:
+            in_order = False  # from here on by name
+            continue
+        value = shown(config[name])
+        by_place = in_order and parameter.default is parameter.empty
+        parts.append(value if by_place else f"{name}={value}")
+    return f"{owner.__name__}({', '.join(parts)})"
 
 
 def current_value(value: Any, iterations: Any) -> Any:

@@ -18,17 +18,16 @@ from keras import ops
 
 from keras_gradclip import kernels, validation
 from keras_gradclip.adaptive import AdaptiveClip, RMSClip, default_unit_axes, unit_squares
-from keras_gradclip.base import Clipper, layer_of, path_of, serialize
+from keras_gradclip.base import Clipper, layers_of, path_of, serialize
 from keras_gradclip.clip_map import ClipMap
 from keras_gradclip.clippers import AbsoluteClip, ExponentialClip, NormClip
 from keras_gradclip.monitor import (
     device_variable,
     strategy_scope,
     sync,
-    to_numpy,
     wrapped_optimizer,
 )
-from keras_gradclip.optimizer import ClippedOptimizer
+from keras_gradclip.optimizer import ClippedOptimizer, to_numpy
 
 #: The clippers that a threshold is suggested for, and what each bounds.
 KINDS = {
@@ -72,7 +71,9 @@ class Calibration:
     def clipper(self, kind: str, layer: str) -> Clipper | None:
         """The clipper suggested for a layer, or None where there is nothing to clip."""
         validation.choice("Calibration", "kind", kind, tuple(KINDS))
-        threshold = self.thresholds[kind][layer]
+        return self._made(kind, self.thresholds[kind][layer])
+
+    def _made(self, kind: str, threshold: float | None) -> Clipper | None:
         if threshold is None:
             return None
         makers = {
@@ -87,16 +88,24 @@ class Calibration:
     def clip_map(self, kind: str = "norm") -> ClipMap:
         """A `ClipMap` with a rule for each layer.
 
+        Rules go by path: layers of one path (`tower/dense` and `tower/dense#2`) share theirs, at
+        the largest of their thresholds.
+
         Args:
             kind: "norm", "absolute", "exponential", "adaptive" or "rms".
         """
         validation.choice("Calibration", "kind", kind, tuple(KINDS))
-        if kind != "adaptive":
-            return ClipMap([(_pattern(layer), self.clipper(kind, layer)) for layer in self.layers])
+        together: dict[str, list[str]] = {}
+        for layer in self.kernels if kind == "adaptive" else self.layers:
+            together.setdefault(_path(layer, self.layers), []).append(layer)
         rules = []
-        for layer, names in self.kernels.items():
-            pattern = f"{re.escape(layer)}/({'|'.join(re.escape(n) for n in names)})"
-            rules.append((pattern, self.clipper(kind, layer)))
+        for path, layers in together.items():
+            known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
+            pattern = _pattern(path)
+            if kind == "adaptive":
+                names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
+                pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
+            rules.append((pattern, self._made(kind, max(known, default=None))))
         return ClipMap(rules)
 
     def table(self) -> str:
@@ -148,6 +157,12 @@ class Calibration:
 def _pattern(layer: str) -> str:
     """A regular expression for the paths of a layer's variables."""
     return re.escape(layer) + "(/[^/]+)?"
+
+
+def _path(layer: str, layers: Sequence[str]) -> str:
+    """The path of a layer: its name, less the `#2` of a second layer of the same path."""
+    path = re.sub(r"#\d+$", "", layer)
+    return path if path in layers else layer
 
 
 class _Sampler:
@@ -351,7 +366,7 @@ def _suggest(
     kept = figures[finite]
     square, largest, scaled, ratio = (kept[:, i] for i in range(4))
     sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
-    owners = [layer_of(v) for v in variables]
+    owners = layers_of(variables)
     layers = list(dict.fromkeys(owners))
 
     def suggestion(values: np.ndarray) -> float | None:

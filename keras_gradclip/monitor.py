@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import aggregation, kernels, validation
-from keras_gradclip.base import layer_of, path_of, serialize
-from keras_gradclip.optimizer import ClippedOptimizer, find
+from keras_gradclip.base import layers_of, path_of, serialize
+from keras_gradclip.optimizer import ClippedOptimizer, find, to_numpy
 
 #: What is measured on the device for each variable in a sampled update.
 _ROWS = ("square_before", "square_after", "chord", "clip_fraction", "max_abs", "bad", "bad_since")
@@ -58,11 +57,6 @@ def strategy_scope(optimizer: ClippedOptimizer) -> Any:
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
-def to_numpy(value: Any) -> np.ndarray:
-    """A host copy of a variable, also of a mirrored one."""
-    return np.asarray(value.numpy() if hasattr(value, "numpy") else ops.convert_to_numpy(value))
-
-
 def device_variable(shape: Sequence[int], dtype: str = "float32") -> Any:
     """A variable of zeros into which every replica writes the same."""
     if backend.backend() == "jax" and dtype == "int64":
@@ -73,10 +67,18 @@ def device_variable(shape: Sequence[int], dtype: str = "float32") -> Any:
 
 
 def _text(clipper: Any) -> str:
-    """A clipper for people; a schedule by its class alone."""
-    if clipper is None:
-        return "off"
-    return re.sub(r"<[^<>]*?(\w+) object at 0x[0-9a-f]+>", r"\1", str(clipper))
+    """A clipper for people."""
+    return "off" if clipper is None else str(clipper)
+
+
+def names_of(variables: Sequence[Any]) -> list[str]:
+    """`variable.path`, each once: the second of one path belongs to layer `#2`."""
+    layers = layers_of(variables)
+    names = []
+    for variable, layer in zip(variables, layers, strict=True):
+        _, slash, tail = path_of(variable).rpartition("/")
+        names.append(f"{layer}/{tail}" if slash else layer)
+    return names
 
 
 def sync(model: Any) -> None:
@@ -218,8 +220,9 @@ class ClipMonitor(keras.callbacks.Callback):
     gradient). All samples are in `history`, and in `run_dir`:
 
     - `monitor.csv`, a row a sample and variable: `step` (updates before it), `epoch`, `variable`
-      (its path), `norm_before`, `norm_after` (L2), `clip_fraction` (0..1), `max_abs` (before the
-      clip), `angle` (degrees), `nonfinite` (share of the updates looked at since the last sample);
+      (its path; where a second layer has the same one, with `#2` behind the layer),
+      `norm_before`, `norm_after` (L2), `clip_fraction` (0..1), `max_abs` (before the clip),
+      `angle` (degrees), `nonfinite` (share of the updates looked at since the last sample);
     - `thresholds.csv`, the live thresholds at each sample, as schedules and callbacks set them;
     - `monitor.json`, the variables, the rule that hits each, and the clipper.
 
@@ -235,7 +238,7 @@ class ClipMonitor(keras.callbacks.Callback):
     Attributes:
         history: a dict of lists, a sample an entry: `step`, `epoch`, and for each of the figures
             above a float64 array, one number a variable; `thresholds`, a list of dicts.
-        variables: the paths of the variables, in the order of those arrays.
+        variables: the names of the variables, as in `monitor.csv`, in the order of those arrays.
 
     Raises:
         ValueError: `every` below 1, tensorboard without a run_dir; when training begins: a model
@@ -270,7 +273,7 @@ class ClipMonitor(keras.callbacks.Callback):
         self._recorder = _Recorder(optimizer, self.every, per_call // self.every + 4)
         self._checked = optimizer.skip_nonfinite or self.model.optimizer is not optimizer
         watched = optimizer._trainable_variables
-        self.variables = [path_of(v) for v in watched]
+        self.variables = names_of(watched)
         self.history = {k: [] for k in ("step", "epoch", *FIELDS, "thresholds")}
         self._open(optimizer)
         optimizer.observe(self._recorder)
@@ -426,13 +429,15 @@ class ClipMonitor(keras.callbacks.Callback):
             "clipper_text": _text(clipper),
             "variables": [
                 {
-                    "path": path_of(v),
-                    "layer": layer_of(v),
+                    "path": name,
+                    "layer": layer,
                     "shape": [int(d) for d in v.shape],
                     "rule": rule,
                     "clipper": _text(c),
                 }
-                for v, (rule, c) in zip(watched, rules, strict=True)
+                for v, name, layer, (rule, c) in zip(
+                    watched, self.variables, layers_of(watched), rules, strict=True
+                )
             ],
         }
         (self.run_dir / MONITOR_JSON).write_text(json.dumps(description, indent=1))

@@ -48,8 +48,8 @@ class ClipHyperparameters(MutableMapping):
         value = self._optimizer._hyper[self._known(name)]
         iterations = self._optimizer.iterations
         if isinstance(value, validation.LearningRateSchedule):
-            value = value(ops.convert_to_tensor(_to_numpy(iterations)))
-        return float(_to_numpy(value))
+            value = value(ops.convert_to_tensor(to_numpy(iterations)))
+        return float(to_numpy(value))
 
     def __setitem__(self, name: str, value: Any) -> None:
         current = self._optimizer._hyper[self._known(name)]
@@ -84,7 +84,7 @@ class ClipHyperparameters(MutableMapping):
         return name
 
 
-def _to_numpy(value: Any) -> Any:
+def to_numpy(value: Any) -> Any:
     """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises.
 
     On PyTorch `.numpy()` takes no tensor of a GPU.
@@ -230,7 +230,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         What a LossScaleOptimizer leaves out is counted on TensorFlow alone: on JAX and PyTorch
         Keras drops it, a micro-batch at a time, before it comes here.
         """
-        return int(_to_numpy(self._skipped)) if self.built else 0
+        return int(to_numpy(self._skipped)) if self.built else 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Learns that somebody wraps this optimizer, by what `LossScaleOptimizer` assigns."""
@@ -588,8 +588,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         }
         if not self.built:
             return result
-        updates, skipped, norms = (float(x) for x in _to_numpy(self._totals))
-        squares, fractions = np.asarray(_to_numpy(self._sums), "float64") / max(updates, 1.0)
+        updates, skipped, norms = (float(x) for x in to_numpy(self._totals))
+        squares, fractions = np.asarray(to_numpy(self._sums), "float64") / max(updates, 1.0)
         number = np.array([layers.index(path) for path in self._paths], int)
         weights = np.asarray(self._fraction_weights or np.zeros(len(number)), "float64")
 
@@ -628,7 +628,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Save the wrapper's variables; Keras saves the inner optimizer by itself."""
         for name, variable in self._saved().items():
-            store[name] = _to_numpy(variable)
+            store[name] = to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` saved; what does not fit stays, with a warning."""

@@ -259,3 +259,29 @@ def test_describe_stays_short():
     text = kgc.AdaptiveClip(axes=kgc.unit_axes(net())).describe(net())
     assert "axes of" in text
     assert max(map(len, text.splitlines())) < 120
+
+
+def test_schedules_are_shown_with_their_arguments():
+    schedules = keras.optimizers.schedules
+
+    class Mine(schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1
+
+    shown = {
+        "AbsoluteClip(threshold=ExponentialDecay(0.1, 1000, 0.9))": kgc.AbsoluteClip(
+            schedules.ExponentialDecay(0.1, 1000, 0.9)
+        ),
+        "AbsoluteClip(threshold=CosineDecay(0.1, 100, warmup_steps=10))": kgc.AbsoluteClip(
+            schedules.CosineDecay(0.1, 100, warmup_steps=10, name="mine")
+        ),
+        "NormClip(max_norm=PiecewiseConstantDecay([10], [1.0, 0.5]), scope=layer)": kgc.NormClip(
+            schedules.PiecewiseConstantDecay([10], [1.0, 0.5])
+        ),
+        "RMSClip(threshold=Mine)": kgc.RMSClip(Mine()),
+        "AdaptiveClip(clip_factor=PolynomialDecay(0.2, 9), eps=0.001)": kgc.AdaptiveClip(
+            schedules.PolynomialDecay(0.2, 9, 1e-4)
+        ),
+    }
+    for text, clipper in shown.items():
+        assert str(clipper) == text

@@ -222,3 +222,48 @@ def test_refusals():
         kgc.calibrate(plain, dataset())
     with pytest.raises(ValueError, match="kind"):
         kgc.calibrate(compiled(), dataset(), steps=1).clip_map("median")
+
+
+class Towers(keras.layers.Layer):
+    """Two Dense layers of one path, towers/dense."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.second = (keras.layers.Dense(4, name="dense") for _ in range(2))
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, x):
+        return self.first(x) + 100.0 * self.second(x)
+
+
+def two_towers():
+    inputs = keras.Input((8, 8, 3))
+    h = Towers(name="towers")(keras.layers.Flatten()(inputs))
+    model = kgc.ClippedModel(inputs, keras.layers.Dense(3, name="head")(h))
+    model.compile(keras.optimizers.SGD(1e-12), loss())
+    return model
+
+
+def test_two_layers_of_one_path_are_two():
+    model = two_towers()
+    found = kgc.calibrate(model, dataset(), steps=STEPS)
+    assert found.layers == ["towers/dense", "towers/dense#2", "head"]
+    for kind in ("norm", "absolute", "rms"):  # the second's gradient is 100 times as long
+        small, large = (found.thresholds[kind][name] for name in found.layers[:2])
+        assert large == pytest.approx(100 * small, rel=1e-3)
+        # A rule goes by the path, which they share.
+        rules = dict(found.clip_map(kind).rule_of(model.trainable_variables))
+        assert len(rules) == 2
+        assert rules["towers/dense(/[^/]+)?"] == found.clipper(kind, "towers/dense#2")
+    adaptive = found.clip_map("adaptive").rule_of(model.trainable_variables)
+    assert [c is None for _, c in adaptive] == [False, True, False, True, False, True]
+    monitor = kgc.ClipMonitor(every=1)
+    model.fit(dataset(), verbose=0, callbacks=[monitor])
+    assert monitor.variables == [
+        *("towers/dense/kernel", "towers/dense/bias"),
+        *("towers/dense#2/kernel", "towers/dense#2/bias"),
+        *("head/kernel", "head/bias"),
+    ]

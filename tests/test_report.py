@@ -241,7 +241,7 @@ def test_a_real_run(tmp_path):
     assert any(t.startswith("stem: clipped on 100 %") for t in texts(tmp_path, "bad"))
     text = kgc.report(tmp_path).read_text(encoding="utf-8")
     parsed(tmp_path / "report.html")
-    assert "AbsoluteClip(threshold=PolynomialDecay)" in text
+    assert "AbsoluteClip(threshold=PolynomialDecay(0.05, 8, end_learning_rate=0.01))" in text
     assert "object at 0x" not in text
 
 
@@ -256,3 +256,28 @@ def test_refusals(tmp_path):
         file.write("12,0,conv1/kern")
     with pytest.raises(ValueError, match="line 8"):
         kgc.report(run)
+
+
+def test_two_layers_of_one_path_are_two_rows(tmp_path):
+    class Towers(keras.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.first, self.second = (keras.layers.Dense(2, name="dense") for _ in range(2))
+
+        def build(self, shape):
+            self.first.build(shape)
+            self.second.build(shape)
+
+        def call(self, x):
+            return self.first(x) + 100.0 * self.second(x)
+
+    inputs = keras.Input((3,))
+    model = kgc.ClippedModel(inputs, Towers(name="towers")(inputs))
+    model.compile(keras.optimizers.SGD(1e-12), "mse")
+    x = np.random.default_rng(0).normal(size=(16, 3))
+    monitor = kgc.ClipMonitor(tmp_path, every=1)
+    model.fit(x, x[:, :2], batch_size=8, verbose=0, callbacks=[monitor])
+    run = read_run(tmp_path)
+    assert run.layers == ["towers/dense", "towers/dense#2"]
+    first, second = run.figures["norm_before"].T
+    np.testing.assert_allclose(second, 100 * first, rtol=1e-3)
