@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ class Calibration:
         percentile: the percentile, 0..100.
         beta: β of the exponential clipper.
         eps: ε of the adaptive clipper.
+        samples: what the thresholds are percentiles of: for each clipper a float64 array
+            `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
+            `[updates]`; not in the JSON of `save`.
     """
 
     layers: list[str]
@@ -67,6 +70,60 @@ class Calibration:
     percentile: float
     beta: float
     eps: float
+    samples: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @classmethod
+    def of_samples(
+        cls,
+        layers: Sequence[str],
+        kernels: Mapping[str, Sequence[str]],
+        samples: Mapping[str, np.ndarray],
+        *,
+        percentile: float,
+        nonfinite: int = 0,
+        beta: float = 0.7,
+        eps: float = 1e-3,
+    ) -> Calibration:
+        """The thresholds that samples give; the arguments are the attributes of that name.
+
+        Raises:
+            ValueError: a percentile outside 0..100.
+        """
+        percentile = _percentile(percentile)
+
+        def suggestion(values: np.ndarray) -> float | None:
+            value = float(np.percentile(values, percentile))
+            return value if value > 0 else None
+
+        return cls(
+            layers=list(layers),
+            thresholds={
+                kind: {layer: suggestion(samples[kind][:, i]) for i, layer in enumerate(layers)}
+                for kind in KINDS
+            },
+            kernels={layer: list(names) for layer, names in kernels.items()},
+            global_norm=suggestion(samples["global"]),
+            updates=len(samples["global"]),
+            nonfinite=nonfinite,
+            percentile=percentile,
+            beta=beta,
+            eps=eps,
+            samples=dict(samples),
+        )
+
+    def at(self, percentile: float) -> Calibration:
+        """The same updates at another percentile, without watching them again."""
+        return Calibration.of_samples(
+            self.layers,
+            self.kernels,
+            self.samples,
+            percentile=percentile,
+            nonfinite=self.nonfinite,
+            beta=self.beta,
+            eps=self.eps,
+        )
 
     def clipper(self, kind: str, layer: str) -> Clipper | None:
         """The clipper suggested for a layer, or None where there is nothing to clip."""
@@ -144,9 +201,14 @@ class Calibration:
             path: the file.
             kind: which clipper, as in `clip_map`.
         """
+        figures = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "samples"
+        }
         content = {
             "clipper": serialize(self.clip_map(kind)),
-            "calibration": {"kind": kind, **dataclasses.asdict(self)},
+            "calibration": {"kind": kind, **figures},
         }
         path = Path(path)
         scratch = path.with_name(path.name + ".tmp")
@@ -166,19 +228,28 @@ def _path(layer: str, layers: Sequence[str]) -> str:
 
 
 class _Sampler:
-    """Keeps four figures a variable of each update, on the device."""
+    """Keeps four figures a variable of each update: on the device, and after each batch here."""
 
     def __init__(
-        self, optimizer: ClippedOptimizer, updates: int, hold: bool, beta: float, eps: float
+        self, optimizer: ClippedOptimizer, capacity: int, hold: bool, beta: float, eps: float
     ) -> None:
         self.holds = hold
         self.variables = list(optimizer._trainable_variables)
-        self.updates, self.beta, self.eps = updates, beta, eps
+        self.capacity, self.beta, self.eps = capacity, beta, eps
+        self.fetched: list[np.ndarray] = []
         with strategy_scope(optimizer):
-            self.figures = device_variable((updates, 4, len(self.variables)))
+            self.figures = device_variable((capacity, 4, len(self.variables)))
             self.seen = device_variable((), "int64")
             self.skipped = device_variable((), "int64")
         self.state = [self.figures, self.seen, self.skipped]
+
+    def fetch(self) -> int:
+        """Bring what is new to the host; the number of updates so far, skipped ones included."""
+        seen = int(to_numpy(self.seen))
+        figures = np.array(to_numpy(self.figures))
+        new = range(len(self.fetched), seen)
+        self.fetched += [figures[i % self.capacity].astype("float64") for i in new]
+        return seen + int(to_numpy(self.skipped))
 
     def on_skip(self, grads: Sequence[Any]) -> None:
         del grads
@@ -188,7 +259,8 @@ class _Sampler:
         del clipped, stats, hyper
         columns = [self._of(g, v) for g, v in zip(grads, self.variables, strict=True)]
         figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
-        here = ops.equal(ops.arange(self.updates, dtype=self.seen.dtype), self.seen + 0)
+        slots = ops.arange(self.capacity, dtype=self.seen.dtype)
+        here = ops.equal(slots, self.seen % self.capacity)
         self.figures.assign(
             ops.where(here[:, None, None], figures[None], kernels.read(self.figures))
         )
@@ -213,18 +285,16 @@ class _Sampler:
 
 
 class _Stop(keras.callbacks.Callback):
-    """Ends training after a number of updates, skipped ones included."""
+    """Fetches the figures after each batch, and ends training after a number of updates."""
 
-    def __init__(self, sampler: _Sampler) -> None:
+    def __init__(self, sampler: _Sampler, updates: int) -> None:
         super().__init__()
-        self.sampler = sampler
+        self.sampler, self.updates = sampler, updates
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Look at the counters."""
-        sampler = self.sampler
         sync(self.model)
-        seen = int(to_numpy(sampler.seen)) + int(to_numpy(sampler.skipped))
-        if seen >= sampler.updates:
+        if self.sampler.fetch() >= self.updates:
             self.model.stop_training = True
 
 
@@ -238,6 +308,7 @@ def calibrate(
     batch_size: int | None = None,
     beta: float = 0.7,
     eps: float = 1e-3,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Calibration:
     """Suggest a threshold for each layer and each clipper, from the model's own gradients.
 
@@ -269,6 +340,7 @@ def calibrate(
         batch_size: for (x, y) arrays, as in `fit`.
         beta: β for the exponential clipper's γ.
         eps: ε of the adaptive clipper.
+        callbacks: more Keras callbacks for the watched `fit`, e.g. one that shows how far it is.
 
     Returns:
         A `Calibration`; print it for a table.
@@ -280,13 +352,12 @@ def calibrate(
     count = validation.steps("calibrate", "steps", steps)
     if count is None:
         raise ValueError("calibrate: `steps` must be a whole number of at least 1, not None.")
-    percentile = validation.positive("calibrate", "percentile", percentile)
-    if percentile > 100:
-        raise ValueError(f"calibrate: `percentile` must be at most 100, but is {percentile!r}.")
+    percentile = _percentile(percentile)
     beta = validation.positive("calibrate", "beta", beta)
     eps = validation.positive("calibrate", "eps", eps)
     optimizer = wrapped_optimizer("calibrate", model)
-    sampler = _Sampler(optimizer, count, not follow, beta, eps)
+    capacity = int(getattr(model, "steps_per_execution", 1))  # updates between two fetches
+    sampler = _Sampler(optimizer, capacity, not follow, beta, eps)
     x, y, weight = _unpack(data)
     epochs = count * (optimizer.gradient_accumulation_steps or 1)
     with _everything_put_back(model, optimizer):
@@ -299,12 +370,18 @@ def calibrate(
             batch_size=batch_size,
             epochs=epochs,
             verbose=0,
-            callbacks=[_Stop(sampler)],
+            callbacks=[_Stop(sampler, count), *callbacks],
         )
-        seen = min(int(to_numpy(sampler.seen)), count)
-        figures = to_numpy(sampler.figures)[:seen].astype("float64")
+        sampler.fetch()
         skipped = int(to_numpy(sampler.skipped))
-    return _suggest(sampler.variables, figures, skipped, percentile, beta, eps)
+    return _suggest(sampler, count, skipped, percentile)
+
+
+def _percentile(value: Any) -> float:
+    percentile = validation.positive("calibrate", "percentile", value)
+    if percentile > 100:
+        raise ValueError(f"calibrate: `percentile` must be at most 100, but is {percentile!r}.")
+    return percentile
 
 
 def _unpack(data: Any) -> tuple[Any, Any, Any]:
@@ -348,52 +425,38 @@ def _everything_put_back(model: Any, optimizer: ClippedOptimizer) -> Iterator[No
             variable.assign(value)
 
 
-def _suggest(
-    variables: Sequence[Any],
-    figures: np.ndarray,
-    skipped: int,
-    percentile: float,
-    beta: float,
-    eps: float,
-) -> Calibration:
-    """Percentiles over the updates of figures `[updates, 4, variables]`, layer by layer."""
-    finite = np.isfinite(figures).all(axis=(1, 2))
-    if not finite.any():
+def _suggest(sampler: _Sampler, count: int, skipped: int, percentile: float) -> Calibration:
+    """Percentiles over the updates of the sampler's figures, layer by layer."""
+    variables = sampler.variables
+    fetched = sampler.fetched[:count]
+    kept = np.array([f for f in fetched if np.isfinite(f).all()])
+    if not len(kept):
         raise ValueError(
-            f"calibrate: none of {len(figures) + skipped} updates had finite gradients. Lower the "
+            f"calibrate: none of {len(fetched) + skipped} updates had finite gradients. Lower the "
             "learning rate, or look at the data; ClipMonitor names the layer."
         )
-    kept = figures[finite]
     square, largest, scaled, ratio = (kept[:, i] for i in range(4))
     sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
     owners = layers_of(variables)
     layers = list(dict.fromkeys(owners))
-
-    def suggestion(values: np.ndarray) -> float | None:
-        value = float(np.percentile(values, percentile))
-        return value if value > 0 else None
-
-    thresholds: dict[str, dict[str, float | None]] = {kind: {} for kind in KINDS}
+    samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in KINDS}
     kernels_of: dict[str, list[str]] = {}
-    for layer in layers:
+    for k, layer in enumerate(layers):
         mine = [i for i, owner in enumerate(owners) if owner == layer]
-        thresholds["norm"][layer] = suggestion(np.sqrt(square[:, mine].sum(axis=1)))
-        thresholds["absolute"][layer] = suggestion(largest[:, mine].max(axis=1))
-        thresholds["exponential"][layer] = suggestion(scaled[:, mine].max(axis=1))
+        samples["norm"][:, k] = np.sqrt(square[:, mine].sum(axis=1))
+        samples["absolute"][:, k] = largest[:, mine].max(axis=1)
+        samples["exponential"][:, k] = scaled[:, mine].max(axis=1)
+        samples["rms"][:, k] = np.sqrt(square[:, mine] / sizes[mine]).max(axis=1)
         whole = [i for i in mine if len(default_unit_axes(variables[i])) < len(variables[i].shape)]
-        thresholds["adaptive"][layer] = suggestion(ratio[:, whole].max(axis=1)) if whole else None
         if whole:
+            samples["adaptive"][:, k] = ratio[:, whole].max(axis=1)
             kernels_of[layer] = [path_of(variables[i]).rpartition("/")[2] for i in whole]
-        rms = np.sqrt(square[:, mine] / sizes[mine])
-        thresholds["rms"][layer] = suggestion(rms.max(axis=1))
-    return Calibration(
-        layers=layers,
-        thresholds=thresholds,
-        kernels=kernels_of,
-        global_norm=suggestion(np.sqrt(square.sum(axis=1))),
-        updates=len(kept),
-        nonfinite=len(figures) - len(kept) + skipped,
+    return Calibration.of_samples(
+        layers,
+        kernels_of,
+        {**samples, "global": np.sqrt(square.sum(axis=1))},
         percentile=percentile,
-        beta=beta,
-        eps=eps,
+        nonfinite=len(fetched) - len(kept) + skipped,
+        beta=sampler.beta,
+        eps=sampler.eps,
     )

@@ -306,6 +306,46 @@ def run(
     """
     started = time.monotonic()
     folder = Path(folder)
+
+    def begin():
+        folder.mkdir(parents=True, exist_ok=True)
+        opts.write_json(folder / "config.json", opts.saved_options(recipe, options))
+        if options.optimizer == "sgd" and options.momentum == 0:
+            print(
+                "warning: plain SGD; the authors of the method advise an adaptive optimizer "
+                "such as adamw",
+                file=sys.stderr,
+            )
+
+    with prepared(recipe, options, folder, begin, started) as trainer:
+        return trainer.train(callbacks)
+
+
+@contextlib.contextmanager
+def prepared(
+    recipe: Recipe,
+    options: argparse.Namespace,
+    folder: Path,
+    begin: Callable[[], None] = lambda: None,
+    started: float | None = None,
+) -> Iterator["_Trainer"]:
+    """A run before its first step, for whoever wants its model and data without training.
+
+    Args:
+        recipe: `Recipe`.
+        options: from `recipe.options(...)`.
+        folder: where `train` would write.
+        begin: called once the data are there, before the model is built.
+        started: `time.monotonic()` at the run's start, or None for now.
+
+    Yields:
+        An object with `model` (compiled), `data`, `steps` (batches an epoch), `create_state()`
+        and `stream(first_step)`, the endless batches. Valid inside the context alone.
+
+    Raises:
+        RecipeError: a clipper, data set or device that cannot be.
+    """
+    started = time.monotonic() if started is None else started
     import_tensorflow()
     import keras
 
@@ -318,16 +358,8 @@ def run(
     strategy = make_strategy(options)
     with _dtype_policy(options.mixed_precision):
         data = _load_data(recipe, options)
-        folder.mkdir(parents=True, exist_ok=True)
-        opts.write_json(folder / "config.json", opts.saved_options(recipe, options))
-        if options.optimizer == "sgd" and options.momentum == 0:
-            print(
-                "warning: plain SGD; the authors of the method advise an adaptive optimizer "
-                "such as adamw",
-                file=sys.stderr,
-            )
-        trainer = _Trainer(recipe, options, folder, data, clipper, strategy, started)
-        return trainer.train(callbacks)
+        begin()
+        yield _Trainer(recipe, options, folder, data, clipper, strategy, started)
 
 
 class _Trainer:
@@ -363,7 +395,7 @@ class _Trainer:
         for name in (cb.HISTORY, cb.LAYERS):
             cb.keep_epochs_before(self.folder / name, first_epoch)
         validation = self._eval_batches(self.data.validation)
-        self._create_state(validation)
+        self.create_state()
         backup = cb.Backup(
             self.folder / cb.BACKUP,
             self.options.backup_every,
@@ -387,7 +419,7 @@ class _Trainer:
             )
             try:
                 self.model.fit(
-                    self._stream(start),
+                    self.stream(start),
                     initial_epoch=first_epoch,
                     epochs=self.options.epochs,
                     steps_per_epoch=self.steps,
@@ -411,14 +443,15 @@ class _Trainer:
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
-    def _create_state(self, batches):
+    def create_state(self):
         """Makes the variables of the optimizer and the metrics, before the first step does."""
         scope = self.strategy.scope() if self.strategy else contextlib.nullcontext()
         with scope, _plain_errors():
             self.model.optimizer.build(self.model.trainable_variables)
-        self.model.evaluate(batches, steps=1, verbose=0)
+        self.model.evaluate(self._eval_batches(self.data.validation), steps=1, verbose=0)
 
-    def _stream(self, start):
+    def stream(self, start):
+        """Endless training batches, from global step `start` on."""
         from recipes.data import train_stream
 
         return train_stream(
@@ -488,7 +521,7 @@ class _Trainer:
         from recipes.diagnose import replay
 
         backup = cb.load_backup(self.folder / cb.BACKUP)
-        finding = replay(self.model, backup, self._stream(backup["step"]), step)
+        finding = replay(self.model, backup, self.stream(backup["step"]), step)
         epoch = finding.step // self.steps + 1
         return TrainingDiverged(
             f"training diverged to NaN in epoch {epoch}: {finding.message}",
