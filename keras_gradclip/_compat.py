@@ -11,6 +11,8 @@ from typing import Any
 
 import keras
 
+from keras_gradclip import aggregation
+
 # `keras.Model(inputs, outputs)` returns a `Functional`, whose class has no public name. A model
 # that is both clipped and functional has to inherit from it.
 from keras.src.models.functional import Functional as Functional
@@ -63,3 +65,26 @@ def all_layers(model: Any) -> list[Any]:
     `model.layers` stops at the first level and misses the layers inside custom layers.
     """
     return list(model._flatten_layers(include_self=True, recursive=True))
+
+
+class LocalSymbolicBuild:
+    """Mixin: builds a model under `MultiWorkerMirroredStrategy` from this worker's own batch.
+
+    Before the first step Keras makes a stand-in for a batch, for its shapes alone, in
+    `TensorFlowTrainer._maybe_symbolic_build`. From replicas it takes
+    `strategy.reduce("MEAN", batch, axis=None)`, which fails across workers (keras#20585), and
+    offers no public hook.
+    """
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        strategy = getattr(self, "_distribute_strategy", None)
+        if iterator is not None and aggregation.spans_workers(strategy):
+            for _, _, batches in iterator:
+                data_batch = keras.tree.map_structure(
+                    lambda v: aggregation.local_value(strategy, v), next(batches)
+                )
+                break
+            iterator = None
+        super()._maybe_symbolic_build(  # type: ignore[misc]
+            iterator=iterator, data_batch=data_batch
+        )

@@ -1,7 +1,8 @@
 """Everything that knows `tf.distribute`.
 
-The functions here are called in replica context, as `optimizer.apply` is, and work under the
-default strategy, `MirroredStrategy` and strategies without merge calls. On the other backends
+The functions on gradients are called in replica context, as `optimizer.apply` is, and work under
+the default strategy, `MirroredStrategy`, `MultiWorkerMirroredStrategy` and strategies without merge
+calls. On the other backends
 there is one replica, and they do the plain thing: under JAX's `keras.distribution.DataParallel`
 the gradients that come here are already those of the whole batch.
 """
@@ -44,6 +45,118 @@ def replica_count() -> int:
     return 1 if strategy is None else strategy.num_replicas_in_sync
 
 
+def spans_workers(strategy: Any) -> bool:
+    """Whether `strategy` (or None) is a `MultiWorkerMirroredStrategy` over a cluster."""
+    if strategy is None or not is_tensorflow():
+        return False
+    import tensorflow as tf
+
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return False
+    cluster = strategy.cluster_resolver.cluster_spec().as_dict()
+    return sum(len(cluster.get(job, ())) for job in ("chief", "worker")) > 1
+
+
+def is_chief(strategy: Any) -> bool:
+    """Whether this process writes the files: the task `chief`, or worker 0 where there is none.
+
+    True without a cluster.
+    """
+    if not spans_workers(strategy):
+        return True
+    resolver = strategy.cluster_resolver
+    if resolver.task_type == "chief":
+        return True
+    cluster = resolver.cluster_spec().as_dict()
+    return resolver.task_type == "worker" and resolver.task_id == 0 and "chief" not in cluster
+
+
+def local_value(strategy: Any, value: Any) -> Any:
+    """The value of this process's first replica."""
+    return strategy.experimental_local_results(value)[0]
+
+
+def make_step_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What Keras's `make_train_function` makes of `step`, for a cluster of workers.
+
+    Keras 3.15 averages each entry of the logs with `strategy.reduce("MEAN", v, axis=0)`, which
+    fails on scalars. Here all entries go into one vector, averaged in one small all-reduce, so
+    that the logs of a batch, and what callbacks decide by them, are the same on all workers.
+
+    Args:
+        model: a compiled Keras model made under the strategy's scope.
+        step: `train_step` or `test_step`, a function of one replica's batch.
+
+    Returns:
+        A function of an iterator that runs `steps_per_execution` steps and returns the logs of
+        the last one; StopIteration or `tf.errors.OutOfRangeError` at the end of the data.
+    """
+    import tensorflow as tf
+
+    strategy = model.distribute_strategy
+
+    def one_step(data: Any) -> Any:
+        # What is absent in a batch comes as an empty Optional.
+        data = keras.tree.map_structure(
+            lambda v: None if isinstance(v, tf.experimental.Optional) else v, data
+        )
+        return _mean_over_replicas(strategy, strategy.run(step, args=(data,)))
+
+    # As Keras does: AutoGraph would only slow the trace down.
+    one_step = tf.autograph.experimental.do_not_convert(one_step)
+    # Apart from the step, parts of which would otherwise run when the data ends.
+    fetch: Any = next
+    if not model.run_eagerly:
+        one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)
+        fetch = tf.function(lambda iterator: iterator.get_next(), reduce_retracing=True)
+
+    def function(iterator: Any) -> Any:
+        distributed = isinstance(iterator, tf.distribute.DistributedIterator)
+        logs = None
+        # A loop in Python: in a graph's while loop the replicas' merge calls fail.
+        for _ in range(model.steps_per_execution):
+            try:
+                logs = one_step(fetch(iterator) if distributed else next(iterator))
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if logs is None:
+                    raise
+                break  # the next call will find the end again
+        return logs
+
+    return function
+
+
+def _mean_over_replicas(strategy: Any, outputs: Any) -> Any:
+    """The numbers in a nested structure, averaged over all replicas of all workers."""
+    import tensorflow as tf
+
+    leaves = keras.tree.flatten(outputs)
+    replicas = [strategy.experimental_local_results(leaf) for leaf in leaves]
+
+    def is_number(values: Sequence[Any]) -> bool:
+        return all(
+            isinstance(v, tf.Tensor)
+            and (v.dtype.is_floating or v.dtype.is_integer)
+            and v.shape.is_fully_defined()
+            for v in values
+        )
+
+    numbers = [i for i, values in enumerate(replicas) if is_number(values)]
+    result = [values[0] for values in replicas]
+    if numbers:
+        # float64 holds every int32 and float32 exactly.
+        means = [
+            tf.reshape(tf.add_n([tf.cast(v, tf.float64) for v in values]) / len(values), [-1])
+            for values in (replicas[i] for i in numbers)
+        ]
+        mean = strategy.reduce("MEAN", tf.concat(means, axis=0), axis=None)
+        parts = tf.split(mean, [int(m.shape[0]) for m in means])
+        for i, part in zip(numbers, parts, strict=True):
+            like = result[i]
+            result[i] = tf.cast(tf.reshape(part, like.shape), like.dtype)
+    return keras.tree.pack_sequence_as(outputs, result)
+
+
 def check_replica_context() -> None:
     """Raise a ValueError outside `strategy.run`, where a strategy is in scope."""
     if not is_tensorflow():
@@ -64,10 +177,12 @@ def all_reduce_sum(grads: Sequence[Any]) -> list[Any]:
         return grads
     import tensorflow as tf
 
+    context = tf.distribute.get_replica_context()
     present = [i for i, g in enumerate(grads) if g is not None]
-    reduced = tf.distribute.get_replica_context().all_reduce(
-        tf.distribute.ReduceOp.SUM, [grads[i] for i in present]
-    )
+    # A worker with one replica asks each tensor for its device, and what a variable holds, read
+    # inside a cond, knows none ("destinations can not be empty"): the copy does.
+    values = [tf.identity(grads[i]) for i in present]
+    reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, values)
     for i, g in zip(present, reduced, strict=True):
         grads[i] = g
     return grads

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import backend
 
-from keras_gradclip import _compat, gate
+from keras_gradclip import _compat, aggregation, gate
 from keras_gradclip.optimizer import ClippedOptimizer, find
 
 
@@ -42,7 +42,7 @@ class _Runtime:
         self.hidden = False
 
 
-class ClippedTrainStep:
+class ClippedTrainStep(_compat.LocalSymbolicBuild):
     """Mixin for `keras.Model` subclasses: training with clipped gradients.
 
     ```python
@@ -219,8 +219,13 @@ class ClippedTrainStep:
         """
         attribute = f"{kind}_function"
         before = getattr(self, attribute)
-        result = getattr(super(), f"make_{kind}_function")(force)
         strategy = getattr(self, "_distribute_strategy", None)
+        if aggregation.spans_workers(strategy):
+            if before is None or force:
+                step = getattr(self, f"{kind}_step")
+                setattr(self, attribute, aggregation.make_step_function(self, step))
+            return before
+        result = getattr(super(), f"make_{kind}_function")(force)
         replicas = 1 if strategy is None else strategy.num_replicas_in_sync
         steps = getattr(self, attribute)
         if steps is before or self.steps_per_execution == 1 or replicas == 1:
