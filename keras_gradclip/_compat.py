@@ -11,11 +11,11 @@ from typing import Any
 
 import keras
 
-from keras_gradclip import aggregation
-
 # `keras.Model(inputs, outputs)` returns a `Functional`, whose class has no public name. A model
 # that is both clipped and functional has to inherit from it.
 from keras.src.models.functional import Functional as Functional
+
+from keras_gradclip import aggregation
 
 
 def make_reduce_identity(optimizer: Any) -> None:
