@@ -130,7 +130,7 @@ class Calibration:
         validation.choice("Calibration", "kind", kind, tuple(KINDS))
         return self._made(kind, self.thresholds[kind][layer])
 
-    def _made(self, kind: str, threshold: float | None) -> Clipper | None:
+    def _made(self, kind: str, threshold: Any) -> Clipper | None:
         if threshold is None:
             return None
         makers = {
@@ -142,7 +142,7 @@ class Calibration:
         }
         return makers[kind]()
 
-    def clip_map(self, kind: str = "norm") -> ClipMap:
+    def clip_map(self, kind: str = "norm", segments: int = 1) -> ClipMap:
         """A `ClipMap` with a rule for each layer.
 
         Rules go by path: layers of one path (`tower/dense` and `tower/dense#2`) share theirs, at
@@ -150,20 +150,51 @@ class Calibration:
 
         Args:
             kind: "norm", "absolute", "exponential", "adaptive" or "rms".
+            segments: cut the updates watched into so many parts of equal length, each with a
+                percentile of its own; the thresholds then are `PiecewiseConstantDecay` schedules
+                over the updates from step 0 on. Norms that fall or rise during training are so
+                clipped as often late as early, where a constant clips the one half alone.
+
+        Raises:
+            ValueError: an unknown kind, or fewer than 10 updates a segment.
         """
         validation.choice("Calibration", "kind", kind, tuple(KINDS))
+        number = validation.steps("Calibration", "segments", segments) or 1
+        if number > 1 and self.updates < 10 * number:
+            raise ValueError(
+                f"Calibration: `segments` must leave 10 updates or more to each, but is {number} "
+                f"for {self.updates} updates. Watch more updates, or pass fewer segments."
+            )
         together: dict[str, list[str]] = {}
         for layer in self.kernels if kind == "adaptive" else self.layers:
             together.setdefault(_path(layer, self.layers), []).append(layer)
         rules = []
         for path, layers in together.items():
-            known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
             pattern = _pattern(path)
             if kind == "adaptive":
                 names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
                 pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
-            rules.append((pattern, self._made(kind, max(known, default=None))))
+            rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
         return ClipMap(rules)
+
+    def _threshold(self, kind: str, layers: Sequence[str], segments: int) -> Any:
+        """The largest threshold of some layers: a number, a schedule, or None."""
+        known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
+        if not known:
+            return None
+        if segments == 1:
+            return max(known)
+        values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
+        parts = np.array_split(values, segments)
+        levels = [float(np.nanpercentile(part, self.percentile, axis=0).max()) for part in parts]
+        # A part without any gradient has no figure of its own.
+        levels = [level if level > 0 else max(known) for level in levels]
+        lengths = np.cumsum([len(part) for part in parts])[:-1]
+        return keras.optimizers.schedules.PiecewiseConstantDecay(
+            # The schedule keeps a value up to and including its boundary.
+            [int(length) - 1 for length in lengths],
+            [float(f"{level:.6g}") for level in levels],
+        )
 
     def table(self) -> str:
         """Text: a line a layer with the threshold of each clipper."""
@@ -194,12 +225,13 @@ class Calibration:
     def __str__(self) -> str:
         return self.table()
 
-    def save(self, path: str | os.PathLike, kind: str = "norm") -> None:
+    def save(self, path: str | os.PathLike, kind: str = "norm", segments: int = 1) -> None:
         """Write JSON: the `ClipMap` under "clipper", for `--clip-config`, and all the figures.
 
         Args:
             path: the file.
             kind: which clipper, as in `clip_map`.
+            segments: as in `clip_map`.
         """
         figures = {
             field.name: getattr(self, field.name)
@@ -207,8 +239,8 @@ class Calibration:
             if field.name != "samples"
         }
         content = {
-            "clipper": serialize(self.clip_map(kind)),
-            "calibration": {"kind": kind, **figures},
+            "clipper": serialize(self.clip_map(kind, segments)),
+            "calibration": {"kind": kind, "segments": segments, **figures},
         }
         path = Path(path)
         scratch = path.with_name(path.name + ".tmp")
