@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,44 +28,42 @@ from keras_gradclip.base import (
 class _PerVariable(Clipper):
     """A clipper that treats each variable by itself and bounds elements."""
 
-    def apply(self, grads, variables, state, hyper):
-        """Clip each gradient by itself: see `Clipper.apply`."""
-        clipped: list[Any] = []
-        limits: list[Any] = []
-        for g, variable in zip(grads, variables, strict=True):
-            if g is None:
-                clipped.append(None)
-                limits.append(None)
-                continue
-            x = kernels.values(g)
-            limit, alpha_scale = self._limit(g, variable, hyper)
-            y = kernels.clip_symmetric(x, limit)
-            clipped.append(kernels.with_values(g, _rescale(self.rescale, x, y, alpha_scale)))
-            limits.append(limit)
-
-        def fractions():
-            return [
-                None if g is None else kernels.fraction_over(kernels.values(g), limit, size_of(v))
-                for g, limit, v in zip(grads, limits, variables, strict=True)
-            ]
-
-        present = zip(grads, variables, strict=True)
-        weights = [0.0 if g is None else float(size_of(v)) for g, v in present]
-        return clipped, state, ClipStats(fractions, weights, "elements")
-
     rescale: str | None
 
-    def _limit(self, gradient, variable, hyper) -> tuple[Any, Any]:
-        """The threshold, and the factor of rescale "alpha"."""
+    def apply(self, grads, variables, state, hyper):
+        """Clip each gradient by itself: see `Clipper.apply`."""
+        present = [i for i, g in enumerate(grads) if g is not None]
+        before = [kernels.values(grads[i]) for i in present]
+        after = self._clip([grads[i] for i in present], [variables[i] for i in present], hyper)
+        clipped: list[Any] = [None] * len(grads)
+        for i, x, y in zip(present, before, after, strict=True):
+            clipped[i] = kernels.with_values(grads[i], _rescale(self.rescale, x, y))
+
+        def fractions():
+            result: list[Any] = [None] * len(grads)
+            for i, x in zip(present, before, strict=True):
+                limit = self._limit(grads[i], variables[i], hyper)
+                result[i] = kernels.fraction_over(x, limit, size_of(variables[i]))
+            return result
+
+        weights = [
+            0.0 if g is None else float(size_of(v)) for g, v in zip(grads, variables, strict=True)
+        ]
+        return clipped, state, ClipStats(fractions, weights, "elements")
+
+    def _clip(self, grads, variables, hyper) -> list[Any]:
+        """The values of the clipped gradients; the rescale "alpha" is done here as well."""
+        raise NotImplementedError
+
+    def _limit(self, gradient, variable, hyper) -> Any:
+        """The threshold of one gradient's elements: a scalar, or of the shape of its values."""
         raise NotImplementedError
 
 
-def _rescale(mode: str | None, before: Any, after: Any, alpha_scale: Any = None) -> Any:
+def _rescale(mode: str | None, before: Any, after: Any) -> Any:
     """Bring a clipped gradient back to a size; see the table of equations in the README."""
-    if mode is None:
+    if mode not in ("norm", "max"):
         return after
-    if mode == "alpha":
-        return kernels.scale(after, alpha_scale)
     size = kernels.max_abs if mode == "max" else lambda x: ops.sqrt(kernels.sum_of_squares(x))
     return kernels.scale(after, kernels.ratio(size(before), size(after)))
 
@@ -96,8 +95,11 @@ class AbsoluteClip(_PerVariable):
             )
         validation.choice("AbsoluteClip", "rescale", self.rescale, (None, "norm", "max"))
 
+    def _clip(self, grads, variables, hyper):
+        return kernels.clip_each([kernels.values(g) for g in grads], hyper["threshold"])
+
     def _limit(self, gradient, variable, hyper):
-        return hyper["threshold"], None
+        return hyper["threshold"]
 
 
 @register("exponential")
@@ -135,15 +137,25 @@ class ExponentialClip(_PerVariable):
             "ExponentialClip", "rescale", self.rescale, (None, "norm", "max", "alpha")
         )
 
+    def _clip(self, grads, variables, hyper):
+        return kernels.clip_exponential(
+            [kernels.values(g) for g in grads],
+            [self._weight(v, g) for v, g in zip(variables, grads, strict=True)],
+            hyper["beta"],
+            hyper["gamma"],
+            rescale=self.rescale == "alpha",
+        )
+
     def _limit(self, gradient, variable, hyper):
+        return hyper["gamma"] * kernels.exp_of(hyper["beta"], self._weight(variable, gradient))
+
+    def _weight(self, variable, gradient) -> Any:
+        """W of the equation: of the shape of the gradient's values, or a scalar."""
         if self.weight == "elementwise":
-            weight = kernels.matching_weight(variable, gradient)
-        elif self.weight == "rms":
-            weight = kernels.rms(ops.convert_to_tensor(kernels.read(variable)))
-        else:
-            weight = 1.0
-        factor = kernels.exp_of(hyper["beta"], weight)
-        return hyper["gamma"] * factor, factor
+            return kernels.matching_weight(variable, gradient)
+        if self.weight == "rms":
+            return kernels.rms(ops.convert_to_tensor(kernels.read(variable)))
+        return ops.ones((), "float32")
 
 
 @register("norm")
@@ -198,25 +210,22 @@ class NormClip(Clipper):
 
         for i in present:
             squares[i] = kernels.sum_of_squares(kernels.values(grads[i]))
-        number = max(scopes) + 1
-        stacked = ops.stack([squares[i] for i in present])
-        if number > 1:
-            ids = ops.convert_to_tensor(scopes, "int32")
-            stacked = ops.segment_sum(stacked, ids, num_segments=number)
-        else:
-            stacked = ops.reshape(ops.sum(stacked), (1,))
-        factors = kernels.clip_factor(ops.sqrt(stacked), hyper["max_norm"])
-        factor_of = ops.unstack(factors, num=number)
-        members = [scopes.count(s) for s in range(number)]
+        factors = kernels.clip_factors(
+            [squares[i] for i in present],
+            [size_of(variables[i]) for i in present],
+            scopes,
+            hyper["max_norm"],
+        )
+        members = collections.Counter(scopes)
         for i, scope in zip(present, scopes, strict=True):
             x = kernels.values(grads[i])
-            y = kernels.scale(x, factor_of[scope])
+            y = kernels.scale(x, factors[scope])
             clipped[i] = kernels.with_values(grads[i], _rescale(self.rescale, x, y))
             weights[i] = 1.0 / members[scope]
 
         def fractions():
+            hit = ops.unstack(kernels.float32(ops.stack(factors) < 1.0), num=len(factors))
             result: list[Any] = [None] * len(grads)
-            hit = ops.unstack(kernels.float32(factors < 1.0), num=number)
             for i, scope in zip(present, scopes, strict=True):
                 result[i] = hit[scope]
             return result
