@@ -76,6 +76,17 @@ def local_value(strategy: Any, value: Any) -> Any:
     return strategy.experimental_local_results(value)[0]
 
 
+def gather_numbers(strategy: Any, number: float) -> list[float]:
+    """The numbers that the workers called this with, once a replica; all have to call it."""
+    import tensorflow as tf
+
+    @tf.function
+    def replica() -> Any:
+        return tf.constant([number], tf.float64)
+
+    return strategy.gather(strategy.run(replica), axis=0).numpy().tolist()
+
+
 def make_step_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What Keras's `make_train_function` makes of `step`, for a cluster of workers.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -9,6 +10,7 @@ import keras
 from keras import backend
 
 from keras_gradclip import _compat, aggregation, gate
+from keras_gradclip._chief import chief_writes
 from keras_gradclip.optimizer import ClippedOptimizer, find
 
 
@@ -151,6 +153,21 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         runtime = self._clip_runtime()
         own = [] if runtime.hidden else runtime.metrics
         return [*super().metrics, *own]  # type: ignore[misc]
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; under MultiWorkerMirroredStrategy, files are the chief's alone to write.
+
+        There every worker calls `fit` with the same arguments. The batch size is that of all
+        workers together, and each takes its part of every batch, whatever the data comes as.
+        Shuffled arrays need the same seed everywhere (`keras.utils.set_random_seed`).
+        """
+        strategy = getattr(self, "_distribute_strategy", None)
+        if not aggregation.spans_workers(strategy):
+            return super().fit(*args, **kwargs)  # type: ignore[misc]
+        given = inspect.signature(super().fit).bind(*args, **kwargs)  # type: ignore[misc]
+        with chief_writes(strategy, given.arguments.get("callbacks")) as callbacks:
+            given.arguments["callbacks"] = callbacks
+            return super().fit(*given.args, **given.kwargs)  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; nothing is clipped here, so the two figures do not appear."""

@@ -260,6 +260,7 @@ class ClipMonitor(keras.callbacks.Callback):
         self.variables: list[str] = []
         self.history: dict[str, list] = {}
         self._recorder: _Recorder | None = None
+        self._folder: Path | None = None
         self._writer: Any = None
         self._epoch = 0
         self._batches = 0
@@ -269,6 +270,8 @@ class ClipMonitor(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Attach to the optimizer and open the files."""
         optimizer = wrapped_optimizer("ClipMonitor", self.model)
+        # Every worker measures, for the logs; one writes.
+        self._folder = self.run_dir if aggregation.is_chief(optimizer._strategy) else None
         per_call = int(getattr(self.model, "steps_per_execution", 1))
         self._recorder = _Recorder(optimizer, self.every, per_call // self.every + 4)
         self._checked = optimizer.skip_nonfinite or self.model.optimizer is not optimizer
@@ -352,13 +355,13 @@ class ClipMonitor(keras.callbacks.Callback):
         self.history["thresholds"].append(thresholds)
         for name in FIELDS:
             self.history[name].append(row[name])
-        if self.run_dir is not None:
-            with (self.run_dir / MONITOR_CSV).open("a", newline="") as file:
+        if self._folder is not None:
+            with (self._folder / MONITOR_CSV).open("a", newline="") as file:
                 csv.writer(file).writerows(
                     [step, self._epoch, path, *(f"{row[name][i]:.6g}" for name in FIELDS)]
                     for i, path in enumerate(self.variables)
                 )
-            with (self.run_dir / THRESHOLDS_CSV).open("a", newline="") as file:
+            with (self._folder / THRESHOLDS_CSV).open("a", newline="") as file:
                 csv.writer(file).writerows([step, k, f"{v:.9g}"] for k, v in thresholds.items())
         if self._writer is not None:
             import tensorflow as tf
@@ -398,16 +401,16 @@ class ClipMonitor(keras.callbacks.Callback):
 
     def _open(self, optimizer: ClippedOptimizer) -> None:
         """Start or continue the files in `run_dir`."""
-        if self.run_dir is None:
+        if self._folder is None:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         start = int(to_numpy(optimizer.iterations))
         heads = {
             MONITOR_CSV: ["step", "epoch", "variable", *FIELDS],
             THRESHOLDS_CSV: ["step", "name", "value"],
         }
         for name, head in heads.items():
-            path = self.run_dir / name
+            path = self._folder / name
             kept: list[list[str]] = []
             if path.exists() and start:
                 with path.open(newline="") as file:
@@ -440,12 +443,12 @@ class ClipMonitor(keras.callbacks.Callback):
                 )
             ],
         }
-        (self.run_dir / MONITOR_JSON).write_text(json.dumps(description, indent=1))
+        (self._folder / MONITOR_JSON).write_text(json.dumps(description, indent=1))
         if self.tensorboard:
             try:
                 import tensorflow as tf
 
-                self._writer = tf.summary.create_file_writer(str(self.run_dir / "tensorboard"))
+                self._writer = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
             except ImportError as error:
                 raise ValueError(
                     "ClipMonitor: `tensorboard=True` needs the packages tensorflow and "
