@@ -401,6 +401,7 @@ def calibrate(
             sample_weight=weight,
             batch_size=batch_size,
             epochs=epochs,
+            shuffle=isinstance(data, tuple),  # a data set has its own order
             verbose=0,
             callbacks=[_Stop(sampler, count), *callbacks],
         )

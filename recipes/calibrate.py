@@ -58,13 +58,11 @@ class Choice:
 
     Attributes:
         name: the file's name.
-        what: the clipper in words.
         shares: share of (layer, update) pairs clipped, for each eighth of the run, in 0..1.
         overall: the same over the whole run.
     """
 
     name: str
-    what: str
     shares: list[float]
     overall: float
 
@@ -202,6 +200,11 @@ def load_watched(path: Path, percentile: float):
 # -------------------------------------------------------------------------------------- results
 
 
+def parts_of(found, segments: int) -> int:
+    """As many parts of the updates watched as have enough of them, at most `segments`."""
+    return max(1, min(segments, found.updates // LEAST))
+
+
 def choices(found, segments: int, output: Path) -> list[Choice]:
     """Writes the files for `--clip-config` and tells what each would have clipped."""
     import keras_gradclip as kgc
@@ -211,21 +214,15 @@ def choices(found, segments: int, output: Path) -> list[Choice]:
     for kind in kinds:
         name = f"clip-{kind}.json"
         _replace(output / name, lambda path, kind=kind: found.save(path, kind))
-        result.append(_choice(name, f"{kind}, one threshold a layer", clipped(found, kind, 1)))
+        result.append(_choice(name, clipped(found, kind, 1)))
     for kind in kinds if segments > 1 else ():
         name = f"clip-{kind}-schedule.json"
         _replace(output / name, lambda path, kind=kind: found.save(path, kind, segments))
-        what = f"{kind}, {segments} thresholds a layer, one after the other"
-        result.append(_choice(name, what, clipped(found, kind, segments)))
+        result.append(_choice(name, clipped(found, kind, segments)))
     follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
     opts.write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
-    result.append(
-        _choice(
-            "clip-percentile.json",
-            f"norm, the {found.percentile:g}th percentile of a layer's last {WINDOW}",
-            clipped_by_percentile(found.samples["norm"], found.percentile),
-        )
-    )
+    hit = clipped_by_percentile(found.samples["norm"], found.percentile)
+    result.append(_choice("clip-percentile.json", hit))
     return result
 
 
@@ -233,9 +230,9 @@ def _replace(path: Path, save) -> None:
     opts.replace_file(path, save)
 
 
-def _choice(name: str, what: str, hit: np.ndarray) -> Choice:
+def _choice(name: str, hit: np.ndarray) -> Choice:
     parts = [part for part in np.array_split(hit, EIGHTHS) if len(part)]
-    return Choice(name, what, [float(np.nanmean(p)) for p in parts], float(np.nanmean(hit)))
+    return Choice(name, [float(np.nanmean(p)) for p in parts], float(np.nanmean(hit)))
 
 
 def clipped(found, kind: str, segments: int) -> np.ndarray:
@@ -342,7 +339,7 @@ def draw(path: Path, found, segments: int, title: str) -> None:
     opts.replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
 
 
-def show(found, found_choices: list[Choice], output: Path, command: str) -> None:
+def show(found, found_choices: list[Choice], segments: int, output: Path, command: str) -> None:
     """The tables on the terminal, and the command that trains with the result."""
     from rich.console import Console
     from rich.table import Table
@@ -362,16 +359,19 @@ def show(found, found_choices: list[Choice], output: Path, command: str) -> None
         table.add_row(layer, *("–" if v is None else f"{v:.3g}" for v in values))
     console.print(table)
 
-    table = Table(title="what each would have clipped of the (layer, update) pairs watched")
-    for column in ("file", "clipper", "in all", "in each eighth of the run"):
-        table.add_column(column, justify="right" if column == "in all" else "left")
+    table = Table(
+        title="what each would have clipped of the (layer, update) pairs watched",
+        caption=f"KIND: one threshold a layer; KIND-schedule: {segments} in a row; "
+        f"percentile: that of the layer's last {WINDOW} norms",
+    )
+    table.add_column("file", no_wrap=True)
+    table.add_column("in all", justify="right")
+    table.add_column("in each eighth of the run")
     best = recommended(found_choices)
     for choice in found_choices:
         style = "bold" if choice is best else None
         eighths = " ".join(f"{100 * s:.0f}" for s in choice.shares) + " %"
-        table.add_row(
-            choice.name, choice.what, f"{100 * choice.overall:.1f} %", eighths, style=style
-        )
+        table.add_row(choice.name, f"{100 * choice.overall:.1f} %", eighths, style=style)
     console.print(table)
     constant = next((c for c in found_choices if c.name == "clip-norm.json"), best)
     if not constant.fits:
@@ -423,7 +423,7 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
         output.mkdir(parents=True, exist_ok=True)
         opts.write_json(path, settings)
         save_watched(watched, found)
-    segments = min(segments, found.updates // LEAST)
+    segments = parts_of(found, segments)
     found_choices = choices(found, segments, output)
     write_csv(output / "calibration.csv", found)
     draw(output / "calibration.png", found, segments, f"{recipe.name}: gradients and thresholds")
@@ -487,7 +487,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written; the same command starts anew", file=sys.stderr)
         return 130
-    show(found, found_choices, output, training_command(arguments.recipe, rest))
+    segments = parts_of(found, arguments.segments)
+    show(found, found_choices, segments, output, training_command(arguments.recipe, rest))
     return 0
 
 

@@ -267,3 +267,83 @@ def test_two_layers_of_one_path_are_two():
         *("towers/dense#2/kernel", "towers/dense#2/bias"),
         *("head/kernel", "head/bias"),
     ]
+
+
+def test_another_percentile_of_the_same_updates():
+    found = kgc.calibrate(compiled(), dataset(), steps=STEPS, percentile=90.0)
+    again = found.at(50.0)
+    assert (again.percentile, again.updates, again.layers) == (50.0, STEPS, found.layers)
+    assert again.kernels == found.kernels and again.at(90.0) == found
+    for kind, of_layer in again.thresholds.items():
+        for k, layer in enumerate(again.layers):
+            assert of_layer[layer] == pytest.approx(np.median(found.samples[kind][:, k]))
+    with pytest.raises(ValueError, match="percentile"):
+        found.at(0.0)
+
+
+def drifting(updates=40):
+    """A Calibration of two layers whose norms fall from step to step; the third has none."""
+    norms = np.stack([np.linspace(8, 1, updates), np.linspace(80, 10, updates)], axis=1)
+    norms = np.concatenate([norms, np.zeros((updates, 1))], axis=1)
+    samples = dict.fromkeys(("norm", "absolute", "exponential", "adaptive", "rms"), norms)
+    samples["global"] = np.sqrt((norms**2).sum(axis=1))
+    layers = ["stem", "body", "dead"]
+    kernels = {layer: ["kernel"] for layer in layers}
+    return kgc.Calibration.of_samples(layers, kernels, samples, percentile=90.0), norms
+
+
+@pytest.mark.parametrize("kind", ["norm", "absolute", "exponential", "adaptive", "rms"])
+def test_segments_are_schedules(kind, tmp_path):
+    found, norms = drifting()
+    found.save(tmp_path / "clip.json", kind, segments=4)
+    clipper = kgc.get(json.loads((tmp_path / "clip.json").read_text())["clipper"])
+    assert str(clipper) == str(found.clip_map(kind, segments=4))
+    of_layer = dict(zip(found.layers, (c for _, c in clipper.rules), strict=True))
+    assert of_layer["dead"] is None
+    for k, layer in enumerate(("stem", "body")):
+        schedule = next(
+            v for v in of_layer[layer].hyperparameters().values() if not isinstance(v, float)
+        )
+        for step in range(50):
+            part = norms[10 * min(step // 10, 3) :][:10, k]
+            assert float(schedule(step)) == pytest.approx(np.percentile(part, 90), rel=1e-5)
+
+
+def test_segments_need_updates():
+    found, _ = drifting(20)
+    assert len(found.clip_map(segments=2).rules) == 3
+    with pytest.raises(ValueError, match="segments"):
+        found.clip_map(segments=3)
+    with pytest.raises(ValueError, match="segments"):
+        found.clip_map(segments=0)
+
+
+def test_a_schedule_trains():
+    found = kgc.calibrate(compiled(), dataset(20), steps=20, percentile=75.0)
+    model = compiled(found.clip_map("norm", segments=2))
+    monitor = kgc.ClipMonitor(every=1)
+    model.fit(dataset(20), verbose=0, callbacks=[monitor])
+    rules = list(monitor.history["thresholds"][0])
+    assert len(rules) == 3
+    samples = found.samples["norm"]
+    for k, rule in enumerate(rules):
+        followed = [row[rule] for row in monitor.history["thresholds"]]
+        want = [np.percentile(samples[:10, k], 75)] * 10 + [np.percentile(samples[10:, k], 75)] * 10
+        np.testing.assert_allclose(followed, want, rtol=1e-3)
+
+
+def test_steps_per_execution_loses_no_update():
+    """Three batches a call; the fetch comes after each call, and 7 is no multiple of 3."""
+    want = kgc.calibrate(compiled(), dataset(9), steps=7)
+    model = compiled()
+    model.compile(model.optimizer, loss(), loss_weights=5.0, steps_per_execution=3)
+    got = kgc.calibrate(model, dataset(9), steps=7)
+    assert got.updates == 7
+    np.testing.assert_allclose(got.samples["norm"], want.samples["norm"], rtol=1e-3)
+
+
+def test_callbacks_see_the_watched_batches():
+    seen = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda i, logs: seen.append(i))
+    kgc.calibrate(compiled(), dataset(), steps=4, callbacks=[count])
+    assert seen == [0, 1, 2, 3]
