@@ -77,6 +77,49 @@ def test_rank_3_of_optax_is_a_query_kernel():
     np.testing.assert_allclose(to64(got), np.asarray(want), rtol=1e-5)
 
 
+#: Keras's kernel to the layout of PyTorch, whose first axis is the output: name of the layer, shape
+#: and permutation. A depthwise kernel (height, width, channels, multiplier) has an output for each
+#: of its last two axes.
+TORCH_LAYOUTS = {
+    "bias": ("dense", (6,), (0,)),
+    "dense": ("dense", (5, 3), (1, 0)),
+    "conv1d": ("conv1d", (3, 2, 4), (2, 1, 0)),
+    "conv2d": ("conv2d", (3, 2, 5, 4), (3, 2, 0, 1)),
+    "conv3d": ("conv3d", (2, 3, 2, 5, 4), (4, 3, 0, 1, 2)),
+    "transposed": ("conv2d_transpose", (3, 2, 4, 5), (2, 3, 0, 1)),
+    "depthwise": ("depthwise_conv2d", (3, 2, 5, 4), (2, 3, 0, 1)),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5], ids=["weights", "below-eps"])
+@pytest.mark.parametrize("layout", TORCH_LAYOUTS)
+def test_same_as_timm(layout, scale):
+    torch = pytest.importorskip("torch")
+    agc = pytest.importorskip("timm.utils.agc")
+    layer, shape, permutation = TORCH_LAYOUTS[layout]
+    rng = np.random.default_rng(len(shape))
+    w, g = rng.normal(size=(2, *shape)).astype("float32")
+    w = scale * w
+    # A unit whose gradient is small enough stays as it is.
+    g[..., 0] *= 1e-9
+
+    def there(x):
+        x = np.transpose(x, permutation)
+        if layout == "depthwise":
+            x = x.reshape(-1, 1, *x.shape[2:])
+        return torch.from_numpy(np.array(x, order="C"))  # a copy: timm clips in place
+
+    parameter = torch.nn.Parameter(there(w))
+    parameter.grad = there(g)
+    agc.adaptive_clip_grad([parameter], clip_factor=0.3, eps=1e-3)
+    with keras.name_scope(layer):
+        v = keras.Variable(w, name="bias" if layout == "bias" else "kernel")
+    (got,) = kgc.AdaptiveClip(0.3)([ops.convert_to_tensor(g)], [v])
+    want = parameter.grad.numpy()
+    assert np.abs(want - there(g).numpy()).max() > 0.01, "nothing was clipped"
+    np.testing.assert_allclose(there(to64(got)).numpy(), want, rtol=1e-5, atol=1e-12)
+
+
 def test_a_zero_weight_can_move():
     """The floor of eps: without it, zero-initialised units would stay where they are."""
     v = keras.Variable(np.zeros((3, 2), "float32"), name="kernel")
