@@ -13,6 +13,9 @@ from keras_gradclip import _compat, aggregation, gate
 from keras_gradclip._chief import chief_writes
 from keras_gradclip.optimizer import ClippedOptimizer, find
 
+#: Updates. Figures of every update would cost as much as the clip itself, or twice that.
+MEASURED_EVERY = 8
+
 
 class _TelemetryMetric(keras.metrics.Metric):
     """A view of a figure that the optimizer accumulates; it has no state of its own."""
@@ -54,7 +57,8 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     `compile` takes `clipper=` and `activation_gate=`, and wraps the optimizer in a
     `ClippedOptimizer`. `fit` logs `grad_norm` (global L2 norm before the clip) and
-    `clip_fraction` (elements or norms clipped / all), both averaged over the epoch's updates.
+    `clip_fraction` (elements or norms clipped / all), both means over every 8th update of the
+    epoch; over every update with `ClippedOptimizer(..., telemetry=True)`.
     `train_step` is Keras's own: override it as you like; whatever it applies through
     `self.optimizer` is clipped, and whatever it returns from `compute_metrics` or
     `get_metrics_result` has the two figures.
@@ -88,7 +92,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         wrapper = find(self.optimizer)
         runtime.metrics = []
         if wrapper is not None:
-            wrapper.telemetry = True
+            wrapper.telemetry = wrapper.telemetry or MEASURED_EVERY
             wrapper.set_frozen_variables(self._untrained())
             runtime.metrics = [
                 _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")

@@ -116,8 +116,9 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         skip_nonfinite: leave out an update if its gradient has an infinity or a NaN on any
             replica, and count it in `skipped_steps`. Under mixed_float16 this always happens,
             and the loss scale falls.
-        telemetry: keep the figures that `read_telemetry` returns; costs one more pass over the
-            gradients. `ClippedModel` turns it on.
+        telemetry: keep the figures that `read_telemetry` returns; True takes them at every
+            update, which costs two or three more passes over the gradients, an int n at every
+            n-th, from the first after a reset on. `ClippedModel` turns it on, with n = 8.
         name: the optimizer's name.
 
     Raises:
@@ -131,7 +132,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         clipper: Any = None,
         gradient_accumulation_steps: int | None = None,
         skip_nonfinite: bool = False,
-        telemetry: bool = False,
+        telemetry: bool | int = False,
         name: str | None = None,
     ) -> None:
         inner_optimizer = _check_inner(inner_optimizer)
@@ -139,11 +140,13 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         steps = validation.steps(
             "ClippedOptimizer", "gradient_accumulation_steps", gradient_accumulation_steps
         )
-        for argument, value in (("skip_nonfinite", skip_nonfinite), ("telemetry", telemetry)):
-            if not isinstance(value, bool):
-                raise ValueError(
-                    f"ClippedOptimizer: `{argument}` must be True or False, but is {value!r}."
-                )
+        if not isinstance(skip_nonfinite, bool):
+            raise ValueError(
+                "ClippedOptimizer: `skip_nonfinite` must be True or False, but is "
+                f"{skip_nonfinite!r}."
+            )
+        if not isinstance(telemetry, bool):
+            validation.steps("ClippedOptimizer", "telemetry", telemetry)
         super().__init__(learning_rate=_delegated, name=name)
         self._clipper = clipper
         self.skip_nonfinite = skip_nonfinite
@@ -326,8 +329,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._sums = self.add_variable(
             (2, len(variables)), "zeros", "float32", "none", name="telemetry"
         )
-        # updates, skipped updates, sum of the global norms
-        self._totals = self.add_variable((3,), "zeros", "float32", "none", name="telemetry_totals")
+        # updates measured, skipped updates, sum of the measured global norms, updates
+        self._totals = self.add_variable((4,), "zeros", "float32", "none", name="telemetry_totals")
         self._accumulators: list[Any] = []
         if self._micro_steps > 1:
             for v in variables:
@@ -480,6 +483,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             self._observer.on_update(grads, clipped, stats, hyper)
             if self._observer.holds:
                 return
+        if self.telemetry:
+            self._measure(grads, stats)
         inner_scale = self.inner_optimizer.loss_scale_factor
         if inner_scale:  # the inner optimizer will divide once more
             clipped = [_divide(g, 1.0 / inner_scale) for g in clipped]
@@ -496,8 +501,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             )
         if loss_scale is not None:
             _grow(loss_scale)
-        if self.telemetry:
-            self._record(grads, stats)
 
     def _skip(self, loss_scale: Any, grads: list[Any], overwriting: list[Any]) -> None:
         """Leave the update out on every replica; the loss scale falls."""
@@ -505,12 +508,25 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             self._observer.on_skip(grads)
         del grads, overwriting
         self._skipped.assign(self._skipped + 1)
-        self._totals.assign(self._totals + ops.convert_to_tensor([0.0, 1.0, 0.0]))
+        self._totals.assign(self._totals + ops.convert_to_tensor([0.0, 1.0, 0.0, 0.0]))
         if loss_scale is not None:
             loss_scale.step_counter.assign(ops.zeros_like(loss_scale.step_counter))
             loss_scale.dynamic_scale.assign(loss_scale.dynamic_scale * 0.5)
 
     # Telemetry ------------------------------------------------------------------------------
+
+    def _measure(self, grads: Sequence[Any], stats: Any) -> None:
+        """Take the figures, if it is this update's turn; before any weight changes."""
+        self._fraction_weights = list(stats.weights) if stats else [0.0] * len(grads)
+        if self.telemetry == 1:
+            self._record(grads, stats)
+        else:
+            aggregation.local_cond(
+                ops.equal(kernels.read(self._totals)[3] % float(self.telemetry), 0.0),
+                functools.partial(self._record, grads, stats),
+                [self._sums, self._totals],
+            )
+        self._totals.assign(self._totals + ops.convert_to_tensor([0.0, 0.0, 0.0, 1.0]))
 
     def _record(self, grads: Sequence[Any], stats: Any) -> None:
         zero = ops.zeros((), "float32")
@@ -519,14 +535,13 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             if squares[i] is None:
                 squares[i] = zero if g is None else kernels.sum_of_squares(kernels.values(g))
         fractions = stats.fractions() if stats else [None] * len(grads)
-        self._fraction_weights = list(stats.weights) if stats else [0.0] * len(grads)
         squares = ops.stack(squares)
         self._sums.assign(
             self._sums
             + ops.stack([squares, ops.stack([zero if f is None else f for f in fractions])])
         )
         norm = ops.sqrt(ops.sum(squares))
-        self._totals.assign(self._totals + ops.stack([ops.ones_like(norm), zero, norm]))
+        self._totals.assign(self._totals + ops.stack([ops.ones_like(norm), zero, norm, zero]))
 
     def observe(self, observer: Any) -> None:
         """Show every update, from the next trace on, to `observer`; None ends it.
@@ -555,13 +570,15 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return self._mean(ops.sum(kernels.read(self._sums)[1] * shares))
 
     def _mean(self, total: Any) -> Any:
-        """`total` over the number of updates: 0 before the first, NaN if all were skipped."""
+        """`total` over the updates measured: 0 before the first, NaN if all were skipped."""
         totals = kernels.read(self._totals)
         none = ops.where(totals[1] > 0, float("nan"), 0.0)
         return ops.where(totals[0] > 0, total / ops.maximum(totals[0], 1.0), none)
 
     def read_telemetry(self) -> dict[str, Any]:
         """What happened since the last `reset_telemetry`, fetched to the host.
+
+        The means are over the updates that were measured: see `telemetry`.
 
         Returns:
             A dict: `layers` (list of layer paths), `layer_grad_norm` (array, one a layer: the
@@ -588,9 +605,10 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         }
         if not self.built:
             return result
-        updates, skipped, norms = (float(x) for x in to_numpy(self._totals))
-        squares, fractions = np.asarray(to_numpy(self._sums), "float64") / max(updates, 1.0)
-        number = np.array([layers.index(path) for path in self._paths], int)
+        measured, skipped, norms, updates = (float(x) for x in to_numpy(self._totals))
+        squares, fractions = np.asarray(to_numpy(self._sums), "float64") / max(measured, 1.0)
+        position = {layer: i for i, layer in enumerate(layers)}
+        number = np.array([position[path] for path in self._paths], int)
         weights = np.asarray(self._fraction_weights or np.zeros(len(number)), "float64")
 
         def per_layer(x: np.ndarray) -> np.ndarray:
@@ -601,7 +619,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         result["layer_clip_fraction"] = np.divide(
             per_layer(weights * fractions), counted, out=np.zeros_like(counted), where=counted > 0
         ).astype("float32")
-        result["grad_norm"] = norms / max(updates, 1.0)
+        result["grad_norm"] = norms / max(measured, 1.0)
         total = weights.sum()
         result["clip_fraction"] = float(weights @ fractions / total) if total else 0.0
         result["updates"], result["skipped"] = int(updates), int(skipped)
@@ -611,7 +629,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """Start the averages of `read_telemetry` anew."""
         if self.built:
             self._sums.assign(np.zeros(self._sums.shape, "float32"))
-            self._totals.assign(np.zeros(3, "float32"))
+            self._totals.assign(np.zeros(self._totals.shape, "float32"))
 
     # Saving ---------------------------------------------------------------------------------
 

@@ -90,18 +90,21 @@ def test_keras_applications_body():
     assert model.fit(x, y, verbose=0).history["grad_norm"][0] > 0
 
 
-def test_grad_norm_and_clip_fraction_are_means_over_the_epoch():
+@pytest.mark.parametrize("telemetry, measured", [(True, [0, 1, 2, 3]), (3, [0, 3]), (False, [0])])
+def test_grad_norm_and_clip_fraction_are_means_over_the_epoch(telemetry, measured):
+    """`ClippedModel` itself measures every 8th update, from the epoch's first on."""
     x, y = data(32)
     model = net()
+    inner, clipper = keras.optimizers.SGD(0.0), kgc.AbsoluteClip(0.05)
     model.compile(
-        keras.optimizers.SGD(0.0), loss(), loss_weights=30.0, clipper=kgc.AbsoluteClip(0.05)
+        kgc.ClippedOptimizer(inner, clipper, telemetry=telemetry), loss(), loss_weights=30.0
     )
     history = model.fit(x, y, batch_size=8, shuffle=False, epochs=2, verbose=0).history
 
     import tensorflow as tf
 
     norms, fractions = [], []
-    for i in range(0, 32, 8):
+    for i in (8 * n for n in measured):
         with tf.GradientTape() as tape:
             value = 30.0 * loss()(y[i : i + 8], model(x[i : i + 8]))
         flat = np.concatenate(
@@ -112,6 +115,7 @@ def test_grad_norm_and_clip_fraction_are_means_over_the_epoch():
     for epoch in range(2):  # the second epoch starts anew
         assert history["grad_norm"][epoch] == pytest.approx(np.mean(norms), rel=1e-4)
         assert history["clip_fraction"][epoch] == pytest.approx(np.mean(fractions), rel=1e-4)
+    assert model.optimizer.read_telemetry()["updates"] == 4
 
 
 def test_without_a_clipper_grad_norm_is_still_logged():
