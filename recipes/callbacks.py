@@ -101,10 +101,21 @@ class Backup(keras.callbacks.Callback):
         start_step: int, the run's step at which this `fit` starts.
         restored: the loaded backup, or None for a fresh run.
         elapsed: seconds spent before this process.
+        writes: bool, False on a worker other than the chief: it takes part in reading alone.
     """
 
-    def __init__(self, path, every, steps_per_epoch, start_step=0, restored=None, elapsed=0.0):
+    def __init__(
+        self,
+        path,
+        every,
+        steps_per_epoch,
+        start_step=0,
+        restored=None,
+        elapsed=0.0,
+        writes=True,
+    ):
         super().__init__()
+        self.writes = writes
         self.path = Path(path)
         self.every = every
         self.steps_per_epoch = steps_per_epoch
@@ -136,14 +147,22 @@ class Backup(keras.callbacks.Callback):
 
     def save(self):
         """Writes the state of the model and the optimizer, and the step."""
-        save_backup(self.path, self.model, self.step, self.seconds)
+        save_backup(self.path, self.model, self.step, self.seconds, self.writes)
 
 
-def save_backup(path, model, step: int, seconds: float) -> None:
-    """Writes all of `state_variables` and the step into one npz file."""
+def save_backup(path, model, step: int, seconds: float, writes: bool = True) -> None:
+    """Writes all of `state_variables` and the step into one npz file.
+
+    Several workers have to call it together: what every replica keeps for itself is read as the
+    sum over all of them. Statistics that differ from worker to worker are averaged first, so that
+    a run that goes on from the file is in the state of this one.
+    """
+    average_statistics(model)
     variables = state_variables(model)
     head = {"step": step, "seconds": seconds, "paths": [v.path for v in variables]}
     arrays = {f"v{i}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)}
+    if not writes:
+        return
 
     def write(scratch):
         with open(scratch, "wb") as file:
@@ -182,6 +201,40 @@ def restore(model, backup: dict) -> None:
         )
     for variable, value in zip(variables, backup["values"], strict=True):
         variable.assign(value)
+
+
+def average_statistics(model) -> None:
+    """Averages the moving statistics of batch normalisation over the workers, if there are several.
+
+    Each replica has its own, of its part of every batch. Without this a worker would validate
+    with others than the chief saves.
+    """
+    import tensorflow as tf
+
+    strategy = model.distribute_strategy
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    names = ("moving_mean", "moving_variance")
+    statistics = [v for v in model.non_trainable_variables if v.path.endswith(names)]
+    if not statistics:
+        return
+
+    def here(variable):
+        copies = strategy.experimental_local_results(variable.value)
+        return tf.reshape(tf.add_n([tf.convert_to_tensor(c) for c in copies]) / len(copies), [-1])
+
+    sizes = [math.prod(v.shape) for v in statistics]
+    mean = strategy.reduce("MEAN", tf.concat([here(v) for v in statistics], axis=0), axis=None)
+    for variable, value in zip(statistics, tf.split(mean, sizes), strict=True):
+        variable.assign(tf.reshape(value, variable.shape))
+
+
+class AverageStatistics(keras.callbacks.Callback):
+    """Lets all workers validate with the same moving statistics: `average_statistics`."""
+
+    def on_test_begin(self, logs=None):
+        """Averages before each validation."""
+        average_statistics(self.model)
 
 
 class StopAtNonFinite(keras.callbacks.Callback):
@@ -240,13 +293,18 @@ class Telemetry(keras.callbacks.Callback):
     Columns: epoch, layer, grad_norm (L2 before the clip, root mean square over the epoch's
     updates), clip_fraction. Adds the learning rate and, where `fit` did not, `grad_norm` and
     `clip_fraction` to the logs.
+
+    Args:
+        path: of the file.
+        writes: bool, False on a worker other than the chief.
     """
 
     FIELDS = ("epoch", "layer", "grad_norm", "clip_fraction")
 
-    def __init__(self, path):
+    def __init__(self, path, writes=True):
         super().__init__()
         self.path = Path(path)
+        self.writes = writes
 
     def on_epoch_end(self, epoch, logs=None):
         """Appends the epoch's rows."""
@@ -259,6 +317,8 @@ class Telemetry(keras.callbacks.Callback):
             logs.setdefault(name, float(seen[name]))
         if seen.get("skipped"):
             logs["skipped"] = int(seen["skipped"])
+        if not self.writes:
+            return
         fresh = not self.path.exists()
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

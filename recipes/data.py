@@ -66,6 +66,23 @@ class Data:
     shuffle_buffer: int = _SMALL_SHUFFLE_BUFFER
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one worker of several takes of the data.
+
+    Attributes:
+        worker, workers: int, its place and their number.
+        replicas: int, devices of all workers together, the same number on each.
+    """
+
+    worker: int = 0
+    workers: int = 1
+    replicas: int = 1
+
+
+WHOLE = Part()
+
+
 def steps_per_epoch(split: Split, batch_size: int, limit: int | None = None) -> int:
     """Full batches in one epoch (the remainder differs from epoch to epoch and is dropped)."""
     steps = split.size // batch_size
@@ -78,7 +95,12 @@ def steps_per_epoch(split: Split, batch_size: int, limit: int | None = None) -> 
 
 
 def train_stream(
-    data: Data, batch_size: int, seed: int, start_step: int = 0, steps: int | None = None
+    data: Data,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    steps: int | None = None,
+    part: Part = WHOLE,
 ) -> tf.data.Dataset:
     """Endless batches of (x, y), shuffled and augmented, from global step `start_step` on.
 
@@ -88,6 +110,8 @@ def train_stream(
         seed: int, fixes the order and the augmentation.
         start_step: int, steps (batches) of the run already done.
         steps: int or None, steps an epoch; default `steps_per_epoch`.
+        part: `Part` of every batch that this worker computes; each batch then has the size of one
+            replica's.
     """
     steps = steps or steps_per_epoch(data.train, batch_size)
     first_epoch, first_step = divmod(start_step, steps)
@@ -105,9 +129,8 @@ def train_stream(
         shuffled = base.shuffle(buffer, seed=order[0], reshuffle_each_iteration=False)
         numbered = shuffled.enumerate().take(steps * batch_size)
         done = tf.where(epoch == first_epoch, first_step * batch_size, 0)
-        return numbered.skip(tf.cast(done, tf.int64)).map(
-            lambda index, element: (tf.stack([order[1], index]), element)
-        )
+        mine = _share(numbered.skip(tf.cast(done, tf.int64)), part)
+        return mine.map(lambda index, element: (tf.stack([order[1], index]), element))
 
     epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
     stream = epochs.flat_map(one_epoch)
@@ -116,21 +139,47 @@ def train_stream(
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
-    stream = stream.batch(batch_size, drop_remainder=True)
+    stream = stream.batch(batch_size // part.replicas, drop_remainder=True)
     return stream.prefetch(tf.data.AUTOTUNE).with_options(_options())
 
 
-def eval_batches(data: Data, split: Split, batch_size: int) -> tf.data.Dataset:
-    """Batches of (x, y) of a whole split in storage order, the last one possibly smaller."""
+def eval_batches(data: Data, split: Split, batch_size: int, part: Part = WHOLE) -> tf.data.Dataset:
+    """Batches of (x, y) of a whole split in storage order, the last one possibly smaller.
+
+    With a `part`, this worker's examples in batches for its replicas. Such batches may be smaller
+    than asked for, so that the last one is empty on no worker: some layers cannot compute nothing.
+    """
+    size = len(range(part.worker, split.size, part.workers))
+    batch_size = _even_batch(split.size, batch_size // part.replicas, part)
     batches = (
-        split.dataset.map(
-            data.preprocess_eval, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-        )
+        _share(split.dataset, part)
+        .map(data.preprocess_eval, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .batch(batch_size)
         .prefetch(tf.data.AUTOTUNE)
     )
-    count = -(-split.size // batch_size)
+    count = -(-size // batch_size)
     return batches.apply(tf.data.experimental.assert_cardinality(count)).with_options(_options())
+
+
+def _share(dataset: tf.data.Dataset, part: Part) -> tf.data.Dataset:
+    """Every `workers`-th example, before anything costly is done to it."""
+    return dataset if part.workers == 1 else dataset.shard(part.workers, part.worker)
+
+
+def _even_batch(size: int, batch_size: int, part: Part) -> int:
+    """The largest replica's batch, up to `batch_size`, with which no replica ever gets nothing.
+
+    `batch_size` itself where there is none.
+    """
+    if part == WHOLE:
+        return batch_size
+    local = part.replicas // part.workers
+    shares = {len(range(worker, size, part.workers)) for worker in range(part.workers)}
+    for batch in range(batch_size, 0, -1):
+        counts = {-(-share // batch) for share in shares}
+        if len(counts) == 1 and counts.pop() % local == 0:
+            return batch
+    return batch_size
 
 
 def _options() -> tf.data.Options:

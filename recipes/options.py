@@ -204,15 +204,29 @@ OPTIONS = (
         "machine",
     ),
     Option(
-        "devices", int, 1, "GPUs, or logical CPU devices where there are none", "machine", low=1
+        "devices",
+        int,
+        1,
+        "GPUs (of each worker), or logical CPU devices where there are none",
+        "machine",
+        low=1,
     ),
     Option(
         "strategy",
         str,
         "auto",
-        "auto: mirrored on more than one device",
+        "auto: mirrored on more than one device; multiworker: several machines, as TF_CONFIG "
+        "says (see CLUSTER.md)",
         "machine",
-        choices=("auto", "none", "mirrored"),
+        choices=("auto", "none", "mirrored", "multiworker"),
+    ),
+    Option(
+        "worker_timeout",
+        int,
+        600,
+        "multiworker: seconds to wait for a worker before giving up",
+        "machine",
+        low=1,
     ),
     # the run
     Option("output", str, None, "folder of the results (default: runs/NAME)", "run", saved=False),

@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from recipes import options as opts
+from recipes import workers
 from recipes.errors import RecipeError, TrainingDiverged
 from recipes.quiet import import_tensorflow
 
 RUNS = Path("runs")
 # An interrupted run may be resumed with these changed: none of them alters a step.
-_FREE_ON_RESUME = {"epochs", "backup_every", "tensorboard", "monitor"}
+_FREE_ON_RESUME = {"epochs", "backup_every", "tensorboard", "monitor", "worker_timeout"}
 MONITOR = "monitor"
 
 
@@ -125,12 +126,15 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         options, folder = _open_run(recipe, opts.parse(recipe, argv))
         place["folder"] = folder
         result = run(recipe, options, folder)
-        _print_result(recipe, result)
+        if result is not None:
+            _print_result(recipe, result)
         return 0
     except KeyboardInterrupt:
         return _fail(f"interrupted{_how_to_resume(place)}", 130, argv)
     except TrainingDiverged as error:
         return _fail(f"{error}{_what_is_left(place)}", 1, argv)
+    except workers.WorkerLost as error:
+        return _fail(str(error), 1, argv)
     except RecipeError as error:
         return _fail(str(error), 2, argv)
     except OSError as error:
@@ -230,6 +234,9 @@ def _open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[argparse.Namespace, 
     options = parsed.options
     if options.resume:
         return _reopen(recipe, parsed)
+    if options.strategy == "multiworker" and not workers.read_cluster().is_chief:
+        # The chief looks whether the folder is free, makes it, and may have done so already.
+        return options, Path(options.output or RUNS / recipe.name)
     if options.output:
         folder = Path(options.output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -290,8 +297,11 @@ def run(
     options: argparse.Namespace,
     folder: str | os.PathLike,
     callbacks: Sequence = (),
-) -> Result:
+) -> Result | None:
     """Trains, and writes everything into `folder`.
+
+    With `--strategy multiworker` every worker calls this. The chief writes and returns a `Result`,
+    the others return None; all see `folder` where a run is resumed.
 
     Args:
         recipe: `Recipe`.
@@ -302,14 +312,16 @@ def run(
     Raises:
         RecipeError: a clipper, data set or device that cannot be.
         TrainingDiverged: NaN; names the layer of the first non-finite gradient.
+        WorkerLost: another worker died or hangs.
         OSError: a full disk, a folder that cannot be written.
     """
     started = time.monotonic()
     folder = Path(folder)
 
     def begin():
-        folder.mkdir(parents=True, exist_ok=True)
-        opts.write_json(folder / "config.json", opts.saved_options(recipe, options))
+        if options.strategy != "multiworker" or workers.read_cluster().is_chief:
+            folder.mkdir(parents=True, exist_ok=True)
+            opts.write_json(folder / "config.json", opts.saved_options(recipe, options))
         if options.optimizer == "sgd" and options.momentum == 0:
             print(
                 "warning: plain SGD; the authors of the method advise an adaptive optimizer "
@@ -355,22 +367,24 @@ def prepared(
 
         tf.config.experimental.enable_op_determinism()
     clipper = build_clipper(options)
-    strategy = make_strategy(options)
-    with _dtype_policy(options.mixed_precision):
+    cluster = workers.read_cluster() if options.strategy == "multiworker" else None
+    strategy = make_strategy(options, cluster)
+    with _dtype_policy(options.mixed_precision), _named_losses(options, cluster):
         data = _load_data(recipe, options)
         begin()
-        yield _Trainer(recipe, options, folder, data, clipper, strategy, started)
+        yield _Trainer(recipe, options, folder, data, clipper, strategy, started, cluster)
 
 
 class _Trainer:
     """One run: what `run` would otherwise pass around."""
 
-    def __init__(self, recipe, options, folder, data, clipper, strategy, started):
-
+    def __init__(self, recipe, options, folder, data, clipper, strategy, started, cluster=None):
         import keras
 
         from recipes.data import steps_per_epoch
 
+        self.cluster = cluster
+        self.writes = cluster is None or cluster.is_chief
         self.recipe, self.options, self.folder, self.data = recipe, options, folder, data
         self.strategy, self.started = strategy, started
         self.steps = steps_per_epoch(data.train, options.batch_size, options.limit_steps)
@@ -384,7 +398,7 @@ class _Trainer:
 
     monitored: Path | None = None
 
-    def train(self, extra_callbacks) -> Result:
+    def train(self, extra_callbacks) -> Result | None:
         import keras
 
         from recipes import callbacks as cb
@@ -392,9 +406,11 @@ class _Trainer:
         restored = self._restored()
         start, elapsed = (restored["step"], restored["seconds"]) if restored else (0, 0.0)
         first_epoch, first_step = divmod(start, self.steps)
-        for name in (cb.HISTORY, cb.LAYERS):
-            cb.keep_epochs_before(self.folder / name, first_epoch)
-        validation = self._eval_batches(self.data.validation)
+        self._check_start(start)
+        if self.writes:
+            for name in (cb.HISTORY, cb.LAYERS):
+                cb.keep_epochs_before(self.folder / name, first_epoch)
+        validation = self._shared_eval_batches(self.data.validation)
         self.create_state()
         backup = cb.Backup(
             self.folder / cb.BACKUP,
@@ -403,10 +419,11 @@ class _Trainer:
             start,
             restored,
             elapsed + time.monotonic() - self.started,
+            self.writes,
         )
         if restored is None:
             # So that a failure in the first epoch has a state to go back to.
-            cb.save_backup(backup.path, self.model, 0, backup.seconds)
+            cb.save_backup(backup.path, self.model, 0, backup.seconds, self.writes)
         if first_epoch < self.options.epochs:
             callbacks = keras.callbacks.CallbackList(
                 [*self._callbacks(start, first_step, backup), *extra_callbacks],
@@ -430,7 +447,21 @@ class _Trainer:
                 )
             except cb.NonFinite as error:
                 raise self._diverged(error.step) from None
-        return self._result(backup.seconds)
+        return self._result(backup.seconds) if self.writes else None
+
+    def _check_start(self, start: int) -> None:
+        """Whether all workers begin at the same step: each read the backup by itself."""
+        if self.cluster is None:
+            return
+        from keras_gradclip import aggregation
+
+        starts = {int(step) for step in aggregation.gather_numbers(self.strategy, start)}
+        if len(starts) > 1:
+            raise RecipeError(
+                f"--resume: {self.cluster.name} would begin at step {start}, and others at "
+                f"{sorted(starts - {start})}: {self.folder} must be on a disk that all workers "
+                "share"
+            )
 
     def _restored(self):
         from recipes import callbacks as cb
@@ -458,37 +489,63 @@ class _Trainer:
             self.data, self.options.batch_size, self.options.seed, start, self.steps
         )
 
-    def _eval_batches(self, split):
+    def _shared_stream(self, start):
+        """The stream, of which each worker of several prepares its part alone."""
+        from recipes.data import train_stream
+
+        batch, seed = self.options.batch_size, self.options.seed
+        return self._shared(
+            lambda part: train_stream(self.data, batch, seed, start, self.steps, part),
+            lambda: self.stream(start),
+        )
+
+    def _shared_eval_batches(self, split):
+        return self._shared(
+            lambda part: self._eval_batches(split, part), lambda: self._eval_batches(split)
+        )
+
+    def _shared(self, make_part, make_whole):
+        if self.cluster is None:
+            return make_whole()
+        from recipes.data import Part
+
+        def make(context):
+            return make_part(
+                Part(
+                    context.input_pipeline_id,
+                    context.num_input_pipelines,
+                    context.num_replicas_in_sync,
+                )
+            )
+
+        return self.strategy.distribute_datasets_from_function(make)
+
+    def _eval_batches(self, split, *part):
         from recipes.data import eval_batches
 
-        batches = eval_batches(self.data, split, self.options.batch_size)
+        batches = eval_batches(self.data, split, self.options.batch_size, *part)
         return batches.take(self.options.limit_steps) if self.options.limit_steps else batches
 
     def _verbosity(self) -> int:
+        if not self.writes:
+            return 0
         if self.options.verbose == "auto":
             return 1 if sys.stdout.isatty() else 2
         return {"quiet": 0, "bar": 1, "line": 2}[self.options.verbose]
 
     def _callbacks(self, start, first_step, backup) -> list:
-        import keras
-
         from recipes import callbacks as cb
 
         chain = [cb.StopAtNonFinite(start, skips=self.options.skip_nonfinite)]
         if first_step:
             chain.append(cb.PartialEpoch(self.steps - first_step))
         if self.options.select_best == "beats-test":
-            chain.append(cb.TestScore(self._eval_batches(self.data.test)))
-        best = self._best_row(cb.read_rows(self.folder / cb.HISTORY))[0]
-        chain += [
-            cb.Telemetry(self.folder / cb.LAYERS),
-            cb.SaveBest(self.folder / cb.BEST, self.exported, self._should_save, best),
-            keras.callbacks.CSVLogger(self.folder / cb.HISTORY, append=True),
-        ]
-        if self.options.tensorboard:
-            chain.append(
-                keras.callbacks.TensorBoard(self.folder / "tensorboard", write_graph=False)
-            )
+            chain.append(cb.TestScore(self._shared_eval_batches(self.data.test)))
+        if self.cluster is not None:
+            chain.append(cb.AverageStatistics())
+        chain.append(cb.Telemetry(self.folder / cb.LAYERS, self.writes))
+        if self.writes:
+            chain += self._writers()
         if self.options.monitor:
             import keras_gradclip as kgc
 
@@ -497,6 +554,23 @@ class _Trainer:
             self.monitored = self.folder / name
             chain.append(kgc.ClipMonitor(self.monitored, every=self.options.monitor))
         return [*chain, backup]
+
+    def _writers(self) -> list:
+        """The callbacks that do nothing but write."""
+        import keras
+
+        from recipes import callbacks as cb
+
+        best = self._best_row(cb.read_rows(self.folder / cb.HISTORY))[0]
+        chain = [
+            cb.SaveBest(self.folder / cb.BEST, self.exported, self._should_save, best),
+            keras.callbacks.CSVLogger(self.folder / cb.HISTORY, append=True),
+        ]
+        if self.options.tensorboard:
+            chain.append(
+                keras.callbacks.TensorBoard(self.folder / "tensorboard", write_graph=False)
+            )
+        return chain
 
     def _should_save(self, logs, best) -> bool:
         """The rule of `--select-best`."""
@@ -684,8 +758,26 @@ def build_optimizer(options: argparse.Namespace, model, steps: int):
     return optimizer
 
 
-def make_strategy(options: argparse.Namespace):
+@contextlib.contextmanager
+def _named_losses(options: argparse.Namespace, cluster) -> Iterator[None]:
+    """Turns TensorFlow's errors over a lost worker into one that names it."""
+    try:
+        yield
+    except Exception as error:
+        if cluster is None or not _is_tensorflow_error(error):
+            raise
+        lost = workers.lost(cluster, error, options.worker_timeout)
+        if lost is None:
+            raise
+        raise lost from error
+
+
+def make_strategy(options: argparse.Namespace, cluster: workers.Cluster | None = None):
     """The tf.distribute strategy, or None for one device without one.
+
+    Args:
+        options: the run's options.
+        cluster: the workers, with `--strategy multiworker`; comes back when all of them are there.
 
     Raises:
         RecipeError: too few devices, or a batch that they cannot share evenly.
@@ -693,6 +785,8 @@ def make_strategy(options: argparse.Namespace):
     import tensorflow as tf
 
     count = options.devices
+    if cluster is not None:
+        return _join(options, cluster)
     if options.batch_size % count:
         raise RecipeError(
             f"--batch-size {options.batch_size} is not divisible by --devices {count}"
@@ -724,6 +818,35 @@ def make_strategy(options: argparse.Namespace):
     # group for the rest of the process; a search or a comparison runs more than one size.
     reduction = None if kind == "GPU" else tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy(names[:count], cross_device_ops=reduction)
+
+
+def _join(options: argparse.Namespace, cluster: workers.Cluster):
+    """The strategy over the workers of a cluster."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if options.devices > max(len(gpus), 1):
+        raise RecipeError(
+            f"--devices {options.devices}: {cluster.name} has {len(gpus)} GPUs"
+            + ("" if gpus else ", and a worker without any counts as one device")
+        )
+    replicas = options.devices * len(cluster.tasks)
+    if options.batch_size % replicas:
+        raise RecipeError(
+            f"--batch-size {options.batch_size} is not divisible by the {replicas} devices of "
+            f"{len(cluster.tasks)} workers"
+        )
+    if options.jit and not gpus:
+        raise RecipeError("--jit does not work on workers without a GPU: leave it out")
+    workers.check_port(cluster)
+    if gpus:
+        tf.config.set_visible_devices(gpus[: options.devices], "GPU")
+    with workers.waiting(cluster, options.worker_timeout):
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(
+                timeout_seconds=options.worker_timeout
+            )
+        )
 
 
 def _load_data(recipe: Recipe, options: argparse.Namespace):
