@@ -30,8 +30,15 @@ TOO_OFTEN = 0.5
 TOO_MANY_ELEMENTS = 0.1
 #: Degrees by which the clip may turn a layer's gradient on average, before it is reported.
 TOO_FAR = 45.0
-#: A global norm this many times the median is a spike.
+#: A global norm this many times the median of the samples around it is a spike.
 SPIKE = 10.0
+#: A clip that acts on more than the first share of the layers in one fifth of the run, and on less
+#: than the second in another, is reported as uneven.
+UNEVEN = (0.3, 0.02)
+#: More layers than this with one finding are told in one sentence.
+SINGLY = 3
+#: Degrees below which the clip is said to keep the direction.
+STRAIGHT = 0.1
 #: Columns of a heat map, at most.
 COLUMNS = 160
 
@@ -73,10 +80,17 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One plain sentence about a run; `level` is "bad", "note" or "good"."""
+    """What is plainly said about a run.
+
+    Attributes:
+        level: "bad", "note" or "good".
+        text: one or two sentences.
+        details: a line for each layer concerned, where they are many.
+    """
 
     level: str
     text: str
+    details: tuple[str, ...] = ()
 
 
 def read_run(run_dir: str | os.PathLike) -> Run:
@@ -210,33 +224,43 @@ def _how_often(run: Run, good: np.ndarray) -> list[Finding]:
     share = run.clipped[good].mean(axis=0)
     fraction = np.nanmean(run.figures["clip_fraction"][good], axis=0)
     before, after = (run.figures[n][good] for n in ("norm_before", "norm_after"))
-    left = after.sum(axis=0) / np.maximum(before.sum(axis=0), 1e-30)
+    left = _left(before, after)
     angle = np.nanmean(run.figures["angle"][good], axis=0)
-    result = []
     too_often = (share > TOO_OFTEN) & (~run.partial | (fraction > TOO_MANY_ELEMENTS))
-    for i in _worst(share * (1 - left), too_often, 8):
+    worst = _worst(share * (1 - left), too_often)
+    result = []
+
+    def told(i: int) -> str:
         what = f" ({_percent(fraction[i])} of its elements)" if run.partial[i] else ""
-        hint = ""
-        if not run.partial[i]:
-            hint = f" The 90th percentile of its norm is {np.percentile(before[:, i], 90):.3g}."
+        return (
+            f"{run.layers[i]}: clipped on {_percent(share[i])} of steps{what}, and "
+            f"{_percent(left[i])} of its norm is left"
+        )
+
+    def percentile(i: int) -> str:
+        return "" if run.partial[i] else f"{np.percentile(before[:, i], 90):.3g}"
+
+    if len(worst) <= SINGLY:
+        for i in worst:
+            hint = f" The 90th percentile of its norm is {percentile(i)}." if percentile(i) else ""
+            result.append(Finding("bad", f"{told(i)}: the threshold is too low.{hint}"))
+    else:
+        names = _some([f"{run.layers[i]} ({_percent(share[i])})" for i in worst], 3)
         result.append(
             Finding(
                 "bad",
-                f"{run.layers[i]}: clipped on {_percent(share[i])} of steps{what}, and "
-                f"{_percent(left[i])} of its norm is left: the threshold is too low.{hint}",
+                f"{len(worst)} of {len(run.layers)} layers are clipped on more than "
+                f"{_percent(TOO_OFTEN)} of steps, and {_percent(left[worst].mean())} of their "
+                f"norm is left on average: their thresholds are too low. Worst: {names}.",
+                tuple(
+                    told(i)
+                    + (f"; 90th percentile of the norm: {percentile(i)}" * (not run.partial[i]))
+                    for i in worst
+                ),
             )
         )
-    rest = int(too_often.sum()) - len(result)
-    if rest > 0:
-        result.append(Finding("bad", f"So are {rest} more layers clipped too often."))
-    for i in _worst(angle, angle > TOO_FAR, 3):
-        result.append(
-            Finding(
-                "note",
-                f"{run.layers[i]}: the clip turns the gradient by {angle[i]:.0f}° on average. A "
-                "norm clip keeps the direction.",
-            )
-        )
+    result += _turned(run, angle)
+    result += _uneven(run, good)
     if not run.clipped[good].any():
         suggestion = np.percentile(run.global_before[good], 90)
         result.append(
@@ -257,22 +281,72 @@ def _how_often(run: Run, good: np.ndarray) -> list[Finding]:
     return result
 
 
+def _turned(run: Run, angle: np.ndarray) -> list[Finding]:
+    turned = _worst(angle, angle > TOO_FAR)
+    advice = "A norm clip keeps the direction."
+    if len(turned) <= SINGLY:
+        return [
+            Finding(
+                "note",
+                f"{run.layers[i]}: the clip turns the gradient by {angle[i]:.0f}° on average. "
+                f"{advice}",
+            )
+            for i in turned
+        ]
+    return [
+        Finding(
+            "note",
+            f"In {len(turned)} of {len(run.layers)} layers the clip turns the gradient by more "
+            f"than {TOO_FAR:.0f}° on average, most in {run.layers[turned[0]]} "
+            f"({angle[turned[0]]:.0f}°). {advice}",
+            tuple(f"{run.layers[i]}: {angle[i]:.0f}°" for i in turned),
+        )
+    ]
+
+
+def _uneven(run: Run, good: np.ndarray) -> list[Finding]:
+    """A clip that acts in one part of the run alone, because the norms drift."""
+    if good.sum() < 20:
+        return []
+    fifths = np.array_split(run.clipped[good].mean(axis=1), 5)
+    first, last = (float(part.mean()) for part in (fifths[0], fifths[-1]))
+    if not (max(first, last) > UNEVEN[0] and min(first, last) < UNEVEN[1]):
+        return []
+    sizes = np.array_split(run.global_before[good], 5)
+    ratio = np.median(sizes[0]) / max(float(np.median(sizes[-1])), 1e-30)
+    drift = f"falls {ratio:.0f}-fold" if ratio > 1 else f"grows {1 / max(ratio, 1e-30):.0f}-fold"
+    reason = f" The global norm {drift} in between." if max(ratio, 1 / ratio) >= 2 else ""
+    return [
+        Finding(
+            "note",
+            f"The clip acts at one end of the run: on {_percent(first)} of the layers in its first "
+            f"fifth, on {_percent(last)} in its last.{reason} A schedule or PercentileClip follows "
+            "such a drift.",
+        )
+    ]
+
+
 def _spikes(run: Run, good: np.ndarray, off: bool) -> list[Finding]:
     before, after = run.global_before[good], run.global_after[good]
-    median = np.median(before)
-    spikes = before > SPIKE * median
-    if median <= 0 or not spikes.any():
+    reach = max(3, len(before) // 20)
+    around = np.array(
+        [np.median(before[max(0, i - reach) : i + reach + 1]) for i in range(len(before))]
+    )
+    times = before / np.maximum(around, 1e-30)
+    spikes = (times > SPIKE) & (around > 0)
+    if not spikes.any():
         return []
-    worst = int(before.argmax())
-    where = f"step {run.steps[good][worst]}: {before[worst] / median:.0f} times the median norm"
+    worst = int(np.where(spikes, times, 0).argmax())
+    where = f"step {run.steps[good][worst]}: {times[worst]:.0f} times the norm around it"
     text = f"{int(spikes.sum())} of {len(before)} samples are spikes, the largest at {where}"
     if off:
         return [Finding("note", f"{text}. A clip would bound them.")]
-    return [Finding("note", f"{text}; after the clip {after[worst] / median:.1f} times.")]
+    return [Finding("note", f"{text}; after the clip {after[worst] / around[worst]:.1f} times.")]
 
 
-def _worst(badness: np.ndarray, chosen: np.ndarray, most: int) -> list[int]:
-    return [int(i) for i in np.argsort(-badness, kind="stable") if chosen[i]][:most]
+def _worst(badness: np.ndarray, chosen: np.ndarray) -> list[int]:
+    """The chosen indices, the worst first."""
+    return [int(i) for i in np.argsort(-badness, kind="stable") if chosen[i]]
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
@@ -305,17 +379,23 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
     run = read_run(folder)
     path = folder / "report.html" if output is None else Path(output)
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(_page(run, folder.resolve().name), encoding="utf-8")
+    scratch.write_text(_page(run, _name(folder.resolve())), encoding="utf-8")
     scratch.replace(path)
     return path
 
 
+def _name(folder: Path) -> str:
+    """What a run is called: its folder, or the one above where that is named after the monitor."""
+    return folder.parent.name if folder.name.startswith("monitor") else folder.name
+
+
 def _page(run: Run, name: str) -> str:
     said = "".join(
-        f'<li class="{f.level}"><b>{_LEVELS[f.level]}</b> {html.escape(f.text)}</li>'
+        f'<li class="{f.level}"><b>{_LEVELS[f.level]}</b> {html.escape(f.text)}{_details(f)}</li>'
         for f in findings(run)
     )
-    share = run.clipped.mean(axis=1)
+    any_clipped = bool(run.clipped.any())
+    turned = float(np.nanmax(run.figures["angle"], initial=0.0)) >= STRAIGHT
     curves = [
         _chart(
             "Global gradient norm",
@@ -325,27 +405,41 @@ def _page(run: Run, name: str) -> str:
             },
             log=True,
         ),
-        _chart("Layers clipped, % of all", {"": (run.steps, 100 * share)}, floor=0.0),
+        _chart(
+            "Layers clipped, % of all",
+            {"": (run.steps, 100 * run.clipped.mean(axis=1))},
+            floor=0.0,
+        ),
         _chart(
             "Largest element before the clip",
             {"": (run.steps, _row_max(run.figures["max_abs"]))},
             log=True,
         ),
-        _chart(
-            "Largest angle of a layer's gradient, before to after, degrees",
-            {"": (run.steps, _row_max(run.figures["angle"]))},
-            floor=0.0,
-        ),
     ]
-    if run.thresholds:
-        shown = dict(list(run.thresholds.items())[:6])
-        title = "Thresholds" if len(shown) == len(run.thresholds) else "Thresholds (first 6)"
-        curves.append(_chart(title, shown, log=True))
-    maps = [
-        _heat_map("Norm before the clip", run, run.figures["norm_before"], log=True),
-        _heat_map("Share clipped", run, run.figures["clip_fraction"], top=1.0),
-        _heat_map("Angle, degrees", run, run.figures["angle"]),
-    ]
+    if turned:
+        curves.append(
+            _chart(
+                "Largest angle of a layer's gradient, before to after, degrees",
+                {"": (run.steps, _row_max(run.figures["angle"]))},
+                floor=0.0,
+            )
+        )
+    curves += _threshold_chart(run.thresholds)
+    maps = []
+    if any_clipped:
+        maps.append(_heat_map("Share clipped", run, run.figures["clip_fraction"], top=1.0))
+    norms = run.figures["norm_before"]
+    maps.append(
+        _heat_map(
+            "Norm before the clip, as a multiple of the layer's median",
+            run,
+            norms / np.maximum(_median(norms), 1e-30),
+            log=True,
+            told=norms,
+        )
+    )
+    if turned:
+        maps.append(_heat_map("Angle, degrees", run, run.figures["angle"]))
     if np.nanmax(run.figures["nonfinite"]) > 0:
         maps.append(_heat_map("Share not finite", run, run.figures["nonfinite"], top=1.0))
     rules = "".join(
@@ -354,24 +448,135 @@ def _page(run: Run, name: str) -> str:
         f"<td>{html.escape(v['clipper'])}</td></tr>"
         for v in run.description["variables"]
     )
-    first, last = int(run.steps.min()), int(run.steps.max())
-    clipper = run.description["clipper_text"]
+    straight = any_clipped and not turned
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}: '
         'gradients</title><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{_STYLE}</style></head><body><main><h1>{html.escape(name)}</h1>"
-        f'<p class="sub">{len(run.steps)} samples, steps {first} to {last}; {len(run.layers)} '
-        f"layers. Clipper: {html.escape(clipper)}</p>"
+        f'<p class="sub">Clipper: {html.escape(_clipper(run.description))}</p>{_tiles(run)}'
         f'<h2>Findings</h2><ul class="findings">{said}</ul>'
         f'<h2>Over time</h2><div class="curves">{"".join(curves)}</div>'
         f"<h2>Layer by layer</h2>{''.join(maps)}"
-        f"<h2>Which rule hits what</h2>"
+        + "<p class=sub>The clip keeps the direction of every layer's gradient.</p>" * straight
+        + _layer_table(run)
+        + f"<h2>Which rule hits what</h2>"
         f"<details{' open' if len(run.description['variables']) <= 20 else ''}><summary>"
         f"{len(run.description['variables'])} variables</summary>"
-        f'<div class="wide"><table><tr><th>variable</th><th>shape</th><th>rule</th><th>clipper</th>'
-        f"</tr>{rules}</table></div></details>"
+        f'<div class="wide"><table class="rules"><tr><th>variable</th><th>shape</th><th>rule</th>'
+        f"<th>clipper</th></tr>{rules}</table></div></details>"
         f'<div id="tip" hidden></div></main><script>{_SCRIPT}</script></body></html>'
     )
+
+
+def _details(finding: Finding) -> str:
+    if not finding.details:
+        return ""
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in finding.details)
+    return f"<details><summary>all {len(finding.details)}</summary><ul>{lines}</ul></details>"
+
+
+def _clipper(description: dict[str, Any]) -> str:
+    """The clipper in a line: a map of many rules by their number and kinds."""
+    text = description["clipper_text"]
+    if len(text) <= 160:
+        return text
+    variables = description["variables"]
+    rules = len({v["rule"] for v in variables})
+    kinds = ", ".join(dict.fromkeys(v["clipper"].partition("(")[0] for v in variables))
+    return f"{text.partition('(')[0]} of {rules} rules ({kinds}); the table at the end has them"
+
+
+def _tiles(run: Run) -> str:
+    """The run in five figures."""
+    good = np.isfinite(run.global_before)
+    bad = int(np.sum(np.any(run.figures["nonfinite"] > 0, axis=1)))
+    off = run.description["clipper"] is None
+    norm, change = "–", ""
+    if good.any():
+        first, last = run.global_before[good], run.global_after[good]
+        norm = _number(_two_digits(np.median(first)))
+        change = f"{_percent(_left(first, last))} left after the clip"
+    tiles = [
+        ("measured", f"{len(run.steps)}", f"updates {run.steps.min()} to {run.steps.max()}"),
+        ("layers", f"{len(run.layers)}", f"{len(run.description['variables'])} variables"),
+        (
+            "clipped",
+            "off" if off else _percent(run.clipped[good].mean() if good.any() else 0.0),
+            "of all layers and measured steps",
+        ),
+        ("global norm", norm, f"median; {change}" if change else ""),
+        ("not finite", f"{bad}" if bad else "never", "of the measured steps" if bad else ""),
+    ]
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f"<div><span>{html.escape(name)}</span><b>{html.escape(value)}</b>"
+            f"<span>{html.escape(note)}</span></div>"
+            for name, value, note in tiles
+        )
+        + "</div>"
+    )
+
+
+def _left(before: np.ndarray, after: np.ndarray) -> Any:
+    """What is left of the norm, averaged over the samples: each counts the same."""
+    return np.mean(np.where(before > 0, after / np.maximum(before, 1e-30), 1.0), axis=0)
+
+
+def _layer_table(run: Run) -> str:
+    """Every layer in numbers."""
+    good = np.isfinite(run.global_before)
+    if not good.any():
+        return ""
+    before, after = (run.figures[n][good] for n in ("norm_before", "norm_after"))
+    share = run.clipped[good].mean(axis=0)
+    left = _left(before, after)
+    quantiles = np.percentile(before, (50, 90, 100), axis=0)
+    angle = np.nanmean(run.figures["angle"][good], axis=0)
+    head = ("clipped on", "norm left", "median norm", "90 % below", "largest", "angle")
+    rows = "".join(
+        f"<tr><td>{html.escape(layer)}</td>"
+        + "".join(
+            f"<td>{cell}</td>"
+            for cell in (
+                _percent(share[i]),
+                _percent(left[i]),
+                *(f"{q:.3g}" for q in quantiles[:, i]),
+                f"{angle[i]:.1f}°",
+            )
+        )
+        + "</tr>"
+        for i, layer in enumerate(run.layers)
+    )
+    names = "".join(f"<th>{name}</th>" for name in head)
+    return (
+        f"<details{' open' if len(run.layers) <= 12 else ''}><summary>every layer in numbers"
+        f'</summary><div class="wide"><table class="numbers"><tr><th>layer</th>{names}</tr>'
+        f"{rows}</table></div></details>"
+    )
+
+
+def _threshold_chart(thresholds: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """The live thresholds, if any of them changes; of many the lowest, median and highest."""
+    moving = {n: (s, v) for n, (s, v) in thresholds.items() if np.ptp(v) > 0}
+    if not moving:
+        return []
+    if len(moving) <= 6:
+        return [_chart("Thresholds", moving, log=True)]
+    steps = next(iter(moving.values()))[0]
+    stacked = np.stack([np.interp(steps, s, v) for s, v in moving.values()])
+    lines = {
+        name: (steps, np.percentile(stacked, q, axis=0))
+        for name, q in (("lowest", 0), ("median", 50), ("highest", 100))
+    }
+    return [_chart(f"Thresholds: {len(moving)} of them", lines, log=True)]
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """The median of each column; NaN for a column without any number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # "All-NaN slice": that is what we want
+        return np.nanmedian(values, axis=0)
 
 
 def _row_max(values: np.ndarray) -> np.ndarray:
@@ -421,10 +626,10 @@ def _chart(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{shown}</text>'
         )
-    for value, anchor in ((x0, "start"), ((x0 + x1) // 2, "middle"), (x1, "end")):
-        parts.append(
-            f'<text x="{at_x(value):.1f}" y="{height - 10}" text-anchor="{anchor}">{value}</text>'
-        )
+    ends = (("step ", x0, "start"), ("", (x0 + x1) // 2, "middle"), ("", x1, "end"))
+    for name, value, anchor in ends:
+        place = f'x="{at_x(value):.1f}" y="{height - 10}" text-anchor="{anchor}"'
+        parts.append(f"<text {place}>{name}{value}</text>")
     for k, (x, y) in enumerate(points):
         runs: list[list[str]] = [[]]
         for px, py in zip(at_x(x), at_y(scale(y)), strict=True):
@@ -470,17 +675,34 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 def _number(value: float) -> str:
     """A tick's label."""
-    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.0e}"
+    if 1e3 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.0e}"
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{float(value):.2g}")
 
 
 def _heat_map(
-    title: str, run: Run, values: np.ndarray, log: bool = False, top: float | None = None
+    title: str,
+    run: Run,
+    values: np.ndarray,
+    log: bool = False,
+    top: float | None = None,
+    told: np.ndarray | None = None,
 ) -> str:
-    """Layers down, time across, as a picture of one pixel a cell; hover for the numbers."""
+    """Layers down, time across, as a picture of one pixel a cell; hover for the numbers.
+
+    The numbers are those of `told` `[samples, layers]`, or of `values`.
+    """
     chunks = np.array_split(np.arange(len(run.steps)), min(COLUMNS, len(run.steps)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a chunk of NaN stays NaN
         cells = np.stack([np.nanmean(values[c], axis=0) for c in chunks], axis=1)
+        numbers = cells
+        if told is not None:
+            numbers = np.stack([np.nanmean(told[c], axis=0) for c in chunks], axis=1)
     shown = np.where(cells > 0, np.log10(np.maximum(cells, 1e-30)), np.nan) if log else cells
     finite = shown[np.isfinite(shown)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -491,19 +713,20 @@ def _heat_map(
     if high <= low:
         high = low + 1.0
     picture = _png(_colours((shown - low) / (high - low)))
-    pixels = max(9, min(18, 900 // max(len(run.layers), 1)))
-    labels = "".join(f"<div>{html.escape(n)}</div>" for n in run.layers)
+    pixels = max(5, min(18, 720 // max(len(run.layers), 1)))
+    every = -(-13 // pixels)  # rows a label needs to be read
+    labels = "".join(f"<div>{html.escape(n)}</div>" for n in run.layers[::every])
     starts = [int(run.steps[c[0]]) for c in chunks]
     data = {
         "layers": run.layers,
         "steps": starts,
-        "cells": [[f"{v:.3g}" if math.isfinite(v) else "–" for v in row] for row in cells],
+        "cells": [[f"{v:.3g}" if math.isfinite(v) else "–" for v in row] for row in numbers],
     }
-    ends = [f"{10**v:.2g}" if log else f"{v:.3g}" for v in (low, high)]
+    ends = [_number(_two_digits(10**v if log else v)) for v in (low, high)]
     script = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
     return (
         f'<figure class="map"><figcaption>{html.escape(title)}<span class="scale">{ends[0]}'
-        f'<i></i>{ends[1]}</span></figcaption><div class="heat" style="--row:{pixels}px">'
+        f'<i></i>{ends[1]}</span></figcaption><div class="heat" style="--row:{pixels * every}px">'
         f'<div class="labels">{labels}</div><img alt="{html.escape(title)}, layers down, steps '
         f'across" src="data:image/png;base64,{picture}" style="height:'
         f'{pixels * len(run.layers)}px">'
@@ -562,9 +785,14 @@ body{margin:0;background:var(--back);color:var(--ink);font:15px/1.5 system-ui,sa
 main{max-width:1180px;margin:0 auto;padding:24px 16px 60px}
 h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:18px;margin:32px 0 10px}
 .sub{color:var(--soft);margin:4px 0 0;overflow-wrap:anywhere}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:8px;margin-top:14px}
+.tiles div{background:var(--card);border-radius:6px;padding:8px 12px;display:flex;
+flex-direction:column}
+.tiles b{font-size:20px}.tiles span{font-size:12px;color:var(--soft)}
 .findings{list-style:none;margin:0;padding:0;display:grid;gap:8px}
 .findings li{background:var(--card);border-left:4px solid var(--soft);border-radius:4px;
 padding:8px 12px;overflow-wrap:anywhere}
+.findings details ul{margin:6px 0 0;padding-left:18px;font-size:13px;columns:2 380px}
 .findings .bad{border-color:var(--bad)}.findings .bad b{color:var(--bad)}
 .findings .note{border-color:var(--note)}.findings .note b{color:var(--note)}
 .findings .good{border-color:var(--good)}.findings .good b{color:var(--good)}
@@ -589,7 +817,7 @@ background:linear-gradient(90deg,#440154,#3b528b,#21918c,#5ec962,#fde725)}
 .heat{display:grid;grid-template-columns:minmax(60px,max-content) minmax(0,1fr);gap:8px;
 margin-top:6px}
 .labels{max-width:min(32vw,300px);color:var(--soft)}
-.labels div{height:var(--row);line-height:var(--row);font-size:min(12px,calc(var(--row) - 1px));
+.labels div{height:var(--row);line-height:var(--row);font-size:min(12px,var(--row));
 overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .heat img{width:100%;image-rendering:pixelated;display:block;background:repeating-linear-gradient(
 45deg,var(--line) 0 3px,transparent 3px 6px)}
@@ -599,6 +827,8 @@ grid-column:2;margin-top:-6px}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:13px;margin-top:8px}
 th,td{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid var(--line);white-space:nowrap}
+.rules td:last-child{white-space:normal;min-width:22em}
+.numbers td:not(:first-child),.numbers th:not(:first-child){text-align:right}
 summary{cursor:pointer;color:var(--soft)}
 #tip{position:fixed;pointer-events:none;background:var(--ink);color:var(--back);font-size:12px;
 padding:3px 8px;border-radius:4px;z-index:2}

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import json
 import re
 import struct
@@ -15,7 +16,7 @@ from helpers import train
 
 import keras_gradclip as kgc
 from keras_gradclip.monitor import FIELDS
-from keras_gradclip.report import _colours, _png, _ticks, findings, read_run
+from keras_gradclip.report import _colours, _heat_map, _png, _ticks, findings, read_run
 
 LAYERS = {"conv1": (72, 4), "conv2": (144, 4), "head": (40, 10)}
 
@@ -124,8 +125,12 @@ def test_turned_spiking_silent_and_broken(tmp_path):
     assert kgc.report(everywhere).exists()
 
 
-def test_many_layers_are_summed_up(tmp_path):
-    run = read_run(write(tmp_path / "r", [{"conv1": CLIPPED}] * 10))
+@pytest.mark.parametrize("what", ["clipped", "turned"])
+def test_many_layers_are_told_in_one_sentence(what, tmp_path):
+    turned = {"angle": 80.0, "clip_fraction": 0.05}
+    run = read_run(
+        write(tmp_path / "r", [{"conv1": CLIPPED if what == "clipped" else turned}] * 10)
+    )
     wide = {name: np.tile(a[:, :1], (1, 30)) for name, a in run.figures.items()}
     many = type(run)(
         run.steps,
@@ -136,9 +141,45 @@ def test_many_layers_are_summed_up(tmp_path):
         run.thresholds,
         run.description,
     )
-    said = [f.text for f in findings(many)]
-    assert len(said) < 12
-    assert any("22 more layers" in t for t in said)
+    if what == "clipped":
+        (found,) = findings(many)
+        assert found.text.startswith("30 of 30 layers are clipped on more than 50 % of steps")
+        assert "25 % of their norm is left" in found.text
+        assert "layer0 (100 %), layer1 (100 %), layer2 (100 %) and 27 more" in found.text
+        assert found.details[4].startswith("layer4: clipped on 100 % of steps, and 25 %")
+        assert f"90th percentile of the norm: {4 * np.sqrt(2):.3g}" in found.details[4]
+    else:
+        found = next(f for f in findings(many) if "turns" in f.text)
+        assert found.text.startswith("In 30 of 30 layers the clip turns the gradient by more than")
+        assert found.details[0] == "layer0: 80°"
+    assert len(found.details) == 30
+
+
+def test_what_is_left_counts_each_sample_the_same(tmp_path):
+    """One enormous gradient that passes must not hide 99 that are cut to a quarter."""
+    huge = {"norm_before": 1e6, "norm_after": 1e6}
+    run = write(tmp_path / "r", [{"conv1": CLIPPED if i else huge} for i in range(100)])
+    (bad,) = texts(run, "bad")
+    assert "26 % of its norm is left" in bad
+
+
+def test_a_clip_at_one_end_of_the_run_is_told_with_the_drift(tmp_path):
+    size = np.geomspace(100, 1, 50)
+    layer = [
+        {"norm_before": x, "norm_after": min(x, 50.0), "clip_fraction": float(x > 50)} for x in size
+    ]
+    run = write(tmp_path / "r", [dict.fromkeys(LAYERS, of_layer) for of_layer in layer])
+    (note,) = texts(run, "note")
+    assert note.startswith(
+        "The clip acts at one end of the run: on 80 % of the layers in its first"
+    )
+    assert "on 0 % in its last" in note
+    ratio = np.median(size[:10]) / np.median(size[-10:])
+    assert f"falls {ratio:.0f}-fold" in note
+    # Norms that fall are no spikes; and an even clip has no such note.
+    assert not any("spikes" in t for t in texts(run))
+    even = write(tmp_path / "e", [{"conv1": CLIPPED if i % 10 == 0 else {}} for i in range(100)])
+    assert texts(even, "note") == []
 
 
 class Page(HTMLParser):
@@ -178,8 +219,8 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert path == run / "report.html"
     page = parsed(path)
     assert all(a.startswith("data:image/png") for a in page.addresses)
-    assert page.count["img"] == 3
-    assert page.count["svg"] == 5
+    assert page.count["img"] == 2  # the angle is 0 throughout: no map and no curve of it
+    assert page.count["svg"] == 4
     text = path.read_text(encoding="utf-8")
     assert "http://" not in text and "https://" not in text
     assert "NaN" not in text and "nan," not in text
@@ -188,8 +229,52 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
         cells = json.loads(data)
         assert len(cells["cells"]) == len(LAYERS)
         assert len(cells["cells"][0]) == len(cells["steps"]) == 160
+    assert "clipped</span><b>17 %</b>" in text  # a third of the layers on half of the steps
+    assert "every layer in numbers" in text
     elsewhere = kgc.report(run, tmp_path / "page.html")
     assert elsewhere.read_text(encoding="utf-8") == text
+
+
+def test_angles_have_their_map(tmp_path):
+    turned = {"angle": 30.0, "clip_fraction": 0.5}
+    page = parsed(kgc.report(write(tmp_path / "r", [{"conv1": turned}] * 5)))
+    assert page.count["img"] == 3
+
+
+def test_a_long_clipper_and_many_thresholds_are_summed_up(tmp_path):
+    """A map with a rule a layer: not 3,000 words at the top of the page."""
+    many = [[i, f"rule{k}/max_norm", (k + 1.0) / (i + 1)] for i in range(5) for k in range(9)]
+    run = write(tmp_path / "monitor", [{"conv1": CLIPPED}] * 5, thresholds=many)
+    described = json.loads((run / "monitor.json").read_text())
+    described["clipper_text"] = "ClipMap(" + "x" * 300 + ")"
+    for k, variable in enumerate(described["variables"]):
+        variable["rule"] = f"rule{k}"
+    (run / "monitor.json").write_text(json.dumps(described))
+    text = kgc.report(run).read_text(encoding="utf-8")
+    assert "x" * 300 not in text
+    assert "ClipMap of 6 rules (NormClip)" in text
+    assert f"<h1>{tmp_path.name}</h1>" in text  # not the name "monitor"
+    assert "Thresholds: 9 of them" in text
+    for word in ("lowest", "median", "highest"):
+        assert f"</i>{word}</span>" in text
+    still = [[i, f"rule{k}/max_norm", 1.0] for i in range(5) for k in range(9)]
+    page = kgc.report(write(tmp_path / "still", [{}] * 5, thresholds=still))
+    assert "Thresholds" not in page.read_text(encoding="utf-8")
+
+
+def test_labels_of_many_layers_can_be_read(tmp_path):
+    run = read_run(write(tmp_path / "r", [{"conv1": CLIPPED}] * 4))
+    values = np.ones((4, 200))
+    figures = {name: values for name in run.figures}
+    layers = [f"layer{i}" for i in range(200)]
+    many = dataclasses.replace(run, layers=layers, figures=figures)
+    drawn = _heat_map("norm", many, values)
+    row = int(re.search(r"--row:(\d+)px", drawn).group(1))
+    height = int(re.search(r'style="height:(\d+)px"', drawn).group(1))
+    labels = re.findall(r"<div>(layer\d+)</div>", drawn)
+    assert row >= 11
+    assert labels[:2] == ["layer0", f"layer{row * 200 // height}"]
+    assert abs(len(labels) * row - height) <= row
 
 
 def test_names_cannot_break_the_page(tmp_path):

@@ -41,7 +41,8 @@ def test_it_watches_the_run_that_the_recipe_would_train(calibrated, tmp_path):
     _, found, _ = calibrated
     assert found.updates == STEPS
     monitor = kgc.ClipMonitor(every=1)
-    training.run(TINY, TINY.options(verbose="quiet"), tmp_path / "run", [monitor])
+    unclipped = TINY.options(verbose="quiet", clipper="none")
+    training.run(TINY, unclipped, tmp_path / "run", [monitor])
     norms = np.array(monitor.history["norm_before"])
     assert norms.shape[0] == STEPS
     for k, layer in enumerate(found.layers):
@@ -118,6 +119,12 @@ def test_the_command_line(tmp_path, capsys):
     assert Path(command.split()[-1]).exists()
 
 
+def test_it_watches_unclipped_unless_told():
+    assert calibrate.watched_options(TINY, QUIET).clipper == "none"
+    assert calibrate.watched_options(TINY, ["--threshold", "0.2"]).threshold == 0.2
+    assert calibrate.watched_options(TINY, ["--clipper", "norm"]).clipper == "norm"
+
+
 def test_accumulation_counts_updates(tmp_path):
     rest = [*QUIET, "--accumulate", "2", "--epochs", "1"]
     found, _ = calibrate.calibrate(TINY, rest, 90.0, None, 8, tmp_path / "c")
@@ -183,7 +190,7 @@ def made_up(norms):
         ("steep", "clip-percentile.json"),
     ],
 )
-def test_what_is_recommended_follows_the_drift(drift, want, tmp_path):
+def test_what_clips_evenly_follows_from_the_drift(drift, want, tmp_path):
     """Stationary norms: constants; norms of eight levels: a schedule; else the last norms."""
     rng = np.random.default_rng(0)
     noise = rng.lognormal(sigma=0.2, size=(400, 3))
@@ -195,7 +202,7 @@ def test_what_is_recommended_follows_the_drift(drift, want, tmp_path):
     segments = {"steep": 2}.get(drift, 8)
     found = made_up(noise * levels[:, None])
     choices = calibrate.choices(found, segments, tmp_path)
-    assert calibrate.recommended(choices).name == want
+    assert calibrate.steady(choices).name == want
     constant = next(c for c in choices if c.name == "clip-norm.json")
     assert constant.overall == pytest.approx(0.1, abs=0.01)
     calibrate.draw(tmp_path / "picture.png", found, segments, drift)
