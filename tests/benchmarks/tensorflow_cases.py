@@ -1,0 +1,348 @@
+"""Keras on TensorFlow: this library beside Keras's own clipping."""
+
+import functools
+import math
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_gradclip as kgc
+
+#: A threshold that about a third of the elements exceed; norms exceed theirs in every layer.
+SIGMA, THRESHOLD, MAX_NORM = 0.1, 0.1, 1.0
+
+OURS = {
+    "AbsoluteClip": lambda: kgc.AbsoluteClip(THRESHOLD),
+    "ExponentialClip": lambda: kgc.ExponentialClip(0.7, gamma=THRESHOLD),
+    "NormClip variable": lambda: kgc.NormClip(MAX_NORM, scope="variable"),
+    "NormClip layer": lambda: kgc.NormClip(MAX_NORM),
+    "NormClip global": lambda: kgc.NormClip(MAX_NORM, scope="global"),
+    "AdaptiveClip": lambda: kgc.AdaptiveClip(0.01),
+    "RMSClip": lambda: kgc.RMSClip(SIGMA / 2),
+    "PercentileClip": lambda: kgc.PercentileClip(),
+    "ZScoreClip": lambda: kgc.ZScoreClip(),
+    "AdaClip": lambda: kgc.AdaClip(),
+}
+STOCK = {
+    "clipvalue": {"clipvalue": THRESHOLD},
+    "clipnorm": {"clipnorm": MAX_NORM},
+    "global_clipnorm": {"global_clipnorm": MAX_NORM},
+}
+
+
+def _sgd(**arguments):
+    return keras.optimizers.SGD(1e-9, momentum=0.9, **arguments)
+
+
+def _wrapped(clipper, **arguments):
+    return kgc.ClippedOptimizer(_sgd(), clipper, **arguments)
+
+
+@functools.cache
+def _variables(which: str):
+    """The trainable variables of a model."""
+    if which == "resnet50":
+        return keras.applications.ResNet50(weights=None).trainable_variables
+    count, size = {"thousand": (500, 64), "tiny": (4, 16)}[which]
+    result = []
+    for i in range(count):
+        with keras.name_scope(f"layer_{i}"):
+            for name, shape in (("kernel", (size, size)), ("bias", (size,))):
+                initializer = keras.initializers.RandomNormal(stddev=0.05, seed=i)
+                result.append(keras.Variable(initializer, shape, name=name))
+    return result
+
+
+def shapes(which: str) -> list[list[int]]:
+    """The shapes of a model's trainable variables, for the other frameworks."""
+    return [list(v.shape) for v in _variables(which)]
+
+
+@functools.cache
+def _gradients(which: str):
+    rng = np.random.default_rng(0)
+    # In variables: a constant would be folded into the graph.
+    return [
+        tf.Variable(rng.normal(scale=SIGMA, size=tuple(v.shape)).astype("float32"))
+        for v in _variables(which)
+    ]
+
+
+def _graph(which: str, fn):
+    """A compiled function of no arguments that calls `fn(gradients)`."""
+    gradients = _gradients(which)
+    return tf.function(lambda: fn([tf.convert_to_tensor(g) for g in gradients]), autograph=False)
+
+
+def _clips(which: str):
+    """Name to a function of gradients that only clips."""
+    variables = _variables(which)
+
+    def ours(clipper):
+        hyper = {k: tf.Variable(v) for k, v in clipper.hyperparameters().items()}
+        state = {k: tf.Variable(v) for k, v in clipper.init(variables).items()}
+
+        def clip(gradients):
+            clipped, after, _ = clipper.apply(
+                gradients,
+                variables,
+                {k: tf.convert_to_tensor(v) for k, v in state.items()},
+                {k: tf.convert_to_tensor(v) for k, v in hyper.items()},
+            )
+            for k, v in after.items():
+                state[k].assign(tf.cast(v, state[k].dtype))
+            return clipped
+
+        return clip
+
+    def stock(arguments):
+        return keras.optimizers.SGD(**arguments)._clip_gradients  # what `apply` calls first
+
+    return {
+        "copy": lambda gradients: [tf.raw_ops.DeepCopy(x=g) for g in gradients],
+        "add (reads two, writes one)": lambda gradients: [
+            g + v.value for g, v in zip(gradients, variables, strict=True)
+        ],
+        **{f"Keras {name}": stock(arguments) for name, arguments in STOCK.items()},
+        **{name: ours(make()) for name, make in OURS.items()},
+    }
+
+
+def clip(which: str, shapes):
+    """The clip alone."""
+    del shapes
+    return {name: _graph(which, fn) for name, fn in _clips(which).items()}
+
+
+def _optimizers():
+    return {
+        "no clip": _sgd,
+        **{f"Keras {name}": functools.partial(_sgd, **a) for name, a in STOCK.items()},
+        **{name: (lambda make=make: _wrapped(make())) for name, make in OURS.items()},
+    }
+
+
+def _applying(which: str, make):
+    optimizer, variables = make(), _variables(which)
+    optimizer.build(variables)
+    return _graph(which, lambda gradients: optimizer.apply(gradients, variables))
+
+
+def update(which: str, shapes):
+    """The clip and the update of SGD with momentum."""
+    del shapes
+    return {name: _applying(which, make) for name, make in _optimizers().items()}
+
+
+# A whole train step ------------------------------------------------------------------------------
+
+BATCH = 64
+
+
+def _model(which: str, clipped: bool):
+    if which == "tiny":
+        inputs = keras.Input((32, 32, 3))
+        hidden = keras.layers.Conv2D(4, 3, strides=4)(inputs)
+        outputs = keras.layers.Dense(10)(keras.layers.Flatten()(hidden))
+    else:
+        body = keras.applications.ResNet50(weights=None, classes=10, input_shape=(32, 32, 3))
+        inputs, outputs = body.inputs, body.outputs
+    return (kgc.ClippedModel if clipped else keras.Model)(inputs, outputs)
+
+
+def _trainers():
+    """Name to a function that makes a compiled model."""
+    loss = "sparse_categorical_crossentropy"
+
+    def stock(which, **arguments):
+        model = _model(which, clipped=False)
+        model.compile(_sgd(**arguments), loss, jit_compile=False)
+        return model
+
+    def ours(which, clipper):
+        model = _model(which, clipped=True)
+        model.compile(_sgd(), loss, clipper=clipper, jit_compile=False)
+        return model
+
+    return {
+        "no clip": stock,
+        **{f"Keras {name}": functools.partial(stock, **a) for name, a in STOCK.items()},
+        **{
+            name: (lambda which, make=OURS[name]: ours(which, make()))
+            for name in ("AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global")
+        },
+    }
+
+
+def _batches():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(BATCH, 32, 32, 3)).astype("float32")
+    return iter(tf.data.Dataset.from_tensors((x, rng.integers(0, 10, BATCH))).repeat())
+
+
+def _stepper(model, steps: int, callback=None):
+    """A function that trains for some steps, as `fit` does inside an epoch."""
+    batches = _batches()
+    model.make_train_function()
+    count = 0
+    if callback is not None:
+        callback.set_model(model)
+        callback.on_train_begin()
+        callback.on_epoch_begin(0)
+
+    def run():
+        nonlocal count
+        for _ in range(steps):
+            logs = model.train_function(batches)
+            if callback is not None:
+                callback.on_train_batch_end(count)
+            count += 1
+        return {k: float(v) for k, v in logs.items()}
+
+    return run
+
+
+def step(which: str, shapes, steps: int):
+    """Whole train steps, `steps` in a row: the figures of ClippedModel come every 8th."""
+    del shapes
+    return {name: _stepper(make(which), steps) for name, make in _trainers().items()}
+
+
+def monitor(which: str, shapes, steps: int, run_dir: str):
+    """Train steps without a clip, with one, and with the monitor beside it."""
+    del shapes
+    make = _trainers()
+    watch = kgc.ClipMonitor(run_dir)
+    return {
+        "no clip": _stepper(make["no clip"](which), steps),
+        "NormClip layer": _stepper(make["NormClip layer"](which), steps),
+        "NormClip layer, ClipMonitor": _stepper(make["NormClip layer"](which), steps, watch),
+    }
+
+
+def first_step(which: str, name: str) -> float:
+    """Seconds of the first train step of a new model: trace, graph optimisation, one step."""
+    model, batches = _trainers()[name](which), _batches()
+    start = time.perf_counter()
+    model.make_train_function()
+    model.train_function(batches)
+    return time.perf_counter() - start
+
+
+def first_step_names() -> list[str]:
+    """The contestants of `first_step`."""
+    return list(_trainers())
+
+
+# Graphs ------------------------------------------------------------------------------------------
+
+
+def graph_operations(which: str) -> dict[str, dict[str, float]]:
+    """Operations a tensor: of the clip alone, and of the clip with its update."""
+    tensors = len(_variables(which))
+    idle = ("Placeholder", "ReadVariableOp", "Identity", "NoOp", "Const")
+
+    def count(function):
+        graph = function.get_concrete_function().graph
+        return sum(op.type not in idle for op in graph.get_operations()) / tensors
+
+    result: dict[str, dict[str, float]] = {}
+    for name, fn in _clips(which).items():
+        result.setdefault(name, {})["clip"] = count(_graph(which, fn))
+    for name, make in _optimizers().items():
+        result.setdefault(name, {})["update"] = count(_applying(which, make))
+    return result
+
+
+def growth(count: int, name: str) -> dict[str, float]:
+    """Seconds to trace, and to run once, an update of `count` kernels of 32 × 32."""
+    variables = [
+        keras.Variable(keras.initializers.RandomNormal(seed=i), (32, 32), name=f"layer_{i}")
+        for i in range(count)
+    ]
+    gradients = [tf.Variable(v.value) for v in variables]
+    optimizer = _optimizers()[name]()
+    optimizer.build(variables)
+    function = tf.function(
+        lambda: optimizer.apply([tf.convert_to_tensor(g) for g in gradients], variables),
+        autograph=False,
+    )
+    start = time.perf_counter()
+    function.get_concrete_function()
+    trace = time.perf_counter() - start
+    function()
+    runs = []
+    for _ in range(20):
+        start = time.perf_counter()
+        function()
+        runs.append(time.perf_counter() - start)
+    return {"trace": trace, "run": float(np.median(runs))}
+
+
+def growth_names() -> list[str]:
+    """The contestants of `growth`."""
+    return ["Keras clipvalue", "AbsoluteClip", "Keras clipnorm", "NormClip layer"]
+
+
+def reductions(which: str, replicas: int, accumulate: int) -> dict[str, dict]:
+    """All-reduces and bytes that one update asks for on some replicas.
+
+    Must be the first call in a process: the logical devices are made here.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
+    )
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    original, calls = tf.distribute.ReplicaContext.all_reduce, []
+
+    def counting(self, op, value, *args, **kwargs):
+        flat = tf.nest.flatten(value)
+        calls.append(sum(math.prod(t.shape) * t.dtype.size for t in flat))
+        return original(self, op, value, *args, **kwargs)
+
+    def counted(make):
+        with strategy.scope():
+            model = _model(which, clipped=False)
+            optimizer = make()
+            optimizer.build(model.trainable_variables)
+        variables = model.trainable_variables
+
+        def update():
+            optimizer.apply([tf.ones(v.shape) for v in variables], variables)
+
+        calls.clear()
+        tf.distribute.ReplicaContext.all_reduce = counting
+        try:
+            tf.function(lambda: strategy.run(update), autograph=False).get_concrete_function()
+        finally:
+            tf.distribute.ReplicaContext.all_reduce = original
+        parameters = sum(math.prod(v.shape) for v in variables)
+        # Every replica's thread joins each all-reduce.
+        return {
+            "all_reduces": len(calls) / replicas,
+            "bytes": sum(calls) / replicas,
+            "parameter_bytes": 4 * parameters,
+        }
+
+    result = {"NormClip layer": counted(lambda: _wrapped(kgc.NormClip(MAX_NORM)))}
+    if accumulate > 1:
+        name = f"NormClip layer, {accumulate} micro-batches"
+        result[name] = counted(
+            lambda: _wrapped(kgc.NormClip(MAX_NORM), gradient_accumulation_steps=accumulate)
+        )
+    else:
+        result["Keras clipnorm"] = counted(lambda: _sgd(clipnorm=MAX_NORM))
+    return result
+
+
+def versions() -> str:
+    """The versions of what is measured."""
+    return (
+        f"Keras {keras.__version__}, TensorFlow {tf.__version__}, keras_gradclip {kgc.__version__}"
+    )
