@@ -71,6 +71,16 @@ def test_overwrite_with_average_takes_the_variables():
     assert list(inspect.signature(method).parameters) == ["self", "trainable_variables"]
 
 
+def test_the_symbolic_build_is_where_we_replace_it():
+    method = keras.Model._maybe_symbolic_build
+    assert list(inspect.signature(method).parameters) == ["self", "iterator", "data_batch"], (
+        "Model._maybe_symbolic_build changed: fit under MultiWorkerMirroredStrategy builds the "
+        "model there, from a reduced batch (keras#20585)"
+    )
+    source = inspect.getsource(keras.Model.fit)
+    assert "_maybe_symbolic_build(iterator=" in source, "fit no longer calls it"
+
+
 def test_private_names_live_in_one_module():
     """`keras.src` and TensorFlow's internals appear in _compat and aggregation alone."""
     from pathlib import Path
