@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 zoo replicas search test test-slow test-backends \
+.PHONY: help venv resnet50 zoo replicas search bench test test-slow test-backends \
         venv-jax venv-torch lint format clean
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make zoo        train every recipe on its embedded data and print one table"
 	@echo "make search     search clipping thresholds with KerasTuner on the embedded data"
 	@echo "make replicas   what a threshold means on 1, 2 and 4 replicas, Keras beside us"
+	@echo "make bench      what clipping costs, beside Keras, optax, PyTorch and a plain copy"
 	@echo "make test       lint, type-check and test"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-backends  the core tests on TensorFlow, JAX and PyTorch"
@@ -33,8 +34,14 @@ venv-torch: .venv-torch/.installed
 .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt \
-	  -e . $* pytest pytest-timeout
+	  -e . $* $(REFERENCES_$*) pytest pytest-timeout
+	$(if $(ALONE_$*),.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-$*.txt --no-deps $(ALONE_$*))
 	@touch $@
+
+# What the tests and the benchmark compare with. Of timm they need one file, and no torchvision.
+REFERENCES_jax := optax
+ALONE_torch := timm
 
 resnet50: venv
 	$(BIN)/python recipes/resnet50.py $(ARGS)
@@ -44,6 +51,9 @@ zoo: venv
 
 search: venv
 	$(BIN)/python tuning/search.py $(ARGS)
+
+bench: venv venv-jax venv-torch
+	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 replicas: venv
 	$(BIN)/python recipes/replicas.py

@@ -5,6 +5,7 @@ import os
 os.environ["KERAS_BACKEND"] = "torch"
 
 import torch
+from references import timm_agc
 
 SIGMA, THRESHOLD, MAX_NORM = 0.1, 0.1, 1.0
 
@@ -32,10 +33,10 @@ def _clips():
         ),
     }
     try:
-        from timm.utils.agc import adaptive_clip_grad
+        agc = timm_agc()
     except ImportError:
         return clips
-    clips["timm adaptive_clip_grad"] = lambda p: adaptive_clip_grad(p, 0.01)
+    clips["timm adaptive_clip_grad"] = lambda p: agc.adaptive_clip_grad(p, 0.01)
     return clips
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:3]]
 
 #: Name of a contestant to a function that does the work once and waits until it is done.
 Cases = dict[str, Callable[[], object]]
