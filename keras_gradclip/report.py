@@ -533,7 +533,8 @@ def _layer_table(run: Run) -> str:
     left = _left(before, after)
     quantiles = np.percentile(before, (50, 90, 100), axis=0)
     angle = np.nanmean(run.figures["angle"][good], axis=0)
-    head = ("clipped on", "norm left", "median norm", "90 % below", "largest", "angle")
+    turned = bool(angle.max() >= STRAIGHT)
+    head = ("clipped on", "norm left", "median norm", "90 % below", "largest") + ("angle",) * turned
     rows = "".join(
         f"<tr><td>{html.escape(layer)}</td>"
         + "".join(
@@ -541,8 +542,8 @@ def _layer_table(run: Run) -> str:
             for cell in (
                 _percent(share[i]),
                 _percent(left[i]),
-                *(f"{q:.3g}" for q in quantiles[:, i]),
-                f"{angle[i]:.1f}°",
+                *(_number(q) for q in quantiles[:, i]),
+                *([f"{angle[i]:.1f}°"] if turned else []),
             )
         )
         + "</tr>"
@@ -626,8 +627,8 @@ def _chart(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{shown}</text>'
         )
-    ends = (("step ", x0, "start"), ("", (x0 + x1) // 2, "middle"), ("", x1, "end"))
-    for name, value, anchor in ends:
+    marks = (("step ", x0, "start"), ("", (x0 + x1) // 2, "middle"), ("", x1, "end"))
+    for name, value, anchor in marks:
         place = f'x="{at_x(value):.1f}" y="{height - 10}" text-anchor="{anchor}"'
         parts.append(f"<text {place}>{name}{value}</text>")
     for k, (x, y) in enumerate(points):
@@ -790,7 +791,7 @@ h1{font-size:24px;margin:0;overflow-wrap:anywhere}h2{font-size:18px;margin:32px 
 flex-direction:column}
 .tiles b{font-size:20px}.tiles span{font-size:12px;color:var(--soft)}
 .findings{list-style:none;margin:0;padding:0;display:grid;gap:8px}
-.findings li{background:var(--card);border-left:4px solid var(--soft);border-radius:4px;
+.findings>li{background:var(--card);border-left:4px solid var(--soft);border-radius:4px;
 padding:8px 12px;overflow-wrap:anywhere}
 .findings details ul{margin:6px 0 0;padding-left:18px;font-size:13px;columns:2 380px}
 .findings .bad{border-color:var(--bad)}.findings .bad b{color:var(--bad)}
