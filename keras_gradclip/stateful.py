@@ -127,8 +127,12 @@ class PercentileClip(_FromNorms):
     the steps as long as the norms do not drift: nine in ten with the default, which makes it
     closer to a normalised step than to a guard against spikes; p = 90 is such a guard. Suggested:
     p = 10. Source: Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation
-    Networks", arXiv 2007.14469, which keeps every norm since the start; a window bounds the memory
-    and forgets the first steps. The package `autoclip` has a window of 1000 too.
+    Networks", arXiv 2007.14469, which keeps every norm since the start, as its reference code does
+    (`numpy.percentile` of all global norms); a window bounds the memory and forgets the first
+    steps. The package `autoclip` 0.2.1 has a window of 1000 too, and the 90th percentile.
+
+    The window decides how fast the threshold follows norms that fall: where they fall a
+    hundredfold within an epoch, the default of 1000 clips nothing for the rest of a short run.
 
     Args:
         percentile: p in 0..100, or a LearningRateSchedule.
@@ -199,8 +203,9 @@ class ZScoreClip(_FromNorms):
 
     When to use it: a guard against loss spikes in long runs, at little cost in the other steps.
     Suggested: α = 0.97, z_threshold = 2.5, warmup_steps = 25. Source: Kumar et al., "ZClip:
-    Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507, and its reference code,
-    which also bounds the norm by 1 throughout: `Chain([ZScoreClip(), NormClip(1.0, "global")])`.
+    Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507, and its reference code
+    (bluorion-com/ZClip: the same three defaults and formulas), which also bounds the norm by 1
+    throughout: `Chain([ZScoreClip(), NormClip(1.0, "global")])`.
 
     Args:
         z_threshold: positive number or LearningRateSchedule.
@@ -284,8 +289,10 @@ class AdaClip(_FromNorms):
     When to use it: transformers and other long runs, where single tensors spike while the global
     norm looks calm. Suggested: λ_rel = 1.05, λ_abs = 1, β = 0.98, 100 steps of warm-up. Source:
     Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping", arXiv
-    2502.11034, algorithm 1. One departure: a norm of 0 is not remembered, because γ = 0 would
-    freeze a zero-initialised tensor for good.
+    2502.11034, algorithm 1; the formulas are those of the authors' repository
+    (PaddlePaddle/PaddleFleet, Research/AdaGC), the four values the defaults of the package
+    `pytorch_optimizer`, not checked against the paper's tables. One departure: a norm of 0 is not
+    remembered, because γ = 0 would freeze a zero-initialised tensor for good.
 
     Args:
         lambda_rel: λ_rel, positive number or LearningRateSchedule.
