@@ -347,9 +347,11 @@ def calibrate(
     Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
     clipper bounds: a threshold at the 90th percentile clips about one update in ten, as long as
     the gradients stay as they were. (More than half clipped is too much: the threshold then acts
-    as a learning rate.) The norms of most networks drift, often upwards in the first epochs:
-    watch as many updates as the run will have, or as many as one can afford, and look at the clip
-    fraction; a clipper with a memory (`PercentileClip`) follows the drift. Afterwards weights,
+    as a learning rate.) Compile the model without the clip that the thresholds are to replace: a
+    clip changes the norms. The norms of most networks drift, often by a hundredfold in the first
+    epoch: watch as many updates as the run will have, or as many as one can afford, and look at
+    when the thresholds would clip; `clip_map(segments=8)` makes schedules of them, and
+    `PercentileClip` with a short window follows the drift by itself. Afterwards weights,
     optimizer, metrics and random states are what they were before, bit for bit.
 
     ```python
