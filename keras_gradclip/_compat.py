@@ -88,3 +88,15 @@ class LocalSymbolicBuild:
         super()._maybe_symbolic_build(  # type: ignore[misc]
             iterator=iterator, data_batch=data_batch
         )
+
+
+def is_traced_for_xla() -> bool:
+    """Whether TensorFlow is tracing a function that XLA will compile (`jit_compile=True`).
+
+    Some operations mean something else there: `ClipByValue` turns a NaN into a limit. TensorFlow
+    marks the graph, or one around it, and has no public way to ask.
+    """
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))

@@ -18,6 +18,8 @@ import keras
 import numpy as np
 from keras import backend, ops
 
+from keras_gradclip import _compat
+
 # exp(80) = 5.5e34 still fits float32: a larger exponent would turn a zero gradient into
 # 0 * inf = NaN, and thresholds beyond it clip nothing anyway.
 MAX_EXPONENT = 80.0
@@ -89,11 +91,11 @@ def clip_each(xs: Sequence[Any], limit: Any) -> list[Any]:
 
 
 def _clip_between(x: Any, low: Any, high: Any) -> Any:
-    if _runs_on_tensorflow_cpu():
+    if _runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla():
         import tensorflow as tf
 
-        # One pass over x where ops.clip runs a minimum and a maximum. On a GPU it would be CUDA's
-        # min and max, which drop a NaN.
+        # One pass over x where ops.clip runs a minimum and a maximum. XLA fuses the two anyway,
+        # and its ClipByValue drops a NaN, as CUDA's does.
         return tf.raw_ops.ClipByValue(t=x, clip_value_min=low, clip_value_max=high)
     return ops.clip(x, low, high)
 
@@ -124,18 +126,14 @@ def clip_exponential(
     Returns:
         The clipped tensors, in the dtypes of `xs`.
     """
-    xs, weights = list(xs), list(weights)
-    if not _is_worth_compiling(xs):
-        return _exponential(xs, weights, beta, gamma, rescale)
-    groups, pieces = _group_small(xs, weights)
-    results = _compiled_exponential()(
-        [_joined([xs[i] for i in g]) for g in groups],
-        [_joined([weights[i] for i in g]) for g in groups],
-        beta,
-        gamma,
-        rescale,
-    )
-    return pieces(results)
+    compiled = _worth_compiling(xs)
+    plain = [i for i in range(len(xs)) if i not in set(compiled)]
+    result: list[Any] = [None] * len(xs)
+    for fn, chosen in ((_exponential, plain), (_compiled_exponential, compiled)):
+        clipped = fn([xs[i] for i in chosen], [weights[i] for i in chosen], beta, gamma, rescale)
+        for i, y in zip(chosen, clipped, strict=True):
+            result[i] = y
+    return result
 
 
 def _exponential(
@@ -149,26 +147,41 @@ def _exponential(
     return result
 
 
+def _compiled_exponential(
+    xs: Sequence[Any], weights: Sequence[Any], beta: Any, gamma: Any, rescale: bool
+) -> list[Any]:
+    """`_exponential` by XLA, in one pass: TensorFlow's operations would write every step out."""
+    if not xs:
+        return []
+    groups, pieces = _group_small(xs, weights)
+    results = _xla_exponential()(
+        [_joined([xs[i] for i in g]) for g in groups],
+        [_joined([weights[i] for i in g]) for g in groups],
+        beta,
+        gamma,
+        rescale,
+    )
+    return pieces(results)
+
+
 @functools.cache
-def _compiled_exponential() -> Callable[..., list[Any]]:
-    """`_exponential` in one pass: TensorFlow's operations would write every step of it out."""
+def _xla_exponential() -> Callable[..., list[Any]]:
     import tensorflow as tf
 
     return tf.function(_exponential, jit_compile=True, autograph=False)
 
 
-def _is_worth_compiling(xs: Sequence[Any]) -> bool:
-    """Whether XLA may have the work: on TensorFlow's CPU, in a graph, for static shapes."""
-    if not _runs_on_tensorflow_cpu():
-        return False
+def _worth_compiling(xs: Sequence[Any]) -> list[int]:
+    """Which tensors XLA may have: on TensorFlow's CPU, in a graph, of static shape, and many."""
+    if not _runs_on_tensorflow_cpu() or _compat.is_traced_for_xla():
+        return []
     import tensorflow as tf
 
-    shapes = [x.shape for x in xs]
-    return (
-        not tf.executing_eagerly()
-        and all(shape.is_fully_defined() for shape in shapes)
-        and sum(shape.num_elements() for shape in shapes) >= WORTH_COMPILING
-    )
+    if tf.executing_eagerly():
+        return []
+    chosen = [i for i, x in enumerate(xs) if x.shape.is_fully_defined()]
+    size = sum(xs[i].shape.num_elements() for i in chosen)
+    return chosen if size >= WORTH_COMPILING else []
 
 
 def _group_small(

@@ -93,3 +93,23 @@ def test_private_names_live_in_one_module():
         if path.name not in ("_compat.py", "aggregation.py"):
             assert "__internal__" not in text, path.name
             assert "tf.distribute" not in text.replace("`tf.distribute`", ""), path.name
+
+
+def test_a_graph_for_xla_is_still_marked():
+    seen = {}
+
+    def note(name):
+        seen[name] = _compat.is_traced_for_xla()
+        return tf.zeros(())
+
+    note("eager")
+    tf.function(lambda: note("graph"))()
+    tf.function(lambda: note("xla"), jit_compile=True)()
+    tf.function(
+        lambda: tf.cond(tf.ones(()) > 0, lambda: note("branch"), lambda: tf.zeros(())),
+        jit_compile=True,
+    )()
+    assert seen == {"eager": False, "graph": False, "xla": True, "branch": True}, (
+        "control_flow_util.GraphOrParentsInXlaContext no longer tells jit_compile=True apart: "
+        "ClipByValue would hide a NaN in a compiled step"
+    )
