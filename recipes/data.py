@@ -146,40 +146,47 @@ def train_stream(
 def eval_batches(data: Data, split: Split, batch_size: int, part: Part = WHOLE) -> tf.data.Dataset:
     """Batches of (x, y) of a whole split in storage order, the last one possibly smaller.
 
-    With a `part`, this worker's examples in batches for its replicas. Such batches may be smaller
-    than asked for, so that the last one is empty on no worker: some layers cannot compute nothing.
+    With a `part`, this worker's examples in batches for its replicas, as many on every worker and
+    none of them empty: some layers cannot compute nothing.
     """
-    size = len(range(part.worker, split.size, part.workers))
-    batch_size = _even_batch(split.size, batch_size // part.replicas, part)
-    batches = (
-        _share(split.dataset, part)
-        .map(data.preprocess_eval, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(batch_size)
-        .prefetch(tf.data.AUTOTUNE)
+    examples = _share(split.dataset, part).map(
+        data.preprocess_eval, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
-    count = -(-size // batch_size)
+    batches, count = examples.batch(batch_size), -(-split.size // batch_size)
+    if part != WHOLE:
+        sizes = _part_sizes(split.size, batch_size, part)
+        batches, count = batches.rebatch(sizes), len(sizes)
+    batches = batches.prefetch(tf.data.AUTOTUNE)
     return batches.apply(tf.data.experimental.assert_cardinality(count)).with_options(_options())
+
+
+def _part_sizes(size: int, batch_size: int, part: Part) -> list[int]:
+    """The sizes of the batches of one worker's devices in turn, as even as can be.
+
+    Args:
+        size: int, examples of all workers together.
+        batch_size: int, the global batch, which none of the steps exceeds.
+        part: `Part`.
+
+    Raises:
+        DataError: fewer examples than devices.
+    """
+    local = part.replicas // part.workers
+    most, least = -(-size // part.workers), size // part.workers
+    steps = -(-most // (local * (batch_size // part.replicas)))
+    if least < steps * local:
+        raise DataError(
+            f"{size} examples to evaluate are too few for {part.replicas} devices at "
+            f"--batch-size {batch_size}: use fewer devices or a larger batch"
+        )
+    mine = len(range(part.worker, size, part.workers))
+    each, more = divmod(mine, steps * local)
+    return [each + 1] * more + [each] * (steps * local - more)
 
 
 def _share(dataset: tf.data.Dataset, part: Part) -> tf.data.Dataset:
     """Every `workers`-th example, before anything costly is done to it."""
     return dataset if part.workers == 1 else dataset.shard(part.workers, part.worker)
-
-
-def _even_batch(size: int, batch_size: int, part: Part) -> int:
-    """The largest replica's batch, up to `batch_size`, with which no replica ever gets nothing.
-
-    `batch_size` itself where there is none.
-    """
-    if part == WHOLE:
-        return batch_size
-    local = part.replicas // part.workers
-    shares = {len(range(worker, size, part.workers)) for worker in range(part.workers)}
-    for batch in range(batch_size, 0, -1):
-        counts = {-(-share // batch) for share in shares}
-        if len(counts) == 1 and counts.pop() % local == 0:
-            return batch
-    return batch_size
 
 
 def _options() -> tf.data.Options:

@@ -13,6 +13,7 @@ for Python callers, who get a `Result` or an exception.
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import math
 import os
 import shlex
@@ -841,12 +842,18 @@ def _join(options: argparse.Namespace, cluster: workers.Cluster):
     workers.check_port(cluster)
     if gpus:
         tf.config.set_visible_devices(gpus[: options.devices], "GPU")
-    with workers.waiting(cluster, options.worker_timeout):
+    workers.meet(cluster, options.worker_timeout)
+    # Should one die just now, TensorFlow would wait and keep Python from running: this does not
+    # need Python to end the process.
+    faulthandler.dump_traceback_later(options.worker_timeout, exit=True, file=sys.__stderr__)
+    try:
         return tf.distribute.MultiWorkerMirroredStrategy(
             communication_options=tf.distribute.experimental.CommunicationOptions(
                 timeout_seconds=options.worker_timeout
             )
         )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _load_data(recipe: Recipe, options: argparse.Namespace):

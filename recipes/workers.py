@@ -12,9 +12,8 @@ import os
 import re
 import socket
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 from recipes.errors import RecipeError
 
@@ -25,6 +24,8 @@ _EXAMPLE = (
 )
 _QUIET_START = 15.0  # seconds of waiting before a line says for whom
 _LOOK = 2.0  # seconds for one attempt to reach a worker
+_POLL = 0.2
+_GO, _LATE = b"go\n", b"late "
 
 
 class WorkerLost(RecipeError):
@@ -132,9 +133,9 @@ def _wrong(what: str) -> RecipeError:
 
 
 def check_port(cluster: Cluster) -> None:
-    """Raises a RecipeError if another program has this worker's port: TensorFlow would hang."""
+    """Raises a RecipeError if another program has this worker's port."""
     name, address = cluster.tasks[cluster.here]
-    port = int(address.rpartition(":")[2])
+    port = _split(address)[1]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -146,49 +147,137 @@ def check_port(cluster: Cluster) -> None:
             ) from None
 
 
-@contextlib.contextmanager
-def waiting(cluster: Cluster, timeout: float) -> Iterator[None]:
-    """While the body waits for the others to start: tells for whom, and ends the process in time.
+def meet(cluster: Cluster, timeout: float) -> None:
+    """Comes back when all workers are there: the others report to the chief, at its address.
 
-    TensorFlow waits inside its C++ library, where no exception gets in: this ends the process.
+    TensorFlow would wait for them inside its C++ library and keep Python from running, so that
+    nobody could say for whom, or stop.
 
-    Args:
-        cluster: `Cluster`.
-        timeout: seconds.
+    Raises:
+        WorkerLost: somebody did not come within `timeout` seconds.
+        RecipeError: the workers' TF_CONFIGs differ.
     """
-    done = threading.Event()
+    if len(cluster.tasks) > 1:
+        (_await_others if cluster.is_chief else _report_to_chief)(cluster, timeout)
 
-    def watch() -> None:
-        start = time.monotonic()
-        if done.wait(min(_QUIET_START, timeout / 2)):
-            return
-        absent = silent(cluster)
-        _tell(f"{cluster.name}: waiting for {_listed(absent or cluster.others())}")
-        if done.wait(max(timeout - (time.monotonic() - start), 0.1)):
-            return
-        absent = silent(cluster)
-        _tell(
-            f"error: {cluster.name}: {_listed(absent or cluster.others())} did not come within "
-            f"{timeout:.0f} seconds. Start every worker with the same command, see that the "
-            "address can be reached from here (firewall), or raise --worker-timeout"
-        )
-        sys.stdout.flush()
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _await_others(cluster: Cluster, timeout: float) -> None:
+    host, port = _split(cluster.tasks[0][1])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    here: dict[int, socket.socket] = {}
+    start, told = time.monotonic(), False
+    with socket.create_server(("", port), family=family) as server:
+        server.settimeout(_POLL)
+        try:
+            while len(here) < len(cluster.tasks) - 1:
+                for i in [i for i, connection in here.items() if _closed(connection)]:
+                    here.pop(i).close()
+                absent = [t for i, t in enumerate(cluster.tasks) if i and i not in here]
+                waited = time.monotonic() - start
+                if waited > timeout:
+                    for connection in here.values():
+                        with contextlib.suppress(OSError):
+                            connection.sendall(_LATE + _listed(absent).encode() + b"\n")
+                    raise _missing(cluster, _listed(absent), timeout)
+                if waited > _QUIET_START and not told:
+                    told = True
+                    _tell(f"{cluster.name}: waiting for {_listed(absent)}")
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    continue
+                number = _welcome(cluster, connection, here)
+                if number is not None:
+                    here[number] = connection
+            for connection in here.values():
+                connection.sendall(_GO)
+                # The other end closes first: otherwise the port would not be free at once.
+                connection.settimeout(_LOOK)
+                with contextlib.suppress(OSError):
+                    connection.recv(1)
+        finally:
+            for connection in here.values():
+                connection.close()
+
+
+def _welcome(cluster: Cluster, connection: socket.socket, here: Mapping) -> int | None:
+    """The place of the worker that speaks; None for one that does not belong here."""
+    connection.settimeout(_LOOK)
     try:
-        yield
+        report = json.loads(connection.makefile("rb").readline(1 << 20))
+        number, tasks = int(report["here"]), report["tasks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        connection.close()
+        return None
+    problem = None
+    if tasks != [list(task) for task in cluster.tasks]:
+        problem = f"names other workers on {cluster.name} than here"
+    elif number in here:
+        problem = f"has the same ['task'] on two machines: {cluster.tasks[number][0]}"
+    if problem:
+        with contextlib.suppress(OSError):
+            connection.sendall(problem.encode() + b"\n")
+        connection.close()
+        return None
+    return number
+
+
+def _report_to_chief(cluster: Cluster, timeout: float) -> None:
+    name, address = cluster.tasks[0]
+    report = json.dumps({"here": cluster.here, "tasks": cluster.tasks}).encode() + b"\n"
+    start, told = time.monotonic(), False
+    patience = timeout + 2 * _LOOK  # the chief, if it is there, tells who is not
+    while time.monotonic() - start < patience:
+        with contextlib.suppress(OSError), socket.create_connection(_split(address), _LOOK) as up:
+            up.sendall(report)
+            left = patience - (time.monotonic() - start)
+            up.settimeout(max(left, _LOOK))
+            answer = up.makefile("rb").readline()
+            if answer == _GO:
+                return
+            if answer.startswith(_LATE):
+                who = answer.removeprefix(_LATE).decode().strip()
+                raise _missing(cluster, who, timeout)
+            if answer:
+                raise _wrong(answer.decode().strip())
+        if time.monotonic() - start > _QUIET_START and not told:
+            told = True
+            _tell(f"{cluster.name}: waiting for {name} ({address})")
+        time.sleep(_POLL)
+    raise _missing(cluster, _listed(cluster.tasks[:1]), timeout)
+
+
+def _closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
     finally:
-        done.set()
+        connection.setblocking(True)
+
+
+def _missing(cluster: Cluster, who: str, timeout: float) -> WorkerLost:
+    return WorkerLost(
+        f"{cluster.name}: {who} did not come within {timeout:.0f} seconds. Start every "
+        "worker with the same command, see that the machines reach each other (firewall), or "
+        "raise --worker-timeout"
+    )
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def silent(cluster: Cluster) -> list[tuple[str, str]]:
     """The other workers at whose address nobody listens."""
 
     def listens(address: str) -> bool:
-        host, _, port = address.rpartition(":")
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=_LOOK):
+            with socket.create_connection(_split(address), timeout=_LOOK):
                 return True
         except OSError:
             return False
@@ -200,7 +289,7 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _listed(tasks: list[tuple[str, str]]) -> str:
+def _listed(tasks: Sequence[tuple[str, str]]) -> str:
     return " and ".join(f"{name} ({address})" for name, address in tasks)
 
 

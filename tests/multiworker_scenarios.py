@@ -26,9 +26,9 @@ BATCH = 12  # of all workers together: 2 and 3 divide it
 MORE_CLIPPERS = {
     "adaptive": kgc.AdaptiveClip(0.01),
     "rms": kgc.RMSClip(0.01),
-    "percentile": kgc.PercentileClip(50),
-    "z-score": kgc.ZScoreClip(),
-    "adagc": kgc.AdaClip(),
+    "percentile": kgc.PercentileClip(10),
+    "z-score": kgc.ZScoreClip(z_threshold=0.1, warmup_steps=2),
+    "adagc": kgc.AdaClip(warmup_steps=2),
 }
 
 
@@ -221,7 +221,7 @@ def one_reduction(strategy):
 
 SCENARIOS = {
     **{
-        f"clipper-{name}": lambda s, clipper=clipper: only(fitted(s, clipper=clipper))
+        f"clipper-{name}": lambda s, clipper=clipper: only(fitted(s, clipper=clipper, steps=8))
         for name, clipper in {**CLIPPERS, **MORE_CLIPPERS}.items()
     },
     "accumulation": lambda s: only(fitted(s, accumulated(gradient_accumulation_steps=2), steps=6)),

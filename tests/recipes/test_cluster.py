@@ -1,0 +1,498 @@
+"""Recipes over several workers: TF_CONFIG, who computes what, who writes, and lost workers."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny_recipe import RECIPE, load_data
+
+from recipes import callbacks as cb
+from recipes import cluster, workers
+from recipes.data import WHOLE, Part, Split, eval_batches, train_stream
+from recipes.errors import RecipeError
+from recipes.training import main
+
+HERE = Path(__file__).resolve().parent
+TWO = {"worker": ["10.0.0.1:2222", "10.0.0.2:2222"]}
+
+
+def config(cluster=None, kind="worker", index=0):
+    task = {"type": kind, "index": index}
+    return json.dumps({"cluster": TWO if cluster is None else cluster, "task": task})
+
+
+# ------------------------------------------------------------------------------------- TF_CONFIG
+
+
+def test_workers_in_order():
+    found = workers.read_cluster({"TF_CONFIG": config(index=1)})
+    assert found.tasks == (("worker 0", "10.0.0.1:2222"), ("worker 1", "10.0.0.2:2222"))
+    assert (found.here, found.name, found.is_chief) == (1, "worker 1", False)
+    assert found.others() == [("worker 0", "10.0.0.1:2222")]
+    assert workers.read_cluster({"TF_CONFIG": config()}).is_chief
+
+
+def test_a_chief_comes_first():
+    jobs = {"worker": ["b:1", "c:1"], "chief": ["a:1"]}
+    found = workers.read_cluster({"TF_CONFIG": config(jobs)})
+    assert [name for name, _ in found.tasks] == ["chief", "worker 0", "worker 1"]
+    assert not found.is_chief and found.name == "worker 0"
+    assert workers.read_cluster({"TF_CONFIG": config(jobs, "chief")}).is_chief
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "TF_CONFIG is not set. Set on each machine"),
+        ("{'cluster': {}}", "is not JSON"),
+        ("[]", "must be an object with 'cluster'"),
+        ('{"cluster": {"worker": ["a:1"]}}', "must be an object with 'task'"),
+        (config({}), "names no worker"),
+        (config({"worker": "a:1"}), "['cluster']['worker'] must be a list of 'host:port'"),
+        (config({"worker": ["a"]}), "the address 'a', which is not 'host:port'"),
+        (config({"worker": ["a:99999"]}), "the address 'a:99999'"),
+        (config({"worker": ["a:1", "a:1"]}), "gives the address 'a:1' to two workers"),
+        (config({"worker": ["a:1"], "ps": ["b:1"]}), "has the job 'ps'"),
+        (config({"worker": ["a:1"], "chief": ["b:1", "c:1"]}), "more than one chief"),
+        (config(index=2), "['task']['index'] is 2, and must be a whole number from 0 to 1"),
+        (config(index="0"), "['task']['index'] is '0'"),
+        (config(kind="chief"), "['task']['type'] is 'chief', and must be one of ['worker']"),
+    ],
+)
+def test_what_is_wrong_with_it(text, message, monkeypatch, capsys, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        workers.read_cluster({"TF_CONFIG": text})
+    assert message in str(error.value)
+    monkeypatch.setenv("TF_CONFIG", text)
+    argv = ["--strategy", "multiworker", "--output", str(tmp_path / "run")]
+    assert main(RECIPE, argv) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: --strategy multiworker: ") and message in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch-size", "63"], "--batch-size 63 is not divisible by the 2 devices of 2 workers"),
+        (["--devices", "3"], "--devices 3: worker 0 has"),
+    ],
+)
+def test_before_anybody_waits(argv, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TF_CONFIG", config())
+    argv = [*argv, "--strategy", "multiworker", "--output", str(tmp_path / "run")]
+    assert main(RECIPE, argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(RecipeError, match=rf"worker 0: port {port} is not free"):
+            workers.check_port(workers.Cluster((("worker 0", f"localhost:{port}"),), 0))
+
+
+# --------------------------------------------------------------------------- waiting for the others
+
+
+def meet(configs, timeout=20.0):
+    """Lets workers meet, each in a thread; what each raised, or None."""
+
+    def one(text):
+        try:
+            workers.meet(workers.read_cluster({"TF_CONFIG": text}), timeout)
+        except RecipeError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(configs)) as pool:
+        return list(pool.map(one, configs))
+
+
+def test_all_come():
+    configs = cluster.configs(3)
+    assert meet(configs) == [None] * 3
+    assert meet(configs) == [None] * 3  # the port is free again
+
+
+def test_one_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "_QUIET_START", 0.1)
+    late = meet(cluster.configs(3)[:2], timeout=2)
+    for i, error in enumerate(late):
+        assert isinstance(error, workers.WorkerLost)
+        assert str(error).startswith(f"worker {i}: worker 2 (127.0.0.1:")
+        assert "did not come within 2 seconds" in str(error)
+    assert "worker 0: waiting for worker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["cluster"]["worker"].append("127.0.0.1:9"), "names other workers on worker 0"),
+        (lambda c: c["task"].update(index=1), "has the same ['task'] on two machines: worker 1"),
+    ],
+)
+def test_configs_that_do_not_belong_together(change, message):
+    configs = [json.loads(text) for text in cluster.configs(3)]
+    change(configs[2])
+    errors = meet([json.dumps(c) for c in configs], timeout=3)
+    assert any(message in str(error) for error in errors[1:])
+    assert isinstance(errors[0], workers.WorkerLost)
+
+
+# ------------------------------------------------------------------------- which worker is to blame
+
+
+def lost(error, *, silent=(), monkeypatch):
+    found = workers.read_cluster({"TF_CONFIG": config({"worker": ["a:1", "b:2", "c:3"]})})
+    monkeypatch.setattr(workers, "silent", lambda c: [c.tasks[i] for i in silent])
+    return workers.lost(found, error, 600)
+
+
+def unavailable(text):
+    return tf.errors.UnavailableError(None, None, text)
+
+
+def test_the_one_that_is_named_and_silent(monkeypatch):
+    text = (
+        "Collective ops is aborted by: Error reported from /job:worker/task:2: The following tasks "
+        "are unhealthy:\n/job:worker/replica:0/task:1\n"
+    )
+    error = lost(unavailable(text), silent=[1], monkeypatch=monkeypatch)
+    assert "worker 0: worker 1 (b:2) is gone." in str(error)
+    assert "--resume" in str(error) and "worker 2" not in str(error)
+
+
+def test_the_ones_that_are_silent_where_none_is_named(monkeypatch):
+    error = lost(unavailable("Socket closed"), silent=[1, 2], monkeypatch=monkeypatch)
+    assert "worker 1 (b:2) and worker 2 (c:3) are gone" in str(error)
+
+
+def test_nobody_is_gone_but_somebody_hangs(monkeypatch):
+    late = tf.errors.DeadlineExceededError(None, None, "Collective has timed out")
+    error = lost(late, monkeypatch=monkeypatch)
+    assert "did not come to a common step within 600 seconds" in str(error)
+
+
+def test_another_error_is_not_a_lost_worker(monkeypatch):
+    assert lost(tf.errors.InvalidArgumentError(None, None, "shapes"), monkeypatch=monkeypatch) is (
+        None
+    )
+
+
+# ------------------------------------------------------------------------------ who computes what
+
+
+def numbered(size):
+    """Data whose examples are their own numbers."""
+    import dataclasses
+
+    data = load_data(RECIPE.options())
+    split = Split(tf.data.Dataset.range(size), size)
+    return dataclasses.replace(
+        data,
+        train=split,
+        preprocess_train=lambda element, seed: (element, seed),
+        preprocess_eval=lambda element: (element, element),
+    )
+
+
+@pytest.mark.parametrize(("count", "local"), [(2, 1), (3, 1), (3, 2)])
+def test_each_batch_is_split_over_the_workers(count, local):
+    """The same examples as in one process, with the same seeds of augmentation, each once."""
+    data, batch = numbered(100), 12
+    want = [
+        {(int(a), *b.numpy().tolist()) for a, b in zip(x, seed, strict=True)}
+        for x, seed in train_stream(data, batch, seed=7, start_step=3).take(9)
+    ]
+    parts = [
+        train_stream(data, batch, 7, 3, part=Part(w, count, count * local)).take(9 * local)
+        for w in range(count)
+    ]
+    got = [[] for _ in want]
+    for part in parts:
+        for i, (x, seed) in enumerate(part):
+            assert len(x) == batch // (count * local)
+            got[i // local] += [(int(a), *b.numpy().tolist()) for a, b in zip(x, seed, strict=True)]
+    assert [set(step) for step in got] == want
+    assert all(len(step) == batch for step in got)
+
+
+@pytest.mark.parametrize("size", [30, 31, 36, 37, 43, 85, 100])
+@pytest.mark.parametrize(("count", "local"), [(1, 1), (2, 1), (3, 1), (2, 2)])
+def test_evaluation_sees_every_example_once(count, local, size):
+    data = numbered(size)
+    part = [Part(w, count, count * local) if count > 1 else WHOLE for w in range(count)]
+    batches = [list(eval_batches(data, data.train, 12, p)) for p in part]
+    seen = sorted(int(i) for worker in batches for x, _ in worker for i in x)
+    assert seen == list(range(size))
+    # No worker, and none of its devices, comes away empty-handed in a step that others make.
+    assert len({len(worker) for worker in batches}) == 1
+    assert len(batches[0]) % local == 0
+    for w, worker in enumerate(batches):
+        assert int(eval_batches(data, data.train, 12, part[w]).cardinality()) == len(worker)
+
+
+# -------------------------------------------------------------------------------- the launcher
+
+
+def python(code):
+    return [sys.executable, "-c", textwrap.dedent(code)]
+
+
+SHOW = """
+    import json, os
+    task = json.loads(os.environ["TF_CONFIG"])
+    print("hello from", task["task"]["index"], len(set(task["cluster"]["worker"])))
+"""
+
+
+def test_each_worker_gets_its_place_and_its_lines_a_prefix(capfd):
+    assert cluster.launch(python(SHOW), 3) == 0
+    out = sorted(capfd.readouterr().out.splitlines())
+    assert out == [f"[worker {i}] hello from {i} 3" for i in range(3)]
+
+
+def test_one_fails_and_the_rest_is_ended(capfd):
+    code = """
+        import json, os, sys, time
+        if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+            sys.exit(7)
+        time.sleep(600)
+    """
+    assert cluster.launch(python(code), 3, grace=0.2) == 7
+    error = capfd.readouterr().err
+    assert "worker 1 ended with status 7" in error
+    assert "worker 0, 2 did not end by itself" in error
+
+
+def test_killed_workers_are_told_by_their_signal(capfd):
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert cluster.launch(python(code), 1) == 128 + signal.SIGKILL
+    assert "worker 0 was killed by signal 9 (SIGKILL)" in capfd.readouterr().err
+
+
+def test_what_a_worker_started_ends_with_it(tmp_path, capfd):
+    code = f"""
+        import subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+        time.sleep(600)
+    """
+    assert cluster.launch(python(code), 1, timeout=3) == 124
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 30
+    while alive(pid):
+        assert time.monotonic() < deadline, "the worker's child goes on"
+        time.sleep(0.1)
+
+
+def alive(pid):
+    """Whether a process runs; what only waits for its parent to look does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_command_line_adds_the_strategy(tmp_path, capfd):
+    script = tmp_path / "recipe.py"
+    script.write_text("import sys; print(*sys.argv[1:])")
+    assert cluster.main(["--workers", "1", str(script), "--epochs", "2"]) == 0
+    assert cluster.main(["--workers", "1", str(script), "--strategy", "none"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines == [
+        "[worker 0] --epochs 2 --strategy multiworker",
+        "[worker 0] --strategy none",
+    ]
+
+
+@pytest.mark.parametrize("argv", [["--workers", "0", __file__], ["absent.py"]])
+def test_wrong_command_lines(argv, capsys):
+    with pytest.raises(SystemExit) as leave:
+        cluster.main(argv)
+    assert leave.value.code == 2
+
+
+# ----------------------------------------------------------------------------- whole runs (slow)
+
+# tiny_recipe with 3 steps between backups; one worker does something to itself at step 13 of 24.
+STRUCK = """
+import json, os, signal, sys, time
+sys.path[:0] = [{root!r}, {here!r}]
+import keras
+from tiny_recipe import RECIPE
+from recipes import training
+
+class Strike(keras.callbacks.Callback):
+    steps = 0
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
+        if self.steps == 13 and json.loads(os.environ["TF_CONFIG"])["task"]["index"] == {victim}:
+            {act}
+
+run = training.run
+training.run = lambda recipe, options, folder: run(recipe, options, folder, [Strike()])
+sys.exit(training.main(RECIPE, {argv!r}))
+"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+HANG = "time.sleep(600)"
+
+
+def environment(folder):
+    return {
+        **os.environ,
+        "TF_NUM_INTRAOP_THREADS": "1",
+        "TF_NUM_INTEROP_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TMPDIR": str(folder),
+    }
+
+
+def tiny(folder, count, *argv):
+    argv = ["--output", str(folder), "--backup-every", "3", "--verbose", "quiet", *argv]
+    command = [sys.executable, str(HERE / "tiny_recipe.py"), "--strategy", "multiworker", *argv]
+    return cluster.launch(
+        command, count, environment=environment(folder.parent), grace=30, timeout=200
+    )
+
+
+def struck(folder, count, victim, act, *argv):
+    argv = ["--output", str(folder), "--backup-every", "3", "--verbose", "quiet", *argv]
+    code = STRUCK.format(
+        root=str(HERE.parents[1]),
+        here=str(HERE),
+        victim=victim,
+        act=act,
+        argv=["--strategy", "multiworker", *argv],
+    )
+    command = [sys.executable, "-c", code]
+    return cluster.launch(
+        command, count, environment=environment(folder.parent), grace=30, timeout=200
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two workers that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert tiny(folder, 2, "--tensorboard", "--monitor", "4") == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_one_set_of_files(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {
+        "backup.npz", "best.keras", "config.json", "curves.png", "history.csv", "layers.csv",
+        "monitor", "tensorboard",
+    }  # fmt: skip
+    rows = cb.read_rows(whole / cb.HISTORY)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert len(list((whole / "tensorboard/train").iterdir())) == 1
+    assert (whole / "monitor/report.html").exists()
+    assert cb.load_backup(whole / cb.BACKUP)["step"] == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (3, 1)])
+def test_a_killed_worker_is_reported_and_the_run_goes_on(count, victim, whole, tmp_path, capfd):
+    folder = tmp_path / "run"
+    batch = ("--batch-size", "63") if count == 3 else ()
+    assert struck(folder, count, victim, KILL, *batch) == 128 + signal.SIGKILL
+    captured = capfd.readouterr()
+    others = [i for i in range(count) if i != victim]
+    for i in others:
+        lines = [x for x in captured.out.splitlines() if x.startswith(f"[worker {i}] error: ")]
+        assert len(lines) == 1, captured.out
+        assert f"worker {i}: worker {victim} (127.0.0.1:" in lines[0] or count == 3
+        assert " gone. " in lines[0] and "--resume" in lines[0]
+        assert f"worker {i} ended with status 1" in captured.err
+    assert "Traceback" not in captured.out
+    assert cb.load_backup(folder / cb.BACKUP)["step"] == 12
+
+    assert tiny(folder, count, "--resume") == 0
+    if count == 3:
+        whole = tmp_path / "whole"
+        assert tiny(whole, count, *batch) == 0
+    expected, got = (cb.load_backup(f / cb.BACKUP) for f in (whole, folder))
+    assert got["step"] == expected["step"] == 24
+    compare(expected, got)
+    for name in (cb.HISTORY, cb.LAYERS):
+        for a, b in zip(cb.read_rows(whole / name), cb.read_rows(folder / name), strict=True):
+            for key in set(a) & set(b):
+                want = b[key] if isinstance(b[key], str) else pytest.approx(b[key], rel=1e-5)
+                assert a[key] == want, key
+
+
+def compare(expected, got):
+    """The weights bit for bit; running sums, saved as the sum of the replicas', to rounding."""
+    assert expected["paths"] == got["paths"]
+    for path, a, b in zip(expected["paths"], expected["values"], got["values"], strict=True):
+        if path.startswith(("conv", "bn", "predictions", "adamw")):
+            np.testing.assert_array_equal(a, b, err_msg=path)
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=path)
+    assert sum(p.startswith(("conv", "bn", "predictions")) for p in expected["paths"]) >= 10
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_not_waited_for_for_ever(tmp_path, capfd):
+    folder = tmp_path / "run"
+    assert struck(folder, 2, 1, HANG, "--worker-timeout", "25") == 1
+    captured = capfd.readouterr()
+    assert "error: worker 0: the others did not come to a common step within 25 s" in captured.out
+    assert cb.load_backup(folder / cb.BACKUP)["step"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_worker_that_never_comes(here, tmp_path):
+    argv = ["--strategy", "multiworker", "--output", str(tmp_path / "run")]
+    command = [sys.executable, str(HERE / "tiny_recipe.py"), *argv, "--worker-timeout", "3"]
+    ended = subprocess.run(
+        command,
+        env={**environment(tmp_path), "TF_CONFIG": cluster.configs(2)[here]},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"error: worker {here}: worker {1 - here} (127.0.0.1:")
+    assert "did not come within 3 seconds" in last
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared(whole, tmp_path, capfd):
+    """Only the first worker finds the backup: the others must not start from nothing."""
+    import shutil
+
+    for i in (0, 1):
+        shutil.copytree(whole, tmp_path / str(i))
+    (tmp_path / "1" / cb.BACKUP).unlink()
+    code = f"""
+import json, os, sys
+sys.path[:0] = [{str(HERE.parents[1])!r}, {str(HERE)!r}]
+from tiny_recipe import RECIPE
+from recipes.training import main
+here = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+folder = {str(tmp_path)!r} + f"/{{here}}"
+sys.exit(main(RECIPE, ["--resume", "--epochs", "4", "--output", folder]))
+"""
+    command = [sys.executable, "-c", code]
+    status = cluster.launch(command, 2, environment=environment(tmp_path), timeout=120)
+    assert status == 2
+    assert "must be on a disk that all workers share" in capfd.readouterr().out
