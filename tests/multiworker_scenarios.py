@@ -220,6 +220,7 @@ def one_reduction(strategy):
 
 
 SCENARIOS = {
+    "no-clipper": lambda s: only(fitted(s, clipper=None, steps=8)),
     **{
         f"clipper-{name}": lambda s, clipper=clipper: only(fitted(s, clipper=clipper, steps=8))
         for name, clipper in {**CLIPPERS, **MORE_CLIPPERS}.items()
