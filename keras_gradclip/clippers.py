@@ -41,9 +41,11 @@ class _PerVariable(Clipper):
 
         def fractions():
             result: list[Any] = [None] * len(grads)
-            for i, x in zip(present, before, strict=True):
-                limit = self._limit(grads[i], variables[i], hyper)
-                result[i] = kernels.fraction_over(x, limit, size_of(variables[i]))
+            limits = [self._limit(grads[i], variables[i], hyper) for i in present]
+            sizes = [size_of(variables[i]) for i in present]
+            shares = kernels.fractions_over(before, limits, sizes)
+            for i, share in zip(present, shares, strict=True):
+                result[i] = share
             return result
 
         weights = [

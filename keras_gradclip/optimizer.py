@@ -531,9 +531,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def _record(self, grads: Sequence[Any], stats: Any) -> None:
         zero = ops.zeros((), "float32")
         squares = list(stats.square_norms) if stats and stats.square_norms else [None] * len(grads)
-        for i, g in enumerate(grads):
-            if squares[i] is None:
-                squares[i] = zero if g is None else kernels.sum_of_squares(kernels.values(g))
+        missing = [i for i, g in enumerate(grads) if g is not None and squares[i] is None]
+        taken = kernels.sums_of_squares([kernels.values(grads[i]) for i in missing])
+        for i, square in zip(missing, taken, strict=True):
+            squares[i] = square
+        squares = [zero if square is None else square for square in squares]
         fractions = stats.fractions() if stats else [None] * len(grads)
         squares = ops.stack(squares)
         self._sums.assign(

@@ -228,6 +228,7 @@ def monitor(which: str, shapes, steps: int, run_dir: str):
 def first_step(which: str, name: str) -> float:
     """Seconds of the first train step of a new model: trace, graph optimisation, one step."""
     model, batches = _trainers()[name](which), _batches()
+    model.optimizer.build(model.trainable_variables)  # as `fit` does before it traces
     start = time.perf_counter()
     model.make_train_function()
     model.train_function(batches)
