@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 zoo replicas search bench test test-slow test-backends \
+.PHONY: help venv resnet50 zoo replicas search calibrate bench bench-jax test test-slow test-backends \
         venv-jax venv-torch lint format clean
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make resnet50   train ResNet-50 with clipping on the embedded MNIST images"
 	@echo "make zoo        train every recipe on its embedded data and print one table"
 	@echo "make search     search clipping thresholds with KerasTuner on the embedded data"
+	@echo "make calibrate  clipping thresholds from ResNet-50's own gradients"
 	@echo "make replicas   what a threshold means on 1, 2 and 4 replicas, Keras beside us"
 	@echo "make bench      what clipping costs, beside Keras, optax, PyTorch and a plain copy"
 	@echo "make test       lint, type-check and test"
@@ -54,6 +55,13 @@ search: venv
 
 bench: venv venv-jax venv-torch
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+bench-jax: venv-jax
+	.venv-jax/bin/python tests/benchmarks/gpu.py --batch 8 --image 32 --steps 2 --rounds 2 \
+	  --epochs 1 --examples 64 --rates 0.1 $(ARGS)
+
+calibrate: venv
+	$(BIN)/python recipes/calibrate.py resnet50 $(ARGS)
 
 replicas: venv
 	$(BIN)/python recipes/replicas.py

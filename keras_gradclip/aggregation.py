@@ -256,10 +256,15 @@ def cond(
     tf.distribute.get_replica_context().merge_call(merged, args=(flag, *args))
 
 
-def local_cond(flag: Any, true_fn: Callable[[], Any], state: Sequence[Any]) -> None:
-    """Run `true_fn()` if `flag`; it writes `state` alone and merges no replicas."""
+def local_cond(
+    flag: Any, true_fn: Callable[[], Any], state: Sequence[Any], reads: Sequence[Any] = ()
+) -> None:
+    """Run `true_fn()` if `flag`; it writes `state` alone and merges no replicas.
+
+    On JAX, `reads` are the other variables that it may read.
+    """
     if _is_traced_by_jax(flag):
-        _stateless_cond(flag, true_fn, lambda: None, (), state)
+        _stateless_cond(flag, true_fn, lambda: None, (), state, reads)
         return
 
     def branch(fn: Callable[[], Any]) -> Callable[[], Any]:
@@ -273,10 +278,15 @@ def local_cond(flag: Any, true_fn: Callable[[], Any], state: Sequence[Any]) -> N
 
 
 def _stateless_cond(
-    flag: Any, true_fn: Any, false_fn: Any, args: tuple, state: Sequence[Any]
+    flag: Any,
+    true_fn: Any,
+    false_fn: Any,
+    args: tuple,
+    state: Sequence[Any],
+    reads: Sequence[Any] = (),
 ) -> None:
     """`cond` for a compiled JAX step: the branches return the new values of `state`."""
-    before = [(v, v.value) for v in state]
+    before = [(v, v.value) for v in (*state, *reads)]
 
     def branch(fn: Callable[..., Any]) -> Callable[[], list[Any]]:
         def call() -> list[Any]:

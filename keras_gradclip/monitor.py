@@ -130,7 +130,7 @@ class _Recorder:
         def sample() -> None:
             self._sample(iterations, grads, clipped, stats, hyper)
 
-        aggregation.local_cond(due, sample, self.state)
+        aggregation.local_cond(due, sample, self.state, self.optimizer._trainable_variables)
 
     def _sample(self, iterations: Any, grads: Any, clipped: Any, stats: Any, hyper: Any) -> None:
         zero = ops.zeros((), "float32")

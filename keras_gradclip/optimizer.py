@@ -525,6 +525,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
                 ops.equal(kernels.read(self._totals)[3] % float(self.telemetry), 0.0),
                 functools.partial(self._record, grads, stats),
                 [self._sums, self._totals],
+                self._trainable_variables,
             )
         self._totals.assign(self._totals + ops.convert_to_tensor([0.0, 0.0, 0.0, 1.0]))
 

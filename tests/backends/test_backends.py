@@ -184,7 +184,7 @@ def test_clip_fraction_is_the_share_of_elements():
     assert telemetry["clip_fraction"] == pytest.approx(np.mean(shares), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adaptive", "rms", "zscore", "ada"])
+@pytest.mark.parametrize("name", ["exponential", "adaptive", "rms", "zscore", "ada"])
 def test_the_other_clippers_train(name):
     """Their equations are checked, on every backend, in test_adaptive.py and test_stateful.py."""
     x, y = data(4)
