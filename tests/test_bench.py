@@ -1,0 +1,43 @@
+"""The benchmark runs, at toy size; what it measures is nobody's business here."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorflow")
+BENCH = Path(__file__).resolve().parent / "benchmarks/bench.py"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=280
+    )
+
+
+def test_the_benchmark_runs_and_leaves_its_table(tmp_path):
+    done = run(
+        *("--tiny", "--rounds", "2", "--frameworks", "tensorflow", "--out", str(tmp_path)),
+        *("--only", "clip", "operations", "reductions"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "bench.csv").read_text().splitlines()
+    assert "TensorFlow" in lines[0]
+    rows = list(csv.DictReader(lines[1:]))
+    clips = {r["contestant"]: r for r in rows if r["part"] == "clip"}
+    for name in ("AbsoluteClip", "Keras clipvalue", "NormClip global", "AdaClip"):
+        assert float(clips[name]["low"]) > 0
+        assert int(clips[name]["samples"]) == 2
+    operations = {r["contestant"]: r for r in rows if r["part"] == "operations: clip"}
+    assert float(operations["AbsoluteClip"]["median"]) <= 2
+    reductions = [r for r in rows if r["part"] == "reductions"]
+    assert reductions and all(float(r["median"]) == 1 for r in reductions)
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+def test_an_unknown_part_is_named():
+    done = run("--only", "speed")
+    assert done.returncode == 2
+    assert "speed" in done.stderr and "clip" in done.stderr
