@@ -1,6 +1,6 @@
 """What clipping costs, against Keras's own clipping, optax, PyTorch, timm and a plain copy.
 
-    make bench                                   # everything: a quarter of an hour or more
+    make bench                                   # everything: about half an hour
     python tests/benchmarks/bench.py --only clip update
 
 Every contestant is run in turn, A B C A B C, each framework in a process of its own, so that a
