@@ -15,8 +15,6 @@ import keras
 # that is both clipped and functional has to inherit from it.
 from keras.src.models.functional import Functional as Functional
 
-from keras_gradclip import aggregation
-
 
 def make_reduce_identity(optimizer: Any) -> None:
     """Stop `optimizer` from summing gradients over the replicas: its wrapper already did.
@@ -76,13 +74,18 @@ class LocalSymbolicBuild:
     offers no public hook.
     """
 
+    def _local_part(self, batch: Any) -> Any:
+        """What this process has of a batch that workers share."""
+        raise NotImplementedError
+
+    def _spans_workers(self) -> bool:
+        """Whether the model trains on several workers."""
+        raise NotImplementedError
+
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        strategy = getattr(self, "_distribute_strategy", None)
-        if iterator is not None and aggregation.spans_workers(strategy):
+        if iterator is not None and self._spans_workers():
             for _, _, batches in iterator:
-                data_batch = keras.tree.map_structure(
-                    lambda v: aggregation.local_value(strategy, v), next(batches)
-                )
+                data_batch = self._local_part(next(batches))
                 break
             iterator = None
         super()._maybe_symbolic_build(  # type: ignore[misc]

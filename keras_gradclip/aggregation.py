@@ -2,9 +2,8 @@
 
 The functions on gradients are called in replica context, as `optimizer.apply` is, and work under
 the default strategy, `MirroredStrategy`, `MultiWorkerMirroredStrategy` and strategies without merge
-calls. On the other backends
-there is one replica, and they do the plain thing: under JAX's `keras.distribution.DataParallel`
-the gradients that come here are already those of the whole batch.
+calls. On the other backends there is one replica, and they do the plain thing: under JAX's
+`keras.distribution.DataParallel` the gradients that come here are already those of the whole batch.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def clip_exponential(
         The clipped tensors, in the dtypes of `xs`.
     """
     compiled = _worth_compiling(xs)
-    plain = [i for i in range(len(xs)) if i not in set(compiled)]
+    plain = sorted({*range(len(xs))} - {*compiled})
     result: list[Any] = [None] * len(xs)
     for fn, chosen in ((_exponential, plain), (_compiled_exponential, compiled)):
         clipped = fn([xs[i] for i in chosen], [weights[i] for i in chosen], beta, gamma, rescale)

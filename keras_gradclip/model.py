@@ -139,6 +139,15 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         with gate.active(self._clip_runtime().gate):
             return super().stateless_call(*args, **kwargs)  # type: ignore[misc]
 
+    def _spans_workers(self) -> bool:
+        return aggregation.spans_workers(getattr(self, "_distribute_strategy", None))
+
+    def _local_part(self, batch: Any) -> Any:
+        strategy = self._distribute_strategy
+        return keras.tree.map_structure(lambda v: aggregation.local_value(strategy, v), batch)
+
+    _distribute_strategy: Any
+
     def distribute_scope(self) -> Any:
         """The scope of the strategy that the model was built under (a null context if none)."""
         import contextlib
@@ -240,13 +249,13 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         """
         attribute = f"{kind}_function"
         before = getattr(self, attribute)
-        strategy = getattr(self, "_distribute_strategy", None)
-        if aggregation.spans_workers(strategy):
+        if self._spans_workers():
             if before is None or force:
                 step = getattr(self, f"{kind}_step")
                 setattr(self, attribute, aggregation.make_step_function(self, step))
             return before
         result = getattr(super(), f"make_{kind}_function")(force)
+        strategy = getattr(self, "_distribute_strategy", None)
         replicas = 1 if strategy is None else strategy.num_replicas_in_sync
         steps = getattr(self, attribute)
         if steps is before or self.steps_per_execution == 1 or replicas == 1:

@@ -27,7 +27,6 @@ schedule and the percentile clipper clip about evenly throughout.
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import math
@@ -283,13 +282,7 @@ def write_csv(path: Path, found) -> None:
             {"layer": layer} | {n: "" if v is None else f"{v:.6g}" for n, v in values.items()}
         )
 
-    def save(scratch):
-        with open(scratch, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    opts.replace_file(path, save)
+    zoo.write(path, rows, columns)
 
 
 def draw(path: Path, found, segments: int, title: str) -> None:

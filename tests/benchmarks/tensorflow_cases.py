@@ -331,15 +331,14 @@ def reductions(which: str, replicas: int, accumulate: int) -> dict[str, dict]:
             "parameter_bytes": 4 * parameters,
         }
 
-    result = {"NormClip layer": counted(lambda: _wrapped(kgc.NormClip(MAX_NORM)))}
     if accumulate > 1:
         name = f"NormClip layer, {accumulate} micro-batches"
-        result[name] = counted(
-            lambda: _wrapped(kgc.NormClip(MAX_NORM), gradient_accumulation_steps=accumulate)
-        )
-    else:
-        result["Keras clipnorm"] = counted(lambda: _sgd(clipnorm=MAX_NORM))
-    return result
+        arguments = {"gradient_accumulation_steps": accumulate}
+        return {name: counted(lambda: _wrapped(kgc.NormClip(MAX_NORM), **arguments))}
+    return {
+        "NormClip layer": counted(lambda: _wrapped(kgc.NormClip(MAX_NORM))),
+        "Keras clipnorm": counted(lambda: _sgd(clipnorm=MAX_NORM)),
+    }
 
 
 def versions() -> str:
