@@ -437,7 +437,7 @@ class _Trainer:
             )
             try:
                 self.model.fit(
-                    self.stream(start),
+                    self._shared_stream(start),
                     initial_epoch=first_epoch,
                     epochs=self.options.epochs,
                     steps_per_epoch=self.steps,
