@@ -48,7 +48,7 @@ resnet50: venv
 	$(BIN)/python recipes/resnet50.py $(ARGS)
 
 zoo: venv
-	$(BIN)/python recipes/zoo.py $(ARGS)
+	$(BIN)/python recipes/tools/zoo.py $(ARGS)
 
 search: venv
 	$(BIN)/python tuning/search.py $(ARGS)
@@ -61,10 +61,10 @@ bench-jax: venv-jax
 	  --epochs 1 --examples 64 --rates 0.1 $(ARGS)
 
 calibrate: venv
-	$(BIN)/python recipes/calibrate.py resnet50 $(ARGS)
+	$(BIN)/python recipes/tools/calibrate.py resnet50 $(ARGS)
 
 replicas: venv
-	$(BIN)/python recipes/replicas.py
+	$(BIN)/python recipes/tools/replicas.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -81,8 +81,7 @@ test: lint
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-BACKEND_TESTS := tests/backends $(addprefix tests/test_, \
-  clippers.py clip_map.py misuse.py adaptive.py stateful.py)
+BACKEND_TESTS := tests/backends tests/clippers tests/test_misuse.py
 
 test-backends: venv venv-jax venv-torch
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS) $(ARGS)

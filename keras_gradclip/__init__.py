@@ -1,16 +1,16 @@
 """Per-layer gradient clipping for Keras 3: what is clipped is what is applied."""
 
-from keras_gradclip.adaptive import AdaptiveClip, RMSClip, unit_axes
-from keras_gradclip.base import Clipper, ClipStats, get, register, serialize
-from keras_gradclip.calibrate import Calibration, calibrate
-from keras_gradclip.clip_map import ClipMap
-from keras_gradclip.clippers import AbsoluteClip, Chain, ExponentialClip, NormClip
+from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, serialize
+from keras_gradclip.clippers.composite import ClipMap
+from keras_gradclip.clippers.elementwise import AbsoluteClip, Chain, ExponentialClip, NormClip
+from keras_gradclip.clippers.relative import AdaptiveClip, RMSClip, unit_axes
+from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
+from keras_gradclip.diagnostics.calibration import Calibration, calibrate
+from keras_gradclip.diagnostics.monitor import ClipMonitor
+from keras_gradclip.diagnostics.page import report
 from keras_gradclip.gate import ActivationGate, GatedInput
 from keras_gradclip.model import ClippedModel, ClippedTrainStep
-from keras_gradclip.monitor import ClipMonitor
-from keras_gradclip.optimizer import ClippedOptimizer
-from keras_gradclip.report import report
-from keras_gradclip.stateful import AdaClip, PercentileClip, ZScoreClip
+from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 __version__ = "0.1.0"
 

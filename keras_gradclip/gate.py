@@ -13,7 +13,8 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from keras_gradclip import _compat, validation
+from keras_gradclip import _compat
+from keras_gradclip import _validation as validation
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")

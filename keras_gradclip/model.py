@@ -9,9 +9,10 @@ from typing import Any
 import keras
 from keras import backend
 
-from keras_gradclip import _compat, aggregation, gate
-from keras_gradclip._chief import chief_writes
-from keras_gradclip.optimizer import ClippedOptimizer, find
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _compat, gate
+from keras_gradclip._workers import chief_writes
+from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find
 
 #: Updates. Figures of every update would cost as much as the clip itself, or twice that.
 MEASURED_EVERY = 8

@@ -8,7 +8,7 @@ with other work. Reached here: 94.2 % validation accuracy (seed 0), 94.8 % (seed
 clip (`--clipper none`), at the same learning rate of 0.05: 73.8 % and 78.0 %. At 0.2 it diverges,
 while the clipped network still learns (77.2 % and 66.8 %); at 0.01 it is better without the clip
 (94.2 % and 91.8 %, clipped 87.0 % and 84.8 %), which then only slows the first steps. From
-`python recipes/compare.py alexnet --learning-rates 0.01 0.05 0.2 --seeds 0 1`.
+`python recipes/tools/compare.py alexnet --learning-rates 0.01 0.05 0.2 --seeds 0 1`.
 """
 
 import sys

@@ -27,8 +27,8 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes.errors import RecipeError
-from recipes.options import Option
 from recipes.training import Recipe, main
+from recipes.training.options import Option
 
 RENDERED = "rendered"
 
@@ -51,7 +51,7 @@ def build(num_outputs, image_size, model_class, options):
 
 def load_drive(options):
     """The frames and angles of a log, or of the rendered drive."""
-    from recipes import driving
+    from recipes.data import driving_log as driving
 
     if options.dataset != RENDERED:
         raise RecipeError(
@@ -65,7 +65,8 @@ def load_drive(options):
 
 def load_signs(options):
     """Signs from a TFDS name, an image folder, or the rendered ones."""
-    from recipes import data, driving
+    from recipes.data import driving_log as driving
+    from recipes.data import sets as data
 
     rendered = options.dataset == RENDERED
     return data.load(
@@ -96,7 +97,7 @@ def angle_metrics():
 
 def report(result):
     """Errors in the units of the log, beside that of always answering the mean angle."""
-    from recipes.driving import mean_baseline
+    from recipes.data.driving_log import mean_baseline
 
     rows = []
     for name, split, error in (

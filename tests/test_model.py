@@ -6,7 +6,7 @@ import pytest
 from helpers import CLASSES, data, loss, net, train, weights
 
 import keras_gradclip as kgc
-from keras_gradclip.optimizer import find
+from keras_gradclip.optimizer.clipped_optimizer import find
 
 
 def layers():

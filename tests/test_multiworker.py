@@ -16,8 +16,9 @@ import pytest
 import tensorflow as tf
 from multiworker_scenarios import SCENARIOS
 
-from keras_gradclip import _chief, aggregation
-from recipes.cluster import launch
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _workers as _chief
+from recipes.tools.cluster import launch
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 2e-5

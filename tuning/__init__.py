@@ -1,5 +1,4 @@
-"""Search for clipping thresholds with KerasTuner.
+"""How do I search? The command, the tuner of recipes, its results and its workers.
 
-`tuning.space.clip_hyperparameters` is the search space, `tuning.hypermodel.ClipHyperModel` puts it
-around a `build_model(hp)`, and `python tuning/search.py` searches for a recipe.
+The search space, the hypermodel and the oracles are `keras_gradclip.tuning`.
 """

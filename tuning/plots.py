@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_gradclip.tuning.space import threshold_of
 from tuning.results import best_row, contest, curves, describe, formatter, verdict
-from tuning.space import threshold_of
 
 _BEST = 5  # learning curves
 _COLOURS = ("tab:blue", "tab:green", "tab:purple", "tab:brown", "tab:cyan")

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras_gradclip as kgc
-from recipes.callbacks import read_rows
-from recipes.options import replace_file, write_json
-from tuning.oracles import BASELINE, CONFIRMS, DIVERGED
-from tuning.space import threshold_of, to_clipper
+from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, DIVERGED
+from keras_gradclip.tuning.space import threshold_of, to_clipper
+from recipes.training.callbacks import read_rows
+from recipes.training.options import replace_file, write_json
 
 _MEASURED = ("lowest", "highest", "runs", "clip_fraction", "grad_norm", "epochs", "seconds")
 

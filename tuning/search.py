@@ -21,11 +21,11 @@ from pathlib import Path
 if not __package__:  # run as a script: the folder above tuning/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes import options as opts
 from recipes.errors import RecipeError
-from recipes.quiet import import_tensorflow
-from recipes.zoo import RECIPES, find_recipe
-from tuning import parallel
+from recipes.tools.zoo import RECIPES, find_recipe
+from recipes.training import options as opts
+from recipes.training.quiet import import_tensorflow
+from tuning import workers as parallel
 
 TUNERS = ("random", "bayesian", "hyperband", "grid")
 SEARCH = "search.json"
@@ -231,8 +231,8 @@ class _Search:
         import_tensorflow()
         import keras_tuner as kt
 
-        from tuning.hypermodel import as_objective
-        from tuning.space import clip_hyperparameters
+        from keras_gradclip.tuning.hypermodel import as_objective
+        from keras_gradclip.tuning.space import clip_hyperparameters
 
         args = self.args
         name = args.objective or self.recipe.monitor
@@ -247,7 +247,7 @@ class _Search:
             self._check_folder()
 
     def _space(self) -> dict:
-        from tuning.space import calibrated_ranges
+        from keras_gradclip.tuning.space import calibrated_ranges
 
         args = self.args
         clippers = ["none", *(name for name in args.clippers if name != "none")]
@@ -284,8 +284,8 @@ class _Search:
 
     def _groups(self) -> dict:
         import keras_gradclip as kgc
+        from keras_gradclip.tuning.space import layer_groups
         from recipes import models
-        from tuning.space import layer_groups
 
         options = self.recipe.options(**self.given)
         if self.recipe.build:
@@ -384,7 +384,7 @@ class _Search:
         return self._report(oracle, console)
 
     def _oracle(self):
-        from tuning.oracles import make_oracle
+        from keras_gradclip.tuning.oracles import make_oracle
 
         args = self.args
         options = self.recipe.options(**self.given)
@@ -405,7 +405,7 @@ class _Search:
         return oracle
 
     def _tuner(self, oracle, console=None):
-        from tuning.hypermodel import RecipeTuner
+        from tuning.recipe_tuner import RecipeTuner
 
         return RecipeTuner(
             self.recipe,
@@ -425,7 +425,7 @@ class _Search:
     # -------------------------------------------------------------------------------- reporting
 
     def _introduce(self, oracle, console):
-        from tuning.oracles import product_size
+        from keras_gradclip.tuning.oracles import product_size
 
         total = {"grid": f"{product_size(oracle.get_space())} combinations"}.get(self.args.tuner)
         number = oracle.search_trials
@@ -439,8 +439,8 @@ class _Search:
             console.print(f"going on: {done} trials are done and are not run again")
 
     def _watch_trials(self, oracle, console):
+        from keras_gradclip.tuning.oracles import CONFIRMS
         from tuning import results
-        from tuning.oracles import CONFIRMS
 
         show = results.formatter(self.objective.name)
 
@@ -474,8 +474,8 @@ class _Search:
         return results.write_best(rows, path, self.objective, groups, self.recipe.name)
 
     def _report(self, oracle, console) -> int:
+        from keras_gradclip.tuning.space import ranges
         from tuning import plots, results
-        from tuning.space import ranges
 
         rows = results.trial_rows(oracle)
         best = self._write(rows)
@@ -503,7 +503,7 @@ class _Search:
 
     def _command(self, best) -> str:
         """The command line that trains with the best trial's values, for the recipe's epochs."""
-        from tuning.hypermodel import trial_settings
+        from tuning.recipe_tuner import trial_settings
 
         settings = trial_settings(self.given, self.space, best["values"])
         program = self.args.recipe

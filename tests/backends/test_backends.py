@@ -12,8 +12,8 @@ import pytest
 from keras import ops
 
 import keras_gradclip as kgc
-from keras_gradclip import aggregation
-from keras_gradclip.optimizer import find
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip.optimizer.clipped_optimizer import find
 
 BACKEND = keras.backend.backend()
 only_jax = pytest.mark.skipif(BACKEND != "jax", reason="JAX alone")
@@ -189,7 +189,7 @@ def test_clip_fraction_is_the_share_of_elements():
 
 @pytest.mark.parametrize("name", ["exponential", "adaptive", "rms", "zscore", "ada"])
 def test_the_other_clippers_train(name):
-    """Their equations are checked, on every backend, in test_adaptive.py and test_stateful.py."""
+    """Their equations are checked, on every backend, in test_relative.py and test_stateful.py."""
     x, y = data(4)
     model = model_of()
     model.compile(sgd(), "mse", clipper=name)

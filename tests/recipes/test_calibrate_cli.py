@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import keras_gradclip as kgc
-from recipes import calibrate, training, zoo
 from recipes.errors import RecipeError
+from recipes.tools import calibrate, zoo
+from recipes.training import session as training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_recipe import RECIPE as TINY

@@ -16,11 +16,12 @@ import pytest
 import tensorflow as tf
 from tiny_recipe import RECIPE, load_data
 
-from recipes import callbacks as cb
-from recipes import cluster, workers
-from recipes.data import WHOLE, Part, Split, eval_batches, train_stream
+from recipes.data.sets import WHOLE, Part, Split, eval_batches, train_stream
 from recipes.errors import RecipeError
+from recipes.tools import cluster
+from recipes.training import callbacks as cb
 from recipes.training import main
+from recipes.training import multiworker as workers
 
 HERE = Path(__file__).resolve().parent
 TWO = {"worker": ["10.0.0.1:2222", "10.0.0.2:2222"]}
@@ -334,7 +335,7 @@ import json, os, signal, sys, time
 sys.path[:0] = [{root!r}, {here!r}]
 import keras
 from tiny_recipe import RECIPE
-from recipes import training
+from recipes.training import session as training
 
 class Strike(keras.callbacks.Callback):
     steps = 0

@@ -8,9 +8,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from recipes import data, files
+from recipes.data import image_folder as files
+from recipes.data import sets as data
+from recipes.data.mnist_embedded import split_rows
 from recipes.errors import DataError
-from recipes.mnist_embedded import split_rows
 
 CIFAR_DIR = Path(__file__).resolve().parents[3] / "shared" / "tfds"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes import driving
+from recipes.data import driving_log as driving
 from recipes.errors import DataError, RecipeError
 
 
@@ -241,7 +241,7 @@ def test_the_mean_baseline_by_hand(drive):
 
 def test_signs_are_an_image_folder(tmp_path):
     folder = driving.render_signs(tmp_path / "signs", per_class=12)
-    from recipes import data
+    from recipes.data import sets as data
 
     signs = data.load(
         "image_folder", data_dir=str(folder), image_size=32, augment="shift", flip=False
@@ -266,7 +266,8 @@ def tiny(num_outputs, image_size, model_class, options):
 
 
 def test_the_recipe_reports_the_error_in_the_units_of_the_log(drive, tmp_path, capsys):
-    from recipes import driving_resnet50, training
+    from recipes import driving_resnet50
+    from recipes.training import session as training
 
     recipe = dataclasses.replace(driving_resnet50.RECIPE, build=tiny)
     status = training.main(
@@ -283,7 +284,8 @@ def test_the_recipe_reports_the_error_in_the_units_of_the_log(drive, tmp_path, c
 
 
 def test_the_recipe_refuses_bad_rows_or_leaves_them_out(copy, tmp_path, capsys):
-    from recipes import driving_resnet50, training
+    from recipes import driving_resnet50
+    from recipes.training import session as training
 
     folder, rows = copy
     write_log(folder, [*rows[:4], ["broken"], *rows[4:]])

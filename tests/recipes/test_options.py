@@ -5,9 +5,9 @@ import json
 import pytest
 from tiny_recipe import RECIPE
 
-from recipes import options as opts
 from recipes.errors import RecipeError
 from recipes.training import Recipe
+from recipes.training import options as opts
 
 
 def parse(*argv):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_recipe import RECIPE
 
-from recipes import callbacks as cb
+from recipes.training import callbacks as cb
 from recipes.training import main
 
 ROOT = Path(__file__).resolve().parents[2]

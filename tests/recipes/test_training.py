@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 from tiny_recipe import RECIPE
 
-from recipes import callbacks as cb
-from recipes import training
 from recipes.errors import RecipeError, TrainingDiverged
+from recipes.training import callbacks as cb
 from recipes.training import main, run
+from recipes.training import session as training
 
 QUICK = {"epochs": 1, "limit_steps": 2, "verbose": "quiet"}
 
@@ -64,7 +64,7 @@ def test_best_model_loads_by_itself_and_scores_the_same(finished):
     assert type(model).__module__.startswith("keras.")
     options = RECIPE.options()
     data = RECIPE.load_data(options)
-    from recipes.data import eval_batches
+    from recipes.data.sets import eval_batches
 
     right = [
         np.argmax(model.predict_on_batch(x), axis=-1) == y.numpy()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import zoo
 from recipes.errors import RecipeError
+from recipes.tools import zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -133,7 +133,7 @@ def test_every_recipe_learns_with_clipping_on(tmp_path, name):
     if result["monitor"] == "val_accuracy":
         assert result["best"] >= 0.9
     else:
-        from recipes import driving
+        from recipes.data import driving_log as driving
 
         drive = driving.load(image_size=32)
         assert result["best"] < 0.6 * driving.mean_baseline(drive, drive.validation)

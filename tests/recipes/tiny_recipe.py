@@ -11,8 +11,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.options import Option
 from recipes.training import Recipe, main
+from recipes.training.options import Option
 
 
 def build(num_outputs, image_size, model_class, options):
@@ -40,7 +40,7 @@ def _log_of_relu(x):
 
 def load_data(options):
     """512 training, 100 validation and 100 test images of embedded MNIST."""
-    from recipes.data import Split, load
+    from recipes.data.sets import Split, load
 
     data = load("mnist_embedded", image_size=options.image_size, augment="shift")
     return dataclasses.replace(

@@ -33,7 +33,7 @@ def load_data(options):
     import numpy as np
     import tensorflow as tf
 
-    from recipes.data import Data, Split
+    from recipes.data.sets import Data, Split
 
     if "HANG" in os.environ:
         _hang(Path(os.environ["HANG"]))

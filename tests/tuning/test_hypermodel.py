@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import keras_gradclip as kgc
-from tuning.hypermodel import ClipHyperModel, as_objective
-from tuning.space import to_clipper
+from keras_gradclip.tuning.hypermodel import ClipHyperModel, as_objective
+from keras_gradclip.tuning.space import to_clipper
 
 README = Path(__file__).resolve().parents[2] / "tuning" / "README.md"
 

@@ -6,8 +6,8 @@ import math
 import keras_tuner as kt
 import pytest
 
-from tuning.oracles import BASELINE, CONFIRMS, MOST_LOSSES, make_oracle, worst_score
-from tuning.space import clip_hyperparameters
+from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, MOST_LOSSES, make_oracle, worst_score
+from keras_gradclip.tuning.space import clip_hyperparameters
 
 KINDS = ("random", "bayesian", "hyperband", "grid")
 

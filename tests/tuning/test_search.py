@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import keras_gradclip as kgc
-from recipes.callbacks import read_rows
+from recipes.training.callbacks import read_rows
 from tuning.search import main
 
 HERE = Path(__file__).resolve().parent
@@ -66,9 +66,9 @@ def fake_run(monkeypatch):
     Returns:
         A list of (options, folder, epochs that were there) of the runs.
     """
-    from recipes import training
-    from recipes.callbacks import HISTORY
     from recipes.errors import TrainingDiverged
+    from recipes.training import session as training
+    from recipes.training.callbacks import HISTORY
 
     calls = []
 
@@ -155,7 +155,7 @@ def test_the_runs_are_those_of_the_recipe_with_the_trials_values(finished):
 def test_best_json_trains_through_the_recipe(finished, tmp_path, best):
     import contextlib
 
-    from tuning.hypermodel import as_objective
+    from keras_gradclip.tuning.hypermodel import as_objective
     from tuning.results import write_best
 
     (values,) = (json.loads((finished / "best.json").read_text())["values"],)
@@ -227,9 +227,9 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys, fake_run):
-    from tuning import hypermodel
+    from tuning import recipe_tuner
 
-    folder, run_trial = tmp_path / "search", hypermodel.RecipeTuner.run_trial
+    folder, run_trial = tmp_path / "search", recipe_tuner.RecipeTuner.run_trial
 
     def interrupted(self, trial, *args, **kwargs):
         if trial.trial_id == "0001":
@@ -237,7 +237,7 @@ def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys, fake_run):
         return run_trial(self, trial, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hypermodel.RecipeTuner, "run_trial", interrupted)
+        patch.setattr(recipe_tuner.RecipeTuner, "run_trial", interrupted)
         assert search(folder, "--max-trials", "2") == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert len(fake_run) == 1
@@ -282,7 +282,7 @@ def test_max_trials_may_be_raised(tmp_path, fake_run):
 
 
 def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
-    from recipes import training
+    from recipes.training import session as training
 
     calls = []
 
@@ -301,8 +301,8 @@ def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_wrong_with_every_trial_ends_the_search(tmp_path, monkeypatch, capsys):
-    from recipes import training
     from recipes.errors import DataError
+    from recipes.training import session as training
 
     def run(*args):
         raise DataError("no data set 'x'")

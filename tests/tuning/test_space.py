@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_gradclip as kgc
-from tuning.oracles import combinations
-from tuning.space import (
+from keras_gradclip.tuning.oracles import combinations
+from keras_gradclip.tuning.space import (
     CLIPPERS,
     calibrated_ranges,
     clip_hyperparameters,

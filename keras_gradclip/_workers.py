@@ -1,0 +1,109 @@
+"""Several workers, one set of files: callbacks write them on the chief alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_gradclip import _aggregation as aggregation
+
+# What each of Keras's callbacks writes, by the attribute that says where.
+_PLACES = (
+    (keras.callbacks.ModelCheckpoint, "filepath"),
+    (keras.callbacks.CSVLogger, "filename"),
+    (keras.callbacks.TensorBoard, "log_dir"),
+)
+
+
+@contextlib.contextmanager
+def chief_writes(strategy: Any, callbacks: Any) -> Iterator[Any]:
+    """Let Keras's callbacks write their files on the chief; elsewhere in a temporary folder.
+
+    All workers run all callbacks: reading a variable that each replica keeps for itself sums it
+    over the workers, and saving a model may read one. What the others write is removed at the
+    end, as TensorFlow's guide to multi-worker training advises. A callback that is none of
+    Keras's has to ask `chief_writes`'s question by itself.
+
+    Args:
+        strategy: the model's strategy, or None.
+        callbacks: as `fit` takes them: None, a callback, a list, or a `CallbackList`.
+
+    Yields:
+        The callbacks that `fit` should run in this process.
+
+    Raises:
+        ValueError: BackupAndRestore found a backup on some of the workers.
+    """
+    if not aggregation.spans_workers(strategy):
+        yield callbacks
+        return
+    whole = isinstance(callbacks, keras.callbacks.CallbackList)
+    chief = aggregation.is_chief(strategy)
+    given = list(callbacks.callbacks if whole else keras.tree.flatten(callbacks or []))
+    _check_backups(strategy, given)
+    if chief or not given:
+        yield callbacks
+        return
+    scratch = Path(tempfile.mkdtemp(prefix="keras_gradclip-"))
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        mine = []
+        for i, callback in enumerate(given):
+            folder = scratch / str(i)
+            if isinstance(callback, keras.callbacks.BackupAndRestore):
+                callback = _backup_elsewhere(callback, folder)
+            for kind, name in _PLACES:
+                if isinstance(callback, kind):
+                    before.append((callback, name, getattr(callback, name)))
+                    folder.mkdir()
+                    setattr(callback, name, str(folder / Path(getattr(callback, name)).name))
+            if whole and callback.model is not None:
+                callback.set_model(callback.model)  # TensorBoard settles its folder there
+            mine.append(callback)
+        if whole:
+            callbacks.callbacks[:] = mine
+        yield callbacks if whole else mine
+    finally:
+        for callback, name, value in before:
+            setattr(callback, name, value)
+        if whole:
+            callbacks.callbacks[:] = given
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _backup_elsewhere(callback: Any, folder: Path) -> Any:
+    """A `BackupAndRestore` that restores what the chief saved and saves into `folder`."""
+    if Path(callback.backup_dir).is_dir():
+        shutil.copytree(callback.backup_dir, folder)
+    elsewhere = copy.copy(callback)
+    keras.callbacks.BackupAndRestore.__init__(
+        elsewhere,
+        str(folder),
+        save_freq=callback.save_freq,
+        double_checkpoint=callback.double_checkpoint,
+        delete_checkpoint=callback.delete_checkpoint,
+    )
+    if callback.model is not None:
+        elsewhere.set_params(callback.params)
+        elsewhere.set_model(callback.model)
+    return elsewhere
+
+
+def _check_backups(strategy: Any, callbacks: list[Any]) -> None:
+    """A backup that some workers see and others do not would start them at different epochs."""
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            found = Path(callback.backup_dir).is_dir() and any(Path(callback.backup_dir).iterdir())
+            if len({*aggregation.gather_numbers(strategy, float(found))}) > 1:
+                raise ValueError(
+                    f"BackupAndRestore: `backup_dir` {str(callback.backup_dir)!r} holds a backup "
+                    f"{'here' if found else 'elsewhere'} but not on every worker. Give a folder "
+                    "that all workers share, or remove the backup to start anew."
+                )

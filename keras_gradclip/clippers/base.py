@@ -1,0 +1,411 @@
+"""What a clipper is, and how one is found by name.
+
+Clippers are frozen dataclasses that know nothing of optimizers or strategies. Their fields are
+their hyper-parameters. `init(variables)` gives a clipper's running state, and
+`apply(grads, variables, state, hyper)` clips; both are pure. Calling a clipper,
+`clipper(grads, variables)`, does the two in a row for loops and tests.
+
+To write one: subclass `Clipper` as a frozen dataclass under `@register("its_name")`, name the
+fields that may change during training in `live`, and implement `apply` (and `init`, if it
+remembers something).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_gradclip import _kernels as kernels
+from keras_gradclip import _validation as validation
+
+Hyper = Mapping[str, Any]
+State = dict[str, Any]
+
+
+class ClipStats(NamedTuple):
+    """What a clip did, one entry a variable, in the order of the variables.
+
+    Attributes:
+        fractions: a function that returns a list of float32 scalars in 0..1, the share of the
+            variable's elements (or of its norms) that were clipped; None where no rule applies.
+            A function, because nobody should pay for figures that nobody reads.
+        weights: a list of floats, how much each variable counts in the overall fraction: its
+            number of elements, or its share of a norm.
+        unit: "elements" or "norms", what was counted.
+        square_norms: a list of float32 scalars, the squared L2 norm before the clip, where the
+            clipper had to take it anyway; else None.
+    """
+
+    fractions: Callable[[], list[Any]]
+    weights: list[float]
+    unit: str
+    square_norms: list[Any] | None = None
+
+
+def path_of(variable: Any) -> str:
+    """`variable.path`; the name of what has no path (a `tf.Variable`)."""
+    path = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
+    return str(path).removesuffix(":0")
+
+
+def layer_of(variable: Any) -> str:
+    """The layer of a variable: everything in its path before the last `/`."""
+    return path_of(variable).rpartition("/")[0] or path_of(variable)
+
+
+def layers_of(variables: Sequence[Any]) -> list[str]:
+    """The layer of each variable.
+
+    Two layers may have one path (two towers with a Dense of the same name in each): where a path
+    comes a second time, it belongs to a second layer, whose name gets `#2`.
+    """
+    seen: dict[str, int] = {}
+    layers = []
+    for variable in variables:
+        path = path_of(variable)
+        seen[path] = seen.get(path, 0) + 1
+        layers.append(layer_of(variable) + (f"#{seen[path]}" if seen[path] > 1 else ""))
+    return layers
+
+
+def size_of(variable: Any) -> int:
+    """The number of elements of a variable."""
+    size = 1
+    for dim in variable.shape:
+        size *= int(dim)
+    return size
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipper:
+    """Base class of all clippers."""
+
+    #: The fields whose values may change during training, without a retrace.
+    live: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        for name in self.live:
+            value = validation.threshold(owner, name, getattr(self, name))
+            object.__setattr__(self, name, value)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The live hyper-parameters: name to float or LearningRateSchedule."""
+        return {name: getattr(self, name) for name in self.live}
+
+    def with_hyperparameters(self, values: Mapping[str, Any]) -> Clipper:
+        """A copy with other values; `values` is keyed as `hyperparameters()` is."""
+        return dataclasses.replace(self, **dict(values))
+
+    def check_variables(self, variables: Sequence[Any]) -> None:
+        """Raise a ValueError if this clipper cannot serve these variables."""
+
+    def init(self, variables: Sequence[Any]) -> State:
+        """The running state before the first step: name to array. Most clippers have none."""
+        del variables
+        return {}
+
+    def apply(
+        self, grads: Sequence[Any], variables: Sequence[Any], state: State, hyper: Hyper
+    ) -> tuple[list[Any], State, ClipStats]:
+        """Clip.
+
+        Args:
+            grads: one gradient a variable, of the variable's shape, any float dtype; None and
+                `tf.IndexedSlices` without duplicate rows are allowed.
+            variables: the variables, in the order in which `init` saw them.
+            state: what `init`, or the last `apply`, returned.
+            hyper: the values of `hyperparameters()` at this step, as float32 scalars.
+
+        Returns:
+            The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
+        """
+        raise NotImplementedError
+
+    def __call__(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """The clipped gradients, from a fresh state and with schedules at step 0.
+
+        Args:
+            grads: one gradient a variable (None and `tf.IndexedSlices` allowed).
+            variables: the variables, in the same order.
+
+        Returns:
+            A list of gradients of the same shapes and dtypes.
+
+        Raises:
+            ValueError: the two lists differ in length, or a rule does not fit the variables.
+        """
+        grads, variables = list(grads), list(variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"{type(self).__name__}: `grads` and `variables` must match one to one, but "
+                f"there are {len(grads)} gradients and {len(variables)} variables."
+            )
+        self.check_variables(variables)
+        grads = [kernels.merge_duplicate_rows(g) for g in grads]
+        hyper = {k: current_value(v, 0) for k, v in self.hyperparameters().items()}
+        return self.apply(grads, variables, self.init(variables), hyper)[0]
+
+    def get_config(self) -> dict[str, Any]:
+        """The fields, JSON-able; `from_config` is its inverse."""
+        return {
+            f.name: serialize_value(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.init
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Clipper:
+        """The clipper that `get_config` described."""
+        return cls(**{k: deserialize_value(v) for k, v in config.items()})
+
+    def rule_of(self, variables: Sequence[Any]) -> list[tuple[str, Clipper | None]]:
+        """For each variable, the name of the rule that applies to it and the clipper."""
+        return [("*", self)] * len(variables)
+
+    def describe(self, model: Any) -> str:
+        """A table of which rule hits which variable.
+
+        Args:
+            model: a built `keras.Model`, or a list of variables.
+
+        Returns:
+            Text: a line a trainable variable, with its path, shape, rule and clipper.
+        """
+        variables = getattr(model, "trainable_variables", model)
+        if not isinstance(variables, (list, tuple)):
+            raise ValueError(
+                f"describe: `model` must be a built model or a list of variables, not {model!r}."
+            )
+        variables = list(variables)
+        if not variables:
+            raise ValueError(
+                "describe: `model` has no trainable variables. Build it first, e.g. by calling "
+                "it on a batch."
+            )
+        self.check_variables(variables)
+        rows = [("variable", "shape", "rule", "clipper")]
+        for variable, (rule, clipper) in zip(variables, self.rule_of(variables), strict=True):
+            shape = "×".join(str(d) for d in variable.shape) or "scalar"
+            rows.append(
+                (path_of(variable), shape, rule, "off" if clipper is None else str(clipper))
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+    def __str__(self) -> str:
+        parts = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                parts.append(f"{f.name}={shown(value)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def shown(value: Any) -> str:
+    """A hyper-parameter for people: `0.1`, `ExponentialDecay(0.1, 1000, 0.9)`."""
+    if isinstance(value, validation.LearningRateSchedule):
+        return _shown_schedule(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shown_schedule(schedule: Any) -> str:
+    """A schedule's class and its arguments, less those that are at their defaults."""
+    owner = type(schedule)
+    try:
+        config = schedule.get_config()
+    except NotImplementedError:  # somebody's own, without a config: its class must do
+        return owner.__name__
+    parts = []
+    in_order = True
+    for name, parameter in inspect.signature(owner).parameters.items():
+        if name not in config or name == "name" or config[name] == parameter.default:
+            in_order = False  # from here on by name
+            continue
+        value = shown(config[name])
+        by_place = in_order and parameter.default is parameter.empty
+        parts.append(value if by_place else f"{name}={value}")
+    return f"{owner.__name__}({', '.join(parts)})"
+
+
+def current_value(value: Any, iterations: Any) -> Any:
+    """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar.
+
+    A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
+    clip would turn gradients around.
+    """
+    if isinstance(value, validation.LearningRateSchedule):
+        value = ops.maximum(ops.cast(value(iterations), "float32"), kernels.TINY)
+    return ops.cast(kernels.read(value), "float32")
+
+
+def serialize_value(value: Any) -> Any:
+    if isinstance(value, (Clipper, validation.LearningRateSchedule)):
+        return keras.saving.serialize_keras_object(value)
+    return value
+
+
+def deserialize_value(value: Any) -> Any:
+    if isinstance(value, Mapping) and "class_name" in value:
+        return keras.saving.deserialize_keras_object(dict(value))
+    return value
+
+
+#: What `get` finds by name: alias to class. Filled by `register`.
+ALIASES: dict[str, type[Clipper]] = {}
+
+
+def register(alias: str) -> Callable[[type[Clipper]], type[Clipper]]:
+    """Class decorator: makes a clipper known to `get` and to Keras's serialisation."""
+
+    def decorate(cls: type[Clipper]) -> type[Clipper]:
+        ALIASES[alias] = cls
+        return keras.saving.register_keras_serializable(package="keras_gradclip")(cls)
+
+    return decorate
+
+
+def get(identifier: Any) -> Clipper | None:
+    """A clipper from whatever names one, as `keras.optimizers.get`.
+
+    Args:
+        identifier: None (off), a clipper, a name ("absolute", "exponential", "norm", or a class
+            name), or a config dict as `serialize` gives it; `{"class_name": "absolute",
+            "config": {"threshold": 0.05}}` will do.
+
+    Returns:
+        The clipper, or None.
+
+    Raises:
+        ValueError: nothing is known under that name, or the config does not fit.
+    """
+    if identifier is None or isinstance(identifier, Clipper):
+        return identifier
+    if isinstance(identifier, str):
+        return _class(identifier)()
+    if isinstance(identifier, Mapping):
+        if "class_name" not in identifier:
+            raise ValueError(
+                f"get: a clipper's config needs the key 'class_name', but has {sorted(identifier)}."
+            )
+        name = str(identifier["class_name"])
+        config = identifier.get("config") or {}
+        if not isinstance(config, Mapping):
+            raise ValueError(f"get: the 'config' of {name!r} must be a dict, but is {config!r}.")
+        known = _find(name)
+        if known is None:  # registered by somebody else, through Keras
+            try:
+                result = keras.saving.deserialize_keras_object(dict(identifier))
+            except (TypeError, ValueError) as error:
+                raise ValueError(_unknown(name)) from error
+            if not isinstance(result, Clipper):
+                raise ValueError(f"get: {name!r} is no clipper, but {type(result).__name__}.")
+            return result
+        try:
+            return known.from_config(config)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"get: the config of {name!r} does not fit: {error}.") from error
+    raise ValueError(
+        f"get: a clipper, its name or its config was expected, but {identifier!r} came. "
+        "Try AbsoluteClip(0.1), or 'absolute'."
+    )
+
+
+def serialize(clipper: Clipper | None) -> dict[str, Any] | None:
+    """A JSON-able dict that `get` turns back into the clipper; None for None."""
+    if clipper is None:
+        return None
+    if not isinstance(clipper, Clipper):
+        raise ValueError(f"serialize: a clipper was expected, but {clipper!r} came.")
+    # Through JSON once, so that what cannot be saved is found here and not at the end of a run.
+    return json.loads(json.dumps(keras.saving.serialize_keras_object(clipper)))
+
+
+def _find(name: str) -> type[Clipper] | None:
+    plain = name.rpartition(">")[2]
+    for alias, cls in ALIASES.items():
+        if plain in (alias, cls.__name__) or plain.lower() == alias:
+            return cls
+    return None
+
+
+def _class(name: str) -> type[Clipper]:
+    cls = _find(name)
+    if cls is None:
+        raise ValueError(_unknown(name))
+    return cls
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"get: no clipper is called {name!r}; known are {sorted(ALIASES)}.{hint}"
+
+
+def as_clipper(owner: str, name: str, value: Any, *, optional: bool) -> Clipper | None:
+    """`value`, which may be anything that `get` takes, as a clipper (None if that means off).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value is None and not optional:
+        raise ValueError(
+            f"{owner}: `{name}` must be a clipper such as AbsoluteClip(0.1), not None."
+        )
+    try:
+        return get(value)
+    except ValueError as error:
+        raise ValueError(f"{owner}: `{name}` is no clipper. {error}") from error
+
+
+class Composite(Clipper):
+    """A clipper made of named clippers; names prefix the hyper-parameters and the state."""
+
+    def _parts(self) -> list[tuple[str, Clipper]]:
+        raise NotImplementedError
+
+    def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
+        raise NotImplementedError
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The parts' live hyper-parameters, as `part/name`."""
+        return {
+            f"{part}/{name}": value
+            for part, clipper in self._parts()
+            for name, value in clipper.hyperparameters().items()
+        }
+
+    def _split(self, mapping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """For each part, the entries of `mapping` that are its own, without its name.
+
+        One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
+        """
+        parts: dict[str, dict[str, Any]] = {name: {} for name, _ in self._parts()}
+        for key, value in mapping.items():
+            owners = [name for name in parts if key.startswith(f"{name}/")]
+            if owners:
+                owner = max(owners, key=len)
+                parts[owner][key[len(owner) + 1 :]] = value
+        return parts
+
+    def with_hyperparameters(self, values):
+        """A copy with other values: see `Clipper.with_hyperparameters`."""
+        known = self.hyperparameters()
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{type(self).__name__}: unknown hyper-parameters {unknown}.")
+        split = self._split(values)
+        return self._with_parts(
+            {part: clipper.with_hyperparameters(split[part]) for part, clipper in self._parts()}
+        )

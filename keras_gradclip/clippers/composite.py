@@ -1,0 +1,231 @@
+"""`ClipMap`: another clipper for each group of variables, chosen by their paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keras_gradclip.clippers.base import (
+    Clipper,
+    ClipStats,
+    Composite,
+    State,
+    as_clipper,
+    get,
+    path_of,
+    register,
+    serialize_value,
+    size_of,
+)
+
+DEFAULT = "default"
+
+
+@register("clip_map")
+@dataclasses.dataclass(frozen=True)
+class ClipMap(Composite):
+    """Clips each variable by the rule whose regular expression matches its path in full.
+
+    ```python
+    ClipMap({"conv1/.*": AbsoluteClip(0.01), ".*/bias": None}, default=NormClip(1.0))
+    ```
+
+    In a dict, no rule comes before another, so that two rules that match one variable are an
+    error. In a list of `(regex, clipper)` pairs the first match wins. Live hyper-parameters are
+    named by rule: `clip_hyperparameters["conv1/.*/threshold"]`, `["default/threshold"]`.
+
+    Args:
+        rules: a dict, or a list of pairs, from regular expression to clipper; None as the
+            clipper excludes the variables.
+        default: the clipper of all other variables; None leaves them alone.
+        allow_unmatched: let a rule match nothing (say, because its layer is frozen for now).
+
+    Raises:
+        ValueError: no rules, a broken regular expression, a rule that is no clipper; and, once
+            the variables are known, a rule that matches none of them or a collision.
+    """
+
+    rules: Any = ()
+    default: Any = None
+    allow_unmatched: bool = False
+    ordered: bool = dataclasses.field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rules, Mapping):
+            pairs, ordered = list(self.rules.items()), False
+        elif isinstance(self.rules, Sequence) and not isinstance(self.rules, str):
+            pairs, ordered = list(self.rules), True
+        else:
+            raise ValueError(
+                f"ClipMap: `rules` must be a dict or a list of (regex, clipper) pairs, but is "
+                f"{self.rules!r}."
+            )
+        if not pairs:
+            raise ValueError(
+                "ClipMap: `rules` is empty. Give at least one rule, or use the default clipper "
+                "itself instead of a ClipMap."
+            )
+        checked: list[tuple[str, Clipper | None]] = []
+        for pair in pairs:
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(
+                    f"ClipMap: each rule must be a (regex, clipper) pair, not {pair!r}."
+                )
+            pattern, clipper = pair
+            if not isinstance(pattern, str):
+                raise ValueError(f"ClipMap: a rule's regex must be a string, but is {pattern!r}.")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"ClipMap: {pattern!r} is no regular expression: {error}."
+                ) from error
+            if pattern in [p for p, _ in checked] or pattern == DEFAULT:
+                raise ValueError(
+                    f"ClipMap: the rule {pattern!r} is there twice or has the name of the default. "
+                    "Write it another way, e.g. in brackets."
+                )
+            checked.append(
+                (pattern, as_clipper("ClipMap", f"rules[{pattern!r}]", clipper, optional=True))
+            )
+        object.__setattr__(self, "rules", tuple(checked))
+        object.__setattr__(self, "ordered", ordered)
+        object.__setattr__(
+            self, "default", as_clipper("ClipMap", "default", self.default, optional=True)
+        )
+
+    def _all(self) -> list[tuple[str, Clipper | None]]:
+        return [*self.rules, (DEFAULT, self.default)]
+
+    def _parts(self):
+        return [(name, c) for name, c in self._all() if c is not None]
+
+    def _with_parts(self, parts):
+        pairs = [(name, parts.get(name)) for name, _ in self.rules]
+        return ClipMap(
+            pairs if self.ordered else dict(pairs), parts.get(DEFAULT), self.allow_unmatched
+        )
+
+    def _assign(self, variables: Sequence[Any], check: bool = False) -> list[str]:
+        """The name of the rule of each variable.
+
+        Raises:
+            ValueError: two rules of a dict match one variable; with `check`, also a rule that
+                matches nothing.
+        """
+        hits = dict.fromkeys((name for name, _ in self.rules), 0)
+        names = []
+        for variable in variables:
+            path = path_of(variable)
+            matches = [name for name in hits if re.fullmatch(name, path)]
+            if len(matches) > 1 and not self.ordered:
+                raise ValueError(
+                    f"ClipMap: the rules {matches} all match the variable {path!r}, and a dict has "
+                    "no order. Make them exclusive, or pass a list of (regex, clipper) pairs: "
+                    "there the first match wins."
+                )
+            for name in matches:
+                hits[name] += 1
+            names.append(matches[0] if matches else DEFAULT)
+        unmatched = [name for name, count in hits.items() if count == 0]
+        if check and unmatched and not self.allow_unmatched:
+            paths = [path_of(v) for v in variables]
+            near = difflib.get_close_matches(unmatched[0], paths, n=3, cutoff=0.0)
+            raise ValueError(
+                f"ClipMap: the rule {unmatched[0]!r} matches none of the {len(paths)} variables; "
+                f"paths that come near: {near}. A rule must match the whole path (`.*` at its "
+                "end?). If its layer is frozen or comes later, pass allow_unmatched=True."
+            )
+        return names
+
+    def check_variables(self, variables):
+        """Raise a ValueError on collisions and on rules that match nothing."""
+        self._assign(variables, check=True)
+        for _, clipper, members in self._groups(variables):
+            clipper.check_variables([variables[i] for i in members])
+
+    def _groups(self, variables) -> list[tuple[str, Clipper, list[int]]]:
+        assigned = self._assign(variables)
+        groups = []
+        for name, clipper in self._parts():
+            members = [i for i, a in enumerate(assigned) if a == name]
+            if members:
+                groups.append((name, clipper, members))
+        return groups
+
+    def rule_of(self, variables):
+        """For each variable, the rule that applies to it and the clipper, if any."""
+        clippers = dict(self._all())
+        return [(name, clippers[name]) for name in self._assign(variables)]
+
+    def init(self, variables):
+        """The rules' running states."""
+        state: State = {}
+        for name, clipper, members in self._groups(variables):
+            part = clipper.init([variables[i] for i in members])
+            state.update({f"{name}/{k}": v for k, v in part.items()})
+        return state
+
+    def apply(self, grads, variables, state, hyper):
+        """Clip each variable by its rule: see `Clipper.apply`."""
+        clipped = list(grads)
+        new_state: State = {}
+        groups = []
+        squares: list[Any] = [None] * len(variables)
+        states, hypers = self._split(state), self._split(hyper)
+        for name, clipper, members in self._groups(variables):
+            part, part_state, stats = clipper.apply(
+                [grads[i] for i in members],
+                [variables[i] for i in members],
+                states[name],
+                hypers[name],
+            )
+            new_state.update({f"{name}/{k}": v for k, v in part_state.items()})
+            groups.append((members, stats))
+            for position, i in enumerate(members):
+                clipped[i] = part[position]
+                if stats.square_norms is not None:
+                    squares[i] = stats.square_norms[position]
+
+        mixed = len({stats.unit for _, stats in groups}) > 1
+        weights = [0.0] * len(variables)
+        for members, stats in groups:
+            for i, weight in zip(members, stats.weights, strict=True):
+                weights[i] = float(size_of(variables[i])) if mixed and weight else weight
+
+        def fractions():
+            result: list[Any] = [None] * len(variables)
+            for members, stats in groups:
+                for i, fraction in zip(members, stats.fractions(), strict=True):
+                    result[i] = fraction
+            return result
+
+        unit = "elements" if mixed or not groups else groups[0][1].unit
+        return clipped, new_state, ClipStats(fractions, weights, unit, squares)
+
+    def get_config(self):
+        """The rules, JSON-able; the order of a list is kept."""
+        return {
+            "rules": [[name, serialize_value(clipper)] for name, clipper in self.rules],
+            "default": serialize_value(self.default),
+            "allow_unmatched": self.allow_unmatched,
+            "ordered": self.ordered,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The map that `get_config` described."""
+        rules = config["rules"]
+        if isinstance(rules, Mapping):  # written by hand
+            rules = {name: get(clipper) for name, clipper in rules.items()}
+        else:
+            pairs = [(name, get(clipper)) for name, clipper in rules]
+            rules = pairs if config.get("ordered", True) else dict(pairs)
+        return cls(rules, get(config.get("default")), config.get("allow_unmatched", False))
+
+    def __str__(self) -> str:
+        rules = ", ".join(f"{name!r}: {clipper or 'off'}" for name, clipper in self.rules)
+        return f"ClipMap({{{rules}}}, default={self.default or 'off'})"

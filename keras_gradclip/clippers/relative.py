@@ -1,0 +1,267 @@
+"""Clippers without memory that measure a gradient by its weights or by its size: AGC and RMS."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import keras
+from keras import ops
+
+from keras_gradclip import _compat
+from keras_gradclip import _kernels as kernels
+from keras_gradclip import _validation as validation
+from keras_gradclip.clippers.base import Clipper, ClipStats, path_of, register, shown, size_of
+
+
+@register("adaptive")
+@dataclasses.dataclass(frozen=True)
+class AdaptiveClip(Clipper):
+    """Adaptive gradient clipping (AGC): no unit's gradient outgrows its weights.
+
+    g'_u = g_u · min(1, λ·max(‖W_u‖, ε)/‖g_u‖) for each unit u. A unit is what makes one output:
+    a column of a Dense kernel, a filter of a convolution.
+
+    When to use it: large batches and networks without batch normalisation. Leave out the final
+    layer: `ClipMap({"head/.*": None}, default=AdaptiveClip(0.01))`. Suggested: λ from 0.01 (batch
+    4096) to 0.16 (batch 256), ε = 1e-3. Source: Brock et al., "High-Performance Large-Scale Image
+    Recognition Without Normalization", arXiv 2102.06171, equation 3; the same as
+    `optax.adaptive_grad_clip` and timm's `adaptive_clip_grad` where they agree on the axes.
+
+    The axes over which a unit's norm is taken, by the variable's path and shape:
+
+    | rank | variable | axes |
+    |---|---|---|
+    | any | all dimensions but one are 1; names with "bias" | all: one unit |
+    | 2 | Dense, recurrent kernel (in, out) | 0 |
+    | 2 | `embeddings` (vocabulary, dim) | 1: a unit is a row |
+    | 3 | `query`, `key`, `value` of attention (in, heads, dim) | 0 |
+    | 3 | `attention_output` (heads, dim, out) | 0, 1 |
+    | 3, 4, 5 | Conv1D, Conv2D, Conv3D (..., in, out) | all but the last |
+    | 3, 4, 5 | `...transpose...` layers (..., out, in) | all but the last but one |
+    | 3, 4 | `...depthwise...` layers, variables (..., in, multiplier) | all but the last two |
+    | other | | all but the last |
+
+    Shapes alone cannot tell a transposed convolution from an ordinary one, so renamed layers and
+    EinsumDense need `axes=unit_axes(model)`, which asks the layers themselves.
+
+    Args:
+        clip_factor: λ, a positive number or a LearningRateSchedule.
+        eps: ε, the floor of a unit's weight norm, so that zero-initialised units can move.
+        axes: a dict from variable path to the axes to reduce, for variables to which the table
+            does not apply, e.g. `unit_axes(model)`.
+
+    Raises:
+        ValueError: λ or ε not above 0, or axes that a variable does not have.
+    """
+
+    clip_factor: Any = 0.01
+    eps: float = 1e-3
+    axes: Any = None
+    live: ClassVar[tuple[str, ...]] = ("clip_factor",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "eps", validation.positive("AdaptiveClip", "eps", self.eps))
+        if self.axes is not None:
+            try:
+                pairs = dict(self.axes).items()
+                known = tuple((str(path), tuple(int(a) for a in axes)) for path, axes in pairs)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    "AdaptiveClip: `axes` must be a dict from variable path to a list of axes, "
+                    f"such as unit_axes(model), but is {self.axes!r}."
+                ) from error
+            object.__setattr__(self, "axes", known)
+
+    def check_variables(self, variables):
+        """Raise a ValueError if `axes` names an axis that a variable does not have."""
+        for variable in variables:
+            rank = len(variable.shape)
+            axes = self._axes_of(variable)
+            if any(not 0 <= a < rank for a in axes) or len(set(axes)) < len(axes):
+                raise ValueError(
+                    f"AdaptiveClip: `axes` gives {list(axes)} for {path_of(variable)!r}, which has "
+                    f"{rank} dimensions. Name each axis once, from 0 to {rank - 1}."
+                )
+
+    def apply(self, grads, variables, state, hyper):
+        """Clip unit by unit: see `Clipper.apply`."""
+        clipped: list[Any] = []
+        squares: list[Any] = []
+        norms: list[Any] = []
+        units: list[float] = []
+        for g, variable in zip(grads, variables, strict=True):
+            axes = self._axes_of(variable)
+            kept = [int(d) for i, d in enumerate(variable.shape) if i not in axes]
+            units.append(float(math.prod(kept)))
+            if g is None:
+                clipped.append(None)
+                squares.append(None)
+                norms.append(None)
+                continue
+            x = kernels.values(g)
+            weight = (  # a sparse gradient's rows are whole units unless axis 0 is reduced
+                ops.convert_to_tensor(variable)
+                if 0 in axes
+                else kernels.matching_weight(variable, g)
+            )
+            square = unit_squares(x, axes)
+            norm = ops.sqrt(square)
+            floor = ops.maximum(ops.sqrt(unit_squares(weight, axes)), self.eps)
+            limit = hyper["clip_factor"] * floor
+            y = kernels.scale(x, kernels.clip_factor(norm, limit))
+            clipped.append(kernels.with_values(g, y))
+            squares.append(ops.sum(square))
+            norms.append((norm, limit))
+
+        def fractions():
+            return [
+                None if pair is None else ops.sum(kernels.float32(pair[0] > pair[1])) / max(n, 1.0)
+                for pair, n in zip(norms, units, strict=True)
+            ]
+
+        return clipped, state, ClipStats(fractions, units, "norms", squares)
+
+    def _axes_of(self, variable: Any) -> tuple[int, ...]:
+        known = dict(self.axes or ()).get(path_of(variable))
+        return default_unit_axes(variable) if known is None else known
+
+    def get_config(self):
+        """The arguments, JSON-able."""
+        config = super().get_config()
+        if self.axes is not None:
+            config["axes"] = {path: list(axes) for path, axes in self.axes}
+        return config
+
+    def __str__(self) -> str:
+        axes = "" if self.axes is None else f", axes of {len(self.axes)} variables"
+        return f"AdaptiveClip(clip_factor={shown(self.clip_factor)}, eps={self.eps:g}{axes})"
+
+
+def unit_squares(x: Any, axes: Sequence[int]) -> Any:
+    """The sum of x² over `axes`, which stay as dimensions of 1; float32."""
+    square = ops.square(kernels.float32(x))
+    return ops.sum(square, axis=tuple(axes), keepdims=True) if axes else square
+
+
+def default_unit_axes(variable: Any) -> tuple[int, ...]:
+    """The axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
+    shape = tuple(int(d) for d in variable.shape)
+    rank = len(shape)
+    layer, _, name = path_of(variable).rpartition("/")
+    layer = layer.rpartition("/")[2]
+    if sum(d != 1 for d in shape) <= 1 or "bias" in name:
+        return tuple(range(rank))
+    if name == "embeddings":
+        return (rank - 1,)
+    if rank >= 3 and ("depthwise" in name or ("depthwise" in layer and name == "kernel")):
+        return tuple(range(rank - 2))
+    if rank >= 3 and "transpose" in layer:
+        return (*range(rank - 2), rank - 1)
+    if rank == 3 and layer in ("query", "key", "value"):
+        return (0,)
+    return tuple(range(rank - 1))
+
+
+def unit_axes(model: Any) -> dict[str, tuple[int, ...]]:
+    """For each kernel of a model, the axes that one unit spans, asked of the layers.
+
+    Args:
+        model: a built `keras.Model` or layer.
+
+    Returns:
+        A dict from `variable.path` to a tuple of axes, for `AdaptiveClip(axes=...)`: every
+        trainable variable with more than one dimension.
+
+    Raises:
+        ValueError: the model has no trainable variables yet.
+    """
+    if not model.trainable_variables:
+        raise ValueError(
+            "unit_axes: `model` has no trainable variables. Build it first, e.g. by calling it on "
+            "a batch."
+        )
+    result = {
+        path_of(v): default_unit_axes(v) for v in model.trainable_variables if len(v.shape) > 1
+    }
+    layers = keras.layers
+    transposes = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+    convolutions = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+    for layer in _compat.all_layers(model):
+        kernel = getattr(layer, "kernel", None) if layer.trainable_variables else None
+        if kernel is None or path_of(kernel) not in result:
+            continue
+        rank = len(kernel.shape)
+        if sum(int(d) != 1 for d in kernel.shape) <= 1:
+            axes = tuple(range(rank))
+        elif isinstance(layer, layers.EinsumDense):
+            axes = _contracted(layer.equation)
+        elif isinstance(layer, transposes):
+            axes = (*range(rank - 2), rank - 1)
+        elif isinstance(layer, (layers.DepthwiseConv1D, layers.DepthwiseConv2D)):
+            axes = tuple(range(rank - 2))
+        elif isinstance(layer, (*convolutions, layers.Dense)):
+            axes = tuple(range(rank - 1))
+        else:
+            continue
+        result[path_of(kernel)] = axes
+    return result
+
+
+def _contracted(equation: str) -> tuple[int, ...]:
+    """The axes of an EinsumDense kernel over which its equation sums."""
+    inputs, output = equation.replace(" ", "").replace("...", "").split("->")
+    kernel = inputs.split(",")[1]
+    return tuple(i for i, letter in enumerate(kernel) if letter not in output)
+
+
+@register("rms")
+@dataclasses.dataclass(frozen=True)
+class RMSClip(Clipper):
+    """Block RMS clipping: g' = g / max(1, rms(g)/c), for each variable.
+
+    What it does: bounds the root mean square of each variable's gradient, so that one threshold
+    means the same for a bias of 10 elements and a kernel of a million. When to use it: in place
+    of `NormClip(scope="variable")`, whose threshold depends on the size of the variable; behind
+    Adafactor-like updates. Suggested: c = 1 on normalised updates (Shazeer and Stern, "Adafactor",
+    arXiv 1804.04235, section 6); on raw gradients a percentile of what `calibrate` sees. The same
+    as `optax.clip_by_block_rms`.
+
+    Args:
+        threshold: c, a positive number or a LearningRateSchedule.
+
+    Raises:
+        ValueError: a threshold that is not above 0.
+    """
+
+    threshold: Any = 1.0
+    live: ClassVar[tuple[str, ...]] = ("threshold",)
+
+    def apply(self, grads, variables, state, hyper):
+        """Clip by the root mean square: see `Clipper.apply`."""
+        clipped: list[Any] = []
+        squares: list[Any] = []
+        factors: list[Any] = []
+        for g, variable in zip(grads, variables, strict=True):
+            if g is None:
+                clipped.append(None)
+                squares.append(None)
+                factors.append(None)
+                continue
+            x = kernels.values(g)
+            square = kernels.sum_of_squares(x)
+            # A sparse gradient is zero in the rows that it does not hold: they count.
+            rms = ops.sqrt(square / max(size_of(variable), 1))
+            factor = kernels.clip_factor(rms, hyper["threshold"])
+            clipped.append(kernels.with_values(g, kernels.scale(x, factor)))
+            squares.append(square)
+            factors.append(factor)
+
+        def fractions():
+            return [None if f is None else kernels.float32(f < 1.0) for f in factors]
+
+        weights = [1.0] * len(variables)
+        return clipped, state, ClipStats(fractions, weights, "norms", squares)

@@ -1,0 +1,349 @@
+"""Clippers that remember the norms of past gradients and set their own thresholds.
+
+What they remember is a handful of numbers for each scope (a layer, a variable, or the whole
+model), kept in the optimizer's variables: the same on every replica, since every replica sees the
+same reduced gradients; saved and resumed with the optimizer. Norms that are not finite are never
+remembered. Called as a function, `clipper(grads, variables)`, each starts from an empty memory;
+loops that want the memory use `init` and `apply`, or `ClippedOptimizer`. Counters are float32 and
+bounded: TensorFlow keeps int32 variables off the GPU, where a compiled step cannot reach them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from keras import ops
+
+from keras_gradclip import _kernels as kernels
+from keras_gradclip import _validation as validation
+from keras_gradclip.clippers.base import Clipper, ClipStats, layers_of, register
+
+#: Stands for "no threshold" and "no norm yet": an infinity would turn into NaN when divided.
+NO_LIMIT = 1e38
+#: The smallest threshold, so that 0/0 cannot occur in the factor.
+SMALLEST = 1e-30
+
+
+class _FromNorms(Clipper):
+    """A norm clipper whose thresholds follow from past norms: one threshold a scope."""
+
+    scope: str
+
+    def _limits(self, norms: Any, usable: Any, state: Any, hyper: Any) -> tuple[Any, Any]:
+        """The thresholds of this step and the new state.
+
+        Args:
+            norms: float32 `[scopes]`, the norms before the clip; 0 where nothing came.
+            usable: boolean `[scopes]`, the norm is finite and there was a gradient.
+            state: the state.
+            hyper: the live hyper-parameters.
+        """
+        raise NotImplementedError
+
+    def _number(self, variables: Sequence[Any]) -> int:
+        return max(_scopes(self.scope, variables), default=-1) + 1
+
+    def apply(self, grads, variables, state, hyper):
+        """Clip by the norm of each scope: see `Clipper.apply`."""
+        scopes = _scopes(self.scope, variables)
+        number = self._number(variables)
+        zero = ops.zeros((), "float32")
+        squares = [None if g is None else kernels.sum_of_squares(kernels.values(g)) for g in grads]
+        if all(g is None for g in grads):
+            nothing: list[Any] = [None] * len(grads)
+            return nothing, state, ClipStats(lambda: nothing, [0.0] * len(grads), "norms", squares)
+        stacked = ops.stack([zero if s is None else s for s in squares])
+        norms = ops.sqrt(
+            ops.segment_sum(stacked, ops.convert_to_tensor(scopes, "int32"), num_segments=number)
+        )
+        members = [0] * number
+        for g, scope in zip(grads, scopes, strict=True):
+            members[scope] += g is not None
+        usable = ops.logical_and(
+            ops.isfinite(norms), ops.convert_to_tensor([n > 0 for n in members])
+        )
+        # What is not usable must not get near the arithmetic of the memory: 0 * inf is NaN.
+        limits, new_state = self._limits(
+            ops.where(usable, norms, ops.zeros_like(norms)), usable, state, hyper
+        )
+        limits = ops.clip(limits, SMALLEST, NO_LIMIT)
+        factors = kernels.clip_factor(norms, limits)
+        factor_of = ops.unstack(factors, num=number)
+        clipped: list[Any] = [
+            None if g is None else kernels.with_values(g, kernels.scale(kernels.values(g), f))
+            for g, f in zip(grads, (factor_of[s] for s in scopes), strict=True)
+        ]
+
+        def fractions():
+            hit = ops.unstack(kernels.float32(factors < 1.0), num=number)
+            return [None if g is None else hit[s] for g, s in zip(grads, scopes, strict=True)]
+
+        weights = [
+            0.0 if g is None else 1.0 / members[s] for g, s in zip(grads, scopes, strict=True)
+        ]
+        return clipped, new_state, ClipStats(fractions, weights, "norms", squares)
+
+    def _check_scope(self) -> None:
+        validation.choice(type(self).__name__, "scope", self.scope, ("layer", "variable", "global"))
+
+
+def _scopes(scope: str, variables: Sequence[Any]) -> list[int]:
+    """For each variable the number of the scope that it belongs to."""
+    if scope == "global":
+        return [0] * len(variables)
+    if scope == "variable":
+        return list(range(len(variables)))
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(layer, len(numbers)) for layer in layers_of(variables)]
+
+
+def _share(owner: str, name: str, value: Any) -> float:
+    """`value` as a float above 0 and below 1."""
+    result = validation.positive(owner, name, value)
+    if result >= 1:
+        raise ValueError(f"{owner}: `{name}` must be between 0 and 1, but is {result!r}.")
+    return result
+
+
+def _whole(owner: str, name: str, value: Any) -> int:
+    """`value` as a whole number of at least 1."""
+    result = validation.steps(owner, name, value)
+    if result is None:
+        raise ValueError(f"{owner}: `{name}` must be a whole number of at least 1, but is None.")
+    return result
+
+
+@register("percentile")
+@dataclasses.dataclass(frozen=True)
+class PercentileClip(_FromNorms):
+    """AutoClip: the threshold is a percentile of the norms seen so far.
+
+    g' = g·min(1, c/‖g‖), c the p-th percentile of the last `window` norms, the present one
+    included (linear between neighbours, as `numpy.percentile`).
+
+    When to use it: the scale of the gradients is unknown or drifts. It clips about 1 − p/100 of
+    the steps as long as the norms do not drift: nine in ten with the default, which makes it
+    closer to a normalised step than to a guard against spikes; p = 90 is such a guard. Suggested:
+    p = 10. Source: Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation
+    Networks", arXiv 2007.14469, which keeps every norm since the start, as its reference code does
+    (`numpy.percentile` of all global norms); a window bounds the memory and forgets the first
+    steps. The package `autoclip` 0.2.1 has a window of 1000 too, and the 90th percentile.
+
+    The window decides how fast the threshold follows norms that fall: where they fall a
+    hundredfold within an epoch, the default of 1000 clips nothing for the rest of a short run.
+
+    Args:
+        percentile: p in 0..100, or a LearningRateSchedule.
+        window: the number of norms to remember.
+        scope: "global" (as in the paper), "layer" or "variable".
+
+    Raises:
+        ValueError: p not in 0..100, a window below 1, an unknown scope.
+    """
+
+    percentile: Any = 10.0
+    window: int = 1000
+    scope: str = "global"
+    live: ClassVar[tuple[str, ...]] = ("percentile",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.percentile, float) and self.percentile > 100:
+            raise ValueError(
+                f"PercentileClip: `percentile` must be above 0 and at most 100, but is "
+                f"{self.percentile!r}."
+            )
+        object.__setattr__(self, "window", _whole("PercentileClip", "window", self.window))
+        self._check_scope()
+
+    def init(self, variables):
+        """An empty history: `[scopes, window]` norms, the next slot, and how many are filled."""
+        number = self._number(variables)
+        return {
+            "history": np.full((number, self.window), NO_LIMIT, "float32"),
+            "slot": np.zeros((number,), "float32"),
+            "filled": np.zeros((number,), "float32"),
+        }
+
+    def _limits(self, norms, usable, state, hyper):
+        slot, filled = (ops.convert_to_tensor(state[k]) for k in ("slot", "filled"))
+        slots = ops.arange(self.window, dtype="float32")
+        here = ops.equal(slots[None, :], slot[:, None])
+        here = ops.logical_and(here, usable[:, None])
+        history = ops.where(here, norms[:, None], ops.convert_to_tensor(state["history"]))
+        slot = (slot + kernels.float32(usable)) % self.window
+        filled = ops.minimum(filled + kernels.float32(usable), float(self.window))
+
+        # The unused slots hold NO_LIMIT and sort to the end.
+        ordered = ops.sort(history, axis=1)
+        last = ops.maximum(filled - 1.0, 0.0)
+        share = ops.minimum(hyper["percentile"], 100.0) / 100.0
+        position = last * share
+        low = ops.floor(position)
+        high = ops.minimum(low + 1.0, last)
+        below, above = (
+            ops.take_along_axis(ordered, ops.cast(i, "int32")[:, None], axis=1)[:, 0]
+            for i in (low, high)
+        )
+        limits = below + (above - below) * (position - low)
+        return limits, {"history": history, "slot": slot, "filled": filled}
+
+
+@register("zscore")
+@dataclasses.dataclass(frozen=True)
+class ZScoreClip(_FromNorms):
+    """ZClip: clips norms that stand out from their running mean and deviation.
+
+    z = (‖g‖ − μ)/(σ + ε). Where z > z_threshold, the norm is brought down to
+    μ + σ·z_threshold²/z ("adaptive": the further out, the harder) or to μ ("mean"). Then
+    μ ← α·μ + (1−α)·n and σ² ← α·σ² + (1−α)·(n − μ)², n the norm after the clip. The first
+    `warmup_steps` norms are not clipped and give the first μ and σ.
+
+    When to use it: a guard against loss spikes in long runs, at little cost in the other steps.
+    Suggested: α = 0.97, z_threshold = 2.5, warmup_steps = 25. Source: Kumar et al., "ZClip:
+    Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507, and its reference code
+    (bluorion-com/ZClip: the same three defaults and formulas), which also bounds the norm by 1
+    throughout: `Chain([ZScoreClip(), NormClip(1.0, "global")])`.
+
+    Args:
+        z_threshold: positive number or LearningRateSchedule.
+        alpha: α, between 0 and 1.
+        warmup_steps: a whole number of at least 1.
+        option: "adaptive" or "mean".
+        scope: "global" (as in the paper), "layer" or "variable".
+        eps: ε, positive.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    z_threshold: Any = 2.5
+    alpha: float = 0.97
+    warmup_steps: int = 25
+    option: str = "adaptive"
+    scope: str = "global"
+    eps: float = 1e-6
+    live: ClassVar[tuple[str, ...]] = ("z_threshold",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = "ZScoreClip"
+        object.__setattr__(self, "alpha", _share(owner, "alpha", self.alpha))
+        object.__setattr__(self, "eps", validation.positive(owner, "eps", self.eps))
+        object.__setattr__(self, "warmup_steps", _whole(owner, "warmup_steps", self.warmup_steps))
+        validation.choice(owner, "option", self.option, ("adaptive", "mean"))
+        self._check_scope()
+
+    def init(self, variables):
+        """No norms yet: for each scope the mean, the variance and the number of norms."""
+        number = self._number(variables)
+        return {
+            "mean": np.zeros((number,), "float32"),
+            "variance": np.zeros((number,), "float32"),
+            "count": np.zeros((number,), "float32"),
+        }
+
+    def _limits(self, norms, usable, state, hyper):
+        mean, variance, count = (
+            ops.convert_to_tensor(state[k]) for k in ("mean", "variance", "count")
+        )
+        warm = ops.greater_equal(count, self.warmup_steps)
+        deviation = ops.sqrt(variance)
+        z = (norms - mean) / (deviation + self.eps)
+        if self.option == "mean":
+            target = mean
+        else:
+            target = mean + deviation * hyper["z_threshold"] ** 2 / ops.maximum(z, self.eps)
+        spike = ops.logical_and(warm, z > hyper["z_threshold"])
+        limits = ops.where(spike, target, ops.full_like(norms, NO_LIMIT))
+
+        norm = ops.minimum(norms, limits)
+        # During the warm-up: Welford's running mean and population variance.
+        n = count + 1.0
+        first_mean = mean + (norm - mean) / n
+        first_variance = variance + ((norm - mean) * (norm - first_mean) - variance) / n
+        later_mean = self.alpha * mean + (1 - self.alpha) * norm
+        later_variance = self.alpha * variance + (1 - self.alpha) * ops.square(norm - later_mean)
+
+        def new(first, later, old):
+            return ops.where(usable, ops.where(warm, later, first), old)
+
+        return limits, {
+            "mean": new(first_mean, later_mean, mean),
+            "variance": new(first_variance, later_variance, variance),
+            "count": ops.minimum(count + kernels.float32(usable), float(self.warmup_steps)),
+        }
+
+
+@register("ada")
+@dataclasses.dataclass(frozen=True)
+class AdaClip(_FromNorms):
+    """AdaGC: each tensor's norm is held near the running average of its own clipped norms.
+
+    g'_i = g_i·min(1, λ_rel·γ_i/‖g_i‖), then γ_i ← β·γ_i + (1−β)·‖g'_i‖. During the first
+    `warmup_steps` updates the whole gradient is clipped by its global norm,
+    g' = g·min(1, λ_abs/‖g‖), and γ_i ← min(γ_i, ‖g'_i‖).
+
+    When to use it: transformers and other long runs, where single tensors spike while the global
+    norm looks calm. Suggested: λ_rel = 1.05, λ_abs = 1, β = 0.98, 100 steps of warm-up. Source:
+    Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping", arXiv
+    2502.11034, algorithm 1; the formulas are those of the authors' repository
+    (PaddlePaddle/PaddleFleet, Research/AdaGC), the four values the defaults of the package
+    `pytorch_optimizer`, not checked against the paper's tables. One departure: a norm of 0 is not
+    remembered, because γ = 0 would freeze a zero-initialised tensor for good.
+
+    Args:
+        lambda_rel: λ_rel, positive number or LearningRateSchedule.
+        lambda_abs: λ_abs, positive number or LearningRateSchedule.
+        beta: β, between 0 and 1.
+        warmup_steps: a whole number of at least 1.
+        scope: "variable" (as in the paper), "layer" or "global".
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    lambda_rel: Any = 1.05
+    lambda_abs: Any = 1.0
+    beta: float = 0.98
+    warmup_steps: int = 100
+    scope: str = "variable"
+    live: ClassVar[tuple[str, ...]] = ("lambda_rel", "lambda_abs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "beta", _share("AdaClip", "beta", self.beta))
+        object.__setattr__(
+            self, "warmup_steps", _whole("AdaClip", "warmup_steps", self.warmup_steps)
+        )
+        self._check_scope()
+
+    def init(self, variables):
+        """No norms yet: γ for each scope, and the number of updates."""
+        return {
+            "gamma": np.full((self._number(variables),), NO_LIMIT, "float32"),
+            "count": np.zeros((1,), "float32"),
+        }
+
+    def _limits(self, norms, usable, state, hyper):
+        gamma, count = (ops.convert_to_tensor(state[k]) for k in ("gamma", "count"))
+        warm = ops.greater_equal(count, self.warmup_steps)
+        total = ops.sqrt(ops.sum(ops.square(norms)))
+        global_factor = kernels.clip_factor(total, hyper["lambda_abs"])
+        # A threshold of factor·norm is the global clip, said scope by scope.
+        early = ops.where(norms * global_factor < norms, norms * global_factor, NO_LIMIT)
+        limits = ops.where(warm, ops.minimum(hyper["lambda_rel"] * gamma, NO_LIMIT), early)
+
+        norm = ops.minimum(norms, limits)
+        average = self.beta * gamma + (1 - self.beta) * norm
+        unknown = gamma >= NO_LIMIT
+        later = ops.where(unknown, norm, average)
+        remembered = ops.logical_and(ops.logical_and(usable, norm > 0), ops.isfinite(total))
+        updated = ops.where(warm, later, ops.minimum(gamma, norm))
+        return limits, {
+            "gamma": ops.where(remembered, updated, gamma),
+            "count": ops.minimum(count + 1.0, float(self.warmup_steps)),
+        }

@@ -1,0 +1,498 @@
+"""`calibrate`: thresholds from the gradients that a model really has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradclip import _kernels as kernels
+from keras_gradclip import _validation as validation
+from keras_gradclip.clippers.base import Clipper, layers_of, path_of, serialize
+from keras_gradclip.clippers.composite import ClipMap
+from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip, NormClip
+from keras_gradclip.clippers.relative import AdaptiveClip, RMSClip, default_unit_axes, unit_squares
+from keras_gradclip.diagnostics.monitor import (
+    device_variable,
+    strategy_scope,
+    sync,
+    wrapped_optimizer,
+)
+from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, to_numpy
+
+#: The clippers that a threshold is suggested for, and what each bounds.
+KINDS = {
+    "norm": "L2 norm of the layer's gradient",
+    "absolute": "largest element",
+    "exponential": "largest |g|·exp(−β·W)",
+    "adaptive": "largest ratio of a kernel's unit's gradient norm to its weight norm",
+    "rms": "largest root mean square of a variable's gradient",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        layers: the layers, in the model's order.
+        thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "rms") and
+            layer the suggested threshold; None for a layer whose gradient is zero or missing. The
+            adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
+            their ratio says nothing, and its map leaves them alone.
+        kernels: for each layer the names of its variables with more than one unit.
+        global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
+        updates: the number of updates that the figures rest on.
+        nonfinite: the number of updates left out because a gradient was not finite.
+        percentile: the percentile, 0..100.
+        beta: β of the exponential clipper.
+        eps: ε of the adaptive clipper.
+        samples: what the thresholds are percentiles of: for each clipper a float64 array
+            `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
+            `[updates]`; not in the JSON of `save`.
+    """
+
+    layers: list[str]
+    thresholds: dict[str, dict[str, float | None]]
+    kernels: dict[str, list[str]]
+    global_norm: float | None
+    updates: int
+    nonfinite: int
+    percentile: float
+    beta: float
+    eps: float
+    samples: Mapping[str, np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @classmethod
+    def of_samples(
+        cls,
+        layers: Sequence[str],
+        kernels: Mapping[str, Sequence[str]],
+        samples: Mapping[str, np.ndarray],
+        *,
+        percentile: float,
+        nonfinite: int = 0,
+        beta: float = 0.7,
+        eps: float = 1e-3,
+    ) -> Calibration:
+        """The thresholds that samples give; the arguments are the attributes of that name.
+
+        Raises:
+            ValueError: a percentile outside 0..100.
+        """
+        percentile = _percentile(percentile)
+
+        def suggestion(values: np.ndarray) -> float | None:
+            value = float(np.percentile(values, percentile))
+            return value if value > 0 else None
+
+        return cls(
+            layers=list(layers),
+            thresholds={
+                kind: {layer: suggestion(samples[kind][:, i]) for i, layer in enumerate(layers)}
+                for kind in KINDS
+            },
+            kernels={layer: list(names) for layer, names in kernels.items()},
+            global_norm=suggestion(samples["global"]),
+            updates=len(samples["global"]),
+            nonfinite=nonfinite,
+            percentile=percentile,
+            beta=beta,
+            eps=eps,
+            samples=dict(samples),
+        )
+
+    def at(self, percentile: float) -> Calibration:
+        """The same updates at another percentile, without watching them again."""
+        return Calibration.of_samples(
+            self.layers,
+            self.kernels,
+            self.samples,
+            percentile=percentile,
+            nonfinite=self.nonfinite,
+            beta=self.beta,
+            eps=self.eps,
+        )
+
+    def clipper(self, kind: str, layer: str) -> Clipper | None:
+        """The clipper suggested for a layer, or None where there is nothing to clip."""
+        validation.choice("Calibration", "kind", kind, tuple(KINDS))
+        return self._made(kind, self.thresholds[kind][layer])
+
+    def _made(self, kind: str, threshold: Any) -> Clipper | None:
+        if threshold is None:
+            return None
+        makers = {
+            "norm": lambda: NormClip(threshold, scope="layer"),
+            "absolute": lambda: AbsoluteClip(threshold),
+            "exponential": lambda: ExponentialClip(self.beta, threshold),
+            "adaptive": lambda: AdaptiveClip(threshold, eps=self.eps),
+            "rms": lambda: RMSClip(threshold),
+        }
+        return makers[kind]()
+
+    def clip_map(self, kind: str = "norm", segments: int = 1) -> ClipMap:
+        """A `ClipMap` with a rule for each layer.
+
+        Rules go by path: layers of one path (`tower/dense` and `tower/dense#2`) share theirs, at
+        the largest of their thresholds.
+
+        Args:
+            kind: "norm", "absolute", "exponential", "adaptive" or "rms".
+            segments: cut the updates watched into so many parts of equal length, each with a
+                percentile of its own; the thresholds then are `PiecewiseConstantDecay` schedules
+                over the updates from step 0 on. Norms that fall or rise during training are so
+                clipped as often late as early, where a constant clips the one half alone.
+
+        Raises:
+            ValueError: an unknown kind, or fewer than 10 updates a segment.
+        """
+        validation.choice("Calibration", "kind", kind, tuple(KINDS))
+        number = validation.steps("Calibration", "segments", segments) or 1
+        if number > 1 and self.updates < 10 * number:
+            raise ValueError(
+                f"Calibration: `segments` must leave 10 updates or more to each, but is {number} "
+                f"for {self.updates} updates. Watch more updates, or pass fewer segments."
+            )
+        together: dict[str, list[str]] = {}
+        for layer in self.kernels if kind == "adaptive" else self.layers:
+            together.setdefault(_path(layer, self.layers), []).append(layer)
+        rules = []
+        for path, layers in together.items():
+            pattern = _pattern(path)
+            if kind == "adaptive":
+                names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
+                pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
+            rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
+        return ClipMap(rules)
+
+    def _threshold(self, kind: str, layers: Sequence[str], segments: int) -> Any:
+        """The largest threshold of some layers: a number, a schedule, or None."""
+        known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
+        if not known:
+            return None
+        if segments == 1:
+            return max(known)
+        values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
+        parts = np.array_split(values, segments)
+        levels = [float(np.nanpercentile(part, self.percentile, axis=0).max()) for part in parts]
+        # A part without any gradient has no figure of its own.
+        levels = [level if level > 0 else max(known) for level in levels]
+        lengths = np.cumsum([len(part) for part in parts])[:-1]
+        return keras.optimizers.schedules.PiecewiseConstantDecay(
+            # The schedule keeps a value up to and including its boundary.
+            [int(length) - 1 for length in lengths],
+            [float(f"{level:.6g}") for level in levels],
+        )
+
+    def table(self) -> str:
+        """Text: a line a layer with the threshold of each clipper."""
+        rows = [("layer", *KINDS)]
+        for layer in self.layers:
+            values = (self.thresholds[kind][layer] for kind in KINDS)
+            rows.append((layer, *("–" if v is None else f"{v:.3g}" for v in values)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
+        left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
+        return "\n".join(
+            [
+                lines[0],
+                "-" * len(lines[0]),
+                *lines[1:],
+                f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
+                f"{left_out}; exponential: gamma at beta={self.beta:g}",
+            ]
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def save(self, path: str | os.PathLike, kind: str = "norm", segments: int = 1) -> None:
+        """Write JSON: the `ClipMap` under "clipper", for `--clip-config`, and all the figures.
+
+        Args:
+            path: the file.
+            kind: which clipper, as in `clip_map`.
+            segments: as in `clip_map`.
+        """
+        figures = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "samples"
+        }
+        content = {
+            "clipper": serialize(self.clip_map(kind, segments)),
+            "calibration": {"kind": kind, "segments": segments, **figures},
+        }
+        path = Path(path)
+        scratch = path.with_name(path.name + ".tmp")
+        scratch.write_text(json.dumps(content, indent=1))
+        scratch.replace(path)
+
+
+def _pattern(layer: str) -> str:
+    """A regular expression for the paths of a layer's variables."""
+    return re.escape(layer) + "(/[^/]+)?"
+
+
+def _path(layer: str, layers: Sequence[str]) -> str:
+    """The path of a layer: its name, less the `#2` of a second layer of the same path."""
+    path = re.sub(r"#\d+$", "", layer)
+    return path if path in layers else layer
+
+
+class _Sampler:
+    """Keeps four figures a variable of each update: on the device, and after each batch here."""
+
+    def __init__(
+        self, optimizer: ClippedOptimizer, capacity: int, hold: bool, beta: float, eps: float
+    ) -> None:
+        self.holds = hold
+        self.variables = list(optimizer._trainable_variables)
+        self.capacity, self.beta, self.eps = capacity, beta, eps
+        self.fetched: list[np.ndarray] = []
+        with strategy_scope(optimizer):
+            self.figures = device_variable((capacity, 4, len(self.variables)))
+            self.seen = device_variable((), "int64")
+            self.skipped = device_variable((), "int64")
+        self.state = [self.figures, self.seen, self.skipped]
+
+    def fetch(self) -> int:
+        """Bring what is new to the host; the number of updates so far, skipped ones included."""
+        seen = int(to_numpy(self.seen))
+        figures = np.array(to_numpy(self.figures))
+        new = range(len(self.fetched), seen)
+        self.fetched += [figures[i % self.capacity].astype("float64") for i in new]
+        return seen + int(to_numpy(self.skipped))
+
+    def on_skip(self, grads: Sequence[Any]) -> None:
+        del grads
+        self.skipped.assign(self.skipped + 1)
+
+    def on_update(self, grads: Any, clipped: Any, stats: Any, hyper: Any) -> None:
+        del clipped, stats, hyper
+        columns = [self._of(g, v) for g, v in zip(grads, self.variables, strict=True)]
+        figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
+        slots = ops.arange(self.capacity, dtype=self.seen.dtype)
+        here = ops.equal(slots, self.seen % self.capacity)
+        self.figures.assign(
+            ops.where(here[:, None, None], figures[None], kernels.read(self.figures))
+        )
+        self.seen.assign(self.seen + 1)
+
+    def _of(self, gradient: Any, variable: Any) -> list[Any]:
+        """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio."""
+        if gradient is None:
+            return [ops.zeros((), "float32")] * 4
+        x = kernels.float32(kernels.values(gradient))
+        weight = kernels.float32(kernels.matching_weight(variable, gradient))
+        axes = default_unit_axes(variable)
+        whole = kernels.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
+        unit = ops.sqrt(unit_squares(x, axes))
+        floor = ops.maximum(ops.sqrt(unit_squares(whole, axes)), self.eps)
+        return [
+            kernels.sum_of_squares(x),
+            kernels.max_abs(x),
+            kernels.max_abs(ops.abs(x) / kernels.exp_of(self.beta, weight)),
+            kernels.max_abs(unit / floor),
+        ]
+
+
+class _Stop(keras.callbacks.Callback):
+    """Fetches the figures after each batch, and ends training after a number of updates."""
+
+    def __init__(self, sampler: _Sampler, updates: int) -> None:
+        super().__init__()
+        self.sampler, self.updates = sampler, updates
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Look at the counters."""
+        sync(self.model)
+        if self.sampler.fetch() >= self.updates:
+            self.model.stop_training = True
+
+
+def calibrate(
+    model: Any,
+    data: Any,
+    steps: int = 100,
+    percentile: float = 90.0,
+    *,
+    follow: bool = True,
+    batch_size: int | None = None,
+    beta: float = 0.7,
+    eps: float = 1e-3,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> Calibration:
+    """Suggest a threshold for each layer and each clipper, from the model's own gradients.
+
+    Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
+    clipper bounds: a threshold at the 90th percentile clips about one update in ten, as long as
+    the gradients stay as they were. (More than half clipped is too much: the threshold then acts
+    as a learning rate.) Compile the model without the clip that the thresholds are to replace: a
+    clip changes the norms. The norms of most networks drift, often by a hundredfold in the first
+    epoch: watch as many updates as the run will have, or as many as one can afford, and look at
+    when the thresholds would clip; `clip_map(segments=8)` makes schedules of them, and
+    `PercentileClip` with a short window follows the drift by itself. Afterwards weights,
+    optimizer, metrics and random states are what they were before, bit for bit.
+
+    ```python
+    found = kgc.calibrate(model, dataset, steps=200)
+    print(found)
+    model.compile("adamw", loss, clipper=found.clip_map("norm"))
+    found.save("clip.json")                       # recipes: --clip-config clip.json
+    ```
+
+    Args:
+        model: compiled with a `ClippedOptimizer` (or a `ClippedModel`), `clipper=None` or not:
+            the gradients are watched before the clip.
+        data: what `fit` takes as x: a `tf.data.Dataset`, a `PyDataset`, a generator; or a tuple
+            (x, y) or (x, y, sample_weight). It is repeated as needed, unless it is a generator.
+        steps: the number of updates to watch.
+        percentile: in 0..100, as `numpy.percentile`.
+        follow: True trains while it watches, and puts everything back at the end, so that the
+            figures are those of the first `steps` updates of a run. False stays at the present
+            weights.
+        batch_size: for (x, y) arrays, as in `fit`.
+        beta: β for the exponential clipper's γ.
+        eps: ε of the adaptive clipper.
+        callbacks: more Keras callbacks for the watched `fit`, e.g. one that shows how far it is.
+
+    Returns:
+        A `Calibration`; print it for a table.
+
+    Raises:
+        ValueError: an argument out of its range, a model without a `ClippedOptimizer`, or no
+            update with finite gradients.
+    """
+    count = validation.steps("calibrate", "steps", steps)
+    if count is None:
+        raise ValueError("calibrate: `steps` must be a whole number of at least 1, not None.")
+    percentile = _percentile(percentile)
+    beta = validation.positive("calibrate", "beta", beta)
+    eps = validation.positive("calibrate", "eps", eps)
+    optimizer = wrapped_optimizer("calibrate", model)
+    capacity = int(getattr(model, "steps_per_execution", 1))  # updates between two fetches
+    sampler = _Sampler(optimizer, capacity, not follow, beta, eps)
+    x, y, weight = _unpack(data)
+    epochs = count * (optimizer.gradient_accumulation_steps or 1)
+    with _everything_put_back(model, optimizer):
+        optimizer.observe(sampler)
+        model.train_function = None  # the step must be traced with the hook
+        model.fit(
+            x,
+            y,
+            sample_weight=weight,
+            batch_size=batch_size,
+            epochs=epochs,
+            shuffle=isinstance(data, tuple),  # a data set has its own order
+            verbose=0,
+            callbacks=[_Stop(sampler, count), *callbacks],
+        )
+        sampler.fetch()
+        skipped = int(to_numpy(sampler.skipped))
+    return _suggest(sampler, count, skipped, percentile)
+
+
+def _percentile(value: Any) -> float:
+    percentile = validation.positive("calibrate", "percentile", value)
+    if percentile > 100:
+        raise ValueError(f"calibrate: `percentile` must be at most 100, but is {percentile!r}.")
+    return percentile
+
+
+def _unpack(data: Any) -> tuple[Any, Any, Any]:
+    """x, y and sample_weight for `fit`."""
+    if not isinstance(data, tuple):
+        return data, None, None
+    if not 1 <= len(data) <= 3:
+        raise ValueError(
+            "calibrate: `data` must be a data set, or a tuple (x, y) or (x, y, sample_weight), "
+            f"but has {len(data)} parts."
+        )
+    x, y, weight = (*data, None, None)[:3]
+    return x, y, weight
+
+
+@contextlib.contextmanager
+def _everything_put_back(model: Any, optimizer: ClippedOptimizer) -> Iterator[None]:
+    """Leave the model, its optimizer, metrics and random states as they were."""
+
+    def variables() -> list[Any]:
+        found = [
+            *model.variables,
+            *model.metrics_variables,
+            *model.optimizer.variables,
+            *optimizer.variables,
+        ]
+        return list({id(v): v for v in found}.values())
+
+    before = [(v, np.array(to_numpy(v))) for v in variables()]
+    known = {id(v) for v, _ in before}
+    history, observer = getattr(model, "history", None), optimizer._observer
+    try:
+        yield
+    finally:
+        optimizer.observe(observer)
+        model.train_function = None
+        model.history, model.stop_training = history, False
+        if any(id(v) not in known for v in variables()):
+            model.reset_metrics()  # metrics that were built on the way
+        for variable, value in before:
+            variable.assign(value)
+
+
+def _suggest(sampler: _Sampler, count: int, skipped: int, percentile: float) -> Calibration:
+    """Percentiles over the updates of the sampler's figures, layer by layer."""
+    variables = sampler.variables
+    fetched = sampler.fetched[:count]
+    kept = np.array([f for f in fetched if np.isfinite(f).all()])
+    if not len(kept):
+        raise ValueError(
+            f"calibrate: none of {len(fetched) + skipped} updates had finite gradients. Lower the "
+            "learning rate, or look at the data; ClipMonitor names the layer."
+        )
+    square, largest, scaled, ratio = (kept[:, i] for i in range(4))
+    sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
+    owners = layers_of(variables)
+    layers = list(dict.fromkeys(owners))
+    samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in KINDS}
+    kernels_of: dict[str, list[str]] = {}
+    for k, layer in enumerate(layers):
+        mine = [i for i, owner in enumerate(owners) if owner == layer]
+        samples["norm"][:, k] = np.sqrt(square[:, mine].sum(axis=1))
+        samples["absolute"][:, k] = largest[:, mine].max(axis=1)
+        samples["exponential"][:, k] = scaled[:, mine].max(axis=1)
+        samples["rms"][:, k] = np.sqrt(square[:, mine] / sizes[mine]).max(axis=1)
+        whole = [i for i in mine if len(default_unit_axes(variables[i])) < len(variables[i].shape)]
+        if whole:
+            samples["adaptive"][:, k] = ratio[:, whole].max(axis=1)
+            kernels_of[layer] = [path_of(variables[i]).rpartition("/")[2] for i in whole]
+    return Calibration.of_samples(
+        layers,
+        kernels_of,
+        {**samples, "global": np.sqrt(square.sum(axis=1))},
+        percentile=percentile,
+        nonfinite=len(fetched) - len(kept) + skipped,
+        beta=sampler.beta,
+        eps=sampler.eps,
+    )

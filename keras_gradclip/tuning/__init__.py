@@ -1,0 +1,1 @@
+"""Which threshold? A search space, a hypermodel and oracles for KerasTuner."""

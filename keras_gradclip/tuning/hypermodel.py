@@ -1,0 +1,185 @@
+"""What is tried: a user's `build_model(hp)` in a `ClipHyperModel`."""
+
+import math
+from collections.abc import Callable
+
+import keras
+import keras_tuner as kt
+import numpy as np
+
+import keras_gradclip as kgc
+from keras_gradclip.tuning.oracles import DIVERGED, worst_score
+from keras_gradclip.tuning.space import clip_hyperparameters, to_clipper, to_gate
+
+LARGEST_WEIGHT = 1e8
+
+
+class ClipHyperModel(kt.HyperModel):
+    """A `build_model(hp)` whose optimizer clips as the trial says.
+
+    `build_model` declares what it likes on `hp` and returns a compiled model without a clipper.
+    The space of `clip_hyperparameters` is added, and the optimizer wrapped.
+
+    A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
+    1e8) stops at once and reports the worst possible value: it ranks last, and the search goes on.
+
+    Args:
+        build_model: `hp -> compiled keras.Model`.
+        objective: what the tuner optimises: a name such as "val_accuracy", or a
+            `keras_tuner.Objective`.
+        diverged_value: the objective of a trial that diverged; default -inf (to be maximised) or
+            +inf. KerasTuner's own BayesianOptimization takes infinities for 0: give it a finite
+            value, or use `keras_gradclip.tuning.oracles.make_oracle("bayesian", ...)`.
+        **space: arguments of `clip_hyperparameters`. With `learning_rate`, the optimizer's
+            learning rate is set from the trial.
+
+    Raises:
+        ValueError: several objectives, or (when a trial is built) a model that is not compiled,
+            or whose optimizer clips already.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable,
+        objective="val_accuracy",
+        diverged_value: float | None = None,
+        **space,
+    ):
+        super().__init__()
+        self.build_model = build_model
+        self.objective = as_objective(objective)
+        if diverged_value is None:
+            diverged_value = worst_score(self.objective.direction)
+        self.diverged_value = diverged_value
+        self.space = space
+
+    def build(self, hp):
+        """The compiled model of a trial."""
+        model = self.build_model(hp)
+        values = clip_hyperparameters(hp, **self.space)
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None:
+            raise ValueError(
+                "ClipHyperModel: `build_model` must return a compiled model, but it has no "
+                "optimizer. Call model.compile(...) in it."
+            )
+        inner = _without_clipping(optimizer)
+        if "learning_rate" in values:
+            if not hasattr(inner.learning_rate, "assign"):
+                raise ValueError(
+                    "ClipHyperModel: the optimizer's learning rate is a schedule, so that "
+                    "`learning_rate` cannot be set from the trial. Leave it out of the space, or "
+                    "build the schedule from hp in `build_model`."
+                )
+            inner.learning_rate = values["learning_rate"]
+        clipper = to_clipper(values, self.space.get("groups"))
+        wrapped = kgc.ClippedOptimizer(inner, clipper, telemetry=True)
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            wrapped = keras.optimizers.LossScaleOptimizer(wrapped)
+        model.optimizer = wrapped
+        gate = to_gate(values, float(keras.ops.convert_to_numpy(inner.learning_rate)))
+        if gate is not None:
+            gate.attach(model)
+        return model
+
+    def fit(self, hp, model, *args, callbacks=(), **kwargs):
+        """`model.fit`, which stops at divergence.
+
+        Returns:
+            The history with `grad_norm` and `clip_fraction`; the worst value for a trial that
+            diverged.
+        """
+        watch = _Watch()
+        history = model.fit(*args, callbacks=[watch, *callbacks], **kwargs)
+        name = self.objective.name
+        seen = history.history.get(name, [])
+        if watch.diverged or not all(math.isfinite(value) for value in seen):
+            return {name: self.diverged_value, DIVERGED: 1.0}
+        return history
+
+
+class _Watch(keras.callbacks.Callback):
+    """Stops a run that is not finite; adds the clip's figures to the logs of plain models."""
+
+    def __init__(self):
+        super().__init__()
+        self.diverged = False
+
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+    def _stop(self):
+        self.diverged = True
+        self.model.stop_training = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._optimizer = _find(self.model.optimizer)
+        self._optimizer.reset_telemetry()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            self._stop()
+
+    def on_epoch_end(self, epoch, logs=None):
+        seen = self._optimizer.read_telemetry()
+        for name in ("grad_norm", "clip_fraction"):
+            logs[name] = float(seen[name])
+        if exploded(self.model):
+            self._stop()
+
+
+def exploded(model) -> bool:
+    """Whether a trainable weight is not finite, or so large that no training led there.
+
+    One step at a learning rate of 1e38 may leave weights of 1e37: finite, and with luck accurate.
+    """
+    weights = (keras.ops.convert_to_numpy(v) for v in model.trainable_variables)
+    # Not "any > LARGEST": NaN is not larger than anything.
+    return not all((np.abs(weight) <= LARGEST_WEIGHT).all() for weight in weights)
+
+
+def _find(optimizer):
+    while not isinstance(optimizer, kgc.ClippedOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def _without_clipping(optimizer):
+    """The inner optimizer, a fresh copy, if nothing clips yet."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    if isinstance(optimizer, kgc.ClippedOptimizer):
+        if optimizer.clipper is not None:
+            raise ValueError(
+                f"ClipHyperModel: the model has the clipper {optimizer.clipper} already. Compile "
+                "it without one in `build_model`; the trial's clipper is put in."
+            )
+        optimizer = optimizer.inner_optimizer
+    # Its own copy: the wrapper of a ClippedModel has claimed this one.
+    return type(optimizer).from_config(optimizer.get_config())
+
+
+def as_objective(objective, direction: str | None = None) -> kt.Objective:
+    """A `keras_tuner.Objective` from a name.
+
+    Raises:
+        ValueError: the direction is not known from the name and not given; several objectives.
+    """
+    if isinstance(objective, kt.Objective):
+        if not hasattr(objective, "direction") or hasattr(objective, "objectives"):
+            raise ValueError("objective: one objective was expected, but several came.")
+        return objective
+    if not isinstance(objective, str):
+        raise ValueError(
+            f"objective: a metric's name or keras_tuner.Objective was expected, not {objective!r}."
+        )
+    if direction is None:
+        from keras_tuner.engine.metrics_tracking import infer_metric_direction
+
+        direction = infer_metric_direction(objective)
+    if direction is None:
+        raise ValueError(
+            f"objective: whether {objective!r} should be large or small is not known; say "
+            "--direction max or min, or keras_tuner.Objective(name, direction)."
+        )
+    return kt.Objective(objective, direction)

@@ -1,0 +1,1 @@
+"""Where do images come from? Data sets, folders, logs, and the streams made of them."""

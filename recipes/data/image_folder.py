@@ -1,0 +1,151 @@
+"""Sources made of files and rows: image folders, logs. Damage is named by file and row.
+
+`readable_images` is the hook for every such source: it opens each image once, before training,
+so that a truncated file costs a line at the start and not a crash in epoch 7.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tensorflow as tf
+
+from recipes.data.sets import Split
+from recipes.errors import DataError
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
+_SHOWN = 10  # problems listed one by one; the rest are counted
+
+
+def image_problem(path: str | Path) -> str | None:
+    """Why an image file cannot be decoded, or None where it can; all of its pixels are read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for bad PNGs
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
+
+
+def report_bad(
+    problems: Sequence[str], on_bad_data: str, what: str, log: Callable[[str], None] | None = None
+) -> None:
+    """Prints the problems and goes on ("skip"), or raises with the first of them ("refuse").
+
+    Args:
+        problems: one line each, starting with file and row.
+        on_bad_data: str, "skip" or "refuse".
+        what: str, the source, for the message.
+        log: called with each line; default: standard error.
+
+    Raises:
+        DataError: `on_bad_data` is "refuse" and there is a problem, or an unknown word.
+    """
+    if on_bad_data not in ("skip", "refuse"):
+        raise DataError(f"on-bad-data={on_bad_data!r} is neither 'skip' nor 'refuse'")
+    if not problems:
+        return
+    count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'} in {what}"
+    if on_bad_data == "refuse":
+        raise DataError(
+            f"{problems[0]} ({count}; mend the data, or leave such entries out with "
+            "--on-bad-data skip)"
+        )
+    log = log or (lambda line: print(line, file=sys.stderr))
+    for problem in problems[:_SHOWN]:
+        log(f"skipped: {problem}")
+    if len(problems) > _SHOWN:
+        log(f"skipped: {len(problems) - _SHOWN} more")
+    log(f"warning: {count}, skipped")
+
+
+def readable_images(
+    rows: Iterable, paths_of: Callable, where: Callable, on_bad_data: str, what: str
+) -> list:
+    """The rows all of whose images decode.
+
+    Args:
+        rows: any items, for example rows of a log.
+        paths_of: `row -> list of paths` of its images.
+        where: `row -> str`, where the row came from ("driving_log.csv row 13"), or "".
+        on_bad_data: "skip" or "refuse", see `report_bad`.
+        what: str, the source, for the message.
+    """
+
+    def problem_of(row):
+        for path in paths_of(row):
+            problem = image_problem(path)
+            if problem:
+                place = where(row)
+                return f"{path}{f' ({place})' if place else ''}: {problem}"
+        return None
+
+    rows = list(rows)
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        found = list(pool.map(problem_of, rows))
+    report_bad([problem for problem in found if problem], on_bad_data, what)
+    return [row for row, problem in zip(rows, found, strict=True) if problem is None]
+
+
+def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split], int]:
+    """Train, validation and test splits of (path, label) from split/class/file folders.
+
+    Without a `validation` (or `val`) folder every tenth training image of each class is held
+    out; without a `test` folder the validation images stand in for it. Classes are the folders
+    of `train` in alphabetical order.
+
+    Raises:
+        DataError: no such folder, no classes, or an unreadable image under "refuse".
+    """
+    if not root:
+        raise DataError("dataset='image_folder' needs --data-dir, laid out as split/class/file")
+    base = Path(root)
+    if not (base / "train").is_dir():
+        raise DataError(f"data-dir={root!r} has no folder 'train' (wanted: train/CLASS/FILE)")
+    classes = sorted(folder.name for folder in (base / "train").iterdir() if folder.is_dir())
+    if len(classes) < 2:
+        raise DataError(f"{base / 'train'} holds {len(classes)} class folders: two are needed")
+
+    def rows(split):
+        folder = base / split
+        unknown = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name not in classes)
+        if unknown:
+            raise DataError(f"{folder} has a class that train has not: {unknown[0]!r}")
+        return [
+            (str(path), label)
+            for label, name in enumerate(classes)
+            for path in sorted((folder / name).glob("*"))
+            if path.suffix.lower() in _SUFFIXES
+        ]
+
+    def checked(split):
+        return readable_images(
+            rows(split), lambda row: [row[0]], lambda row: "", on_bad_data, str(base / split)
+        )
+
+    train = checked("train")
+    held = next((name for name in ("validation", "val") if (base / name).is_dir()), None)
+    if held:
+        validation = checked(held)
+    else:
+        validation, kept, seen = [], [], [0] * len(classes)
+        for row in train:
+            (validation if seen[row[1]] % 10 == 9 else kept).append(row)
+            seen[row[1]] += 1
+        train = kept
+    test = checked("test") if (base / "test").is_dir() else validation
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        if not part:
+            raise DataError(f"{base}: no images for the {name} split")
+    return [_split(part) for part in (train, validation, test)], len(classes)
+
+
+def _split(rows: list[tuple[str, int]]) -> Split:
+    paths, labels = zip(*rows, strict=True)
+    dataset = tf.data.Dataset.from_tensor_slices((list(paths), tf.constant(labels, dtype=tf.int64)))
+    return Split(dataset, len(rows))

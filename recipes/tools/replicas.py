@@ -1,0 +1,83 @@
+"""What a clipping threshold means on 1, 2 and 4 replicas: stock Keras beside this library.
+
+    python recipes/tools/replicas.py
+
+One SGD step with learning rate 1 and a steep loss, under MirroredStrategy over logical CPU
+devices, the global batch the same. A threshold of 0.1 should move no weight by more than 0.1.
+"""
+
+import csv
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: the folder above recipes/ holds its packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+REPLICAS = (1, 2, 4)
+THRESHOLD = 0.1
+
+
+def largest_changes(replicas: int) -> tuple[float, float]:
+    """The largest weight change of one step: (Keras's clipvalue, AbsoluteClip)."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    import keras_gradclip as kgc
+
+    devices = [tf.config.LogicalDeviceConfiguration()] * replicas
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 8)).astype("float32"), rng.normal(size=(16, 1)).astype("float32")
+
+    def change(optimizer):
+        with strategy.scope():
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential(
+                [keras.Input((8,)), keras.layers.Dense(16), keras.layers.Dense(1)]
+            )
+            model.compile(optimizer(), "mse", loss_weights=1e3)
+        before = model.get_weights()
+        model.fit(x, y, batch_size=16, verbose=0)
+        return max(np.abs(a - b).max() for a, b in zip(model.get_weights(), before, strict=True))
+
+    stock = change(lambda: keras.optimizers.SGD(1.0, clipvalue=THRESHOLD))
+    ours = change(
+        lambda: kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), kgc.AbsoluteClip(THRESHOLD))
+    )
+    return float(stock), float(ours)
+
+
+def main() -> int:
+    """Print the table and write runs/replicas.csv."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # A process each: the collective operations of TensorFlow remember their group's size.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        rows = [(n, *pool.apply(largest_changes, (n,))) for n in REPLICAS]
+    table = Table(
+        title=f"Largest weight change of one step, threshold {THRESHOLD}, learning rate 1"
+    )
+    for name in ("replicas", f"Keras clipvalue={THRESHOLD}", f"AbsoluteClip({THRESHOLD})"):
+        table.add_column(name, justify="right")
+    for n, stock, ours in rows:
+        table.add_row(str(n), f"{stock:.3f}", f"{ours:.3f}")
+    Console().print(table)
+    path = Path("runs") / "replicas.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["replicas", "keras_clipvalue", "absolute_clip"])
+        writer.writerows(rows)
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Interrupted equals never interrupted, bit for bit on one device."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import data, loss, net, strategy, weights
+
+import keras_gradclip as kgc
+from keras_gradclip.optimizer.clipped_optimizer import find
+
+tf = pytest.importorskip("tensorflow")
+
+
+def compiled(policy="float32", accumulate=None, model_class=None):
+    keras.config.set_dtype_policy(policy)
+    model = net(model_class)
+    schedule = keras.optimizers.schedules.CosineDecay(1e-2, 100, warmup_target=2e-2, warmup_steps=5)
+    inner = keras.optimizers.AdamW(schedule, use_ema=True)
+    clipper = kgc.ClipMap({"head/.*": kgc.ExponentialClip(gamma=0.05)}, kgc.NormClip(0.1))
+    model.compile(
+        kgc.ClippedOptimizer(inner, clipper, gradient_accumulation_steps=accumulate),
+        loss(),
+        loss_weights=30.0,
+    )
+    return model
+
+
+CASES = [
+    ("float32", None, None),
+    ("float32", 3, None),
+    ("mixed_float16", None, None),
+    ("float32", None, keras.Model),
+]
+
+
+def fit(model):
+    x, y = data(40)
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+
+
+@pytest.mark.parametrize("policy, accumulate, model_class", CASES)
+def test_keras_file(policy, accumulate, model_class, tmp_path):
+    """5 steps, saved, 5 more; the accumulation of 3 is interrupted in the middle."""
+    model = compiled(policy, accumulate, model_class)
+    fit(model)
+    find(model.optimizer).clip_hyperparameters["default/max_norm"] = 0.07
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert type(loaded) is type(model)
+    assert find(loaded.optimizer).clip_hyperparameters["default/max_norm"] == pytest.approx(0.07)
+    fit(model)
+    fit(loaded)
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+    for a, b in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+@pytest.mark.parametrize("policy, accumulate, model_class", CASES)
+def test_checkpoint(policy, accumulate, model_class, tmp_path):
+    model = compiled(policy, accumulate, model_class)
+    fit(model)
+    path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(tmp_path / "c"))
+    fit(model)
+    other = compiled(policy, accumulate, model_class)
+    other.optimizer.build(other.trainable_variables)
+    status = tf.train.Checkpoint(model=other, optimizer=other.optimizer).restore(path)
+    status.assert_existing_objects_matched()
+    fit(other)
+    np.testing.assert_array_equal(weights(model), weights(other))
+
+
+def test_weights_file_keeps_the_optimizer(tmp_path):
+    model = compiled()
+    fit(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = compiled()
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "m.weights.h5")
+    for m in (model, other):
+        fit(m)
+    np.testing.assert_array_equal(weights(model), weights(other))
+
+
+def test_weights_alone_go_into_an_optimizer_that_is_not_built(tmp_path):
+    model = compiled()
+    fit(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = compiled()
+    with pytest.warns(UserWarning, match="Build it first"):
+        other.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_saved_on_replicas_loaded_on_one_device(replicas, tmp_path):
+    with strategy(replicas).scope():
+        model = compiled(accumulate=3)
+    fit(model)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    fit(model)
+    fit(loaded)
+    np.testing.assert_allclose(weights(model), weights(loaded), atol=2e-5)
+
+
+def test_the_file_holds_the_inner_state_once(tmp_path):
+    import zipfile
+
+    import h5py
+
+    model = compiled()
+    fit(model)
+    model.save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras") as archive:
+        archive.extract("model.weights.h5", tmp_path)
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        own = len(file["optimizer/vars"])
+        inner = len(file["optimizer/inner_optimizer/vars"])
+    assert own == len(model.optimizer._saved()) == 5  # no slot of the inner optimizer among them
+    assert inner == len(model.optimizer.inner_optimizer.variables)
+
+
+def test_state_of_another_configuration_is_not_loaded():
+    a, b = compiled(), compiled(accumulate=3)
+    for model in (a, b):
+        model.optimizer.build(model.trainable_variables)
+    store = {}
+    a.optimizer.save_own_variables(store)
+    with pytest.warns(UserWarning, match=r"accumulator:0.*gradient_accumulation_steps"):
+        b.optimizer.load_own_variables(store)
+
+
+def test_a_threshold_never_becomes_another_clippers(tmp_path):
+    """Equally many variables, another meaning."""
+    x, y = data(8)
+    model = net()
+    model.compile("sgd", loss(), clipper=kgc.AbsoluteClip(0.003))
+    model.fit(x, y, verbose=0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = net()
+    other.compile("sgd", loss(), clipper=kgc.NormClip(1.0))
+    other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match=r"hyper:max_norm.*hyper:threshold"):
+        other.load_weights(tmp_path / "m.weights.h5")
+    assert other.clip_hyperparameters["max_norm"] == 1.0
+    np.testing.assert_array_equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("clipper", ["norm", kgc.ClipMap({"stem/.*": kgc.NormClip(0.1)})], ids=str)
+def test_saved_after_freezing_a_layer(clipper, tmp_path):
+    x, y = data(8)
+    model = net()
+    model.compile("adam", loss(), clipper=clipper)
+    model.fit(x, y, verbose=0)
+    model.get_layer("stem").trainable = False
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+    loaded.fit(x, y, verbose=0)
+
+
+@keras.saving.register_keras_serializable("tests")
+class OwnCompile(kgc.ClippedModel):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def compile(self, optimizer, temperature=1.0):
+        super().compile(optimizer, "mse", clipper="absolute")
+
+
+def test_a_model_with_a_compile_of_its_own_loads_as_in_keras(tmp_path):
+    model = OwnCompile()
+    model.compile("sgd")
+    model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="`compile\\(\\)` method is custom"):
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+
+
+def test_set_weights_covers_the_inner_optimizer():
+    model, other = compiled(), compiled()
+    fit(model)
+    other.optimizer.build(other.trainable_variables)
+    other.optimizer.set_weights([v.numpy() for v in model.optimizer.variables])
+    other.set_weights(model.get_weights())
+    for m in (model, other):
+        fit(m)
+    np.testing.assert_array_equal(weights(model), weights(other))
+    with pytest.raises(ValueError, match="shapes"):
+        other.optimizer.set_weights([np.zeros(1)])
+
+
+def test_config_round_trip():
+    optimizer = compiled().optimizer
+    config = keras.optimizers.serialize(optimizer)
+    again = keras.optimizers.deserialize(config)
+    assert isinstance(again, kgc.ClippedOptimizer)
+    assert keras.optimizers.serialize(again) == config
+    assert again.clipper == optimizer.clipper
+
+
+def test_clone_and_from_config_of_a_functional_model():
+    model = net()
+    clone = keras.models.clone_model(model)
+    assert isinstance(clone, kgc.ClippedModel)
+    again = type(model).from_config(model.get_config())
+    assert isinstance(again, kgc.ClippedModel)
+
+
+def test_backup_and_restore_callback(tmp_path):
+    """Keras's own callback resumes a run that stopped after the first epoch."""
+    x, y = data(16)
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    def run(callbacks, epochs=3):
+        model = compiled()
+        model.fit(x, y, epochs=epochs, batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
+        return weights(model)
+
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    with pytest.raises(KeyboardInterrupt):
+        run([backup, Stop()])
+    resumed = run([keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))])
+    np.testing.assert_array_equal(resumed, run([]))
