@@ -1,5 +1,6 @@
 """Per-layer gradient clipping for Keras 3: what is clipped is what is applied."""
 
+from keras_gradclip import _compat
 from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, serialize
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, Chain, ExponentialClip, NormClip
@@ -12,7 +13,9 @@ from keras_gradclip.gate import ActivationGate, GatedInput
 from keras_gradclip.model import ClippedModel, ClippedTrainStep
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_compat.warn_if_untested(_compat.host_versions())
 
 __all__ = [
     "AbsoluteClip",

@@ -1,6 +1,7 @@
 """The private names that `_compat` uses: a new Keras that changes one is told here, plainly."""
 
 import inspect
+import warnings
 
 import keras
 import numpy as np
@@ -14,9 +15,28 @@ tf = pytest.importorskip("tensorflow")
 
 def test_functional_is_what_keras_model_returns():
     inputs = keras.Input((2,))
-    assert type(keras.Model(inputs, inputs)) is _compat.Functional, (
+    model = keras.Model(inputs, keras.layers.ReLU()(inputs))
+    assert type(model) is _compat.Functional, (
         "keras.Model(inputs, outputs) no longer returns keras.src.models.functional.Functional"
     )
+
+
+@pytest.mark.parametrize(
+    ("version", "word"),
+    [
+        ({"Keras": "3.12.0"}, None),
+        ({"Keras": "3.16.0.dev2026102704", "TensorFlow": "2.22.0-rc0"}, None),
+        ({"Keras": "3.11.3"}, "Keras 3.11.3 (tested: 3.12 to 3.16)"),
+        ({"Keras": "3.17.0", "TensorFlow": "2.30.1"}, "TensorFlow 2.30.1 (tested: 2.19 to 2.22)"),
+        ({"Python": "4.0.1"}, "Python 4.0.1"),
+    ],
+)
+def test_a_host_outside_the_tested_range_warns_once(version, word):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _compat.warn_if_untested(version)
+    assert len(caught) == (word is not None)
+    assert word is None or word in str(caught[0].message)
 
 
 def test_the_reduction_method_is_still_there_and_still_used():

@@ -736,7 +736,7 @@ def _check_inner(inner: Any) -> Any:
             "wrap it the other way round: LossScaleOptimizer(ClippedOptimizer(inner, clipper)); "
             "under mixed_float16, compile does so by itself"
         )
-    elif isinstance(inner, keras.optimizers.MultiOptimizer):
+    elif isinstance(inner, _compat.MultiOptimizer):
         remedy = (
             "each of its optimizers reduces, clips and accumulates for itself; write the "
             "MultiOptimizer around ClippedOptimizers instead, and compile a plain model with it"
