@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 zoo replicas search calibrate bench bench-jax test test-slow test-backends \
+.PHONY: help venv resnet50 zoo replicas search calibrate bench bench-jax test test-slow test-backends test-matrix \
         venv-jax venv-torch lint format clean
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test       lint, type-check and test"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-backends  the core tests on TensorFlow, JAX and PyTorch"
+	@echo "make test-matrix  the core tests on Keras 3.12 to nightly, TensorFlow 2.19 to 2.22"
 	@echo "make lint       ruff and mypy alone;  make format rewrites with ruff"
 
 venv: $(VENV)/.installed
@@ -87,6 +88,10 @@ test-backends: venv venv-jax venv-torch
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS) $(ARGS)
 	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest $(BACKEND_TESTS) $(ARGS)
 	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest $(BACKEND_TESTS) $(ARGS)
+
+# Builds and deletes one environment after the other; on old and new Python, if they are there.
+test-matrix:
+	$(PYTHON) tests/version_matrix.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-jax .venv-torch build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
