@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 zoo replicas search calibrate bench bench-jax test test-slow test-backends test-matrix \
-        venv-jax venv-torch lint format clean
+.PHONY: help venv resnet50 zoo replicas search calibrate bench bench-jax test test-slow test-backends \
+        test-matrix docs dist venv-jax venv-torch lint format clean
 
 help:
 	@echo "make venv       set up .venv (the first step of every other target)"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-backends  the core tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-matrix  the core tests on Keras 3.12 to nightly, TensorFlow 2.19 to 2.22"
+	@echo "make docs       build the site in build/docs, warnings are errors"
+	@echo "make dist       build the wheel and the source distribution in dist/"
 	@echo "make lint       ruff and mypy alone;  make format rewrites with ruff"
 
 venv: $(VENV)/.installed
@@ -92,6 +94,14 @@ test-backends: venv venv-jax venv-torch
 # Builds and deletes one environment after the other; on old and new Python, if they are there.
 test-matrix:
 	$(PYTHON) tests/version_matrix.py $(ARGS)
+
+docs: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env --quiet docs build/docs $(ARGS)
+
+dist: venv
+	rm -rf dist
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) .venv-jax .venv-torch build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

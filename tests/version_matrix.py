@@ -136,7 +136,7 @@ def write(rows: list[dict[str, str]]) -> None:
 
 
 def main() -> int:
-    """Run what is missing; the number of pairs with failures."""
+    """Run what is missing; how many of the pairs run now had failures or could not be built."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", help="the Keras versions to run, by their beginning")
     parser.add_argument("--again", action="store_true", help="also what the file has already")
@@ -148,6 +148,7 @@ def main() -> int:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
+    bad = 0
     tests = [path for path in TESTS if (ROOT / path).exists()]
     for pair in PAIRS:
         rows = finished()
@@ -161,13 +162,15 @@ def main() -> int:
             row = run(install(*pair), tests) | {"commit": commit}
         except (subprocess.CalledProcessError, FileNotFoundError) as error:
             print(f"not run: {error}", flush=True)
+            bad += 1
             continue
         finally:
             shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        bad += row["failed"] != 0
         write([old for old in rows if key(old) != pair[:3]] + [row])
     for row in finished():
         print(*(row[column] for column in COLUMNS), sep="\t")
-    return sum(row["failed"] != "0" for row in finished())
+    return bad
 
 
 if __name__ == "__main__":
