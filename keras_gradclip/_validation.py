@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -71,3 +73,9 @@ def steps(owner: str, name: str, value: Any) -> int | None:
             f"{value!r}."
         )
     return int(value)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`", did you mean 'absolute'?"`, or `""` where none of `words` comes near."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
