@@ -1,10 +1,12 @@
 """Per-layer gradient clipping for Keras 3: what is clipped is what is applied."""
 
 from keras_gradclip import _compat
+from keras_gradclip.clippers._declaration import parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, serialize
-from keras_gradclip.clippers.composite import ClipMap
-from keras_gradclip.clippers.elementwise import AbsoluteClip, Chain, ExponentialClip, NormClip
-from keras_gradclip.clippers.relative import AdaptiveClip, RMSClip, unit_axes
+from keras_gradclip.clippers.composite import Chain, ClipMap
+from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
+from keras_gradclip.clippers.norm import NormClip, RMSClip
+from keras_gradclip.clippers.relative import AdaptiveClip, unit_axes
 from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
 from keras_gradclip.diagnostics.calibration import Calibration, calibrate
 from keras_gradclip.diagnostics.monitor import ClipMonitor
@@ -39,6 +41,7 @@ __all__ = [
     "ZScoreClip",
     "calibrate",
     "get",
+    "parameter",
     "register",
     "report",
     "serialize",

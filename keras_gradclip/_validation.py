@@ -51,28 +51,54 @@ def threshold(owner: str, name: str, value: Any) -> Any:
     return positive(owner, name, value)
 
 
-def choice(owner: str, name: str, value: Any, allowed: tuple) -> Any:
+def bounds(
+    owner: str,
+    name: str,
+    value: float,
+    *,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Raise a ValueError if `value`, which is above 0, is too large."""
+    if below is not None and value >= below:
+        raise ValueError(
+            f"{owner}: `{name}` must be between 0 and {below:g}, exclusive, but is {value!r}."
+        )
+    if at_most is not None and value > at_most:
+        raise ValueError(
+            f"{owner}: `{name}` must be above 0 and at most {at_most:g}, but is {value!r}."
+        )
+
+
+def choice(owner: str, name: str, value: Any, allowed: tuple, note: str = "") -> Any:
     """`value` if it is one of `allowed`.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not; the message ends with `note`.
     """
     if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
         words = ", ".join(repr(a) for a in allowed)
-        raise ValueError(f"{owner}: `{name}` must be one of {words}, but is {value!r}.")
+        note = f" {note}" if note else ""
+        raise ValueError(f"{owner}: `{name}` must be one of {words}, but is {value!r}.{note}")
     return value
 
 
-def steps(owner: str, name: str, value: Any) -> int | None:
-    """`value` as an int of at least 1, or None."""
-    if value is None:
-        return None
+def count(owner: str, name: str, value: Any) -> int:
+    """`value` as an int of at least 1.
+
+    Raises:
+        ValueError: it is none.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
-            f"{owner}: `{name}` must be None (off) or a whole number of at least 1, but is "
-            f"{value!r}."
+            f"{owner}: `{name}` must be a whole number of at least 1, but is {value!r}."
         )
     return int(value)
+
+
+def steps(owner: str, name: str, value: Any) -> int | None:
+    """`value` as an int of at least 1, or None, which means off."""
+    return None if value is None else count(owner, name, value)
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

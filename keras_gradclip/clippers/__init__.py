@@ -1,26 +1,42 @@
 """What can clip? One declaration a clipper; the registry in `base` knows them all."""
 
-from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, serialize
-from keras_gradclip.clippers.composite import ClipMap
-from keras_gradclip.clippers.elementwise import AbsoluteClip, Chain, ExponentialClip, NormClip
-from keras_gradclip.clippers.relative import AdaptiveClip, RMSClip, unit_axes
+from keras_gradclip.clippers._declaration import Card, Parameter, parameter, parameters
+from keras_gradclip.clippers.base import (
+    Clipper,
+    ClipStats,
+    get,
+    register,
+    selectable,
+    serialize,
+    threshold_of,
+)
+from keras_gradclip.clippers.composite import Chain, ClipMap
+from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
+from keras_gradclip.clippers.norm import NormClip, RMSClip
+from keras_gradclip.clippers.relative import AdaptiveClip, unit_axes
 from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
 
 __all__ = [
     "AbsoluteClip",
     "AdaClip",
     "AdaptiveClip",
+    "Card",
     "Chain",
     "ClipMap",
     "ClipStats",
     "Clipper",
     "ExponentialClip",
     "NormClip",
+    "Parameter",
     "PercentileClip",
     "RMSClip",
     "ZScoreClip",
     "get",
+    "parameter",
+    "parameters",
     "register",
+    "selectable",
     "serialize",
+    "threshold_of",
     "unit_axes",
 ]

@@ -5,9 +5,9 @@ their hyper-parameters. `init(variables)` gives a clipper's running state, and
 `apply(grads, variables, state, hyper)` clips; both are pure. Calling a clipper,
 `clipper(grads, variables)`, does the two in a row for loops and tests.
 
-To write one: subclass `Clipper` as a frozen dataclass under `@register("its_name")`, name the
-fields that may change during training in `live`, and implement `apply` (and `init`, if it
-remembers something).
+To write one: subclass `Clipper` as a frozen dataclass under `@register("its_name")`, declare its
+fields by `parameter`, and implement `apply` (and `init`, if it remembers something). Flags, search
+spaces and the table in the docs then have it; `measures` gives it to `calibrate` as well.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
+from keras_gradclip._names import (  # noqa: F401  (for importers of before)
+    layer_of,
+    layers_of,
+    path_of,
+    size_of,
+)
+from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
 
 Hyper = Mapping[str, Any]
 State = dict[str, Any]
@@ -49,56 +56,27 @@ class ClipStats(NamedTuple):
     square_norms: list[Any] | None = None
 
 
-def path_of(variable: Any) -> str:
-    """`variable.path`; the name of what has no path (a `tf.Variable`)."""
-    path = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
-    return str(path).removesuffix(":0")
-
-
-def layer_of(variable: Any) -> str:
-    """The layer of a variable: everything in its path before the last `/`."""
-    return path_of(variable).rpartition("/")[0] or path_of(variable)
-
-
-def layers_of(variables: Sequence[Any]) -> list[str]:
-    """The layer of each variable.
-
-    Two layers may have one path (two towers with a Dense of the same name in each): where a path
-    comes a second time, it belongs to a second layer, whose name gets `#2`.
-    """
-    seen: dict[str, int] = {}
-    layers = []
-    for variable in variables:
-        path = path_of(variable)
-        seen[path] = seen.get(path, 0) + 1
-        layers.append(layer_of(variable) + (f"#{seen[path]}" if seen[path] > 1 else ""))
-    return layers
-
-
-def size_of(variable: Any) -> int:
-    """The number of elements of a variable."""
-    size = 1
-    for dim in variable.shape:
-        size *= int(dim)
-    return size
-
-
 @dataclasses.dataclass(frozen=True)
 class Clipper:
     """Base class of all clippers."""
 
-    #: The fields whose values may change during training, without a retrace.
+    #: Live fields of a clipper that declares none by `parameter`.
     live: ClassVar[tuple[str, ...]] = ()
+    #: The row in the table of the docs.
+    card: ClassVar[Card | None] = None
+    #: What `calibrate` measures to suggest the threshold, a key of `MEASURES`; None: nothing.
+    measures: ClassVar[str | None] = None
+    #: Whether flags and search spaces can make one: False for what is made of other clippers.
+    selectable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        owner = type(self).__name__
-        for name in self.live:
-            value = validation.threshold(owner, name, getattr(self, name))
-            object.__setattr__(self, name, value)
+        for declared in parameters(self):
+            value = declared.check(type(self).__name__, getattr(self, declared.name))
+            object.__setattr__(self, declared.name, value)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The live hyper-parameters: name to float or LearningRateSchedule."""
-        return {name: getattr(self, name) for name in self.live}
+        return {p.name: getattr(self, p.name) for p in parameters(self) if p.live}
 
     def with_hyperparameters(self, values: Mapping[str, Any]) -> Clipper:
         """A copy with other values; `values` is keyed as `hyperparameters()` is."""
@@ -142,6 +120,12 @@ class Clipper:
         Raises:
             ValueError: the two lists differ in length, or a rule does not fit the variables.
         """
+        if not all(isinstance(x, (list, tuple)) for x in (grads, variables)):
+            raise ValueError(
+                f"{type(self).__name__}: `grads` and `variables` must be lists, but are of types "
+                f"{type(grads).__name__} and {type(variables).__name__}. Write "
+                "clipper([gradient], [variable]) for one."
+            )
         grads, variables = list(grads), list(variables)
         if len(grads) != len(variables):
             raise ValueError(
@@ -270,10 +254,31 @@ def register(alias: str) -> Callable[[type[Clipper]], type[Clipper]]:
     """Class decorator: makes a clipper known to `get` and to Keras's serialisation."""
 
     def decorate(cls: type[Clipper]) -> type[Clipper]:
+        if cls.measures is not None:
+            validation.choice(cls.__name__, "measures", cls.measures, tuple(MEASURES))
         ALIASES[alias] = cls
+        cls.__setattr__ = _refuse_assignment  # type: ignore[assignment, method-assign]
         return keras.saving.register_keras_serializable(package="keras_gradclip")(cls)
 
     return decorate
+
+
+def _refuse_assignment(self: Clipper, name: str, value: Any) -> None:
+    raise dataclasses.FrozenInstanceError(
+        f"{type(self).__name__}: `{name}` cannot be set to {value!r}: a clipper does not change. "
+        f'In the middle of training write optimizer.clip_hyperparameters["{name}"] = ...; else '
+        f"dataclasses.replace(clipper, {name}=...)."
+    )
+
+
+def selectable() -> dict[str, type[Clipper]]:
+    """The registered clippers that flags and search spaces can make: alias to class."""
+    return {alias: cls for alias, cls in ALIASES.items() if cls.selectable}
+
+
+def threshold_of(cls: type[Clipper]) -> str | None:
+    """The name of the parameter that decides how much a clipper clips."""
+    return next((p.name for p in parameters(cls) if p.threshold), None)
 
 
 def get(identifier: Any) -> Clipper | None:
@@ -297,7 +302,8 @@ def get(identifier: Any) -> Clipper | None:
     if isinstance(identifier, Mapping):
         if "class_name" not in identifier:
             raise ValueError(
-                f"get: a clipper's config needs the key 'class_name', but has {sorted(identifier)}."
+                "get: a clipper's config needs the key 'class_name', but has "
+                f"{sorted(map(str, identifier))}. For rules by path write ClipMap({{...}})."
             )
         name = str(identifier["class_name"])
         config = identifier.get("config") or {}
@@ -367,45 +373,3 @@ def as_clipper(owner: str, name: str, value: Any, *, optional: bool) -> Clipper 
         return get(value)
     except ValueError as error:
         raise ValueError(f"{owner}: `{name}` is no clipper. {error}") from error
-
-
-class Composite(Clipper):
-    """A clipper made of named clippers; names prefix the hyper-parameters and the state."""
-
-    def _parts(self) -> list[tuple[str, Clipper]]:
-        raise NotImplementedError
-
-    def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
-        raise NotImplementedError
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """The parts' live hyper-parameters, as `part/name`."""
-        return {
-            f"{part}/{name}": value
-            for part, clipper in self._parts()
-            for name, value in clipper.hyperparameters().items()
-        }
-
-    def _split(self, mapping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """For each part, the entries of `mapping` that are its own, without its name.
-
-        One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
-        """
-        parts: dict[str, dict[str, Any]] = {name: {} for name, _ in self._parts()}
-        for key, value in mapping.items():
-            owners = [name for name in parts if key.startswith(f"{name}/")]
-            if owners:
-                owner = max(owners, key=len)
-                parts[owner][key[len(owner) + 1 :]] = value
-        return parts
-
-    def with_hyperparameters(self, values):
-        """A copy with other values: see `Clipper.with_hyperparameters`."""
-        known = self.hyperparameters()
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{type(self).__name__}: unknown hyper-parameters {unknown}.")
-        split = self._split(values)
-        return self._with_parts(
-            {part: clipper.with_hyperparameters(split[part]) for part, clipper in self._parts()}
-        )

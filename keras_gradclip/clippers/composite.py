@@ -1,4 +1,4 @@
-"""`ClipMap`: another clipper for each group of variables, chosen by their paths."""
+"""Clippers made of clippers: several in a row, and another one for each group of variables."""
 
 from __future__ import annotations
 
@@ -6,22 +6,68 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from keras import ops
+
+from keras_gradclip._names import path_of, size_of
+from keras_gradclip.clippers._declaration import Card
 from keras_gradclip.clippers.base import (
     Clipper,
     ClipStats,
-    Composite,
     State,
     as_clipper,
+    deserialize_value,
     get,
-    path_of,
     register,
     serialize_value,
-    size_of,
 )
 
 DEFAULT = "default"
+
+
+class Composite(Clipper):
+    """A clipper made of named clippers; names prefix the hyper-parameters and the state."""
+
+    selectable: ClassVar[bool] = False
+
+    def _parts(self) -> list[tuple[str, Clipper]]:
+        raise NotImplementedError
+
+    def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
+        raise NotImplementedError
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The parts' live hyper-parameters, as `part/name`."""
+        return {
+            f"{part}/{name}": value
+            for part, clipper in self._parts()
+            for name, value in clipper.hyperparameters().items()
+        }
+
+    def _split(self, mapping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """For each part, the entries of `mapping` that are its own, without its name.
+
+        One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
+        """
+        parts: dict[str, dict[str, Any]] = {name: {} for name, _ in self._parts()}
+        for key, value in mapping.items():
+            owners = [name for name in parts if key.startswith(f"{name}/")]
+            if owners:
+                owner = max(owners, key=len)
+                parts[owner][key[len(owner) + 1 :]] = value
+        return parts
+
+    def with_hyperparameters(self, values):
+        """A copy with other values: see `Clipper.with_hyperparameters`."""
+        known = self.hyperparameters()
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{type(self).__name__}: unknown hyper-parameters {unknown}.")
+        split = self._split(values)
+        return self._with_parts(
+            {part: clipper.with_hyperparameters(split[part]) for part, clipper in self._parts()}
+        )
 
 
 @register("clip_map")
@@ -48,6 +94,11 @@ class ClipMap(Composite):
             the variables are known, a rule that matches none of them or a collision.
     """
 
+    card: ClassVar[Card | None] = Card(
+        "another clipper for each group of variables",
+        "layers that need their own threshold, or none",
+        "`calibrate(...).clip_map()`",
+    )
     rules: Any = ()
     default: Any = None
     allow_unmatched: bool = False
@@ -229,3 +280,113 @@ class ClipMap(Composite):
     def __str__(self) -> str:
         rules = ", ".join(f"{name!r}: {clipper or 'off'}" for name, clipper in self.rules)
         return f"ClipMap({{{rules}}}, default={self.default or 'off'})"
+
+
+@register("chain")
+@dataclasses.dataclass(frozen=True)
+class Chain(Composite):
+    """Several clippers in a row, each clipping what the one before let through.
+
+    Its live hyper-parameters are named by position: `clip_hyperparameters["0/threshold"]`. Its
+    clip fraction is, for each variable, the largest among its clippers; where some count
+    elements and others norms, a clipped norm counts as all its elements.
+
+    Args:
+        clippers: a list of clippers, at least one.
+
+    Raises:
+        ValueError: an empty list, or an entry that is not a clipper.
+    """
+
+    card: ClassVar[Card | None] = Card(
+        "several in a row",
+        "a memory and a hard bound",
+        '`Chain([ZScoreClip(), NormClip(1.0, "global")])`',
+    )
+    clippers: Any = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.clippers, (Clipper, str, Mapping)) or not isinstance(
+            self.clippers, Sequence
+        ):
+            raise ValueError(
+                f"Chain: `clippers` must be a list of clippers, but is {self.clippers!r}. "
+                "Write Chain([first, second])."
+            )
+        if not self.clippers:
+            raise ValueError("Chain: `clippers` is empty. Pass at least one clipper.")
+        parts = tuple(
+            as_clipper("Chain", f"clippers[{i}]", c, optional=False)
+            for i, c in enumerate(self.clippers)
+        )
+        object.__setattr__(self, "clippers", parts)
+
+    def _parts(self):
+        return [(str(i), c) for i, c in enumerate(self.clippers)]
+
+    def _with_parts(self, parts):
+        return Chain([parts[str(i)] for i in range(len(self.clippers))])
+
+    def check_variables(self, variables):
+        """Raise a ValueError if one of the clippers cannot serve these variables."""
+        for clipper in self.clippers:
+            clipper.check_variables(variables)
+
+    def init(self, variables):
+        """The clippers' running states."""
+        return {
+            f"{part}/{name}": value
+            for part, clipper in self._parts()
+            for name, value in clipper.init(variables).items()
+        }
+
+    def apply(self, grads, variables, state, hyper):
+        """Clip by each clipper in turn: see `Clipper.apply`."""
+        new_state: State = {}
+        stats: list[ClipStats] = []
+        states, hypers = self._split(state), self._split(hyper)
+        for part, clipper in self._parts():
+            grads, part_state, part_stats = clipper.apply(
+                grads, variables, states[part], hypers[part]
+            )
+            new_state.update({f"{part}/{k}": v for k, v in part_state.items()})
+            stats.append(part_stats)
+
+        def fractions():
+            per_clipper = [s.fractions() for s in stats]
+            result = []
+            for of_variable in zip(*per_clipper, strict=True):
+                known = [f for f in of_variable if f is not None]
+                largest = known[0] if known else None
+                for f in known[1:]:
+                    largest = ops.maximum(largest, f)
+                result.append(largest)
+            return result
+
+        unit, weights = _common_unit(stats, variables)
+        first = stats[0].square_norms
+        return list(grads), new_state, ClipStats(fractions, weights, unit, first)
+
+    def get_config(self):
+        """The clippers, JSON-able."""
+        return {"clippers": [serialize_value(c) for c in self.clippers]}
+
+    @classmethod
+    def from_config(cls, config):
+        """The chain that `get_config` described."""
+        return cls([deserialize_value(c) for c in config["clippers"]])
+
+    def __str__(self) -> str:
+        return " → ".join(str(c) for c in self.clippers)
+
+
+def _common_unit(stats: Sequence[ClipStats], variables: Sequence[Any]) -> tuple[str, list[float]]:
+    """The unit and the weights of stats that speak of the same variables."""
+    if len({s.unit for s in stats}) == 1:
+        return stats[0].unit, [
+            max(of_variable) for of_variable in zip(*(s.weights for s in stats), strict=True)
+        ]
+    counted = [any(of_variable) for of_variable in zip(*(s.weights for s in stats), strict=True)]
+    return "elements", [
+        float(size_of(v)) if c else 0.0 for v, c in zip(variables, counted, strict=True)
+    ]

@@ -11,6 +11,7 @@ bounded: TensorFlow keeps int32 variables off the GPU, where a compiled step can
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,8 +19,9 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _kernels as kernels
-from keras_gradclip import _validation as validation
-from keras_gradclip.clippers.base import Clipper, ClipStats, layers_of, register
+from keras_gradclip._names import SCOPES, scope_numbers
+from keras_gradclip.clippers._declaration import Card, parameter
+from keras_gradclip.clippers.base import Clipper, ClipStats, register
 
 #: Stands for "no threshold" and "no norm yet": an infinity would turn into NaN when divided.
 NO_LIMIT = 1e38
@@ -44,11 +46,11 @@ class _FromNorms(Clipper):
         raise NotImplementedError
 
     def _number(self, variables: Sequence[Any]) -> int:
-        return max(_scopes(self.scope, variables), default=-1) + 1
+        return max(scope_numbers(self.scope, variables), default=-1) + 1
 
     def apply(self, grads, variables, state, hyper):
         """Clip by the norm of each scope: see `Clipper.apply`."""
-        scopes = _scopes(self.scope, variables)
+        scopes = scope_numbers(self.scope, variables)
         number = self._number(variables)
         zero = ops.zeros((), "float32")
         squares = [None if g is None else kernels.sum_of_squares(kernels.values(g)) for g in grads]
@@ -86,35 +88,6 @@ class _FromNorms(Clipper):
         ]
         return clipped, new_state, ClipStats(fractions, weights, "norms", squares)
 
-    def _check_scope(self) -> None:
-        validation.choice(type(self).__name__, "scope", self.scope, ("layer", "variable", "global"))
-
-
-def _scopes(scope: str, variables: Sequence[Any]) -> list[int]:
-    """For each variable the number of the scope that it belongs to."""
-    if scope == "global":
-        return [0] * len(variables)
-    if scope == "variable":
-        return list(range(len(variables)))
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(layer, len(numbers)) for layer in layers_of(variables)]
-
-
-def _share(owner: str, name: str, value: Any) -> float:
-    """`value` as a float above 0 and below 1."""
-    result = validation.positive(owner, name, value)
-    if result >= 1:
-        raise ValueError(f"{owner}: `{name}` must be between 0 and 1, but is {result!r}.")
-    return result
-
-
-def _whole(owner: str, name: str, value: Any) -> int:
-    """`value` as a whole number of at least 1."""
-    result = validation.steps(owner, name, value)
-    if result is None:
-        raise ValueError(f"{owner}: `{name}` must be a whole number of at least 1, but is None.")
-    return result
-
 
 @register("percentile")
 @dataclasses.dataclass(frozen=True)
@@ -144,20 +117,32 @@ class PercentileClip(_FromNorms):
         ValueError: p not in 0..100, a window below 1, an unknown scope.
     """
 
-    percentile: Any = 10.0
-    window: int = 1000
-    scope: str = "global"
-    live: ClassVar[tuple[str, ...]] = ("percentile",)
+    percentile: Any = parameter(
+        10.0,
+        help="p in 0..100: clips about 1 − p/100 of the steps",
+        range=(10.0, 95.0),
+        live=True,
+        threshold=True,
+        at_most=100.0,
+    )
+    window: int = parameter(1000, help="how many norms to remember")
+    scope: str = parameter("global", help="what one norm is taken over", choices=SCOPES)
+    card: ClassVar[Card | None] = Card(
+        "a norm clip whose c is a percentile of the last norms",
+        "the scale is unknown or drifts",
+        "10 as in the paper (clips nine steps in ten); 90 as a guard, with a short window where "
+        "the norms fall",
+        "Seetharaman et al., 2007.14469; window 1000 as in the package `autoclip` 0.2.1",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.percentile, float) and self.percentile > 100:
-            raise ValueError(
-                f"PercentileClip: `percentile` must be above 0 and at most 100, but is "
-                f"{self.percentile!r}."
+        if isinstance(self.percentile, float) and self.percentile < 1:
+            warnings.warn(
+                f"PercentileClip: percentile={self.percentile:g} is on a scale of 0 to 100, and "
+                f"clips nearly every step. Write {100 * self.percentile:g} if a share was meant.",
+                stacklevel=3,
             )
-        object.__setattr__(self, "window", _whole("PercentileClip", "window", self.window))
-        self._check_scope()
 
     def init(self, variables):
         """An empty history: `[scopes, window]` norms, the next slot, and how many are filled."""
@@ -220,22 +205,29 @@ class ZScoreClip(_FromNorms):
         ValueError: an argument out of its range.
     """
 
-    z_threshold: Any = 2.5
-    alpha: float = 0.97
-    warmup_steps: int = 25
-    option: str = "adaptive"
-    scope: str = "global"
-    eps: float = 1e-6
-    live: ClassVar[tuple[str, ...]] = ("z_threshold",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        owner = "ZScoreClip"
-        object.__setattr__(self, "alpha", _share(owner, "alpha", self.alpha))
-        object.__setattr__(self, "eps", validation.positive(owner, "eps", self.eps))
-        object.__setattr__(self, "warmup_steps", _whole(owner, "warmup_steps", self.warmup_steps))
-        validation.choice(owner, "option", self.option, ("adaptive", "mean"))
-        self._check_scope()
+    z_threshold: Any = parameter(
+        2.5,
+        help="deviations from the mean beyond which a norm is clipped",
+        range=(1.5, 4.0),
+        live=True,
+        threshold=True,
+    )
+    alpha: float = parameter(0.97, help="α, memory of the running mean", below=1.0)
+    warmup_steps: int = parameter(25, help="norms that only feed the memory")
+    option: str = parameter(
+        "adaptive",
+        help="what a spike is brought down to",
+        choices=("adaptive", "mean"),
+        flag="zscore_option",
+    )
+    scope: str = parameter("global", help="what one norm is taken over", choices=SCOPES)
+    eps: float = parameter(1e-6, help="ε beside the deviation")
+    card: ClassVar[Card | None] = Card(
+        "clips norms that stand out from their running mean",
+        "rare spikes in long runs",
+        "z = 2.5, α = 0.97, 25 steps of warm-up",
+        "Kumar et al., 2504.02507; the defaults of its code, bluorion-com/ZClip",
+    )
 
     def init(self, variables):
         """No norms yet: for each scope the mean, the variance and the number of norms."""
@@ -306,20 +298,24 @@ class AdaClip(_FromNorms):
         ValueError: an argument out of its range.
     """
 
-    lambda_rel: Any = 1.05
-    lambda_abs: Any = 1.0
-    beta: float = 0.98
-    warmup_steps: int = 100
-    scope: str = "variable"
-    live: ClassVar[tuple[str, ...]] = ("lambda_rel", "lambda_abs")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "beta", _share("AdaClip", "beta", self.beta))
-        object.__setattr__(
-            self, "warmup_steps", _whole("AdaClip", "warmup_steps", self.warmup_steps)
-        )
-        self._check_scope()
+    lambda_rel: Any = parameter(
+        1.05,
+        help="λ_rel, the norm at most so many times its running average",
+        range=(1.01, 1.5),
+        live=True,
+        threshold=True,
+    )
+    lambda_abs: Any = parameter(1.0, help="λ_abs, the global norm during the warm-up", live=True)
+    beta: float = parameter(0.98, help="β, memory of the running average", below=1.0)
+    warmup_steps: int = parameter(100, help="updates under the global norm clip")
+    scope: str = parameter("variable", help="what one norm is taken over", choices=SCOPES)
+    card: ClassVar[Card | None] = Card(
+        "each tensor's norm near the running average of its own",
+        "single tensors spike while the global norm looks calm",
+        "λ_rel = 1.05, β = 0.98, 100 steps of warm-up",
+        "Wang et al., 2502.11034; the values are the defaults of the package `pytorch_optimizer`, "
+        "not checked against the paper's tables",
+    )
 
     def init(self, variables):
         """No norms yet: γ for each scope, and the number of updates."""

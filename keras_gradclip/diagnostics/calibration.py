@@ -20,8 +20,9 @@ from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip.clippers.base import Clipper, layers_of, path_of, serialize
 from keras_gradclip.clippers.composite import ClipMap
-from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip, NormClip
-from keras_gradclip.clippers.relative import AdaptiveClip, RMSClip, default_unit_axes, unit_squares
+from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
+from keras_gradclip.clippers.norm import NormClip, RMSClip
+from keras_gradclip.clippers.relative import AdaptiveClip, default_unit_axes, unit_squares
 from keras_gradclip.diagnostics.monitor import (
     device_variable,
     strategy_scope,

@@ -1,0 +1,171 @@
+"""What a clipper says about itself: its parameters, its card, and what a calibration measures.
+
+Command lines, search spaces, `calibrate` and the table in the docs are made from this and from the
+registry; there is no other list of clippers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from keras_gradclip import _validation as validation
+
+_KEY = "keras_gradclip"
+
+#: number: a float above 0. count: a whole number from 1 on. word: one of `choices`. object: what
+#: only Python can write (a dict of axes, a list of clippers); no flag, no search.
+Kind = Literal["number", "count", "word", "object"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One hyper-parameter of a clipper.
+
+    Attributes:
+        name: the field's name.
+        default: the field's default, or `dataclasses.MISSING`.
+        kind: see `Kind`.
+        help: half a line for `--help`.
+        range: (low, high) of useful values, which a search varies it over; None: not searched.
+        log: the range is searched on a log scale.
+        choices: the words of a "word"; None among them where nothing needs to be chosen.
+        search: a search varies it unless told otherwise.
+        live: may be a schedule, and may change during training without a retrace.
+        threshold: decides how much is clipped: what `calibrate` suggests, and what groups of
+            layers may have of their own.
+        below: exclusive upper bound.
+        at_most: inclusive upper bound.
+        flag: the flag's name with underscores, where it is not the parameter's.
+        note: what to say to somebody who wrote a wrong word.
+    """
+
+    name: str
+    default: Any
+    kind: Kind = "object"
+    help: str = ""
+    range: tuple[float, float] | None = None
+    log: bool = False
+    choices: tuple[str | None, ...] = ()
+    search: bool = False
+    live: bool = False
+    threshold: bool = False
+    below: float | None = None
+    at_most: float | None = None
+    flag: str = ""
+    note: str = ""
+
+    def check(self, owner: str, value: Any) -> Any:
+        """`value` as the clipper keeps it: a float, an int, a schedule or a word.
+
+        Raises:
+            ValueError: it is none that this parameter takes.
+        """
+        if self.live:
+            value = validation.threshold(owner, self.name, value)
+        elif self.kind == "number":
+            value = validation.positive(owner, self.name, value)
+        elif self.kind == "count":
+            return validation.count(owner, self.name, value)
+        elif self.kind == "word":
+            return validation.choice(owner, self.name, value, self.choices, self.note)
+        if isinstance(value, float):
+            validation.bounds(owner, self.name, value, below=self.below, at_most=self.at_most)
+        return value
+
+
+def parameter(
+    default: Any,
+    *,
+    help: str,
+    range: tuple[float, float] | None = None,
+    log: bool = False,
+    choices: Sequence[str | None] = (),
+    kind: Kind | None = None,
+    search: bool | None = None,
+    live: bool = False,
+    threshold: bool = False,
+    below: float | None = None,
+    at_most: float | None = None,
+    flag: str = "",
+    note: str = "",
+) -> Any:
+    """A dataclass field that declares a hyper-parameter; the arguments are `Parameter`'s.
+
+    `kind` follows from `choices` and the default's type; `search` from there being a range.
+    """
+    if kind is None:
+        is_count = isinstance(default, int) and not isinstance(default, bool) and not live
+        is_number = live or isinstance(default, float)
+        kind = "word" if choices else "count" if is_count else "number" if is_number else "object"
+    metadata = {
+        "kind": kind,
+        "help": help,
+        "range": range,
+        "log": log,
+        "choices": tuple(choices),
+        "search": range is not None if search is None else search,
+        "live": live,
+        "threshold": threshold,
+        "below": below,
+        "at_most": at_most,
+        "flag": flag,
+        "note": note,
+    }
+    return dataclasses.field(default=default, metadata={_KEY: metadata})
+
+
+def parameters(clipper: Any) -> tuple[Parameter, ...]:
+    """The hyper-parameters of a clipper or of a clipper's class, in the order of its fields.
+
+    A field that is not declared by `parameter` is of the kind "object"; live if the class names
+    it in `live`.
+    """
+    result = []
+    for field in dataclasses.fields(clipper):
+        if field.init:
+            declared = field.metadata.get(_KEY) or {"live": field.name in clipper.live}
+            declared = {**declared, "flag": declared.get("flag") or field.name}
+            result.append(Parameter(field.name, field.default, **declared))
+    return tuple(result)
+
+
+class Measure(NamedTuple):
+    """A figure of a layer's gradient that a threshold bounds, and what it is computed with.
+
+    Attributes:
+        text: what it is.
+        needs: parameters of the clipper that the figure depends on.
+    """
+
+    text: str
+    needs: tuple[str, ...] = ()
+
+
+#: What `calibrate` can measure; a clipper names one in `measures`.
+MEASURES = {
+    "layer_norm": Measure("L2 norm of the layer's gradient"),
+    "largest_element": Measure("largest element"),
+    "largest_scaled_element": Measure("largest |g|·exp(−β·W)", ("beta",)),
+    "unit_ratio": Measure(
+        "largest ratio of a kernel's unit's gradient norm to its weight norm", ("eps",)
+    ),
+    "largest_rms": Measure("largest root mean square of a variable's gradient"),
+}
+
+
+class Card(NamedTuple):
+    """A clipper's row in the table of the docs; Markdown.
+
+    Attributes:
+        does: the rule in one phrase.
+        when: the situations and optimizers that it is for.
+        suggested: values to begin with.
+        source: paper or package.
+    """
+
+    does: str
+    when: str
+    suggested: str = ""
+    source: str = ""

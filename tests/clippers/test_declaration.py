@@ -1,0 +1,49 @@
+"""What clippers say about themselves, and a toy clipper that is found with no other edit."""
+
+import dataclasses
+
+import pytest
+
+import keras_gradclip as kgc
+from keras_gradclip.clippers import parameters, selectable, threshold_of
+from keras_gradclip.clippers.base import ALIASES
+
+
+def test_every_clipper_declares_all_its_fields_and_one_threshold():
+    assert {"clip_map", "chain"} == {a for a in ALIASES if a not in selectable()}
+    for alias, cls in selectable().items():
+        declared = parameters(cls)
+        assert [p.name for p in declared] == [f.name for f in dataclasses.fields(cls)]
+        assert all(p.help for p in declared), alias
+        assert sum(p.threshold for p in declared) == 1, alias
+        assert cls.card is not None, alias
+        for p in declared:
+            assert p.check(alias, p.default) == p.default
+            if p.range is not None:
+                low, high = p.range
+                assert 0 < low < high
+                cls(**{p.name: low}), cls(**{p.name: high})
+        assert cls().hyperparameters().keys() == {p.name for p in declared if p.live}
+        assert threshold_of(cls) in cls().hyperparameters()
+
+
+def test_a_clipper_written_for_0_1_still_works():
+    @dataclasses.dataclass(frozen=True)
+    class Old(kgc.Clipper):
+        limit: float = 0.5
+        live = ("limit",)
+
+    assert Old().hyperparameters() == {"limit": 0.5}
+    with pytest.raises(ValueError, match="limit"):
+        Old(-1.0)
+
+
+def test_hints():
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r'clip_hyperparameters\["threshold"'):
+        kgc.AbsoluteClip().threshold = 0.2
+    with pytest.raises(ValueError, match=r"clipper\(\[gradient\], \[variable\]\)"):
+        kgc.AbsoluteClip()(1.0, 2.0)
+    with pytest.raises(ValueError, match=r"write ClipMap"):
+        kgc.get({".*/bias": None})
+    with pytest.warns(UserWarning, match="scale of 0 to 100"):
+        kgc.PercentileClip(0.9)
