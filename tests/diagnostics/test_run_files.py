@@ -1,0 +1,115 @@
+"""Reading a run's files: whole, damaged, cut and mixed."""
+
+import json
+
+import numpy as np
+import pytest
+from run_files import CLIPPED, write_run
+
+import keras_gradclip as kgc
+from keras_gradclip.diagnostics._run_files import read_run
+from keras_gradclip.diagnostics.findings import findings
+
+
+def append(path, text):
+    with path.open("a") as file:
+        file.write(text)
+
+
+def test_missing_files_and_samples(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no monitor\.csv.*ClipMonitor\(run_dir\)"):
+        kgc.report(tmp_path)
+    with pytest.raises(ValueError, match="holds no samples"):
+        kgc.report(write_run(tmp_path / "r", []))
+    run = write_run(tmp_path / "r", [{}])
+    (run / "thresholds.csv").unlink()
+    assert read_run(run).thresholds == {}
+    (run / "monitor.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no monitor\.json"):
+        kgc.report(run)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{}", "lacks `clipper`"),
+        (b"[]", "lacks `clipper`"),
+        (b'{"clipper": null, "clipper_text": "", "variables": [{"path": 1}]}', "lacks `clipper`"),
+        (b'{\n"clipper": ', r"line 2 of .*monitor\.json is not JSON"),
+        (b"\xff\xfe\x00", r"monitor\.json is not text"),
+    ],
+)
+def test_a_damaged_description_is_refused(content, message, tmp_path):
+    run = write_run(tmp_path / "r", [{}])
+    (run / "monitor.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        kgc.report(run)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\x8b" * 50, b"step,variable\n1,x\n"])
+def test_samples_without_a_header_are_refused(content, tmp_path):
+    run = write_run(tmp_path / "r", [{}])
+    (run / "monitor.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"line 1 of .*monitor\.csv is no header"):
+        kgc.report(run)
+
+
+@pytest.mark.parametrize(
+    "line", ["12,0,conv1/kern", "x,0,conv1/kernel,1,1,0,1,0,0", "\0\0\0", '"' + "x" * 200_000]
+)
+def test_damaged_lines_are_left_out_and_named(line, tmp_path):
+    run = write_run(tmp_path / "r", [{}, {"conv1": CLIPPED}])
+    whole = read_run(run)
+    append(run / "monitor.csv", line)
+    append(run / "thresholds.csv", "3,max_norm,0.5\n4,max_no")
+    damaged = read_run(run)
+    for name, values in whole.figures.items():
+        np.testing.assert_array_equal(damaged.figures[name], values)
+    assert damaged.thresholds["max_norm"][1].tolist() == [0.5]
+    (found,) = [f for f in findings(damaged) if "left out" in f.text]
+    assert found.level == "bad"
+    assert found.details[0].startswith("line 14 of monitor.csv")
+    assert found.details[1].startswith("line 3 of thresholds.csv")
+    assert "line 14 of monitor.csv" in kgc.report(run).read_text(encoding="utf-8")
+
+
+def test_nothing_but_damaged_lines_is_refused_with_the_first(tmp_path):
+    run = write_run(tmp_path / "r", [])
+    append(run / "monitor.csv", "12,0,conv1/kern\n")
+    with pytest.raises(ValueError, match=r"no samples.*line 2 of monitor\.csv"):
+        kgc.report(run)
+
+
+def test_rows_of_a_layer_frozen_since_are_named(tmp_path):
+    """The files of a run that went on with fewer variables hold rows of all of them."""
+    run = write_run(tmp_path / "r", [{}, {"head": CLIPPED}])
+    described = json.loads((run / "monitor.json").read_text())
+    del described["variables"][:2]
+    (run / "monitor.json").write_text(json.dumps(described))
+    frozen = read_run(run)
+    assert frozen.layers == ["conv2", "head"]
+    np.testing.assert_array_equal(frozen.steps, [0, 1])
+    assert frozen.problems == (
+        "4 lines of monitor.csv name variables that monitor.json does not list, as after "
+        "freezing a layer: conv1/kernel, conv1/bias",
+    )
+
+
+def test_a_sample_without_a_layer_counts_only_what_it_has(tmp_path):
+    """A cut sample, or one from before a layer was unfrozen, is no NaN."""
+    run = write_run(tmp_path / "r", [{"head": CLIPPED}] * 3)
+    lines = (run / "monitor.csv").read_text().splitlines(keepends=True)
+    (run / "monitor.csv").write_text("".join(lines[:-2]))  # the head of the last sample
+    cut = read_run(run)
+    np.testing.assert_array_equal(cut.measured[-1], [True, True, False])
+    assert np.isnan(cut.figures["norm_before"][-1, 2])
+    np.testing.assert_allclose(cut.global_before, [6, 6, 2])
+    assert not any("not finite" in f.text for f in findings(cut))
+    kgc.report(run)
+
+
+def test_a_step_may_be_sampled_twice(tmp_path):
+    run = write_run(tmp_path / "r", [{}, {}])
+    text = (run / "monitor.csv").read_text().replace("\n1,", "\n0,")
+    (run / "monitor.csv").write_text(text)
+    np.testing.assert_array_equal(read_run(run).steps, [0, 0])
