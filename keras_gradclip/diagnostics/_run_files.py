@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_gradclip._files import read_json
 from keras_gradclip.diagnostics.monitor import FIELDS, MONITOR_CSV, MONITOR_JSON, THRESHOLDS_CSV
 
 #: The keys of each entry of "variables" in `monitor.json` and their types.
@@ -86,13 +86,9 @@ def read_run(run_dir: str | os.PathLike) -> Run:
 def _description(path: Path) -> dict[str, Any]:
     remedy = "Train on with ClipMonitor, which writes it anew."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"report: line {error.lineno} of {path} is not JSON ({error.msg}). {remedy}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"report: {path} is not text ({error.reason}). {remedy}") from error
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"report: {error}. {remedy}") from None
     variables = content.get("variables") if isinstance(content, dict) else None
     is_whole = (
         isinstance(variables, list)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_gradclip._files import write_text
 from keras_gradclip.diagnostics._charts import Chart, HeatMap, number
 from keras_gradclip.diagnostics._run_files import Run, read_run
 from keras_gradclip.diagnostics.findings import (
@@ -65,9 +66,7 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
         folder /= "monitor"
     page = render("report.html.j2", **_context(read_run(folder), _name(folder.resolve())))
     path = Report(folder / "report.html" if output is None else output)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(page, encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, page)
     return path
 
 

@@ -35,8 +35,8 @@ def test_missing_files_and_samples(tmp_path):
         (b"{}", "lacks `clipper`"),
         (b"[]", "lacks `clipper`"),
         (b'{"clipper": null, "clipper_text": "", "variables": [{"path": 1}]}', "lacks `clipper`"),
-        (b'{\n"clipper": ', r"line 2 of .*monitor\.json is not JSON"),
-        (b"\xff\xfe\x00", r"monitor\.json is not text"),
+        (b'{\n"clipper": ', r"monitor\.json, line 2: not JSON"),
+        (b"\xff\xfe\x00", r"monitor\.json: not JSON"),
     ],
 )
 def test_a_damaged_description_is_refused(content, message, tmp_path):
