@@ -1,6 +1,7 @@
 """What is tried: a recipe's runs, one or more a trial."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -128,7 +129,8 @@ class RecipeTuner(BaseTuner):
         started = time.monotonic()
         rows = read_rows(folder / HISTORY)
         if not note.exists() and len(rows) < last:
-            options.resume = (folder / "config.json").exists()
+            resume = (folder / "config.json").exists()
+            options = dataclasses.replace(options, resume=resume)
             callbacks = [_Epochs(last, self.objective.name, self.report)]
             try:
                 run(self.recipe, options, folder, callbacks)
