@@ -113,12 +113,12 @@ class Options:
     gate_gamma: float | None = option(
         None, "activation gate: factor beyond the gate", group="clipping"
     )
+    # training
     optimizer: str = option(
         "adamw",
         "the optimizer that receives the clipped gradients (plain sgd is advised against)",
         choices=("adamw", "adam", "sgd", "rmsprop", "lion", "adafactor", "nadam"),
     )
-    # training
     learning_rate: float = option(0.001, "peak learning rate, after the warm-up", above=0)
     warmup_epochs: float = option(1.0, "epochs of linear warm-up, before the cosine", low=0)
     momentum: float = option(0.0, "momentum of sgd", low=0, high=1)
@@ -160,6 +160,7 @@ class Options:
         group="data",
         choices=("refuse", "skip"),
     )
+    # machine
     mixed_precision: str = option(
         "none",
         "compute in 16 bits",
@@ -167,7 +168,6 @@ class Options:
         choices=("none", "float16", "bfloat16"),
         bare="float16",
     )
-    # machine
     jit: bool = option(False, "compile the step with XLA", group="machine")
     deterministic: bool = option(
         False,
@@ -190,6 +190,7 @@ class Options:
     worker_timeout: int = option(
         600, "multiworker: seconds to wait for a worker before giving up", group="machine", low=1
     )
+    # the run
     output: str | None = option(
         None, "folder of the results (default: runs/NAME)", group="run", saved=False
     )
@@ -199,7 +200,6 @@ class Options:
     backup_every: int = option(
         500, "steps between backups; one more each epoch", group="run", low=1
     )
-    # the run
     tensorboard: bool = option(True, "write TensorBoard logs", group="run")
     monitor: int = option(
         0,
