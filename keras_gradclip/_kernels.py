@@ -375,6 +375,25 @@ def clip_factor(norm: Any, max_norm: Any) -> Any:
     return ops.where(ops.isfinite(norm), factor, ops.zeros_like(factor))
 
 
+def divided(gradients: Sequence[Any], divisor: Any) -> list[Any]:
+    """Each gradient over a scalar, in its own dtype; None entries stay None.
+
+    In half precision a loss scale may be above the largest number: the division is in float32.
+    """
+    if isinstance(divisor, (int, float)) and divisor == 1:
+        return list(gradients)
+    result: list[Any] = []
+    for gradient in gradients:
+        if gradient is None:
+            result.append(None)
+            continue
+        x = values(gradient)
+        wide = "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"
+        quotient = ops.cast(x, wide) / ops.cast(divisor, wide)
+        result.append(with_values(gradient, ops.cast(quotient, x.dtype)))
+    return result
+
+
 def ratio(before: Any, after: Any) -> Any:
     """before/after; 0 where `after` is 0 and 1 where the ratio is not finite."""
     safe = ops.where(after > 0, after, ops.ones_like(after))

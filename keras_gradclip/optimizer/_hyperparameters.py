@@ -1,0 +1,121 @@
+"""The live thresholds of an optimizer, as a mapping to read and to set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _validation as validation
+from keras_gradclip._types import Scalar, Tensor, Variable
+from keras_gradclip.clippers.base import Clipper, current_value
+
+
+def to_numpy(value: Tensor) -> Tensor:
+    """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises.
+
+    On PyTorch `.numpy()` takes no tensor of a GPU.
+    """
+    if aggregation.is_tensorflow() and hasattr(value, "numpy"):
+        return value.numpy()
+    return ops.convert_to_numpy(value)
+
+
+def is_schedule(value: object) -> bool:
+    """Whether a hyper-parameter follows a schedule, and so has no variable."""
+    return isinstance(value, validation.LearningRateSchedule)
+
+
+class ClipHyperparameters(MutableMapping):
+    """The live thresholds of an optimizer: names as in `clipper.hyperparameters()`.
+
+    Reading gives the current value as a float. Setting takes effect from the next step on,
+    without a retrace, as `optimizer.learning_rate = ...` does. Inside an epoch on JAX, call
+    `model.jax_state_sync()` first, as for the learning rate.
+    """
+
+    def __init__(self, values: Mapping[str, Variable], iterations: Variable) -> None:
+        self._values, self._iterations = values, iterations
+
+    def __getitem__(self, name: str) -> float:
+        value = self._values[self._known(name)]
+        if is_schedule(value):
+            value = value(ops.convert_to_tensor(to_numpy(self._iterations)))
+        return float(to_numpy(value))
+
+    def __setitem__(self, name: str, value: Scalar) -> None:
+        current = self._values[self._known(name)]
+        if is_schedule(current):
+            raise TypeError(
+                f"clip_hyperparameters[{name!r}] follows the schedule {current!r} and cannot be "
+                "set. Build the clipper with a number to be able to."
+            )
+        is_symbolic = ops.is_tensor(value) and not hasattr(value, "__float__")
+        if not is_symbolic:
+            value = validation.positive("clip_hyperparameters", name, value)
+        current.assign(value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(
+            f"clip_hyperparameters[{name!r}] cannot be deleted. To stop clipping, set it to a "
+            "large value, or compile with clipper=None."
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def at_this_step(self) -> dict[str, Scalar]:
+        """The thresholds as float32 scalars of the backend."""
+        return {name: current_value(v, self._iterations) for name, v in self._values.items()}
+
+    def _known(self, name: str) -> str:
+        if name not in self._values:
+            raise KeyError(f"no clip hyper-parameter is called {name!r}; there are {list(self)}")
+        return name
+
+
+class HasThresholds:
+    """Mixin of an optimizer: its clipper, and the thresholds in force."""
+
+    iterations: Variable
+    add_variable: Callable[..., Variable]
+    _clipper: Clipper | None
+    _hyper: dict[str, Variable]
+
+    def _set_clipper(self, clipper: Clipper | None) -> None:
+        self._clipper = clipper
+        self._hyper = {
+            key: value if is_schedule(value) else self._threshold_variable(key, value)
+            for key, value in (clipper.hyperparameters() if clipper else {}).items()
+        }
+
+    def _threshold_variable(self, key: str, value: float) -> Variable:
+        name = "clip_" + "".join(c if c.isalnum() else "_" for c in key)
+        initializer = keras.initializers.Constant(value)
+        return self.add_variable((), initializer, "float32", aggregation="none", name=name)
+
+    @property
+    def clipper(self) -> Clipper | None:
+        """The clipper, with the thresholds that are in force now."""
+        if self._clipper is None:
+            return None
+        values = dict(self._clipper.hyperparameters())
+        for key, given in values.items():
+            now = given if is_schedule(given) else self.clip_hyperparameters[key]
+            if now is not given and np.float32(given) != np.float32(now):
+                values[key] = now  # set since; otherwise keep the number as it was written
+        return self._clipper.with_hyperparameters(values)
+
+    @property
+    def clip_hyperparameters(self) -> ClipHyperparameters:
+        """The live thresholds, to read and to set: `["threshold"] = 0.05`."""
+        return ClipHyperparameters(self._hyper, self.iterations)

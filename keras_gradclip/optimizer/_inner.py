@@ -1,0 +1,184 @@
+"""The inner optimizer: which one can be wrapped, and how it applies what was clipped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+
+import keras
+from keras import ops
+
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _compat
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variable
+from keras_gradclip.optimizer._accumulation import is_overwritten
+
+# The `ema_overwrite_frequency` of inner optimizers, which we took from them. An optimizer that
+# is compiled a second time is wrapped a second time.
+_EMA_FREQUENCIES: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+
+def check_inner(inner: object, wrapper: type) -> Optimizer:
+    """The inner optimizer, if `wrapper` can wrap it.
+
+    Raises:
+        ValueError: it clips, accumulates or scales by itself, or is no optimizer.
+    """
+    if isinstance(inner, (str, dict)):
+        inner = keras.optimizers.get(inner)
+    remedy = None
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        remedy = (
+            "wrap it the other way round: LossScaleOptimizer(ClippedOptimizer(inner, clipper)); "
+            "under mixed_float16, compile does so by itself"
+        )
+    elif isinstance(inner, _compat.MultiOptimizer):
+        remedy = (
+            "each of its optimizers reduces, clips and accumulates for itself; write the "
+            "MultiOptimizer around ClippedOptimizers instead, and compile a plain model with it"
+        )
+    elif isinstance(inner, wrapper):
+        remedy = "use Chain([first, second]) to clip twice"
+    elif not isinstance(inner, keras.optimizers.Optimizer):
+        remedy = "pass a keras.optimizers.Optimizer such as keras.optimizers.AdamW(1e-3)"
+    if remedy:
+        kind = type(inner).__name__
+        raise ValueError(
+            f"ClippedOptimizer: `inner_optimizer` must not be {inner!r} ({kind}): {remedy}."
+        )
+    _check_arguments(inner)
+    return inner
+
+
+def _check_arguments(inner: Optimizer) -> None:
+    kind = type(inner).__name__
+    for argument, ours in (
+        ("clipvalue", "AbsoluteClip({})"),
+        ("clipnorm", "NormClip({}, scope='variable')"),
+        ("global_clipnorm", "NormClip({}, scope='global')"),
+    ):
+        value = getattr(inner, argument, None)
+        if value is not None:
+            raise ValueError(
+                f"ClippedOptimizer: `inner_optimizer` ({kind}) clips by itself, "
+                f"{argument}={value!r}. Leave that out and use the clipper {ours.format(value)}."
+            )
+    steps = inner.gradient_accumulation_steps
+    if steps:
+        raise ValueError(
+            f"ClippedOptimizer: `inner_optimizer` ({kind}) has "
+            f"gradient_accumulation_steps={steps}, which would clip every micro-batch. Leave that "
+            f"out and write ClippedOptimizer(..., gradient_accumulation_steps={steps})."
+        )
+
+
+def split_overwriting(
+    gradients: Gradients, variables: Sequence[Variable]
+) -> tuple[Gradients, Gradients]:
+    """Gradients, and the new values of variables that are overwritten by what comes for them."""
+    overwritten = [is_overwritten(v) for v in variables]
+    return (
+        [None if o else g for g, o in zip(gradients, overwritten, strict=True)],
+        [g if o else None for g, o in zip(gradients, overwritten, strict=True)],
+    )
+
+
+class InnerUpdate:
+    """Applies clipped gradients; Keras's own reduction and moving-average overwrite are off.
+
+    Attributes:
+        ema_overwrite_frequency: what was taken from the inner optimizer, or None.
+    """
+
+    def __init__(self, inner: Optimizer, strategy: Strategy) -> None:
+        self._inner = inner
+        self._is_held = False
+        self.ema_overwrite_frequency: int | None = None
+        if strategy is not None and strategy.num_replicas_in_sync > 1:
+            # Keras overwrites inside a cond in replica context, which fails; we do it.
+            frequency = inner.ema_overwrite_frequency or _EMA_FREQUENCIES.get(inner)
+            if frequency:
+                _EMA_FREQUENCIES[inner] = frequency
+            self.ema_overwrite_frequency = frequency
+            inner.ema_overwrite_frequency = None
+        _compat.make_reduce_identity(inner)
+
+    def __call__(
+        self,
+        gradients: Gradients,
+        overwriting: Gradients,
+        variables: Sequence[Variable],
+        indices: Sequence[int],
+    ) -> None:
+        """Apply.
+
+        Args:
+            gradients: clipped, one entry a variable.
+            overwriting: new values, see `split_overwriting`.
+            variables: all that the optimizer was built with.
+            indices: the variables that this update is about.
+        """
+        if self._is_held:
+            return
+        factor = self._inner.loss_scale_factor
+        if factor:  # Keras will divide by it once more, and cannot divide a sparse gradient
+            gradients = [None if g is None else ops.convert_to_tensor(g) for g in gradients]
+            gradients = kernels.divided(gradients, 1.0 / factor)
+        merged = [g if o is None else o for g, o in zip(gradients, overwriting, strict=True)]
+        self._inner.apply([merged[i] for i in indices], [variables[i] for i in indices])
+        if self.ema_overwrite_frequency:
+            aggregation.cond(
+                ops.equal(self._inner.iterations % self.ema_overwrite_frequency, 0),
+                functools.partial(_compat.overwrite_with_average, self._inner, list(variables)),
+                lambda: None,
+                cross_replica=True,
+            )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, what is traced leaves the weights as they are."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+
+class DelegatesToInner:
+    """Mixin of an optimizer: what the outside asks is the inner optimizer's to answer."""
+
+    inner_optimizer: Optimizer
+
+    @property
+    def learning_rate(self) -> Scalar:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Scalar) -> None:
+        self.inner_optimizer.learning_rate = value
+
+    @property
+    def iterations(self) -> Variable:
+        """The number of updates so far; micro-batches and skipped steps do not count."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def _model_variables_moving_average(self) -> list[Variable]:
+        """What `SwapEMAWeights` looks for in the optimizer that it finds under a loss scale."""
+        return self.inner_optimizer._model_variables_moving_average
+
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
+        """What the inner optimizer does at the end of training (moving averages)."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(
+        self,
+        var_list: Sequence[Variable] | None = None,
+        var_names: Sequence[str] | None = None,
+    ) -> None:
+        """As the inner optimizer's."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)

@@ -1,0 +1,129 @@
+"""Who scales the loss, and what an overflow does to the scale."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+from keras import ops
+
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _compat
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._types import Gradient, Optimizer, Scalar, Variable
+
+
+class LossScale(Protocol):
+    """What the gradients of an update have to be divided by, and who hears how it went."""
+
+    #: Whether an update that is not finite is left out whatever `skip_nonfinite` says.
+    checks_finite: bool
+
+    def factor(self) -> Scalar:
+        """The factor in the loss, and so in the gradients."""
+
+    def on_finite(self) -> None:
+        """The update was applied."""
+
+    def on_overflow(self) -> None:
+        """The update was left out."""
+
+
+class FixedLossScale:
+    """The inner optimizer's `loss_scale_factor`; 1 without one."""
+
+    checks_finite = False
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._inner = inner
+
+    def factor(self) -> float:
+        """The factor that the user set."""
+        return self._inner.loss_scale_factor or 1.0
+
+    def on_finite(self) -> None:
+        """A fixed scale stays."""
+
+    def on_overflow(self) -> None:
+        """A fixed scale stays."""
+
+
+class UnknownLossScale(FixedLossScale):
+    """Somebody scales the loss and we cannot tell who: at least never apply an infinity."""
+
+    checks_finite = True
+
+
+class DynamicLossScale:
+    """Keras's `LossScaleOptimizer` around the optimizer: halves at an overflow, doubles later."""
+
+    checks_finite = True
+
+    def __init__(self, outer: Optimizer) -> None:
+        self._outer = outer
+
+    def factor(self) -> Scalar:
+        """The scale of this step."""
+        return kernels.read(self._outer.dynamic_scale)
+
+    def on_finite(self) -> None:
+        """Double the scale every `dynamic_growth_steps` finite updates."""
+        outer = self._outer
+        full = ops.equal(outer.step_counter, outer.dynamic_growth_steps - 1)
+        counter, scale = kernels.read(outer.step_counter), kernels.read(outer.dynamic_scale)
+        outer.step_counter.assign(ops.where(full, ops.zeros_like(counter), counter + 1))
+        outer.dynamic_scale.assign(ops.where(full, scale * 2.0, scale))
+
+    def on_overflow(self) -> None:
+        """Halve the scale."""
+        outer = self._outer
+        outer.step_counter.assign(ops.zeros_like(outer.step_counter))
+        outer.dynamic_scale.assign(outer.dynamic_scale * 0.5)
+
+
+class KnowsLossScale:
+    """Mixin of an optimizer: learns who scales its loss, and takes over from there."""
+
+    inner_optimizer: Optimizer
+    _static_scale: LossScale
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Notices that somebody wraps this optimizer, by what `LossScaleOptimizer` assigns."""
+        if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
+            self._on_loss_scale_factor(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _on_loss_scale_factor(self, value: object) -> None:
+        if value is not None:
+            raise ValueError(
+                f"ClippedOptimizer: set loss_scale_factor={value!r} on the inner optimizer."
+            )
+        # `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps.
+        self.inner_optimizer.loss_scale_factor = None
+        if not aggregation.is_tensorflow():
+            return
+        outer = _compat.find_wrapping_loss_scale(self)
+        if outer is None:
+            self._static_scale = UnknownLossScale(self.inner_optimizer)
+        else:
+            # Its own `apply` asks the first replica alone whether the gradients are finite.
+            outer.apply = functools.partial(_apply_scaled, outer, self)
+
+    def scale_loss(self, loss: Scalar) -> Scalar:
+        """`loss` times the inner optimizer's fixed loss scale, if it has one."""
+        return self.inner_optimizer.scale_loss(loss)
+
+
+def _apply_scaled(
+    outer: Optimizer,
+    wrapper: Optimizer,
+    grads: Sequence[Gradient],
+    trainable_variables: Sequence[Variable] | None = None,
+) -> None:
+    """`LossScaleOptimizer.apply` that reduces first and asks for finiteness afterwards."""
+    if not outer.built and trainable_variables is not None:
+        outer.build(list(trainable_variables))
+        outer.built = True
+    wrapper._apply(grads, trainable_variables, DynamicLossScale(outer))

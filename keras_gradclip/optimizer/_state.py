@@ -1,0 +1,168 @@
+"""The state of an optimizer: how it is made, and under which names it is saved."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+
+import keras
+import numpy as np
+
+from keras_gradclip._types import Config, Optimizer, State, Tensor, Variable
+from keras_gradclip.clippers.base import Clipper, deserialize_value, serialize
+from keras_gradclip.optimizer._accumulation import Accumulation
+from keras_gradclip.optimizer._hyperparameters import is_schedule, to_numpy
+from keras_gradclip.optimizer._inner import InnerUpdate
+
+
+class HasState:
+    """Mixin of an optimizer: its variables, `.keras` files, weights and config.
+
+    Telemetry is not worth saving.
+    """
+
+    built: bool
+    variables: list[Variable]
+    inner_optimizer: Optimizer
+    clipper: Clipper | None
+    gradient_accumulation_steps: int | None
+    skip_nonfinite: bool
+    telemetry: bool | int
+    name: str
+    _iterations: Variable
+    _hyper: Mapping[str, Variable]
+    _skipped: Variable
+    _clip_state: State
+    _accumulation: Accumulation | None
+    _inner_update: InnerUpdate
+
+    def build(self, variables: Sequence[Variable]) -> None:
+        """Create the state for `variables`, here and in the inner optimizer.
+
+        Raises:
+            ValueError: a ClipMap's rule matches none of the variables, or two rules collide.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        if self._strategy is None and aggregation.replica_count() > 1:
+            raise ValueError(
+                "ClippedOptimizer: it was created outside the strategy that its model trains "
+                "under, and every replica would count its steps. Create it inside "
+                "`strategy.scope()`."
+            )
+        state = {}
+        if self._clipper is not None:
+            self._clipper.check_variables([*variables, *self._frozen_variables])
+            state = self._clipper.init(variables)
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        steps = self.gradient_accumulation_steps
+        self.gradient_accumulation_steps = None  # the base class would accumulate as well
+        super().build(variables)
+        self.gradient_accumulation_steps = steps
+
+        # Aggregation "none": every replica writes the same into its own copy.
+        self._clip_state = {
+            key: self.add_variable(
+                np.shape(value),
+                functools.partial(_constant, value),
+                str(np.asarray(value).dtype),
+                aggregation="none",
+                name=f"clip_state_{i}",
+            )
+            for i, (key, value) in enumerate(state.items())
+        }
+        self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
+        if self._accumulation is not None:
+            # A checkpoint names variables by their place: 0.1 had its telemetry before the sums.
+            for shape in ((2, len(variables)), (4,)):
+                self.add_variable(shape, "zeros", "float32", "none", name="reserved")
+            self._accumulation.build(variables, self._track_variable)
+        self.telemetry = self._measures
+
+    def _saved(self) -> dict[str, Variable]:
+        """The wrapper's own variables by stable names."""
+        named = {"calls": self._iterations}
+        named.update({f"hyper:{k}": v for k, v in self._hyper.items() if not is_schedule(v)})
+        if self.built:
+            named["skipped"] = self._skipped
+            named.update({f"state:{k}": v for k, v in self._clip_state.items()})
+            sums = self._accumulation.sums if self._accumulation else []
+            named.update({f"accumulator:{i}": v for i, v in enumerate(sums)})
+        return {name.replace("/", "|"): v for name, v in named.items()}
+
+    def save_own_variables(self, store: dict[str, Tensor]) -> None:
+        """Save the wrapper's variables; Keras saves the inner optimizer by itself."""
+        for name, variable in self._saved().items():
+            store[name] = to_numpy(variable)
+
+    def load_own_variables(self, store: Mapping[str, Tensor]) -> None:
+        """Load what `save_own_variables` saved; what does not fit stays, with a warning."""
+        own, saved = self._saved(), {name: store[name] for name in store.keys()}  # noqa: SIM118
+        fitting = [
+            name
+            for name, variable in own.items()
+            if name in saved and tuple(saved[name].shape) == tuple(variable.shape)
+        ]
+        for name in fitting:
+            own[name].assign(saved[name])
+        missing = sorted({*own, *saved} - {*fitting})
+        if missing:
+            warnings.warn(
+                f"ClippedOptimizer: not loaded, because this optimizer and the saved one differ "
+                f"in them: {missing[:6]}. "
+                + (
+                    "Use the clipper and the gradient_accumulation_steps that it was saved with."
+                    if self.built
+                    else "Build it first: optimizer.build(model.trainable_variables)."
+                ),
+                stacklevel=2,
+            )
+
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
+        """Set all variables, the inner optimizer's as well, in the order of `variables`."""
+        if not self.built:
+            raise ValueError(
+                "ClippedOptimizer: `set_weights` needs a built optimizer. Call "
+                "`optimizer.build(trainable_variables)` first."
+            )
+        variables, weights = self.variables, list(weights)
+        shapes = [tuple(np.shape(w)) for w in weights]
+        if shapes != [tuple(v.shape) for v in variables]:
+            raise ValueError(
+                f"ClippedOptimizer: `weights` must have the shapes of the {len(variables)} "
+                f"variables, but there are {len(weights)}, of the shapes {shapes[:6]} ..."
+            )
+        for variable, weight in zip(variables, weights, strict=True):
+            variable.assign(weight)
+
+    def get_config(self) -> Config:
+        """The arguments, JSON-able, with the thresholds that are in force now."""
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        if self._inner_update.ema_overwrite_frequency:
+            inner["config"]["ema_overwrite_frequency"] = self._inner_update.ema_overwrite_frequency
+        return {
+            "inner_optimizer": inner,
+            "clipper": serialize(self.clipper),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "skip_nonfinite": self.skip_nonfinite,
+            "telemetry": self.telemetry,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: Config, custom_objects: Config | None = None) -> Optimizer:
+        """The optimizer that `get_config` described, without its state."""
+        config = copy.deepcopy(dict(config))  # Keras writes into the config that it reads
+        config["inner_optimizer"] = keras.saving.deserialize_keras_object(
+            config["inner_optimizer"], custom_objects=custom_objects
+        )
+        config["clipper"] = deserialize_value(config.get("clipper"))
+        return cls(**config)
+
+
+def _constant(value: Tensor, shape: Sequence[int], dtype: str | None = None) -> Tensor:
+    del shape
+    return ops.convert_to_tensor(np.asarray(value), dtype=dtype)

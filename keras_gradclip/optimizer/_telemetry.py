@@ -1,0 +1,217 @@
+"""Telemetry: how large the gradients were and how much of them was clipped, by layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._types import Config, Gradients, Scalar, Tensor, Variable
+from keras_gradclip.clippers.base import layers_of
+from keras_gradclip.optimizer._hyperparameters import to_numpy
+from keras_gradclip.optimizer._watcher import ClippedUpdate
+
+
+class Telemetry:
+    """A `Watcher` that adds up, since the last reset, on the device.
+
+    Args:
+        variables: those that the optimizer was built with.
+        every: measure one update in this many, from the first after a reset on.
+    """
+
+    def __init__(self, variables: Sequence[Variable], every: int) -> None:
+        self.every = every
+        self._variables = list(variables)
+        self._layers = layers_of(variables)
+        count = len(self._variables)
+        self.squares = zeros((count,), "telemetry_squares")  # of the norm before the clip
+        # What was clipped and what there was, as shares of all that the clipper counts.
+        self.clipped = zeros((count,), "telemetry_clipped")
+        self.counted = zeros((count,), "telemetry_counted")
+        self.norms = zeros((), "telemetry_norms")  # global norms before the clip
+        self.measured = zeros((), "telemetry_measured")
+        self.updates = zeros((), "telemetry_updates")
+        self.skipped = zeros((), "telemetry_skipped")
+
+    @property
+    def _sums(self) -> list[Variable]:
+        """What a measurement writes."""
+        return [self.squares, self.clipped, self.counted, self.norms, self.measured]
+
+    @property
+    def state(self) -> list[Variable]:
+        """All of it."""
+        return [*self._sums, self.updates, self.skipped]
+
+    def on_skip(self, gradients: Gradients) -> None:
+        """Count it."""
+        del gradients
+        self.skipped.assign(self.skipped + 1.0)
+
+    def on_update(self, update: ClippedUpdate) -> None:
+        """Measure, if it is this update's turn; before any weight changes."""
+        if self.every == 1:
+            self._measure(update)
+        else:
+            aggregation.local_cond(
+                ops.equal(kernels.read(self.updates) % float(self.every), 0.0),
+                functools.partial(self._measure, update),
+                self._sums,
+                self._variables,
+            )
+        self.updates.assign(self.updates + 1.0)
+
+    def _measure(self, update: ClippedUpdate) -> None:
+        squares = ops.stack(square_norms(update))
+        self.squares.assign(self.squares + squares)
+        self.norms.assign(self.norms + ops.sqrt(ops.sum(squares)))
+        self.measured.assign(self.measured + 1.0)
+        stats = update.stats
+        if stats is None or not sum(stats.weights):
+            return
+        shares = np.asarray(stats.weights, "float64") / sum(stats.weights)
+        zero = ops.zeros((), "float32")
+        fractions = ops.stack([zero if f is None else f for f in stats.fractions()])
+        shares = ops.convert_to_tensor(shares.astype("float32"))
+        self.counted.assign(self.counted + shares)
+        self.clipped.assign(self.clipped + shares * fractions)
+
+    def mean_norm(self) -> Scalar:
+        """The global L2 norm before the clip, averaged; NaN before the first measurement."""
+        return _ratio(self.norms, self.measured)
+
+    def mean_clip_fraction(self) -> Scalar:
+        """Clipped / all, averaged; NaN before the first measurement, 0 without a clipper."""
+        clipped, counted = ops.sum(kernels.read(self.clipped)), ops.sum(kernels.read(self.counted))
+        nothing = ops.where(kernels.read(self.measured) > 0, 0.0, float("nan"))
+        return ops.where(counted > 0, clipped / ops.maximum(counted, kernels.TINY), nothing)
+
+    def read(self) -> Config:
+        """The figures of `ClippedOptimizer.read_telemetry`."""
+        layers = list(dict.fromkeys(self._layers))
+        position = {layer: i for i, layer in enumerate(layers)}
+        number = np.array([position[layer] for layer in self._layers], int)
+
+        def per_layer(variable: Variable) -> np.ndarray:
+            values = np.asarray(to_numpy(variable), "float64")
+            return np.bincount(number, values, minlength=len(layers))
+
+        measured, norms = (float(to_numpy(v)) for v in (self.measured, self.norms))
+        clipped, counted = per_layer(self.clipped), per_layer(self.counted)
+        fractions = np.divide(clipped, counted, out=np.zeros_like(counted), where=counted > 0)
+        mean_squares = per_layer(self.squares) / max(measured, 1.0)
+        nothing = 0.0 if measured else float("nan")
+        return {
+            "layers": layers,
+            "layer_grad_norm": np.sqrt(mean_squares).astype("float32"),
+            "layer_clip_fraction": fractions.astype("float32"),
+            "grad_norm": norms / measured if measured else nothing,
+            "clip_fraction": clipped.sum() / counted.sum() if counted.any() else nothing,
+            "updates": int(to_numpy(self.updates)),
+            "skipped": int(to_numpy(self.skipped)),
+        }
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for variable in self.state:
+            variable.assign(np.zeros(variable.shape, "float32"))
+
+
+class ReportsTelemetry:
+    """Mixin of an optimizer: its telemetry, for people and for `fit`'s logs."""
+
+    built: bool
+    _trainable_variables: Sequence[Variable]
+    _measures: bool | int
+    _telemetry: Telemetry | None
+
+    @property
+    def telemetry(self) -> bool | int:
+        """Whether figures are kept, or at every how many updates."""
+        return self._measures
+
+    @telemetry.setter
+    def telemetry(self, value: bool | int) -> None:
+        self._measures = value
+        if self.built:
+            self._telemetry = Telemetry(self._trainable_variables, int(value)) if value else None
+
+    def mean_grad_norm(self) -> Scalar:
+        """The global L2 norm before the clip, averaged since the last reset: a float32 scalar.
+
+        NaN while nothing was measured.
+        """
+        return (
+            ops.full((), float("nan")) if self._telemetry is None else self._telemetry.mean_norm()
+        )
+
+    def mean_clip_fraction(self) -> Scalar:
+        """Elements (or norms) clipped / all, averaged since the last reset: a float32 scalar.
+
+        NaN while nothing was measured.
+        """
+        if self._telemetry is None:
+            return ops.full((), float("nan"))
+        return self._telemetry.mean_clip_fraction()
+
+    def read_telemetry(self) -> Config:
+        """What happened since the last `reset_telemetry`, fetched to the host.
+
+        The means are over the updates that were measured: see `telemetry`.
+
+        Returns:
+            A dict: `layers` (list of layer paths), `layer_grad_norm` (array, one a layer: the
+            root mean square over the updates of the layer's L2 norm before the clip),
+            `layer_clip_fraction` (array, 0..1), `grad_norm` (float, the mean global norm before
+            the clip), `clip_fraction` (float), `updates` and `skipped` (ints). NaN where nothing
+            was measured yet.
+
+        Raises:
+            ValueError: telemetry is off.
+        """
+        if not self.telemetry:
+            raise ValueError(
+                "read_telemetry: nothing was recorded. Pass telemetry=True to ClippedOptimizer."
+            )
+        return Telemetry([], 1).read() if self._telemetry is None else self._telemetry.read()
+
+    def reset_telemetry(self) -> None:
+        """Start the averages of `read_telemetry` anew."""
+        if self._telemetry is not None:
+            self._telemetry.reset()
+
+
+def zeros(shape: Sequence[int], name: str, dtype: str = "float32") -> Variable:
+    """A variable into which every replica writes the same, each into its own copy."""
+    return keras.Variable(
+        initializer="zeros",
+        shape=tuple(shape),
+        dtype=dtype,
+        trainable=False,
+        aggregation="none",
+        name=name,
+    )
+
+
+def square_norms(update: ClippedUpdate) -> list[Tensor]:
+    """The squared L2 norm of each gradient before the clip; 0 where there is none."""
+    gradients, stats = update.gradients, update.stats
+    squares = list(stats.square_norms) if stats and stats.square_norms else [None] * len(gradients)
+    missing = [i for i, g in enumerate(gradients) if g is not None and squares[i] is None]
+    taken = kernels.sums_of_squares([kernels.values(gradients[i]) for i in missing])
+    for i, square in zip(missing, taken, strict=True):
+        squares[i] = square
+    zero = ops.zeros((), "float32")
+    return [zero if square is None else square for square in squares]
+
+
+def _ratio(total: Variable, count: Variable) -> Scalar:
+    """`total / count`; NaN where nothing was counted."""
+    count = kernels.read(count)
+    return ops.where(count > 0, kernels.read(total) / ops.maximum(count, 1.0), float("nan"))

@@ -1,0 +1,116 @@
+"""One whole update in float64 NumPy: what the optimizer promises, slow and plain on purpose.
+
+add up micro-batches → sum over replicas → (sparse rows merged) → unscale →
+anything not finite? skip, and the loss scale falls → clip → SGD with momentum, or Adam
+"""
+
+import dataclasses
+
+import numpy as np
+import oracles
+
+GROWTH_STEPS = 2000  # LossScaleOptimizer's `dynamic_growth_steps`
+
+
+def dense(gradient, shape):
+    """A float64 array of `shape`; a sparse gradient is a tuple (rows, values)."""
+    if not isinstance(gradient, tuple):
+        return np.asarray(gradient, "float64")
+    result = np.zeros(shape)
+    np.add.at(result, gradient[0], np.asarray(gradient[1], "float64"))
+    return result
+
+
+def sgd(weight, g, slot, step, learning_rate=0.1, momentum=0.9):
+    slot["m"] = momentum * slot.get("m", 0.0) - learning_rate * g
+    return weight + slot["m"]
+
+
+def adam(weight, g, slot, step, learning_rate=0.1, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+    slot["m"] = slot.get("m", 0.0) + (1 - beta_1) * (g - slot.get("m", 0.0))
+    slot["v"] = slot.get("v", 0.0) + (1 - beta_2) * (g * g - slot.get("v", 0.0))
+    alpha = learning_rate * np.sqrt(1 - beta_2**step) / (1 - beta_1**step)
+    return weight - alpha * slot["m"] / (np.sqrt(slot["v"]) + epsilon)
+
+
+#: Clippers: name to a function of (gradients, weights, layers), gradients without None.
+CLIPS = {
+    "none": lambda grads, weights, layers: grads,
+    "absolute": lambda grads, weights, layers: [oracles.absolute(g, None, 0.3) for g in grads],
+    "exponential": lambda grads, weights, layers: [
+        oracles.exponential(g, w, 0.7, 0.2, "elementwise")
+        for g, w in zip(grads, weights, strict=True)
+    ],
+    "layer norm": lambda grads, weights, layers: oracles.norm(grads, layers, 0.5),
+    "global norm": lambda grads, weights, layers: oracles.norm(grads, [0] * len(grads), 0.5),
+}
+
+
+@dataclasses.dataclass
+class ReferenceUpdate:
+    """An optimizer around float64 weights; `call` is one call of `apply` on every replica.
+
+    Attributes:
+        weights: list of float64 arrays, changed in place.
+        layers: the layer of each weight.
+        clip: a key of `CLIPS`.
+        inner: `sgd` or `adam`.
+        micro_steps: calls that make one update.
+        skip: leave out an update that is not finite.
+        scale: the loss scale that the gradients come with, or None.
+        dynamic: skip what is not finite and adapt the scale.
+    """
+
+    weights: list
+    layers: list
+    clip: str = "none"
+    inner: object = sgd
+    micro_steps: int = 1
+    skip: bool = False
+    scale: float | None = None
+    dynamic: bool = False
+
+    def __post_init__(self):
+        self.slots = [{} for _ in self.weights]
+        self.sums = [None] * len(self.weights)
+        self.touched = set()
+        self.calls = self.updates = self.skipped = self.finite_steps = 0
+
+    def call(self, replicas):
+        """Args: for each replica a list of gradients: array, (rows, values) or None."""
+        self.calls += 1
+        for grads in replicas:
+            for i, g in enumerate(grads):
+                if g is not None:
+                    self.touched.add(i)
+                    before = 0.0 if self.sums[i] is None else self.sums[i]
+                    self.sums[i] = before + dense(g, self.weights[i].shape)
+        if self.calls % self.micro_steps == 0:
+            # Once a variable has had a gradient, its sum is part of every update, if only as 0:
+            # a compiled step cannot know which of the calls before it brought one.
+            if self.micro_steps > 1:
+                for i in self.touched:
+                    if self.sums[i] is None:
+                        self.sums[i] = np.zeros(self.weights[i].shape)
+            self._update()
+            self.sums = [None] * len(self.weights)
+
+    def _update(self):
+        divisor = self.micro_steps * (self.scale or 1.0)
+        present = [i for i, s in enumerate(self.sums) if s is not None]
+        grads = [self.sums[i] / divisor for i in present]
+        if (self.skip or self.dynamic) and not all(np.isfinite(g).all() for g in grads):
+            self.skipped += 1
+            self.finite_steps = 0
+            if self.dynamic:
+                self.scale *= 0.5
+            return
+        weights = [self.weights[i] for i in present]
+        clipped = CLIPS[self.clip](grads, weights, [self.layers[i] for i in present])
+        self.updates += 1
+        for i, g in zip(present, clipped, strict=True):
+            self.weights[i] = self.inner(self.weights[i], g, self.slots[i], self.updates)
+        if self.dynamic:
+            self.finite_steps += 1
+            if self.finite_steps == GROWTH_STEPS:
+                self.scale, self.finite_steps = self.scale * 2.0, 0
