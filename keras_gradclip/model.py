@@ -175,6 +175,9 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         workers together, and each takes its part of every batch, whatever the data comes as.
         Shuffled arrays need the same seed everywhere (`keras.utils.set_random_seed`).
         """
+        wrapper = find(getattr(self, "optimizer", None))
+        if wrapper is not None and wrapper.end_watches():
+            self.train_function = None  # a watcher was left by a `fit` that was interrupted
         strategy = getattr(self, "_distribute_strategy", None)
         if not aggregation.spans_workers(strategy):
             return super().fit(*args, **kwargs)  # type: ignore[misc]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from keras_gradclip._files import read_json
-from keras_gradclip.diagnostics.monitor import FIELDS, MONITOR_CSV, MONITOR_JSON, THRESHOLDS_CSV
+from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV, MONITOR_JSON, THRESHOLDS_CSV
+from keras_gradclip.diagnostics._recorder import FIELDS
 
 #: The keys of each entry of "variables" in `monitor.json` and their types.
 _VARIABLE = {"path": str, "layer": str, "shape": list, "rule": str, "clipper": str}

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,24 @@ from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
+from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
 from keras_gradclip.clippers.base import Clipper, layers_of, path_of, serialize
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
 from keras_gradclip.clippers.norm import NormClip, RMSClip
 from keras_gradclip.clippers.relative import AdaptiveClip, default_unit_axes, unit_squares
-from keras_gradclip.diagnostics.monitor import (
-    device_variable,
+from keras_gradclip.diagnostics._put_back import everything_put_back
+from keras_gradclip.diagnostics.watch import (
+    UPDATES_IN_A_STEP,
+    RingBuffer,
+    counter,
     strategy_scope,
     sync,
     wrapped_optimizer,
 )
-from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, to_numpy
+from keras_gradclip.optimizer._hyperparameters import to_numpy
+from keras_gradclip.optimizer._watcher import ClippedUpdate
+from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: The clippers that a threshold is suggested for, and what each bounds.
 KINDS = {
@@ -262,45 +268,43 @@ def _path(layer: str, layers: Sequence[str]) -> str:
 
 
 class _Sampler:
-    """Keeps four figures a variable of each update: on the device, and after each batch here."""
+    """A watcher that keeps four figures a variable of each update."""
 
-    def __init__(
-        self, optimizer: ClippedOptimizer, capacity: int, hold: bool, beta: float, eps: float
-    ) -> None:
-        self.holds = hold
+    def __init__(self, optimizer: ClippedOptimizer, capacity: int, beta: float, eps: float) -> None:
+        self.optimizer, self.beta, self.eps = optimizer, beta, eps
         self.variables = list(optimizer._trainable_variables)
-        self.capacity, self.beta, self.eps = capacity, beta, eps
-        self.fetched: list[np.ndarray] = []
+        self.samples: list[np.ndarray] = []
         with strategy_scope(optimizer):
-            self.figures = device_variable((capacity, 4, len(self.variables)))
-            self.seen = device_variable((), "int64")
-            self.skipped = device_variable((), "int64")
-        self.state = [self.figures, self.seen, self.skipped]
+            self._buffer = RingBuffer("calibrate", capacity, [(4, len(self.variables))])
+            self._skipped = counter("skipped")
+
+    @property
+    def state(self) -> Sequence[Variable]:
+        """What the two methods below write."""
+        return [*self._buffer.state, self._skipped]
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out."""
+        return int(to_numpy(self._skipped))
 
     def fetch(self) -> int:
         """Bring what is new to the host; the number of updates so far, skipped ones included."""
-        seen = int(to_numpy(self.seen))
-        figures = np.array(to_numpy(self.figures))
-        new = range(len(self.fetched), seen)
-        self.fetched += [figures[i % self.capacity].astype("float64") for i in new]
-        return seen + int(to_numpy(self.skipped))
+        self.samples += [figures for _, (figures,) in self._buffer.fetch()]
+        return len(self.samples) + self._buffer.lost + self.skipped
 
-    def on_skip(self, grads: Sequence[Any]) -> None:
-        del grads
-        self.skipped.assign(self.skipped + 1)
+    def on_skip(self, gradients: Gradients) -> None:
+        """Count it."""
+        del gradients
+        self._skipped.assign(self._skipped + 1)
 
-    def on_update(self, grads: Any, clipped: Any, stats: Any, hyper: Any) -> None:
-        del clipped, stats, hyper
-        columns = [self._of(g, v) for g, v in zip(grads, self.variables, strict=True)]
+    def on_update(self, update: ClippedUpdate) -> None:
+        """Keep its figures."""
+        columns = [self._of(g, v) for g, v in zip(update.gradients, self.variables, strict=True)]
         figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
-        slots = ops.arange(self.capacity, dtype=self.seen.dtype)
-        here = ops.equal(slots, self.seen % self.capacity)
-        self.figures.assign(
-            ops.where(here[:, None, None], figures[None], kernels.read(self.figures))
-        )
-        self.seen.assign(self.seen + 1)
+        self._buffer.write(self.optimizer.inner_optimizer.iterations, figures)
 
-    def _of(self, gradient: Any, variable: Any) -> list[Any]:
+    def _of(self, gradient: Gradient, variable: Variable) -> list[Tensor]:
         """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio."""
         if gradient is None:
             return [ops.zeros((), "float32")] * 4
@@ -318,14 +322,19 @@ class _Sampler:
         ]
 
 
-class _Stop(keras.callbacks.Callback):
-    """Fetches the figures after each batch, and ends training after a number of updates."""
+class _Watch(keras.callbacks.Callback):
+    """Attaches the sampler, fetches after each batch, ends training after a number of updates."""
 
     def __init__(self, sampler: _Sampler, updates: int) -> None:
         super().__init__()
         self.sampler, self.updates = sampler, updates
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+    def on_train_begin(self, logs: object = None) -> None:
+        """The step must be traced with the watcher."""
+        self.sampler.optimizer.watch(self.sampler)
+        self.model.make_train_function(force=True)
+
+    def on_train_batch_end(self, batch: int, logs: object = None) -> None:
         """Look at the counters."""
         sync(self.model)
         if self.sampler.fetch() >= self.updates:
@@ -392,13 +401,13 @@ def calibrate(
     beta = validation.positive("calibrate", "beta", beta)
     eps = validation.positive("calibrate", "eps", eps)
     optimizer = wrapped_optimizer("calibrate", model)
-    capacity = int(getattr(model, "steps_per_execution", 1))  # updates between two fetches
-    sampler = _Sampler(optimizer, capacity, not follow, beta, eps)
+    # Room for the updates between two fetches.
+    capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
+    sampler = _Sampler(optimizer, capacity, beta, eps)
     x, y, weight = _unpack(data)
     epochs = count * (optimizer.gradient_accumulation_steps or 1)
-    with _everything_put_back(model, optimizer):
-        optimizer.observe(sampler)
-        model.train_function = None  # the step must be traced with the hook
+    hold = contextlib.nullcontext() if follow else optimizer._inner_update.held()
+    with everything_put_back(model, optimizer), hold:
         model.fit(
             x,
             y,
@@ -407,10 +416,10 @@ def calibrate(
             epochs=epochs,
             shuffle=isinstance(data, tuple),  # a data set has its own order
             verbose=0,
-            callbacks=[_Stop(sampler, count), *callbacks],
+            callbacks=[_Watch(sampler, count), *callbacks],
         )
         sampler.fetch()
-        skipped = int(to_numpy(sampler.skipped))
+        skipped = sampler.skipped
     return _suggest(sampler, count, skipped, percentile)
 
 
@@ -434,38 +443,10 @@ def _unpack(data: Any) -> tuple[Any, Any, Any]:
     return x, y, weight
 
 
-@contextlib.contextmanager
-def _everything_put_back(model: Any, optimizer: ClippedOptimizer) -> Iterator[None]:
-    """Leave the model, its optimizer, metrics and random states as they were."""
-
-    def variables() -> list[Any]:
-        found = [
-            *model.variables,
-            *model.metrics_variables,
-            *model.optimizer.variables,
-            *optimizer.variables,
-        ]
-        return list({id(v): v for v in found}.values())
-
-    before = [(v, np.array(to_numpy(v))) for v in variables()]
-    known = {id(v) for v, _ in before}
-    history, observer = getattr(model, "history", None), optimizer._observer
-    try:
-        yield
-    finally:
-        optimizer.observe(observer)
-        model.train_function = None
-        model.history, model.stop_training = history, False
-        if any(id(v) not in known for v in variables()):
-            model.reset_metrics()  # metrics that were built on the way
-        for variable, value in before:
-            variable.assign(value)
-
-
 def _suggest(sampler: _Sampler, count: int, skipped: int, percentile: float) -> Calibration:
     """Percentiles over the updates of the sampler's figures, layer by layer."""
     variables = sampler.variables
-    fetched = sampler.fetched[:count]
+    fetched = sampler.samples[:count]
     kept = np.array([f for f in fetched if np.isfinite(f).all()])
     if not len(kept):
         raise ValueError(

@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_gradclip._files import write_text
 from keras_gradclip.diagnostics._charts import Chart, HeatMap, number
+from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV
 from keras_gradclip.diagnostics._run_files import Run, read_run
 from keras_gradclip.diagnostics.findings import (
     Clipping,
@@ -23,7 +24,6 @@ from keras_gradclip.diagnostics.findings import (
     over_samples,
     percent,
 )
-from keras_gradclip.diagnostics.monitor import MONITOR_CSV
 
 if TYPE_CHECKING:
     import jinja2

@@ -46,7 +46,7 @@ class Accumulation:
             self._touched.add(i)
             total = self.sums[i]
             if kernels.is_sparse(gradient):
-                gradient = ops.convert_to_tensor(gradient)
+                gradient = ops.convert_to_tensor(gradient, sparse=False)
             if is_overwritten(self._variables[i]):
                 total.assign(ops.maximum(total, gradient))
             else:

@@ -3,39 +3,62 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
+from keras import backend, ops
 
-from keras_gradclip._types import Config, Optimizer, State, Tensor, Variable
-from keras_gradclip.clippers.base import Clipper, deserialize_value, serialize
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
+from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.optimizer._accumulation import Accumulation
-from keras_gradclip.optimizer._hyperparameters import is_schedule, to_numpy
+from keras_gradclip.optimizer._hyperparameters import HasThresholds, is_schedule, to_numpy
 from keras_gradclip.optimizer._inner import InnerUpdate
+from keras_gradclip.optimizer._telemetry import Telemetry
+from keras_gradclip.optimizer._watcher import Watcher
 
 
-class HasState:
+class HasState(HasThresholds):
     """Mixin of an optimizer: its variables, `.keras` files, weights and config.
 
     Telemetry is not worth saving.
     """
 
     built: bool
-    variables: list[Variable]
     inner_optimizer: Optimizer
-    clipper: Clipper | None
     gradient_accumulation_steps: int | None
     skip_nonfinite: bool
     telemetry: bool | int
     name: str
+    _track_variable: Callable[[Variable], None]
+    _trainable_variables: list[Variable]
+    _variables: list[Variable]
+    _frozen_variables: Sequence[Variable]
+    _strategy: Strategy
+    _telemetry: Telemetry | None
+    _watchers: Sequence[Watcher]
+    _start_telemetry: Callable[[], None]
     _iterations: Variable
-    _hyper: Mapping[str, Variable]
     _skipped: Variable
     _clip_state: State
     _accumulation: Accumulation | None
     _inner_update: InnerUpdate
+
+    @property
+    def variables(self) -> list[Variable]:
+        """The wrapper's, then the inner optimizer's, then the watchers'.
+
+        What a step on JAX may write goes in and comes out with the optimizer's variables.
+        """
+        own = [*self._variables, *self.inner_optimizer.variables]
+        if self._telemetry is not None:
+            own += self._telemetry.state
+        if backend.backend() == "jax":
+            own += [v for watcher in self._watchers for v in watcher.state]
+        return own
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Create the state for `variables`, here and in the inner optimizer.
@@ -60,7 +83,7 @@ class HasState:
             self.inner_optimizer.build(variables)
         steps = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = None  # the base class would accumulate as well
-        super().build(variables)
+        super().build(variables)  # type: ignore[misc]
         self.gradient_accumulation_steps = steps
 
         # Aggregation "none": every replica writes the same into its own copy.
@@ -80,7 +103,7 @@ class HasState:
             for shape in ((2, len(variables)), (4,)):
                 self.add_variable(shape, "zeros", "float32", "none", name="reserved")
             self._accumulation.build(variables, self._track_variable)
-        self.telemetry = self._measures
+        self._start_telemetry()
 
     def _saved(self) -> dict[str, Variable]:
         """The wrapper's own variables by stable names."""

@@ -127,7 +127,7 @@ class ReportsTelemetry:
     """Mixin of an optimizer: its telemetry, for people and for `fit`'s logs."""
 
     built: bool
-    _trainable_variables: Sequence[Variable]
+    _trainable_variables: list[Variable]
     _measures: bool | int
     _telemetry: Telemetry | None
 
@@ -140,7 +140,11 @@ class ReportsTelemetry:
     def telemetry(self, value: bool | int) -> None:
         self._measures = value
         if self.built:
-            self._telemetry = Telemetry(self._trainable_variables, int(value)) if value else None
+            self._start_telemetry()
+
+    def _start_telemetry(self) -> None:
+        every = int(self._measures)
+        self._telemetry = Telemetry(self._trainable_variables, every) if every else None
 
     def mean_grad_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged since the last reset: a float32 scalar.

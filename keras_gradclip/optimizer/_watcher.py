@@ -53,3 +53,8 @@ class Watched:
     def unwatch(self, watcher: Watcher) -> None:
         """End what `watch` began."""
         self._watchers = tuple(w for w in self._watchers if w is not watcher)
+
+    def end_watches(self) -> bool:
+        """End all watches; whether there were any."""
+        were_any, self._watchers = bool(self._watchers), ()
+        return were_any

@@ -12,17 +12,15 @@ import functools
 from collections.abc import Sequence
 
 import keras
-import numpy as np
-from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Gradient, Gradients, Optimizer, Tensor, Variable
+from keras_gradclip._types import Gradient, Gradients, Optimizer, Variable
 from keras_gradclip.clippers.base import Clipper, as_clipper
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._call import Call, collect
-from keras_gradclip.optimizer._hyperparameters import HasThresholds, to_numpy
+from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._inner import (
     DelegatesToInner,
     InnerUpdate,
@@ -38,7 +36,6 @@ from keras_gradclip.optimizer._watcher import ClippedUpdate, Watched, Watcher
 @keras.saving.register_keras_serializable(package="keras_gradclip")
 class ClippedOptimizer(
     DelegatesToInner,
-    HasThresholds,
     KnowsLossScale,
     ReportsTelemetry,
     HasState,
@@ -107,19 +104,6 @@ class ClippedOptimizer(
         self.set_frozen_variables(())
 
     # What the outside sees ------------------------------------------------------------------
-
-    @property
-    def variables(self) -> list[Variable]:
-        """The wrapper's, then the inner optimizer's, then the watchers'.
-
-        What a step on JAX may write goes in and comes out with the optimizer's variables.
-        """
-        own = [*self._variables, *self.inner_optimizer.variables]
-        if self._telemetry is not None:
-            own += self._telemetry.state
-        if backend.backend() == "jax":
-            own += [v for watcher in self._watchers for v in watcher.state]
-        return own
 
     @property
     def skipped_steps(self) -> int:
@@ -249,4 +233,3 @@ def find(optimizer: Optimizer | None) -> ClippedOptimizer | None:
 def _delegated() -> float:
     """Stands for the wrapper's own learning rate, which nobody reads: see `learning_rate`."""
     return 0.0
-
