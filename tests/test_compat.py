@@ -58,7 +58,7 @@ def test_an_optimizer_still_learns_who_scales_its_loss():
         "LossScaleOptimizer.__init__ no longer assigns inner_optimizer.loss_scale_factor after "
         "inner_optimizer: mixed_float16 would fall back to skipping without a lower loss scale"
     )
-    assert not ours._wrapped_blindly
+    assert not ours._static_scale.checks_finite
 
 
 def test_the_loss_scale_has_the_variables_that_we_write():

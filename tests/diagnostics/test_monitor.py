@@ -309,7 +309,7 @@ def test_embeddings(clipper):
 
 def test_after_training_the_step_has_no_trace_of_it():
     _, _, model = watched()
-    assert model.optimizer._observer is None
+    assert not model.optimizer._watchers
     assert model.train_function is None
     x, y = data(16)
     model.fit(x, y, batch_size=16, verbose=0)
