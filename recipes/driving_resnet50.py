@@ -26,11 +26,8 @@ from pathlib import Path
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.errors import RecipeError
-from recipes.training import Recipe, main
+from recipes.training import Recipe, main, steering
 from recipes.training.options import Option
-
-RENDERED = "rendered"
 
 
 def build(num_outputs, image_size, model_class, options):
@@ -40,7 +37,7 @@ def build(num_outputs, image_size, model_class, options):
     return models.build(
         "resnet50",
         num_classes=num_outputs,
-        image_size=image_size,
+        image_size=(image_size, options.image_width),
         model_class=model_class,
         batch_norm_momentum=0.9,
         head_activation="linear",
@@ -49,29 +46,14 @@ def build(num_outputs, image_size, model_class, options):
     )
 
 
-def load_drive(options):
-    """The frames and angles of a log, or of the rendered drive."""
-    from recipes.data import driving_log as driving
-
-    if options.dataset != RENDERED:
-        raise RecipeError(
-            f"--dataset {options.dataset}: the task steering reads a driving_log.csv; name its "
-            "folder with --data-dir, or choose --task signs"
-        )
-    return driving.load(
-        options.data_dir, options.image_size, options.correction, options.on_bad_data
-    )
-
-
 def load_signs(options):
     """Signs from a TFDS name, an image folder, or the rendered ones."""
-    from recipes.data import driving_log as driving
-    from recipes.data import sets as data
+    from recipes.data import rendered, sets
 
-    rendered = options.dataset == RENDERED
-    return data.load(
-        data.IMAGE_FOLDER if rendered else options.dataset,
-        data_dir=str(driving.rendered_signs()) if rendered else options.data_dir,
+    drawn = options.dataset == steering.RENDERED
+    return sets.load(
+        sets.IMAGE_FOLDER if drawn else options.dataset,
+        data_dir=str(rendered.rendered_signs()) if drawn else options.data_dir,
         image_size=options.image_size,
         augment="shift" if options.augment == "auto" else options.augment,
         flip=bool(options.flip),  # a mirrored sign is another sign
@@ -81,76 +63,37 @@ def load_signs(options):
     )
 
 
-def mean_squared_error(options):
-    """The loss of the angle."""
-    import keras
-
-    return keras.losses.MeanSquaredError()
-
-
-def angle_metrics():
-    """Mean absolute error, in the units of the log."""
-    import keras
-
-    return [keras.metrics.MeanAbsoluteError(name="mae")]
-
-
-def report(result):
-    """Errors in the units of the log, beside that of always answering the mean angle."""
-    from recipes.data.driving_log import mean_baseline
-
-    rows = []
-    for name, split, error in (
-        ("validation", result.data.validation, result.best),
-        ("test", result.data.test, result.test.get("mae")),
-    ):
-        if error is not None:
-            mean = mean_baseline(result.data, split)
-            text = f"{error:.4f}, always the mean angle: {mean:.4f} (units of the log)"
-            rows.append((f"mean absolute error, {name}", text))
-    return rows
-
-
 TASK = Option("task", str, "steering", "what to learn", choices=("steering", "signs"))
-SETTINGS = {
-    "dataset": RENDERED,
-    "image_size": 32,
-    "batch_size": 64,
-    "learning_rate": 1e-3,
-    "warmup_epochs": 1.0,
-    "weight_decay": 1e-4,
-    "clipper": "absolute",
-    "threshold": 0.01,
-}
 RECIPE = Recipe(
     name="driving_resnet50",
     description=__doc__,
     build=build,
-    load_data=load_drive,
-    loss=mean_squared_error,
-    metrics=angle_metrics,
+    load_data=steering.load,
+    loss=steering.huber,
+    metrics=steering.metrics,
     monitor="val_mae",
     mode="min",
-    report=report,
-    settings={**SETTINGS, "epochs": 10},
-    extra_options=(
-        TASK,
-        Option(
-            "correction",
-            float,
-            0.2,
-            "added to the left camera's angle and taken from the right's, in the log's units",
-            "data",
-            low=0,
-        ),
-    ),
+    report=steering.report,
+    settings={**steering.SETTINGS, "image_size": 32},
+    extra_options=(TASK, *steering.options(image_width=64)),
 )
 SIGNS = Recipe(
     name="driving_resnet50_signs",
     description=__doc__,
     network_options={"batch_norm_momentum": 0.9},
     load_data=load_signs,
-    settings={**SETTINGS, "task": "signs", "epochs": 20, "batch_size": 32},
+    settings={
+        "dataset": steering.RENDERED,
+        "image_size": 32,
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "warmup_epochs": 1.0,
+        "weight_decay": 1e-4,
+        "clipper": "absolute",
+        "threshold": 0.01,
+        "task": "signs",
+        "epochs": 20,
+    },
     extra_options=(TASK,),
 )
 

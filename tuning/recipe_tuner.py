@@ -1,7 +1,6 @@
 """What is tried: a recipe's runs, one or more a trial."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import shutil
@@ -129,8 +128,7 @@ class RecipeTuner(BaseTuner):
         started = time.monotonic()
         rows = read_rows(folder / HISTORY)
         if not note.exists() and len(rows) < last:
-            resume = (folder / "config.json").exists()
-            options = dataclasses.replace(options, resume=resume)
+            options.resume = (folder / "config.json").exists()
             callbacks = [_Epochs(last, self.objective.name, self.report)]
             try:
                 run(self.recipe, options, folder, callbacks)

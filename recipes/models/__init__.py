@@ -48,7 +48,7 @@ def build(
     Args:
         name: alexnet, vgg16, vgg19, googlenet, inception_v2 or resnet50.
         num_classes: length of the softmax output.
-        image_size: side of the square input images, in pixels; 32 or more.
+        image_size: side of the square input images, or (height, width), in pixels; 32 or more.
         channels: channels of the input images.
         model_class: called as `model_class(inputs, outputs, name=name)`, for example
             `keras_gradclip.ClippedModel`. With GoogLeNet's auxiliary heads it is subclassed: see
@@ -71,13 +71,14 @@ def build(
             f"{name} has no option {unknown[0]}={network_options[unknown[0]]!r}: "
             f"its options are {', '.join(known)}"
         )
-    if image_size < 32:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 32:
         raise ValueError(f"image_size={image_size} is too small: resize the images to 32 or more")
     if batch_norm_momentum is not None and not 0 <= batch_norm_momentum < 1:
         raise ValueError(
             f"batch_norm_momentum={batch_norm_momentum} must be in [0, 1): 0.99 is Keras's default"
         )
-    inputs = keras.Input((image_size, image_size, channels), name="images")
+    inputs = keras.Input((height, width, channels), name="images")
     outputs = NETWORKS[name](inputs, num_classes, **network_options)
     if isinstance(outputs, list):
         model_class = auxiliary_model_class(model_class)

@@ -105,9 +105,7 @@ def watch(recipe, options: argparse.Namespace, steps: int | None, folder: Path, 
             )
         count = steps or max(1, updates)
         run.create_state()
-        beta = {}
-        if options.clipper == "exponential" and "beta" in options.clipping:
-            beta = {"beta": options.clipping["beta"]}
+        beta = {} if options.beta is None else {"beta": options.beta}
         progress = _progress(count * options.accumulate, options.verbose)
         try:
             return kgc.calibrate(
@@ -400,7 +398,8 @@ def watched_options(recipe, rest: list[str]) -> argparse.Namespace:
 
 def clipping_options() -> set[str]:
     """The options that choose a clipper."""
-    return opts.clipping_names()
+    settings = (name for names in opts.CLIPPER_SETTINGS.values() for name in names)
+    return {"clipper", "clip_config", *settings}
 
 
 def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, output: Path):

@@ -11,7 +11,6 @@ middle of the recipe that was interrupted.
 
 import argparse
 import csv
-import dataclasses
 import importlib
 import multiprocessing
 import sys
@@ -34,6 +33,7 @@ RECIPES = {
     "inception_v2": ("recipes.inception_v2", "RECIPE"),
     "resnet50": ("recipes.resnet50", "RECIPE"),
     "driving_resnet50": ("recipes.driving_resnet50", "RECIPE"),
+    "driving_pilotnet": ("recipes.driving_pilotnet", "RECIPE"),
     "driving_resnet50_signs": ("recipes.driving_resnet50", "SIGNS"),
 }
 COLUMNS = (
@@ -68,8 +68,8 @@ def train(name: str, folder: str, argv: list[str]) -> dict:
     row = dict.fromkeys(COLUMNS, "") | {"recipe": name}
     try:
         recipe = find_recipe(name)
-        resume = (Path(folder) / "config.json").exists()
-        options = dataclasses.replace(opts.parse(recipe, argv).options, resume=resume)
+        options = opts.parse(recipe, argv).options
+        options.resume = (Path(folder) / "config.json").exists()
         result = run(recipe, options, folder)
     # One recipe's failure, whatever it is, must not cost the others their turn.
     except Exception as error:

@@ -10,6 +10,7 @@ A recipe is a short file:
 for Python callers, who get a `Result` or an exception.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import faulthandler
@@ -68,7 +69,7 @@ class Recipe:
     report: Callable | None = None
     extra_options: tuple = ()
 
-    def options(self, **values) -> opts.Options:
+    def options(self, **values) -> argparse.Namespace:
         """The recipe's options with `values` in place of its settings, checked.
 
         Raises:
@@ -224,7 +225,7 @@ def _print_result(recipe: Recipe, result: Result) -> None:
 # ---------------------------------------------------------------------------- the output folder
 
 
-def _open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[opts.Options, Path]:
+def _open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[argparse.Namespace, Path]:
     """The options and the folder of a new or resumed run.
 
     A new run in the default place takes the next free name (`runs/resnet50`,
@@ -253,7 +254,7 @@ def _open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[opts.Options, Path]:
     return options, folder
 
 
-def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[opts.Options, Path]:
+def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[argparse.Namespace, Path]:
     folder = Path(parsed.options.output) if parsed.options.output else _newest(recipe)
     path = folder / "config.json"
     if not path.exists():
@@ -294,7 +295,7 @@ def _newest(recipe: Recipe) -> Path:
 
 def run(
     recipe: Recipe,
-    options: opts.Options,
+    options: argparse.Namespace,
     folder: str | os.PathLike,
     callbacks: Sequence = (),
 ) -> Result | None:
@@ -336,7 +337,7 @@ def run(
 @contextlib.contextmanager
 def prepared(
     recipe: Recipe,
-    options: opts.Options,
+    options: argparse.Namespace,
     folder: Path,
     begin: Callable[[], None] = lambda: None,
     started: float | None = None,
@@ -652,24 +653,30 @@ class _Trainer:
 # ------------------------------------------------------------------------------------ the parts
 
 
-def build_clipper(options: opts.Options):
+def build_clipper(options: argparse.Namespace):
     """The clipper that the options ask for, or None.
 
     Raises:
         RecipeError: a threshold that cannot be, or a config that is not a clipper's.
     """
     import keras_gradclip as kgc
-    from keras_gradclip.clippers import selectable
 
+    kinds = {
+        "absolute": kgc.AbsoluteClip,
+        "exponential": kgc.ExponentialClip,
+        "norm": kgc.NormClip,
+    }
     with _plain_errors():
         if options.clip_config is not None:
             return kgc.get(options.clip_config)
         if options.clipper == "none":
             return None
-        return selectable()[options.clipper](**options.clipping)
+        names = opts.CLIPPER_SETTINGS[options.clipper]
+        given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+        return kinds[options.clipper](**given)
 
 
-def build_model(recipe: Recipe, options: opts.Options, data, clipper, steps: int):
+def build_model(recipe: Recipe, options: argparse.Namespace, data, clipper, steps: int):
     """The compiled network, a `keras_gradclip.ClippedModel`; call it in the strategy's scope."""
     import keras_gradclip as kgc
 
@@ -710,7 +717,7 @@ def build_model(recipe: Recipe, options: opts.Options, data, clipper, steps: int
     return model
 
 
-def build_optimizer(options: opts.Options, model, steps: int):
+def build_optimizer(options: argparse.Namespace, model, steps: int):
     """The inner optimizer: warm-up and cosine, no weight decay on biases and norms.
 
     Args:
@@ -753,7 +760,7 @@ def build_optimizer(options: opts.Options, model, steps: int):
 
 
 @contextlib.contextmanager
-def _named_losses(options: opts.Options, cluster) -> Iterator[None]:
+def _named_losses(options: argparse.Namespace, cluster) -> Iterator[None]:
     """Turns TensorFlow's errors over a lost worker into one that names it."""
     try:
         yield
@@ -766,7 +773,7 @@ def _named_losses(options: opts.Options, cluster) -> Iterator[None]:
         raise lost from error
 
 
-def make_strategy(options: opts.Options, cluster: workers.Cluster | None = None):
+def make_strategy(options: argparse.Namespace, cluster: workers.Cluster | None = None):
     """The tf.distribute strategy, or None for one device without one.
 
     Args:
@@ -814,7 +821,7 @@ def make_strategy(options: opts.Options, cluster: workers.Cluster | None = None)
     return tf.distribute.MirroredStrategy(names[:count], cross_device_ops=reduction)
 
 
-def _join(options: opts.Options, cluster: workers.Cluster):
+def _join(options: argparse.Namespace, cluster: workers.Cluster):
     """The strategy over the workers of a cluster."""
     import tensorflow as tf
 
@@ -849,7 +856,7 @@ def _join(options: opts.Options, cluster: workers.Cluster):
         faulthandler.cancel_dump_traceback_later()
 
 
-def _load_data(recipe: Recipe, options: opts.Options):
+def _load_data(recipe: Recipe, options: argparse.Namespace):
     if recipe.load_data:
         return recipe.load_data(options)
     from recipes.data.sets import load
@@ -866,7 +873,7 @@ def _load_data(recipe: Recipe, options: opts.Options):
     )
 
 
-def _loss(recipe: Recipe, options: opts.Options):
+def _loss(recipe: Recipe, options: argparse.Namespace):
     if recipe.loss:
         return recipe.loss(options)
     return cross_entropy(options.label_smoothing)

@@ -1,21 +1,26 @@
-"""Driving logs in all their spellings, damage by row, the rendered drive, and the recipe."""
+"""Driving logs in all their spellings, damage by row, the rendered drive, and the recipes."""
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from recipes.data import driving_log as driving
+from recipes.data import rendered
 from recipes.errors import DataError, RecipeError
+from recipes.training import steering
+
+REAL_DRIVE = Path(__file__).resolve().parents[3] / "shared" / "drive"
 
 
 @pytest.fixture(scope="module")
 def drive(tmp_path_factory):
     """A rendered drive of 60 frames: its folder."""
     folder = tmp_path_factory.mktemp("drive")
-    driving.render_drive(folder, frames=60)
+    rendered.render_drive(folder, frames=60)
     return folder
 
 
@@ -151,21 +156,56 @@ def test_logs_that_cannot_be_read(tmp_path, copy):
         driving.read_log(folder, on_bad_data="ignore")
 
 
-def test_the_split_is_by_time():
-    parts = driving.split_by_time(list(range(100)))
-    assert parts == (list(range(80)), list(range(80, 90)), list(range(90, 100)))
-    short = driving.split_by_time(list(range(37)))
-    assert [x for part in short for x in part] == list(range(37)) and min(map(len, short)) > 0
+@pytest.mark.parametrize("stretches", [1, 4])
+def test_the_split_is_by_time_with_gaps_between_the_parts(stretches):
+    frames = list(range(3000))
+    parts = driving.split_by_time(frames, stretches)
+    assert all(part == sorted(part) for part in parts)
+    where = np.full(len(frames), -1)
+    for k, part in enumerate(parts):
+        assert np.all(where[part] == -1)  # no frame is in two parts
+        where[part] = k
+    assert [len(p) / 3000 for p in parts] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    assert where[0] == 0 and where[-1] == 2
+    changes = [k for k in where[np.r_[True, np.diff(where) != 0]] if k != -1]
+    assert changes == [0, 1, 2] * stretches
+    used = np.nonzero(where != -1)[0]
+    apart = np.diff(used)[np.diff(where[used]) != 0]
+    assert len(apart) == 3 * stretches - 1 and np.all(apart == 11)
+
+
+def test_a_short_drive_is_split_without_gaps():
+    parts = driving.split_by_time(list(range(37)))
+    assert [x for part in parts for x in part] == list(range(37)) and min(map(len, parts)) > 0
+
+
+def test_straight_frames_are_thinned_evenly():
+    angles = [0.0, 0.1, 0.0, 0.0, -0.2, 0.0] * 10
+    frames = [driving.Frame(Path(), Path(), Path(), a, i) for i, a in enumerate(angles)]
+    assert driving.thin_straight(frames, 1.0) == frames
+    assert driving.thin_straight(frames, 0.0) == [f for f in frames if f.steering]
+    quarter = driving.thin_straight(frames, 0.25)
+    assert [f for f in quarter if f.steering] == [f for f in frames if f.steering]
+    rows = [f.row for f in quarter if not f.steering]
+    assert len(rows) == 10 and np.ptp(np.diff(rows)) <= 2
+
+
+def test_the_correction_of_the_rendered_driver_is_found(tmp_path):
+    rendered.render_drive(tmp_path, frames=150, seed=3)
+    frames = driving.read_log(tmp_path)
+    assert driving.fit_correction(frames) == pytest.approx(rendered.SIDE_CORRECTION, abs=0.03)
+    flat = [dataclasses.replace(f, steering=0.0) for f in frames[:60]]
+    assert driving.fit_correction(flat) == 0
 
 
 def test_side_cameras_are_corrected_in_training_alone(drive):
-    data = driving.load(drive, image_size=32, correction=0.25)
+    data = driving.load(drive, (32, 32), correction=0.25, stretches=1)
     frames = driving.read_log(drive)
-    assert (data.train.size, data.validation.size, data.test.size) == (3 * 48, 6, 6)
+    assert (data.train.size, data.validation.size, data.test.size) == (3 * 47, 5, 6)
     by_name = {
         p.decode().rsplit("/", 1)[1]: angle for p, angle in data.train.dataset.as_numpy_iterator()
     }
-    for f in frames[:48]:
+    for f in data.parts[0]:
         np.testing.assert_allclose(by_name[f.center.name], f.steering, atol=1e-6)
         np.testing.assert_allclose(by_name[f.left.name], f.steering + 0.25, atol=1e-6)
         np.testing.assert_allclose(by_name[f.right.name], f.steering - 0.25, atol=1e-6)
@@ -174,21 +214,20 @@ def test_side_cameras_are_corrected_in_training_alone(drive):
         *data.test.dataset.as_numpy_iterator(),
     ]
     np.testing.assert_allclose(
-        [a for _, a in held_out], [f.steering for f in frames[48:]], atol=1e-6
+        [a for _, a in held_out], [f.steering for f in frames[48:53] + frames[54:]], atol=1e-6
     )
     assert all(b"center" in p for p, _ in held_out)
 
 
 def test_examples_are_strips_and_mirroring_turns_the_angle(drive):
-    data = driving.load(drive, image_size=32)
+    data = driving.load(drive, (32, 48))
     path, angle = next(iter(data.train.dataset))
     x, y = data.preprocess_eval(path, angle)
-    assert x.shape == (32, 32, 3) and x.dtype == "float32" and y.shape == (1,)
+    assert x.shape == (32, 48, 3) and x.dtype == "float32" and y.shape == (1,)
     assert float(abs(x).numpy().max()) <= 1
     whole = np.asarray(Image.open(path.numpy().decode()))
     strip = whole[int(80 * 0.35) : 80 - int(80 * 0.1)]
-    # Resized without antialiasing: the mean of the pixels stays nearly the same.
-    np.testing.assert_allclose(x.numpy().mean(), strip.mean() / 127.5 - 1, atol=0.03)
+    np.testing.assert_allclose(x.numpy().mean(), strip.mean() / 127.5 - 1, atol=0.01)
     signs = set()
     for i in range(12):
         xt, yt = data.preprocess_train((path, angle), np.array([5, i], "int64"))
@@ -206,7 +245,7 @@ def test_examples_are_strips_and_mirroring_turns_the_angle(drive):
 
 def test_rendering_is_deterministic_and_seeded(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        driving.render_drive(tmp_path / name, frames=3, seed=seed)
+        rendered.render_drive(tmp_path / name, frames=3, seed=seed)
     files = {
         name: {p.name: p.read_bytes() for p in sorted((tmp_path / name).rglob("*.*"))}
         for name in "abc"
@@ -219,7 +258,7 @@ def test_the_rendered_road_shows_the_angle():
     """Where the road's middle line is says where to steer: offset, curvature, side cameras."""
 
     def middle(curvature=0.0, offset=0.0, heading=0.0, rows=slice(36, 50)):
-        pixels = driving._scene(0, curvature, offset, heading, 1.0, np.random.RandomState(0))
+        pixels = rendered._scene(0, curvature, offset, heading, 1.0, np.random.RandomState(0))
         road = np.abs(pixels[rows].astype(int) - (95, 95, 100)).max(-1) < 25
         return np.nonzero(road)[1].mean()
 
@@ -230,73 +269,126 @@ def test_the_rendered_road_shows_the_angle():
     assert middle(heading=0.1) < 75  # turned to the right: the road lies to the left
 
 
-def test_the_mean_baseline_by_hand(drive):
-    data = driving.load(drive, image_size=32)
-    frames = driving.read_log(drive)
-    # The corrections of left and right cancel in the mean.
-    mean = np.mean([f.steering for f in frames[:48]])
-    expected = np.mean([abs(f.steering - mean) for f in frames[48:54]])
-    assert driving.mean_baseline(data, data.validation) == pytest.approx(expected, abs=1e-6)
+def test_scores_by_hand():
+    angles, answers = np.array([0.0, 0.2, -0.4, 0.05]), np.array([0.1, 0.2, -0.2, 0.05])
+    row = steering.scores(angles, answers, mean_angle=0.1)
+    expected = {
+        "frames": 4,
+        "mae": 0.3 / 4,
+        "mae_mean": 0.75 / 4,
+        "mae_zero": 0.65 / 4,
+        "mse": 0.05 / 4,
+        "mse_mean": 0.2725 / 4,
+        "r2": 1 - 0.05 / (0.2025 - 4 * 0.0375**2),
+        "curves": 2,
+        "curve_mae": 0.1,
+        "curve_mae_mean": 0.3,
+        "straight_mae": 0.05,
+        "straight_mae_mean": 0.075,
+    }
+    assert row == pytest.approx(expected)
+    constant = steering.scores(np.zeros(3), np.zeros(3), 0.0)
+    assert np.isnan([constant["r2"], constant["curve_mae"]]).all() and constant["mae"] == 0
 
 
 def test_signs_are_an_image_folder(tmp_path):
-    folder = driving.render_signs(tmp_path / "signs", per_class=12)
+    folder = rendered.render_signs(tmp_path / "signs", per_class=12)
     from recipes.data import sets as data
 
     signs = data.load(
         "image_folder", data_dir=str(folder), image_size=32, augment="shift", flip=False
     )
-    assert signs.num_outputs == len(driving.SIGNS) == 8
+    assert signs.num_outputs == len(rendered.SIGNS) == 8
     assert (signs.train.size, signs.validation.size, signs.test.size) == (8 * 8, 16, 16)
     classes = {p.name for p in (folder / "train").iterdir()}
-    assert classes == set(driving.SIGNS)
-    driving.render_signs(tmp_path / "again", per_class=12)
+    assert classes == set(rendered.SIGNS)
+    rendered.render_signs(tmp_path / "again", per_class=12)
     one = (folder / "test" / "stop" / "0000.png").read_bytes()
     assert (tmp_path / "again" / "test" / "stop" / "0000.png").read_bytes() == one
 
 
 def tiny(num_outputs, image_size, model_class, options):
-    """In place of ResNet-50: what the recipe does around it is what these tests look at."""
+    """In place of a network: what the recipe does around it is what these tests look at."""
     import keras
 
-    x = inputs = keras.Input((image_size, image_size, 3))
+    x = inputs = keras.Input((image_size, options.image_width, 3))
     x = keras.layers.Conv2D(8, 5, strides=4, activation="relu")(x)
     x = keras.layers.Flatten()(x)
     return model_class(inputs, keras.layers.Dense(num_outputs, name="predictions")(x))
 
 
-def test_the_recipe_reports_the_error_in_the_units_of_the_log(drive, tmp_path, capsys):
+def small(**settings):
     from recipes import driving_resnet50
-    from recipes.training import session as training
 
-    recipe = dataclasses.replace(driving_resnet50.RECIPE, build=tiny)
-    status = training.main(
-        recipe,
-        ["--data-dir", str(drive), "--epochs", "3", "--batch-size", "16", "--no-tensorboard"]
-        + ["--output", str(tmp_path / "run")],
-    )
-    out = capsys.readouterr().out
+    recipe = driving_resnet50.RECIPE
+    settings = {**recipe.settings, "tensorboard": False, "batch_size": 16, **settings}
+    return dataclasses.replace(recipe, build=tiny, settings=settings)
+
+
+def test_the_report_is_of_the_kept_model_on_the_frames_of_the_log(drive, tmp_path, capsys):
+    import keras
+
+    from recipes.training import main
+
+    folder = tmp_path / "run"
+    status = main(small(epochs=2), ["--data-dir", str(drive), "--output", str(folder)])
+    out = " ".join(capsys.readouterr().out.split())
     assert status == 0
     assert "mean absolute error, validation" in out and "always the mean angle" in out
     assert "units of the log" in out and "Best accuracy" not in out
-    data = driving.load(drive, 32)
-    assert f"{driving.mean_baseline(data, data.validation):.4f}" in " ".join(out.split())
+    data = driving.load(drive, (32, 64))
+    model = keras.saving.load_model(folder / "best.keras")
+    frame = data.parts[2][3]
+    image, _ = data.preprocess_eval(str(frame.center), np.float32(0))
+    answer = float(model(image[None])[0, 0])
+    with (folder / "angles.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["row"]) for r in rows] == sorted(f.row for part in data.parts for f in part)
+    row = next(r for r in rows if int(r["row"]) == frame.row)
+    assert row["part"] == "test" and float(row["angle"]) == frame.steering
+    assert float(row["answer"]) == pytest.approx(answer, abs=1e-5)
+    test = [r for r in rows if r["part"] == "test"]
+    errors = [abs(float(r["angle"]) - float(r["answer"])) for r in test]
+    with (folder / "steering.csv").open() as file:
+        table = {r["part"]: r for r in csv.DictReader(file)}
+    assert float(table["test"]["mae"]) == pytest.approx(np.mean(errors), abs=1e-6)
+    assert f"mean absolute error, test {np.mean(errors):.4f}" in out.replace("│ ", "")
+    for picture in ("drive.png", "frames.png"):
+        with Image.open(folder / picture) as image:
+            assert image.width > 900 and np.ptp(np.asarray(image.convert("L"))) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["driving_resnet50", "driving_pilotnet"])
+def test_a_real_drive_is_steered_better_than_by_a_constant(name, tmp_path):
+    from recipes.tools.zoo import find_recipe
+    from recipes.training import run
+
+    if not REAL_DRIVE.is_dir():
+        pytest.skip("no recorded drive beside the checkout")
+    recipe = find_recipe(name)
+    options = recipe.options(data_dir=str(REAL_DRIVE), tensorboard=False, verbose="line")
+    recipe.report(run(recipe, options, tmp_path))
+    with (tmp_path / "steering.csv").open() as file:
+        for row in list(csv.DictReader(file))[1:]:
+            assert float(row["mae"]) < float(row["mae_mean"]), row
+            assert float(row["mse"]) < float(row["mse_mean"]), row
+            assert float(row["r2"]) > 0, row
 
 
 def test_the_recipe_refuses_bad_rows_or_leaves_them_out(copy, tmp_path, capsys):
-    from recipes import driving_resnet50
-    from recipes.training import session as training
+    from recipes.training import main
 
     folder, rows = copy
     write_log(folder, [*rows[:4], ["broken"], *rows[4:]])
-    recipe = dataclasses.replace(driving_resnet50.RECIPE, build=tiny)
-    flags = ["--data-dir", str(folder), "--epochs", "1", "--limit-steps", "1"]
-    flags += ["--batch-size", "8", "--no-tensorboard"]
-    assert training.main(recipe, [*flags, "--output", str(tmp_path / "a")]) == 2
+    recipe = small(epochs=1)
+    flags = ["--data-dir", str(folder), "--limit-steps", "1"]
+    assert main(recipe, [*flags, "--output", str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err
     assert "driving_log.csv, row 5" in error and "Traceback" not in error
     skip = [*flags, "--output", str(tmp_path / "b"), "--on-bad-data", "skip"]
-    assert training.main(recipe, skip) == 0
+    assert main(recipe, skip) == 0
     assert "driving_log.csv, row 5" in capsys.readouterr().err
 
 
@@ -310,15 +402,30 @@ def test_the_task_chooses_the_recipe():
     with pytest.raises(RecipeError, match="fly"):
         module.RECIPE.options(task="fly")
     with pytest.raises(RecipeError, match=r"cifar10.*--task signs"):
-        module.load_drive(module.RECIPE.options(dataset="cifar10"))
+        steering.load(module.RECIPE.options(dataset="cifar10"))
 
 
-def test_the_network_has_one_linear_output():
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [("driving_resnet50", (32, 64), 23_589_761), ("driving_pilotnet", (66, 200), 252_219)],
+)
+def test_the_networks_have_one_linear_output(name, shape, parameters):
     import keras
 
-    from recipes import driving_resnet50 as module
+    from recipes.tools.zoo import find_recipe
 
+    recipe = find_recipe(name)
+    options = recipe.options()
     with keras.StatelessScope(initialize_variables=False):
-        model = module.build(1, 32, keras.Model, module.RECIPE.options())
-    assert model.output_shape == (None, 1)
+        model = recipe.build(1, options.image_size, keras.Model, options)
+    assert model.input_shape == (None, *shape, 3) and model.output_shape == (None, 1)
+    assert model.count_params() == parameters
     assert model.layers[-1].activation is keras.activations.linear
+
+
+def test_pilotnet_names_the_smallest_image():
+    from recipes.models.pilotnet import pilotnet
+
+    with pytest.raises(ValueError, match=r"image_shape=\(32, 200\).*61"):
+        pilotnet(image_shape=(32, 200))
+    assert pilotnet(image_shape=(61, 61)).output_shape == (None, 1)

@@ -1,0 +1,214 @@
+"""A rendered drive and rendered traffic signs: data for the driving recipes without a download.
+
+Each is drawn on the first call into the recipes' cache. Same arguments, same files.
+"""
+
+import contextlib
+import csv
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from recipes.data.driving_log import COLUMNS
+from recipes.data.sets import DEFAULT_CACHE
+from recipes.errors import DataError
+
+# What the driver adds for what a side camera sees, in the log's units.
+SIDE_CORRECTION = 0.2
+_WIDTH, _HEIGHT = 160, 80
+_FOCAL, _HORIZON, _CAMERA_HEIGHT = 80.0, 30, 1.4  # pixels, row, metres
+_HALF_ROAD = 3.5  # metres
+_SIDE_CAMERA = 0.8  # metres from the centre camera
+# The driver: steering = sum of these times curvature (1/m), offset (m) and heading (rad).
+# The gain on the offset makes SIDE_CORRECTION the right answer to _SIDE_CAMERA metres.
+_CURVATURE_GAIN, _OFFSET_GAIN, _HEADING_GAIN = 20.0, SIDE_CORRECTION / _SIDE_CAMERA, 1.0
+
+
+def render_drive(folder: str | os.PathLike, frames: int = 1000, seed: int = 0) -> Path:
+    """Draws a drive on a winding road and writes it as the simulator would.
+
+    A flat road in perspective, of changing curvature, on which the car sways; the angle is a
+    driver's that steers with the bend and back to the middle. Same arguments, same files.
+
+    Args:
+        folder: gets `driving_log.csv` and `IMG/`, JPEG files of 160 x 80 pixels.
+        frames: instants, a metre of road each.
+        seed: of the road, the swaying, the light and the noise.
+
+    Returns:
+        The path of the log.
+    """
+    folder = Path(folder)
+    (folder / "IMG").mkdir(parents=True, exist_ok=True)
+    rng = np.random.RandomState(seed)  # its stream is frozen, default_rng's is not
+    curvature = 0.012 * _wave(rng, frames, (60, 90, 140))
+    offset = 1.0 * _wave(rng, frames, (35, 50, 80))
+    heading = np.gradient(offset)  # radians, as a frame is a metre
+    light = 1 + 0.15 * _wave(rng, frames, (70, 200))
+    steering = (_CURVATURE_GAIN * curvature - _OFFSET_GAIN * offset - _HEADING_GAIN * heading).clip(
+        -1, 1
+    )
+    log = folder / "driving_log.csv"
+    with log.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for i in range(frames):
+            cells = []
+            for camera, shift in (
+                ("center", 0.0),
+                ("left", -_SIDE_CAMERA),
+                ("right", _SIDE_CAMERA),
+            ):
+                name = f"IMG/{camera}_{i:05d}.jpg"
+                pixels = _scene(i, curvature[i], offset[i] + shift, heading[i], light[i], rng)
+                Image.fromarray(pixels).save(folder / name, quality=90)
+                cells.append(name)
+            writer.writerow([*cells, f"{steering[i]:.5f}", "0.5", "0", "15"])
+    return log
+
+
+def _wave(rng, frames: int, periods: tuple[int, ...]) -> np.ndarray:
+    """A smooth function of time in about -1..1: a sine for each period (in frames)."""
+    time = np.arange(frames)[:, None]
+    phase = rng.uniform(0, 2 * np.pi, len(periods))
+    weight = rng.uniform(0.5, 1, len(periods))
+    return (np.sin(2 * np.pi * time / np.array(periods) + phase) * weight).sum(1) / weight.sum()
+
+
+def _scene(metres, curvature, offset, heading, light, rng) -> np.ndarray:
+    """uint8 [80, 160, 3]: what a camera `offset` metres right of the middle of the road sees."""
+    row = np.arange(_HORIZON + 1, _HEIGHT)[:, None]
+    distance = _FOCAL * _CAMERA_HEIGHT / (row - _HORIZON)
+    middle = curvature * distance**2 / 2 - heading * distance - offset
+    across = (np.arange(_WIDTH)[None] - _WIDTH / 2) * distance / _FOCAL - middle  # metres
+    along = distance + metres
+    ground = np.where(((along // 4) % 2 == 0)[..., None], [70, 120, 50], [80, 132, 58])
+    ground = np.broadcast_to(ground, (*across.shape, 3)).astype("float32").copy()
+    ground[np.abs(across) < _HALF_ROAD] = (95, 95, 100)
+    ground[np.abs(np.abs(across) - _HALF_ROAD) < 0.15] = (230, 230, 225)
+    ground[(np.abs(across) < 0.12) & ((along // 3) % 2 == 0)] = (225, 200, 80)
+    sky = np.linspace([120, 170, 225], [200, 220, 240], _HORIZON + 1)[:, None]
+    image = np.concatenate([np.broadcast_to(sky, (_HORIZON + 1, _WIDTH, 3)), ground])
+    noise = rng.normal(0, 5, (*image.shape[:2], 1))
+    return (image * light + noise).clip(0, 255).astype("uint8")
+
+
+def rendered_drive() -> Path:
+    """The folder of the embedded drive, rendered on the first call."""
+    return _once("driving_rendered-1", render_drive)
+
+
+SIGNS = (
+    "stop",
+    "yield",
+    "no_entry",
+    "speed_limit",
+    "priority",
+    "turn_left",
+    "turn_right",
+    "parking",
+)
+
+
+def render_signs(folder: str | os.PathLike, per_class: int = 60, seed: int = 0) -> Path:
+    """Draws eight kinds of traffic sign before clutter, as an image folder.
+
+    Args:
+        folder: gets `train/`, `validation/` (a sixth) and `test/` (a sixth), each with a folder a
+            class, PNG files of 48 x 48 pixels.
+        per_class: images of each class.
+        seed: of the sizes, places, light and background.
+
+    Returns:
+        `folder`.
+    """
+    folder, rng = Path(folder), np.random.RandomState(seed)
+    held_out = max(1, per_class // 6)
+    for sign in SIGNS:
+        for i in range(per_class):
+            split = "test" if i < held_out else "validation" if i < 2 * held_out else "train"
+            target = folder / split / sign
+            target.mkdir(parents=True, exist_ok=True)
+            _draw_sign(sign, rng).save(target / f"{i:04d}.png")
+    return folder
+
+
+def _draw_sign(sign: str, rng) -> Image.Image:
+    size = 48
+    clutter = rng.randint(40, 200, (6, 6, 3)).astype("uint8")
+    image = Image.fromarray(clutter).resize((size, size), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(image)
+    cx, cy = rng.uniform(20, 28, 2)
+    r = rng.uniform(12, 18)
+
+    def polygon(corners, turn, radius, fill):
+        angles = np.deg2rad(turn) + 2 * np.pi * np.arange(corners) / corners
+        points = [(cx + radius * np.cos(a), cy + radius * np.sin(a)) for a in angles]
+        draw.polygon(points, fill=fill)
+
+    def disc(radius, fill):
+        draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=fill)
+
+    def bar(x0, y0, x1, y1, fill):
+        draw.rectangle((cx + x0 * r, cy + y0 * r, cx + x1 * r, cy + y1 * r), fill=fill)
+
+    red, white, blue, yellow, black = "#c8102e", "#f4f4f0", "#0b4ea2", "#f2c300", "#202020"
+    if sign == "stop":
+        polygon(8, 22.5, r, red)
+        bar(-0.6, -0.2, 0.6, 0.2, white)
+    elif sign == "yield":
+        polygon(3, 90, r, red)
+        polygon(3, 90, 0.55 * r, white)
+    elif sign == "no_entry":
+        disc(r, red)
+        bar(-0.7, -0.18, 0.7, 0.18, white)
+    elif sign == "speed_limit":
+        disc(r, red)
+        disc(0.75 * r, white)
+        bar(-0.35, -0.35, -0.05, 0.35, black)
+        bar(0.1, -0.35, 0.4, 0.35, black)
+    elif sign == "priority":
+        polygon(4, 0, r, white)
+        polygon(4, 0, 0.75 * r, yellow)
+    elif sign == "parking":
+        bar(-0.85, -0.85, 0.85, 0.85, blue)
+        bar(-0.35, -0.6, -0.1, 0.6, white)
+        bar(-0.1, -0.6, 0.35, 0.05, white)
+    else:
+        side = -1 if sign == "turn_left" else 1
+        disc(r, blue)
+        draw.line((cx - side * 0.6 * r, cy, cx + side * 0.3 * r, cy), fill=white, width=4)
+        tip = [(0.75, 0), (0.15, -0.45), (0.15, 0.45)]
+        draw.polygon([(cx + side * x * r, cy + y * r) for x, y in tip], fill=white)
+    pixels = np.asarray(image, "float32") * rng.uniform(0.6, 1.15) + rng.normal(
+        0, 8, (size, size, 3)
+    )
+    return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+
+
+def rendered_signs() -> Path:
+    """The folder of the embedded signs, rendered on the first call."""
+    return _once("signs_rendered-1", render_signs)
+
+
+def _once(name: str, render: Callable[[Path], object]) -> Path:
+    # Several processes may start at once: each renders aside, the first to finish moves it here.
+    target = DEFAULT_CACHE / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        render(scratch / name)
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(scratch / name, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not target.is_dir():
+        raise DataError(f"{target} cannot be written: free some space, or give --data-dir")
+    return target

@@ -1,0 +1,42 @@
+"""PilotNet steers a car under per-layer gradient clipping (Bojarski et al. 2016).
+
+Command: `python recipes/driving_pilotnet.py`, or with a log of the Udacity simulator
+`python recipes/driving_pilotnet.py --data-dir DRIVE`
+
+The network that the driving task is known for, trained as `driving_resnet50.py` is: the same log,
+split, loss, clip and optimizer. docs/driving.md has the errors of both.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: the folder above recipes/ holds its packages
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from recipes.training import Recipe, main, steering
+
+
+def build(num_outputs, image_size, model_class, options):
+    """PilotNet with one linear output, the angle."""
+    from recipes.models.pilotnet import pilotnet
+
+    return pilotnet(num_outputs, (image_size, options.image_width), model_class)
+
+
+RECIPE = Recipe(
+    name="driving_pilotnet",
+    description=__doc__,
+    build=build,
+    load_data=steering.load,
+    loss=steering.huber,
+    metrics=steering.metrics,
+    monitor="val_mae",
+    mode="min",
+    report=steering.report,
+    settings={**steering.SETTINGS, "image_size": 66},
+    extra_options=steering.options(image_width=200),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main(RECIPE))

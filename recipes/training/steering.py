@@ -1,0 +1,287 @@
+"""The task of the driving recipes: options, data, loss, and a report that a person can look at."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from recipes.errors import RecipeError
+from recipes.training.options import Option
+
+if TYPE_CHECKING:  # --help need not wait for TensorFlow
+    from recipes.data.driving_log import Drive
+
+RENDERED = "rendered"  # a drive that is drawn, or signs that are
+CURVE = 0.05  # an angle further from 0, in the log's units, is of a curve
+PARTS = ("train", "validation", "test")
+SETTINGS = {
+    "dataset": RENDERED,
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "warmup_epochs": 1.0,
+    "weight_decay": 1e-2,
+    "clipper": "norm",
+    "max_norm": 1.0,
+    "scope": "global",
+    "epochs": 8,
+}
+
+
+def options(image_width: int) -> tuple[Option, ...]:
+    """The options of a driving recipe beside those of all recipes.
+
+    Args:
+        image_width: default, in pixels.
+    """
+    return (
+        Option(
+            "image_width", int, image_width, "width in pixels; its height is image-size", "data"
+        ),
+        Option(
+            "correction",
+            float,
+            None,
+            "added to the left camera's angle and taken from the right's, in the log's units "
+            "(default: fitted to the log)",
+            "data",
+            low=0,
+        ),
+        Option(
+            "keep_straight",
+            float,
+            1.0,
+            "share of the training frames with an angle of exactly 0 that stay",
+            "data",
+            low=0,
+            high=1,
+        ),
+        Option(
+            "stretches",
+            int,
+            4,
+            "pieces of the drive, each split 80/10/10 in time; 1 holds out its last fifth",
+            "data",
+            low=1,
+        ),
+        Option(
+            "huber_delta",
+            float,
+            0.05,
+            "errors beyond it count linearly: large answers with the mean angle of an image, small "
+            "with the median, which key strokes leave at 0",
+            above=0,
+        ),
+    )
+
+
+def load(options: argparse.Namespace) -> "Drive":
+    """The frames and angles of a log, or of the rendered drive."""
+    from recipes.data import driving_log, rendered
+
+    if options.dataset != RENDERED:
+        raise RecipeError(
+            f"--dataset {options.dataset}: the task steering reads a driving_log.csv; name its "
+            "folder with --data-dir, or choose --task signs"
+        )
+    return driving_log.load(
+        options.data_dir or rendered.rendered_drive(),
+        (options.image_size, options.image_width),
+        options.correction,
+        options.keep_straight,
+        options.stretches,
+        options.on_bad_data,
+    )
+
+
+def huber(options: argparse.Namespace):
+    """The loss of the angle (Huber 1964)."""
+    import keras
+
+    return keras.losses.Huber(delta=options.huber_delta)
+
+
+def metrics() -> list:
+    """Mean absolute error, and mean squared error, in the units of the log."""
+    import keras
+
+    return [
+        keras.metrics.MeanAbsoluteError(name="mae"),
+        keras.metrics.MeanSquaredError(name="mse"),
+    ]
+
+
+# ---------------------------------------------------------------------------------- the report
+
+
+def report(result) -> list[tuple[str, str]]:
+    """Rows for the closing table; writes what they come from beside the run's other results.
+
+    `steering.csv` holds the errors, `angles.csv` the angle and the answer at each frame; they are
+    drawn in `drive.png` and `frames.png`.
+
+    Args:
+        result: of a run whose data are a `Drive`; the model that was kept is read from its folder.
+    """
+    import keras
+
+    from keras_gradclip._files import write_csv
+
+    if not result.kept:
+        return []
+    drive, folder = result.data, Path(result.output)
+    model = keras.saving.load_model(folder / "best.keras", compile=False)
+    answers = [predict(model, drive, frames) for frames in drive.parts]
+    errors = [
+        {"part": name, **scores(_angles(frames), answer, drive.mean_angle)}
+        for name, frames, answer in zip(PARTS, drive.parts, answers, strict=True)
+    ]
+    write_csv(folder / "steering.csv", list(errors[0]), errors)
+    rows = sorted(
+        (frame.row, name, frame.steering, float(value))
+        for name, frames, answer in zip(PARTS, drive.parts, answers, strict=True)
+        for frame, value in zip(frames, answer, strict=True)
+    )
+    write_csv(folder / "angles.csv", ("row", "part", "angle", "answer"), rows)
+    draw_angles(rows, folder / "drive.png", result.recipe)
+    draw_frames(drive.parts[2], answers[2], folder / "frames.png")
+    table = [
+        ("errors", "in the units of the log"),
+        ("side cameras corrected by", f"{drive.correction:.3f}"),
+    ]
+    for row in errors[1:]:
+        table += _lines(row)
+    return table
+
+
+def _lines(row: dict) -> list[tuple[str, str]]:
+    def beside(metric, digits=4):
+        return (
+            f"{row[metric]:.{digits}f}, always the mean angle: {row[metric + '_mean']:.{digits}f}"
+        )
+
+    part = row["part"]
+    return [
+        (f"mean absolute error, {part}", beside("mae")),
+        (f"  in curves (beyond {CURVE})", beside("curve_mae")),
+        ("  on straights", beside("straight_mae")),
+        ("  of always straight on", f"{row['mae_zero']:.4f}"),
+        (f"mean squared error, {part}", beside("mse", 5)),
+        (f"R², {part}", f"{row['r2']:.3f}"),
+    ]
+
+
+def predict(model, drive: "Drive", frames: Sequence) -> np.ndarray:
+    """The model's angles for the centre camera, float32 [frames]."""
+    import tensorflow as tf
+
+    paths = tf.data.Dataset.from_tensor_slices(
+        ([str(f.center) for f in frames], np.zeros(len(frames), "float32"))
+    )
+    images = paths.map(drive.preprocess_eval, num_parallel_calls=tf.data.AUTOTUNE)
+    return model.predict(images.batch(64), verbose=0)[:, 0]
+
+
+def scores(angles: np.ndarray, answers: np.ndarray, mean_angle: float) -> dict[str, float]:
+    """Errors in the units of the log, beside those of a constant.
+
+    Args:
+        angles: float [frames], of the log.
+        answers: float [frames], of the model.
+        mean_angle: of the training frames.
+
+    Returns:
+        `mae`, `mse`; both with `_mean`, of always answering `mean_angle`; `mae_zero`, of 0, the
+        median of many a log and so the constant of least absolute error; `r2`, 1 - mse / variance
+        of `angles`, NaN where that is 0; `curves`, a count; `curve_mae` and `straight_mae` on
+        either side of `CURVE`, NaN where there are none.
+    """
+    error, constant = np.abs(angles - answers), np.abs(angles - mean_angle)
+    curve = np.abs(angles) > CURVE
+    variance = float(np.var(angles))
+
+    def mean(values):
+        return float(np.mean(values)) if len(values) else float("nan")
+
+    return {
+        "frames": len(angles),
+        "mae": mean(error),
+        "mae_mean": mean(constant),
+        "mae_zero": mean(np.abs(angles)),
+        "mse": mean(error**2),
+        "mse_mean": mean(constant**2),
+        "r2": 1 - mean(error**2) / variance if variance else float("nan"),
+        "curves": int(curve.sum()),
+        "curve_mae": mean(error[curve]),
+        "curve_mae_mean": mean(constant[curve]),
+        "straight_mae": mean(error[~curve]),
+        "straight_mae_mean": mean(constant[~curve]),
+    }
+
+
+def _angles(frames: Sequence) -> np.ndarray:
+    return np.array([frame.steering for frame in frames])
+
+
+# --------------------------------------------------------------------------------- the pictures
+
+
+def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title: str) -> None:
+    """The angle of the log and the model's answer over the drive, as a PNG file.
+
+    Args:
+        rows: (row of the log, part, angle, answer), in the order of the rows.
+        path: of the picture.
+        title: str.
+    """
+    from matplotlib.figure import Figure
+
+    lines = np.array_split(np.arange(len(rows)), max(1, min(6, len(rows) // 200)))
+    figure = Figure(figsize=(14, 1 + 2 * len(lines)), layout="constrained", dpi=100)
+    figure.suptitle(f"{title}: the log's angle and the model's (test orange, validation blue)")
+    for axis, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
+        at, parts, angles, answers = zip(*(rows[i] for i in line), strict=True)
+        axis.plot(at, angles, color="0.55", linewidth=0.8, label="log")
+        axis.plot(at, answers, color="tab:red", linewidth=1.0, label="model")
+        for part, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
+            where = np.array(parts) == part
+            axis.fill_between(at, -1, 1, where=where, color=colour, alpha=0.2, linewidth=0)
+        axis.set_ylim(-1.05, 1.05)
+        axis.set_xlim(at[0], at[-1])
+        axis.set_ylabel("angle")
+    axis.legend(loc="lower right", fontsize="small")
+    axis.set_xlabel("row of the log")
+    figure.savefig(path)
+
+
+def draw_frames(frames: Sequence, answers: np.ndarray, path: Path, count: int = 12) -> None:
+    """A strip of frames with both angles as needles, as a PNG file.
+
+    Half of them are where the log steers most, each the sharpest of its stretch of time, half
+    evenly spaced.
+    """
+    angles = np.abs(_angles(frames))
+    groups = [g for g in np.array_split(np.arange(len(frames)), count // 2) if len(g)]
+    chosen = sorted({int(i) for g in groups for i in (g[np.argmax(angles[g])], g[len(g) // 2])})
+    tiles = [np.asarray(_needles(frames[i], float(answers[i]))) for i in chosen]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
+    grid = [np.concatenate(tiles[i : i + 3], axis=1) for i in range(0, len(tiles), 3)]
+    Image.fromarray(np.concatenate(grid)).save(path)
+
+
+def _needles(frame, answer: float) -> Image.Image:
+    """The centre image, 320 pixels wide: the log's angle in green, the answer in red."""
+    with Image.open(frame.center) as file:
+        height = 320 * file.height // file.width
+        image = file.convert("RGB").resize((320, height))
+    draw = ImageDraw.Draw(image)
+    for angle, colour, width in ((frame.steering, "#30e030", 5), (answer, "#ff3020", 2)):
+        turn = np.deg2rad(90 * np.clip(angle, -1, 1))
+        length = 0.5 * height
+        end = (160 + length * np.sin(turn), height - length * np.cos(turn))
+        draw.line(((160, height), end), fill=colour, width=width)
+    text = f"row {frame.row}: log {frame.steering:+.2f}, model {answer:+.2f}"
+    draw.text((4, 2), text, fill="white", stroke_width=1, stroke_fill="black")
+    return image
