@@ -8,11 +8,12 @@ calls. On the other backends there is one replica, and they do the plain thing: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 from keras import backend, ops
+
+from keras_gradclip._types import Gradient, Gradients, Model, Scalar, Strategy, Tensor, Variable
 
 
 def is_tensorflow() -> bool:
@@ -20,7 +21,7 @@ def is_tensorflow() -> bool:
     return backend.backend() == "tensorflow"
 
 
-def _is_traced_by_jax(x: Any) -> bool:
+def _is_traced_by_jax(x: Tensor) -> bool:
     """Whether `x` is a value that a compiled JAX step has not computed yet."""
     if backend.backend() != "jax":
         return False
@@ -29,7 +30,7 @@ def _is_traced_by_jax(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def current_strategy() -> Any:
+def current_strategy() -> Strategy:
     """The `tf.distribute` strategy in scope, or None where there is none."""
     if not is_tensorflow():
         return None
@@ -44,7 +45,7 @@ def replica_count() -> int:
     return 1 if strategy is None else strategy.num_replicas_in_sync
 
 
-def spans_workers(strategy: Any) -> bool:
+def spans_workers(strategy: Strategy) -> bool:
     """Whether `strategy` (or None) is a `MultiWorkerMirroredStrategy` over a cluster."""
     if strategy is None or not is_tensorflow():
         return False
@@ -56,7 +57,7 @@ def spans_workers(strategy: Any) -> bool:
     return sum(len(cluster.get(job, ())) for job in ("chief", "worker")) > 1
 
 
-def is_chief(strategy: Any) -> bool:
+def is_chief(strategy: Strategy) -> bool:
     """Whether this process writes the files: the task `chief`, or worker 0 where there is none.
 
     True without a cluster.
@@ -70,23 +71,25 @@ def is_chief(strategy: Any) -> bool:
     return resolver.task_type == "worker" and resolver.task_id == 0 and "chief" not in cluster
 
 
-def local_value(strategy: Any, value: Any) -> Any:
+def local_value(strategy: Strategy, value: Tensor) -> Tensor:
     """The value of this process's first replica."""
     return strategy.experimental_local_results(value)[0]
 
 
-def gather_numbers(strategy: Any, number: float) -> list[float]:
+def gather_numbers(strategy: Strategy, number: float) -> list[float]:
     """The numbers that the workers called this with, once a replica; all have to call it."""
     import tensorflow as tf
 
     @tf.function
-    def replica() -> Any:
+    def replica() -> Tensor:
         return tf.constant([number], tf.float64)
 
     return strategy.gather(strategy.run(replica), axis=0).numpy().tolist()
 
 
-def make_step_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def make_step_function(
+    model: Model, step: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
     """What Keras's `make_train_function` makes of `step`, for a cluster of workers.
 
     Keras 3.15 averages each entry of the logs with `strategy.reduce("MEAN", v, axis=0)`, which
@@ -105,7 +108,7 @@ def make_step_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any]
 
     strategy = model.distribute_strategy
 
-    def one_step(data: Any) -> Any:
+    def one_step(data: Tensor) -> Tensor:
         # What is absent in a batch comes as an empty Optional.
         data = keras.tree.map_structure(
             lambda v: None if isinstance(v, tf.experimental.Optional) else v, data
@@ -115,12 +118,12 @@ def make_step_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any]
     # As Keras does: AutoGraph would only slow the trace down.
     one_step = tf.autograph.experimental.do_not_convert(one_step)
     # Apart from the step, parts of which would otherwise run when the data ends.
-    fetch: Any = next
+    fetch: Callable[[Iterator], Tensor] = next
     if not model.run_eagerly:
         one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)
         fetch = tf.function(lambda iterator: iterator.get_next(), reduce_retracing=True)
 
-    def function(iterator: Any) -> Any:
+    def function(iterator: Iterator) -> Tensor:
         distributed = isinstance(iterator, tf.distribute.DistributedIterator)
         logs = None
         # A loop in Python: in a graph's while loop the replicas' merge calls fail.
@@ -136,14 +139,14 @@ def make_step_function(model: Any, step: Callable[[Any], Any]) -> Callable[[Any]
     return function
 
 
-def _mean_over_replicas(strategy: Any, outputs: Any) -> Any:
+def _mean_over_replicas(strategy: Strategy, outputs: Tensor) -> Tensor:
     """The numbers in a nested structure, averaged over all replicas of all workers."""
     import tensorflow as tf
 
     leaves = keras.tree.flatten(outputs)
     replicas = [strategy.experimental_local_results(leaf) for leaf in leaves]
 
-    def is_number(values: Sequence[Any]) -> bool:
+    def is_number(values: Sequence[Tensor]) -> bool:
         return all(
             isinstance(v, tf.Tensor)
             and (v.dtype.is_floating or v.dtype.is_integer)
@@ -180,7 +183,7 @@ def check_replica_context() -> None:
         )
 
 
-def all_reduce_sum(grads: Sequence[Any]) -> list[Any]:
+def all_reduce_sum(grads: Sequence[Gradient]) -> Gradients:
     """The gradients summed over the replicas, in one all-reduce; None entries stay None."""
     grads = list(grads)
     if replica_count() == 1:
@@ -199,12 +202,12 @@ def all_reduce_sum(grads: Sequence[Any]) -> list[Any]:
 
 
 def cond(
-    flag: Any,
-    true_fn: Callable[..., Any],
-    false_fn: Callable[..., Any],
+    flag: Scalar,
+    true_fn: Callable[..., object],
+    false_fn: Callable[..., object],
     args: tuple = (),
     *,
-    state: Sequence[Any] = (),
+    state: Sequence[Variable] = (),
     cross_replica: bool = False,
 ) -> None:
     """Run `true_fn(*args)` or `false_fn(*args)` for their side effects on variables.
@@ -236,12 +239,12 @@ def cond(
         tf.cond(flag, _no_result(true_fn, call_args), _no_result(false_fn, call_args))
         return
 
-    def merged(distribution: Any, flag: Any, *args: Any) -> None:
-        def branch(fn: Callable[..., Any]) -> Callable[[], None]:
+    def merged(distribution: Strategy, flag: Scalar, *args: Tensor) -> None:
+        def branch(fn: Callable[..., object]) -> Callable[[], None]:
             if cross_replica:
                 return _no_result(fn, ())
 
-            def in_replica(*args: Any) -> None:
+            def in_replica(*args: Tensor) -> None:
                 fn(*args)
 
             def call() -> None:
@@ -256,7 +259,10 @@ def cond(
 
 
 def local_cond(
-    flag: Any, true_fn: Callable[[], Any], state: Sequence[Any], reads: Sequence[Any] = ()
+    flag: Scalar,
+    true_fn: Callable[[], object],
+    state: Sequence[Variable],
+    reads: Sequence[Variable] = (),
 ) -> None:
     """Run `true_fn()` if `flag`; it writes `state` alone and merges no replicas.
 
@@ -266,8 +272,8 @@ def local_cond(
         _stateless_cond(flag, true_fn, lambda: None, (), state, reads)
         return
 
-    def branch(fn: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> Any:
+    def branch(fn: Callable[[], object]) -> Callable[[], object]:
+        def call() -> Tensor:
             fn()
             return ops.zeros(())
 
@@ -277,18 +283,18 @@ def local_cond(
 
 
 def _stateless_cond(
-    flag: Any,
-    true_fn: Any,
-    false_fn: Any,
+    flag: Scalar,
+    true_fn: Callable[..., object],
+    false_fn: Callable[..., object],
     args: tuple,
-    state: Sequence[Any],
-    reads: Sequence[Any] = (),
+    state: Sequence[Variable],
+    reads: Sequence[Variable] = (),
 ) -> None:
     """`cond` for a compiled JAX step: the branches return the new values of `state`."""
     before = [(v, v.value) for v in (*state, *reads)]
 
-    def branch(fn: Callable[..., Any]) -> Callable[[], list[Any]]:
-        def call() -> list[Any]:
+    def branch(fn: Callable[..., object]) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
             with keras.StatelessScope(state_mapping=before) as scope:
                 fn(*args)
             return [scope.get_current_value(v) for v in state]
@@ -299,14 +305,14 @@ def _stateless_cond(
         v.assign(new)
 
 
-def _no_result(fn: Callable[..., Any], args: tuple) -> Callable[[], None]:
+def _no_result(fn: Callable[..., object], args: tuple) -> Callable[[], None]:
     def call() -> None:
         fn(*args)
 
     return call
 
 
-def local_variable(shape: Sequence[int], dtype: Any, name: str) -> Any:
+def local_variable(shape: Sequence[int], dtype: str, name: str) -> Variable:
     """A variable of zeros of which every replica keeps its own copy.
 
     Outside the replicas it reads as the sum of the copies, and that is what is saved.

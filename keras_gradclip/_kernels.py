@@ -5,20 +5,20 @@ Everything here is written on `keras.ops`; where a backend has one fused operati
 
 A *gradient* is a dense tensor, or a `tf.IndexedSlices` (the gradient of an embedding: some rows
 of the variable). The functions here take both; sparse gradients are expected without duplicate
-rows (`aggregation.merge_duplicate_rows`).
+rows (`merge_duplicate_rows`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _compat
+from keras_gradclip._types import Gradient, Tensor, Variable
 
 # exp(80) = 5.5e34 still fits float32: a larger exponent would turn a zero gradient into
 # 0 * inf = NaN, and thresholds beyond it clip nothing anyway.
@@ -35,12 +35,12 @@ SMALL = 1 << 16
 WORTH_COMPILING = 1 << 20
 
 
-def is_sparse(gradient: Any) -> bool:
+def is_sparse(gradient: Gradient) -> bool:
     """Whether `gradient` is a `tf.IndexedSlices` (told by its fields: TensorFlow may be absent)."""
     return hasattr(gradient, "dense_shape") and hasattr(gradient, "indices")
 
 
-def read(value: Any) -> Any:
+def read(value: Tensor) -> Tensor:
     """The present value of a variable, as a tensor; tensors and numbers as they are.
 
     `keras.ops.convert_to_tensor` hands a TensorFlow variable through, to be read whenever it is
@@ -56,33 +56,33 @@ def read(value: Any) -> Any:
     return value
 
 
-def values(gradient: Any) -> Any:
+def values(gradient: Gradient) -> Tensor:
     """The dense values of a gradient: itself, or the rows that a sparse gradient holds."""
     return gradient.values if is_sparse(gradient) else ops.convert_to_tensor(gradient)
 
 
-def with_values(gradient: Any, new: Any) -> Any:
+def with_values(gradient: Gradient, new: Tensor) -> Tensor:
     """`gradient` with `new` in place of its values."""
     if is_sparse(gradient):
         return type(gradient)(new, gradient.indices, gradient.dense_shape)
     return new
 
 
-def matching_weight(variable: Any, gradient: Any) -> Any:
+def matching_weight(variable: Variable, gradient: Gradient) -> Tensor:
     """The part of `variable` that lines up with `values(gradient)`."""
     weight = ops.convert_to_tensor(read(variable))
     return ops.take(weight, gradient.indices, axis=0) if is_sparse(gradient) else weight
 
 
-def clip_symmetric(x: Any, limit: Any) -> Any:
+def clip_symmetric(x: Tensor, limit: Tensor) -> Tensor:
     """clip(x, -limit, limit), `limit` a scalar or a tensor of x's shape; NaN stays NaN."""
     limit = ops.cast(limit, x.dtype)
     return _clip_between(x, -limit, limit)
 
 
-def clip_each(xs: Sequence[Any], limit: Any) -> list[Any]:
+def clip_each(xs: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
     """`clip_symmetric` of each tensor by one scalar; one operation a tensor on TensorFlow."""
-    bounds: dict[Any, tuple[Any, Any]] = {}
+    bounds: dict[int, tuple[Tensor, Tensor]] = {}
     for x in xs:
         if x.dtype not in bounds:
             high = ops.cast(limit, x.dtype)
@@ -90,7 +90,7 @@ def clip_each(xs: Sequence[Any], limit: Any) -> list[Any]:
     return [_clip_between(x, *bounds[x.dtype]) for x in xs]
 
 
-def _clip_between(x: Any, low: Any, high: Any) -> Any:
+def _clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     if _runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla():
         import tensorflow as tf
 
@@ -112,8 +112,13 @@ def _has_tensorflow_gpu() -> bool:
 
 
 def clip_exponential(
-    xs: Sequence[Any], weights: Sequence[Any], beta: Any, gamma: Any, *, rescale: bool = False
-) -> list[Any]:
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    beta: Tensor,
+    gamma: Tensor,
+    *,
+    rescale: bool = False,
+) -> list[Tensor]:
     """clip(x, -α, α) with α = γ·exp(β·W), for each x; with `rescale`, times exp(β·W).
 
     Args:
@@ -128,7 +133,7 @@ def clip_exponential(
     """
     compiled = _worth_compiling(xs)
     plain = sorted({*range(len(xs))} - {*compiled})
-    result: list[Any] = [None] * len(xs)
+    result: list[Tensor] = [None] * len(xs)
     for fn, chosen in ((_exponential, plain), (_compiled_exponential, compiled)):
         clipped = fn([xs[i] for i in chosen], [weights[i] for i in chosen], beta, gamma, rescale)
         for i, y in zip(chosen, clipped, strict=True):
@@ -137,8 +142,8 @@ def clip_exponential(
 
 
 def _exponential(
-    xs: Sequence[Any], weights: Sequence[Any], beta: Any, gamma: Any, rescale: bool
-) -> list[Any]:
+    xs: Sequence[Tensor], weights: Sequence[Tensor], beta: Tensor, gamma: Tensor, rescale: bool
+) -> list[Tensor]:
     result = []
     for x, weight in zip(xs, weights, strict=True):
         factor = exp_of(beta, weight)
@@ -148,8 +153,8 @@ def _exponential(
 
 
 def _compiled_exponential(
-    xs: Sequence[Any], weights: Sequence[Any], beta: Any, gamma: Any, rescale: bool
-) -> list[Any]:
+    xs: Sequence[Tensor], weights: Sequence[Tensor], beta: Tensor, gamma: Tensor, rescale: bool
+) -> list[Tensor]:
     """`_exponential` by XLA, in one pass: TensorFlow's operations would write every step out."""
     if not xs:
         return []
@@ -165,13 +170,13 @@ def _compiled_exponential(
 
 
 @functools.cache
-def _xla_exponential() -> Callable[..., list[Any]]:
+def _xla_exponential() -> Callable[..., list[Tensor]]:
     import tensorflow as tf
 
     return tf.function(_exponential, jit_compile=True, autograph=False)
 
 
-def _worth_compiling(xs: Sequence[Any]) -> list[int]:
+def _worth_compiling(xs: Sequence[Tensor]) -> list[int]:
     """Which tensors XLA may have: on TensorFlow's CPU, in a graph, of static shape, and many."""
     if not _runs_on_tensorflow_cpu() or _compat.is_traced_for_xla():
         return []
@@ -185,11 +190,11 @@ def _worth_compiling(xs: Sequence[Any]) -> list[int]:
 
 
 def _group_small(
-    xs: Sequence[Any], weights: Sequence[Any]
-) -> tuple[list[list[int]], Callable[[Sequence[Any]], list[Any]]]:
+    xs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[list[list[int]], Callable[[Sequence[Tensor]], list[Tensor]]]:
     """Which tensors to treat as one, and the function that takes the results apart again."""
     groups: list[list[int]] = []
-    small: dict[Any, list[int]] = {}
+    small: dict[Tensor, list[int]] = {}
     for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):
         if x.shape.num_elements() < SMALL and weight.shape == x.shape:
             small.setdefault((x.dtype, weight.dtype), []).append(i)
@@ -197,8 +202,8 @@ def _group_small(
             groups.append([i])
     groups += small.values()
 
-    def pieces(results: Sequence[Any]) -> list[Any]:
-        out: list[Any] = [None] * len(xs)
+    def pieces(results: Sequence[Tensor]) -> list[Tensor]:
+        out: list[Tensor] = [None] * len(xs)
         for group, result in zip(groups, results, strict=True):
             if len(group) == 1:
                 out[group[0]] = result
@@ -211,19 +216,19 @@ def _group_small(
     return groups, pieces
 
 
-def _joined(tensors: Sequence[Any]) -> Any:
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """One tensor as it is; several, flat and one behind the other."""
     if len(tensors) == 1:
         return tensors[0]
     return ops.concatenate([ops.reshape(t, (-1,)) for t in tensors])
 
 
-def float32(x: Any) -> Any:
+def float32(x: Tensor) -> Tensor:
     """`x` in float32 (no operation where it already is)."""
     return ops.cast(x, "float32")
 
 
-def sum_of_squares(x: Any) -> Any:
+def sum_of_squares(x: Tensor) -> Tensor:
     """The sum of x², a float32 scalar whatever x's dtype: float16 overflows at 256² ."""
     x = float32(x)
     if backend.backend() == "tensorflow":
@@ -233,7 +238,7 @@ def sum_of_squares(x: Any) -> Any:
     return ops.sum(ops.square(x))
 
 
-def rms(x: Any) -> Any:
+def rms(x: Tensor) -> Tensor:
     """The root mean square of `x`, a float32 scalar."""
     size = 1
     for dim in x.shape:
@@ -241,22 +246,24 @@ def rms(x: Any) -> Any:
     return ops.sqrt(sum_of_squares(x) / max(size, 1))
 
 
-def max_abs(x: Any) -> Any:
+def max_abs(x: Tensor) -> Tensor:
     """The largest |x|, a float32 scalar; 0 for an empty tensor."""
     return ops.max(float32(ops.abs(x)), initial=0.0)
 
 
-def exp_of(beta: Any, weight: Any) -> Any:
+def exp_of(beta: Tensor, weight: Tensor) -> Tensor:
     """exp(β·W) in float32, kept finite."""
     return ops.exp(ops.minimum(beta * float32(weight), MAX_EXPONENT))
 
 
-def scale(x: Any, factor: Any) -> Any:
+def scale(x: Tensor, factor: Tensor) -> Tensor:
     """x·factor, taken in float32 and returned in x's dtype."""
     return ops.cast(float32(x) * factor, x.dtype)
 
 
-def fractions_over(xs: Sequence[Any], limits: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+def fractions_over(
+    xs: Sequence[Tensor], limits: Sequence[Tensor], sizes: Sequence[int]
+) -> list[Tensor]:
     """For each x the number of its elements with |x| > limit, over its size; float32 scalars.
 
     Args:
@@ -270,28 +277,28 @@ def fractions_over(xs: Sequence[Any], limits: Sequence[Any], sizes: Sequence[int
     }
     limits = [cast[id(limit), x.dtype] for x, limit in zip(xs, limits, strict=True)]
 
-    def over(x: Any, limit: Any) -> Any:
+    def over(x: Tensor, limit: Tensor) -> Tensor:
         return float32(ops.abs(x) > limit)
 
     counts = _figures(over, xs, limits)
     return [n / max(size, 1) for n, size in zip(counts, sizes, strict=True)]
 
 
-def sums_of_squares(xs: Sequence[Any]) -> list[Any]:
+def sums_of_squares(xs: Sequence[Tensor]) -> list[Tensor]:
     """`sum_of_squares` of each x, for figures: a little less exact, and fewer operations."""
     return _figures(lambda x: ops.square(float32(x)), xs, whole=sum_of_squares)
 
 
 def _figures(
-    fn: Callable[..., Any], *lists: Sequence[Any], whole: Callable[..., Any] | None = None
-) -> list[Any]:
+    fn: Callable[..., Tensor], *lists: Sequence[Tensor], whole: Callable[..., Tensor] | None = None
+) -> list[Tensor]:
     """The sum of fn(x, ...), elementwise, for each x; vectors are treated as one.
 
     `whole` does the same at once for a tensor that is left alone.
     """
     whole = whole or (lambda *tensors: ops.sum(fn(*tensors)))
-    small: dict[Any, list[int]] = {}
-    result: list[Any] = [None] * len(lists[0])
+    small: dict[Tensor, list[int]] = {}
+    result: list[Tensor] = [None] * len(lists[0])
     for i, tensors in enumerate(zip(*lists, strict=True)):
         if _is_vector_sized(tensors[0]):
             small.setdefault(tensors[0].dtype, []).append(i)
@@ -307,12 +314,12 @@ def _figures(
     return result
 
 
-def _is_vector_sized(x: Any) -> bool:
+def _is_vector_sized(x: Tensor) -> bool:
     # Larger ones lose too much in float32 if their elements are added one by one.
     return None not in tuple(x.shape) and 0 < int(np.prod(x.shape)) <= 4096
 
 
-def _flat(tensors: Sequence[Any], counts: Sequence[int]) -> Any:
+def _flat(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """The tensors one behind the other; scalars repeated, or as one if they are the same."""
     if all(t is tensors[0] for t in tensors) and len(tensors[0].shape) == 0:
         return tensors[0]
@@ -324,8 +331,8 @@ def _flat(tensors: Sequence[Any], counts: Sequence[int]) -> Any:
 
 
 def clip_factors(
-    squares: Sequence[Any], sizes: Sequence[int], scopes: Sequence[int], max_norm: Any
-) -> list[Any]:
+    squares: Sequence[Tensor], sizes: Sequence[int], scopes: Sequence[int], max_norm: Tensor
+) -> list[Tensor]:
     """`clip_factor` of each scope's norm, a list of float32 scalars, one a scope.
 
     Args:
@@ -343,7 +350,7 @@ def clip_factors(
         len(members) == 1 or (_runs_on_tensorflow_cpu() and sum(sizes[i] for i in m) >= SMALL)
         for m in members
     ]
-    result: list[Any] = [None] * len(members)
+    result: list[Tensor] = [None] * len(members)
     for scope, of_scope in enumerate(members):
         if alone[scope]:
             square = squares[of_scope[0]]
@@ -364,7 +371,7 @@ def clip_factors(
     return result
 
 
-def clip_factor(norm: Any, max_norm: Any) -> Any:
+def clip_factor(norm: Tensor, max_norm: Tensor) -> Tensor:
     """min(1, max_norm/norm); 0 where the norm is not finite.
 
     A factor of 0 keeps one infinite element from spoiling its whole scope: the finite gradients
@@ -375,14 +382,14 @@ def clip_factor(norm: Any, max_norm: Any) -> Any:
     return ops.where(ops.isfinite(norm), factor, ops.zeros_like(factor))
 
 
-def divided(gradients: Sequence[Any], divisor: Any) -> list[Any]:
+def divided(gradients: Sequence[Gradient], divisor: Tensor) -> list[Tensor]:
     """Each gradient over a scalar, in its own dtype; None entries stay None.
 
     In half precision a loss scale may be above the largest number: the division is in float32.
     """
     if isinstance(divisor, (int, float)) and divisor == 1:
         return list(gradients)
-    result: list[Any] = []
+    result: list[Tensor] = []
     for gradient in gradients:
         if gradient is None:
             result.append(None)
@@ -394,20 +401,20 @@ def divided(gradients: Sequence[Any], divisor: Any) -> list[Any]:
     return result
 
 
-def ratio(before: Any, after: Any) -> Any:
+def ratio(before: Tensor, after: Tensor) -> Tensor:
     """before/after; 0 where `after` is 0 and 1 where the ratio is not finite."""
     safe = ops.where(after > 0, after, ops.ones_like(after))
     result = ops.where(after > 0, before / safe, ops.zeros_like(after))
     return ops.where(ops.isfinite(result), result, ops.ones_like(result))
 
 
-def all_finite(gradients: Sequence[Any]) -> Any:
+def all_finite(gradients: Sequence[Gradient]) -> Tensor:
     """A boolean scalar: every element of every gradient is finite (None entries are ignored)."""
     flags = [ops.all(ops.isfinite(values(g))) for g in gradients if g is not None]
     return ops.all(ops.stack(flags))
 
 
-def merge_duplicate_rows(gradient: Any) -> Any:
+def merge_duplicate_rows(gradient: Gradient) -> Tensor:
     """A sparse gradient in which every row occurs once; other gradients as they are.
 
     An embedding that looked up a row four times gives that row four times; a norm or a clip must

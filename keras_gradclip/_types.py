@@ -18,6 +18,8 @@ Scalar: TypeAlias = Any
 Tensor: TypeAlias = Any
 #: A `keras.optimizers.Optimizer`, of ours or not.
 Optimizer: TypeAlias = Any
+#: A `keras.layers.Layer`.
+Layer: TypeAlias = Any
 #: A `keras.Model`.
 Model: TypeAlias = Any
 #: A `tf.distribute.Strategy`, or None without one.

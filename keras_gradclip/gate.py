@@ -7,7 +7,7 @@ import contextvars
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,6 +15,7 @@ from keras import ops, tree
 
 from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
+from keras_gradclip._types import Config, Layer, Model, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
@@ -49,7 +50,7 @@ class ActivationGate:
     clip_value: float = 0.1
     gamma: float = 0.1
     initial_learning_rate: float = 1e-3
-    layers: Any = None
+    layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("clip_value", "gamma", "initial_learning_rate"):
@@ -80,11 +81,11 @@ class ActivationGate:
         """c/(γ·lr₀): the |input| above which the gradient is scaled."""
         return self.clip_value / (self.gamma * self.initial_learning_rate)
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         """`x` itself, a float tensor of any shape, with the gated gradient behind it."""
         return _gate(x, self.threshold, self.gamma)
 
-    def selects(self, layer: Any) -> bool:
+    def selects(self, layer: Layer) -> bool:
         """Whether this gate belongs before `layer`."""
         if isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
             return False
@@ -93,7 +94,7 @@ class ActivationGate:
         names = {layer.name, getattr(layer, "path", layer.name)}
         return any(re.fullmatch(p, name) for p in self.layers for name in names)
 
-    def attach(self, model: Any) -> None:
+    def attach(self, model: Model) -> None:
         """Gate the layers of `model` in place and for good, in any kind of model.
 
         Saving does not see it, and other models that share the layers are gated as well: meant
@@ -106,7 +107,7 @@ class ActivationGate:
         for layer in _units(model):
             layer.call.always = self
 
-    def insert(self, model: Any) -> Any:
+    def insert(self, model: Model) -> Model:
         """A model with `GatedInput` layers before the gated layers, which are shared with `model`.
 
         Args:
@@ -125,9 +126,9 @@ class ActivationGate:
             raise ValueError(self._no_layer(model))
         return self._insert(model)
 
-    def _insert(self, model: Any) -> Any:
+    def _insert(self, model: Model) -> Model:
         if isinstance(model, keras.Sequential):
-            gated: list[Any] = []
+            gated: list[Layer] = []
             for layer in model.layers:
                 if self.selects(layer):
                     gated.append(GatedInput(self, name=f"{layer.name}_gate"))
@@ -144,10 +145,10 @@ class ActivationGate:
             )
         calls: dict[str, int] = {}
 
-        def reuse(layer: Any) -> Any:
+        def reuse(layer: Layer) -> Tensor:
             return self._insert(layer) if isinstance(layer, keras.Model) else layer
 
-        def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(layer: Layer, *args: Tensor, **kwargs: Any) -> Tensor:
             if self.selects(layer):
                 n = calls[layer.name] = calls.get(layer.name, 0) + 1
                 name = f"{layer.name}_gate" + (f"_{n}" if n > 1 else "")
@@ -156,21 +157,21 @@ class ActivationGate:
 
         return keras.models.clone_model(model, clone_function=reuse, call_function=call)
 
-    def _no_layer(self, model: Any) -> str:
+    def _no_layer(self, model: Model) -> str:
         names = [layer.name for layer in _units(model)][:8]
         return (
             f"ActivationGate: layers={self.layers!r} selects no layer of {model.name!r}; its "
             f"layers begin with {names}. An expression must match the whole name."
         )
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The fields, JSON-able."""
         config = dataclasses.asdict(self)
         config["layers"] = None if self.layers is None else list(self.layers)
         return config
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ActivationGate:
+    def from_config(cls, config: Config) -> ActivationGate:
         """The gate that `get_config` described."""
         return cls(**config)
 
@@ -192,21 +193,21 @@ class GatedInput(keras.layers.Layer):
         self.gate = gate
         self.supports_masking = True
 
-    def call(self, inputs: Any) -> Any:
+    def call(self, inputs: Tensor) -> Tensor:
         """`inputs`."""
         return _map_floats(self.gate, inputs)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
+    def compute_output_shape(self, input_shape: tuple) -> Tensor:
         """The shape of the input."""
         return input_shape
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The arguments, JSON-able."""
         gate = keras.saving.serialize_keras_object(self.gate)
         return {**super().get_config(), "gate": gate}
 
 
-def as_gate(value: Any) -> ActivationGate | None:
+def as_gate(value: object) -> ActivationGate | None:
     """`value` as a gate: None, a gate, or a gate's saved config.
 
     Raises:
@@ -242,7 +243,7 @@ def active(gate: ActivationGate | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def instrument(gate: ActivationGate, model: Any) -> None:
+def instrument(gate: ActivationGate, model: Model) -> None:
     """Prepare the layers of `model` for `active`; it is no matter how often.
 
     Raises:
@@ -259,13 +260,13 @@ def instrument(gate: ActivationGate, model: Any) -> None:
 class _GatedCall:
     """A layer's `call` that gates its float inputs while a gate is active."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Layer) -> None:
         self._layer = layer
         self._call = layer.call
         self.always: ActivationGate | None = None
         functools.update_wrapper(self, layer.call)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
         gate = _ACTIVE.get() or self.always
         if gate is None or not gate.selects(self._layer):
             return self._call(*args, **kwargs)
@@ -278,7 +279,7 @@ class _GatedCall:
             _ACTIVE.reset(token)
 
 
-def _units(model: Any) -> list[Any]:
+def _units(model: Model) -> list[Layer]:
     """The layers that a gate may select: those of the model and of the models inside it.
 
     What is inside a layer (the cell of an LSTM, the projections of an attention) is its own
@@ -293,10 +294,10 @@ def _units(model: Any) -> list[Any]:
     return units
 
 
-def _map_floats(fn: Any, structure: Any) -> Any:
+def _map_floats(fn: Callable[[Tensor], Tensor], structure: Tensor) -> Tensor:
     """Apply `fn` to every float tensor in a nested structure."""
 
-    def one(x: Any) -> Any:
+    def one(x: Tensor) -> Tensor:
         is_tensor = ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
         # Sparse and ragged tensors pass: few layers take them, and custom gradients do not.
         special = getattr(x, "sparse", False) or any(
@@ -309,10 +310,10 @@ def _map_floats(fn: Any, structure: Any) -> Any:
     return tree.map_structure(one, structure)
 
 
-def _gate(x: Any, threshold: float, gamma: float) -> Any:
+def _gate(x: Tensor, threshold: float, gamma: float) -> Tensor:
     @ops.custom_gradient
-    def gate(x: Any) -> Any:
-        def grad(*args: Any, upstream: Any = None) -> Any:
+    def gate(x: Tensor) -> Tensor:
+        def grad(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
             dx = args[0] if upstream is None else upstream
             large = ops.abs(ops.cast(x, "float32")) > threshold
             return ops.where(large, dx * ops.cast(gamma, dx.dtype), dx)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -11,9 +13,14 @@ from keras import backend
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat, gate
+from keras_gradclip._types import Config, Optimizer, Scalar, Strategy, Tensor, Variable
 from keras_gradclip._workers import chief_writes
+from keras_gradclip.clippers.base import Clipper
+from keras_gradclip.optimizer._hyperparameters import ClipHyperparameters
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find
 
+#: What `keras_gradclip.get` takes.
+ClipperLike = Clipper | str | Config | None
 #: Updates. Figures of every update would cost as much as the clip itself, or twice that.
 MEASURED_EVERY = 8
 
@@ -28,7 +35,7 @@ class _TelemetryMetric(keras.metrics.Metric):
     def update_state(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the optimizer counts."""
 
-    def result(self) -> Any:
+    def result(self) -> Scalar:
         """The mean since the epoch began."""
         if self.name == "grad_norm":
             return self._optimizer.mean_grad_norm()
@@ -67,10 +74,10 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     def compile(
         self,
-        optimizer: Any = "rmsprop",
+        optimizer: Optimizer | str = "rmsprop",
         *args: Any,
-        clipper: Any = None,
-        activation_gate: Any = None,
+        clipper: ClipperLike = None,
+        activation_gate: gate.ActivationGate | Config | None = None,
         **kwargs: Any,
     ) -> None:
         """As `keras.Model.compile`, with two arguments more.
@@ -102,15 +109,15 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         if new_gate is not None:
             gate.instrument(new_gate, self)
 
-    optimizer: Any
+    optimizer: Optimizer
 
-    def _untrained(self) -> list[Any]:
+    def _untrained(self) -> list[Variable]:
         """The variables that do not train now, for the rules of a ClipMap."""
         trained = {id(v) for v in self.trainable_variables}  # type: ignore[attr-defined]
         return [v for v in self.variables if id(v) not in trained]  # type: ignore[attr-defined]
 
     @property
-    def clip_hyperparameters(self) -> Any:
+    def clip_hyperparameters(self) -> ClipHyperparameters:
         """The live thresholds: `ClippedOptimizer.clip_hyperparameters`, under any loss scale.
 
         Raises:
@@ -143,16 +150,14 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     def _spans_workers(self) -> bool:
         return aggregation.spans_workers(getattr(self, "_distribute_strategy", None))
 
-    def _local_part(self, batch: Any) -> Any:
+    def _local_part(self, batch: Tensor) -> Tensor:
         strategy = self._distribute_strategy
         return keras.tree.map_structure(lambda v: aggregation.local_value(strategy, v), batch)
 
-    _distribute_strategy: Any
+    _distribute_strategy: Strategy
 
-    def distribute_scope(self) -> Any:
+    def distribute_scope(self) -> contextlib.AbstractContextManager:
         """The scope of the strategy that the model was built under (a null context if none)."""
-        import contextlib
-
         strategy = getattr(self, "_distribute_strategy", None)
         return contextlib.nullcontext() if strategy is None else strategy.scope()
 
@@ -162,7 +167,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return self.__dict__["_kgc"]
 
     @property
-    def metrics(self) -> list[Any]:
+    def metrics(self) -> list[Variable]:
         """Keras's metrics; while training, also `grad_norm` and `clip_fraction`."""
         runtime = self._clip_runtime()
         own = [] if runtime.hidden else runtime.metrics
@@ -194,7 +199,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         """As in Keras; nothing is clipped here, so the two figures do not appear."""
         return self._without_figures(super().test_on_batch, *args, **kwargs)  # type: ignore[misc]
 
-    def _without_figures(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+    def _without_figures(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         runtime = self._clip_runtime()
         before, runtime.hidden = runtime.hidden, True
         try:
@@ -202,7 +207,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         finally:
             runtime.hidden = before
 
-    def make_train_function(self, force: bool = False) -> Any:
+    def make_train_function(self, force: bool = False) -> Callable:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
         runtime = self._clip_runtime()
         if runtime.gate is not None:
@@ -211,13 +216,13 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             return self._make_stateless(force)
         return self._make_unrolled("train", force)
 
-    def make_test_function(self, force: bool = False) -> Any:
+    def make_test_function(self, force: bool = False) -> Callable:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
         return self._make_unrolled("test", force)
 
-    train_step: Any
+    train_step: Callable[..., Tensor]
 
-    def _make_stateless(self, force: bool) -> Any:
+    def _make_stateless(self, force: bool) -> Callable:
         """Keras's function on JAX, with the two figures taken from the state it returns.
 
         While a step runs on JAX, the optimizer's variables hold nothing: its state goes in and
@@ -226,7 +231,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         own = self.__dict__.get("train_step")
         train_step, runtime = self.train_step, self._clip_runtime()
 
-        def step(state: Any, data: Any) -> Any:
+        def step(state: Tensor, data: Tensor) -> Tensor:
             logs, state = self._without_figures(train_step, state, data)
             if isinstance(logs, dict):
                 mapping = zip(self.optimizer.variables, state[2], strict=True)
@@ -244,7 +249,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     steps_per_execution: int
 
-    def _make_unrolled(self, kind: str, force: bool) -> Any:
+    def _make_unrolled(self, kind: str, force: bool) -> Callable:
         """Keras's function; on several replicas, with its steps in a Python loop.
 
         Keras puts the steps into a while loop in the graph, in which the replicas' merge calls
@@ -265,14 +270,14 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         if steps is before or self.steps_per_execution == 1 or replicas == 1:
             return result
 
-        def python_loop(iterator: Any) -> Any:
+        def python_loop(iterator: Iterator) -> Config:
             first = next(iterator)  # StopIteration is what Keras expects at the end
             return steps(itertools.chain([first], iterator))
 
         setattr(self, attribute, python_loop)
         return result
 
-    def get_compile_config(self) -> dict[str, Any]:
+    def get_compile_config(self) -> Config:
         """What `compile_from_config` needs, JSON-able."""
         config = super().get_compile_config()  # type: ignore[misc]
         if config:
@@ -281,7 +286,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             )
         return config
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
+    def compile_from_config(self, config: Config) -> None:
         """Compile as `get_compile_config` says and create the optimizer's variables."""
         if type(self).compile is not ClippedTrainStep.compile:
             super().compile_from_config(config)  # type: ignore[misc]  # warns, as in Keras
@@ -322,11 +327,13 @@ class ClippedModel(ClippedTrainStep, keras.Model):
 class ClippedFunctional(ClippedModel, _compat.Functional):
     """What `ClippedModel(inputs, outputs)` is."""
 
-    def __init__(self, inputs: Any, outputs: Any, name: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, inputs: Tensor, outputs: Tensor, name: str | None = None, **kwargs: Any
+    ) -> None:
         _compat.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
 
 
-def _is_functional(args: tuple, kwargs: dict[str, Any]) -> bool:
+def _is_functional(args: tuple, kwargs: Config) -> bool:
     """Whether a model is being built from `(inputs, outputs)`; the rule is Keras's."""
     return (
         len(args) == 2
@@ -347,7 +354,7 @@ def _make_functional(cls: type) -> None:
     )
 
 
-def _with_clipper(optimizer: Any, clipper: Any) -> Any:
+def _with_clipper(optimizer: Optimizer, clipper: ClipperLike) -> Optimizer:
     """`optimizer` wrapped with `clipper`, unless it is wrapped already."""
     if optimizer is None:
         if clipper is not None:
