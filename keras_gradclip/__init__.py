@@ -6,7 +6,7 @@ from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, seri
 from keras_gradclip.clippers.composite import Chain, ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
 from keras_gradclip.clippers.norm import NormClip, RMSClip
-from keras_gradclip.clippers.relative import AdaptiveClip, unit_axes
+from keras_gradclip.clippers.relative import AdaptiveClip, UpdateRatioClip, unit_axes
 from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
 from keras_gradclip.diagnostics.calibration import Calibration, calibrate
 from keras_gradclip.diagnostics.monitor import ClipMonitor
@@ -38,6 +38,7 @@ __all__ = [
     "NormClip",
     "PercentileClip",
     "RMSClip",
+    "UpdateRatioClip",
     "ZScoreClip",
     "calibrate",
     "get",

@@ -40,3 +40,23 @@ def norm(grads, scopes, max_norm):
         g * min(1.0, max_norm / np.sqrt(totals[s])) if totals[s] > 0 else g
         for g, s in zip(grads, scopes, strict=True)
     ]
+
+
+def update_ratio(grads, weights, axes, groups, max_ratio, rate, eps=1e-3):
+    """`axes`: one a gradient, None for what is left alone; those of one group share a norm."""
+
+    def norm(arrays, group, i):
+        if group is None:
+            return np.sqrt(np.sum(np.square(arrays[i]), axis=axes[i], keepdims=True))
+        members = [a for a, g, x in zip(arrays, groups, axes, strict=True) if g == group and x]
+        return np.sqrt(sum(np.sum(np.square(a)) for a in members))
+
+    result = []
+    for i, (g, group) in enumerate(zip(grads, groups, strict=True)):
+        if axes[i] is None:
+            result.append(g)
+            continue
+        limit = max_ratio * np.maximum(norm(weights, group, i), eps) / rate
+        size = norm(grads, group, i)
+        result.append(g * np.minimum(1.0, limit / np.where(size > 0, size, np.inf)))
+    return result

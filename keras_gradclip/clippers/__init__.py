@@ -13,7 +13,7 @@ from keras_gradclip.clippers.base import (
 from keras_gradclip.clippers.composite import Chain, ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
 from keras_gradclip.clippers.norm import NormClip, RMSClip
-from keras_gradclip.clippers.relative import AdaptiveClip, unit_axes
+from keras_gradclip.clippers.relative import AdaptiveClip, UpdateRatioClip, unit_axes
 from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Parameter",
     "PercentileClip",
     "RMSClip",
+    "UpdateRatioClip",
     "ZScoreClip",
     "get",
     "parameter",

@@ -35,6 +35,9 @@ from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
 Hyper = Mapping[str, Any]
 State = dict[str, Any]
 
+#: The key of `hyper` under which a clipper finds the optimizer's learning rate.
+LEARNING_RATE = "learning_rate"
+
 
 class ClipStats(NamedTuple):
     """What a clip did, one entry a variable, in the order of the variables.
@@ -68,6 +71,8 @@ class Clipper:
     measures: ClassVar[str | None] = None
     #: Whether flags and search spaces can make one: False for what is made of other clippers.
     selectable: ClassVar[bool] = True
+    #: Whether `apply` wants `hyper["learning_rate"]`, the optimizer's at this step.
+    needs_learning_rate: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for declared in parameters(self):
@@ -100,7 +105,8 @@ class Clipper:
                 `tf.IndexedSlices` without duplicate rows are allowed.
             variables: the variables, in the order in which `init` saw them.
             state: what `init`, or the last `apply`, returned.
-            hyper: the values of `hyperparameters()` at this step, as float32 scalars.
+            hyper: the values of `hyperparameters()` at this step, as float32 scalars; with
+                `needs_learning_rate` also "learning_rate".
 
         Returns:
             The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
@@ -135,6 +141,8 @@ class Clipper:
         self.check_variables(variables)
         grads = [kernels.merge_duplicate_rows(g) for g in grads]
         hyper = {k: current_value(v, 0) for k, v in self.hyperparameters().items()}
+        if self.needs_learning_rate:  # the gradient is the step
+            hyper[LEARNING_RATE] = ops.ones((), "float32")
         return self.apply(grads, variables, self.init(variables), hyper)[0]
 
     def get_config(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from keras import ops
 from keras_gradclip._names import path_of, size_of
 from keras_gradclip.clippers._declaration import Card
 from keras_gradclip.clippers.base import (
+    LEARNING_RATE,
     Clipper,
     ClipStats,
     State,
@@ -37,6 +38,11 @@ class Composite(Clipper):
     def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
         raise NotImplementedError
 
+    @property
+    def needs_learning_rate(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(clipper.needs_learning_rate for _, clipper in self._parts())
+
     def hyperparameters(self) -> dict[str, Any]:
         """The parts' live hyper-parameters, as `part/name`."""
         return {
@@ -50,7 +56,8 @@ class Composite(Clipper):
 
         One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
         """
-        parts: dict[str, dict[str, Any]] = {name: {} for name, _ in self._parts()}
+        shared = {k: v for k, v in mapping.items() if k == LEARNING_RATE}
+        parts: dict[str, dict[str, Any]] = {name: dict(shared) for name, _ in self._parts()}
         for key, value in mapping.items():
             owners = [name for name in parts if key.startswith(f"{name}/")]
             if owners:

@@ -1,4 +1,4 @@
-"""Clippers that measure a gradient by the weights that it will move: AGC."""
+"""Clippers that measure a gradient by the weights that it will move: AGC, update ratio."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
-from keras_gradclip._names import path_of
+from keras_gradclip._names import layers_of, path_of
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, register, shown
 
@@ -229,3 +229,114 @@ def _contracted(equation: str) -> tuple[int, ...]:
     inputs, output = equation.replace(" ", "").replace("...", "").split("->")
     kernel = inputs.split(",")[1]
     return tuple(i for i, letter in enumerate(kernel) if letter not in output)
+
+
+@register("update_ratio")
+@dataclasses.dataclass(frozen=True)
+class UpdateRatioClip(Clipper):
+    """No step moves a unit by more than a share of its own norm, at any learning rate.
+
+    g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. Vectors
+    (biases, γ, β of a normalisation) are left alone.
+
+    When to use it: SGD, with or without momentum, where the learning rate is not known well or the
+    network has no batch normalisation: κ has no dimension and stays as it is when η changes. Not
+    in front of an optimizer that ignores a gradient's scale (Adam and its kin, RMSprop, Lion,
+    Muon): there it bounds no step. Source: this library; the clip of LARC applied by the unit,
+    with LARS's ratio as a bound (You et al., arXiv 1708.03888), or AGC (arXiv 2102.06171) with
+    λ = κ/η.
+
+    Momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
+
+    Called without an optimizer, `clipper(grads, variables)`, η is 1: the gradient is the step.
+
+    Args:
+        max_ratio: κ, a positive number or a LearningRateSchedule.
+        eps: ε, the floor of the weight's norm, so that zero-initialised weights can move.
+        scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has it
+            (its table of axes); "variable", a kernel; "layer", all kernels of a layer.
+
+    Raises:
+        ValueError: κ or ε not above 0, or an unknown scope.
+    """
+
+    max_ratio: Any = parameter(
+        2e-3,
+        help="κ, the largest share of its weights' norm that a step may move",
+        range=(5e-4, 1e-2),
+        log=True,
+        live=True,
+        threshold=True,
+    )
+    eps: float = parameter(1e-3, help="ε, floor of the weights' norm")
+    scope: str = parameter(
+        "unit", help="what one norm is taken over", choices=("unit", "variable", "layer")
+    )
+    needs_learning_rate = True
+    card: ClassVar[Card | None] = Card(
+        "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",
+        "SGD at a learning rate that is not known well, no batch normalisation",
+        "κ = 2e-3; ε = 1e-3",
+        "this library; relatives: LARC, LARS (1708.03888), AGC",
+    )
+
+    def apply(self, grads, variables, state, hyper):
+        """Clip by the norm of each scope: see `Clipper.apply`."""
+        factor = hyper["max_ratio"] / ops.maximum(hyper["learning_rate"], kernels.TINY)
+        bounded = [i for i, g in enumerate(grads) if g is not None and not is_vector(variables[i])]
+        axes = {i: self._axes_of(variables[i]) for i in bounded}
+        steps = {i: unit_squares(kernels.values(grads[i]), axes[i]) for i in bounded}
+        weights = {i: unit_squares(_weight(variables[i], grads[i], axes[i]), axes[i]) for i in axes}
+        squares: list[Any] = [None] * len(grads)
+        shares = [0.0] * len(grads)
+        for i in bounded:
+            squares[i] = ops.sum(steps[i])
+            kept = [int(d) for axis, d in enumerate(variables[i].shape) if axis not in axes[i]]
+            shares[i] = float(math.prod(kept))
+        if self.scope == "layer":
+            for members in _members(variables, bounded):
+                for squares_of in (steps, weights):
+                    total = ops.sum(ops.stack([ops.sum(squares_of[i]) for i in members]))
+                    squares_of.update(dict.fromkeys(members, total))
+                shares = [1.0 / len(members) if i in members else s for i, s in enumerate(shares)]
+
+        clipped = list(grads)
+        pairs: list[Any] = [None] * len(grads)
+        for i in bounded:
+            norm, limit = ops.sqrt(steps[i]), factor * ops.maximum(ops.sqrt(weights[i]), self.eps)
+            y = kernels.scale(kernels.values(grads[i]), kernels.clip_factor(norm, limit))
+            clipped[i] = kernels.with_values(grads[i], y)
+            pairs[i] = (norm, limit)
+
+        def fractions():
+            return [
+                None if pair is None else ops.mean(kernels.float32(pair[0] > pair[1]))
+                for pair in pairs
+            ]
+
+        return clipped, state, ClipStats(fractions, shares, "norms", squares)
+
+    def _axes_of(self, variable: Any) -> tuple[int, ...]:
+        whole = tuple(range(len(variable.shape)))
+        return default_unit_axes(variable) if self.scope == "unit" else whole
+
+
+def is_vector(variable: Any) -> bool:
+    """Whether a variable is a bias or a scale: of one dimension at most, or called so."""
+    return len(variable.shape) <= 1 or "bias" in path_of(variable).rpartition("/")[2]
+
+
+def _weight(variable: Any, gradient: Any, axes: Sequence[int]) -> Any:
+    """The weights of the units in `gradient`; a sparse one's rows are units unless 0 is in axes."""
+    if 0 in axes:
+        return ops.convert_to_tensor(variable)
+    return kernels.matching_weight(variable, gradient)
+
+
+def _members(variables: Sequence[Any], of: Sequence[int]) -> list[list[int]]:
+    """The positions `of` variables, layer by layer."""
+    layers: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers_of(variables)):
+        if i in of:
+            layers.setdefault(layer, []).append(i)
+    return list(layers.values())

@@ -9,9 +9,10 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Scalar, Tensor, Variable
-from keras_gradclip.clippers.base import Clipper, current_value
+from keras_gradclip._types import Optimizer, Scalar, Tensor, Variable
+from keras_gradclip.clippers.base import LEARNING_RATE, Clipper, current_value
 
 
 def to_numpy(value: Tensor) -> Tensor:
@@ -86,6 +87,7 @@ class ClipHyperparameters(MutableMapping):
 class HasThresholds:
     """Mixin of an optimizer: its clipper, and the thresholds in force."""
 
+    inner_optimizer: Optimizer
     iterations: Variable
     add_variable: Callable[..., Variable]
     _clipper: Clipper | None
@@ -102,6 +104,24 @@ class HasThresholds:
         name = "clip_" + "".join(c if c.isalnum() else "_" for c in key)
         initializer = keras.initializers.Constant(value)
         return self.add_variable((), initializer, "float32", aggregation="none", name=name)
+
+    def _check_learning_rate(self) -> None:
+        if not (self._clipper and self._clipper.needs_learning_rate):
+            return
+        inner = self.inner_optimizer
+        if getattr(inner, "learning_rate", None) is None:
+            raise ValueError(
+                f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) has no learning "
+                f"rate, which the clipper {self._clipper} divides by. Use one that does not, e.g. "
+                "AdaptiveClip(0.01)."
+            )
+
+    def _told_learning_rate(self) -> dict[str, Scalar]:
+        """What a clipper that asks for it is told beside the thresholds; else nothing."""
+        if not (self._clipper and self._clipper.needs_learning_rate):
+            return {}
+        rate = kernels.read(self.inner_optimizer.learning_rate)
+        return {LEARNING_RATE: ops.cast(rate, "float32")}
 
     @property
     def clipper(self) -> Clipper | None:

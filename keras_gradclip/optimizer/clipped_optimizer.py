@@ -98,6 +98,7 @@ class ClippedOptimizer(
         self.gradient_accumulation_steps = steps
         self._accumulation = Accumulation(steps) if steps and steps > 1 else None
         self._set_clipper(clipper)
+        self._check_learning_rate()
         self._telemetry: Telemetry | None = None
         self._watchers: tuple[Watcher, ...] = ()
         self.telemetry = telemetry
@@ -211,8 +212,9 @@ class ClippedOptimizer(
             return ClippedUpdate(gradients, gradients, None, {})
         hyper = self.clip_hyperparameters.at_this_step()
         state = {key: kernels.read(v) for key, v in self._clip_state.items()}
+        told = {**hyper, **self._told_learning_rate()}
         clipped, state, stats = self._clipper.apply(
-            gradients, self._trainable_variables, state, hyper
+            gradients, self._trainable_variables, state, told
         )
         for key, value in state.items():
             self._clip_state[key].assign(value)

@@ -1,0 +1,440 @@
+"""Which clipper, and what does it buy? Trains networks × clippers × learning rates × seeds.
+
+    python recipes/tools/evidence.py                      # small: ten minutes on two idle cores
+    python recipes/tools/evidence.py --preset full --data-dir ../shared/tfds --output docs/results
+
+Writes `evidence.csv` (a row a run, with all that tells it from the others), `evidence.md` (a table
+a study) and one picture a study into `--output`. The same command again goes on where it was
+interrupted; `--tables` only draws. A run is `diverged` when its loss became NaN or infinite; in
+means it counts as guessing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if not __package__:  # run as a script: the folder above recipes/ holds its packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+import keras_gradclip as kgc
+
+COLUMNS = (
+    "study",
+    "network",
+    "data",
+    "label_noise",
+    "optimizer",
+    "schedule",
+    "batch_size",
+    "epochs",
+    "clipper",
+    "learning_rate",
+    "seed",
+    "status",
+    "test_accuracy",
+    "train_loss",
+    "clip_fraction",
+    "seconds",
+)
+#: What tells a run from the others.
+KEY = COLUMNS[: COLUMNS.index("status")]
+NONE = "none"
+CALIBRATED = "calibrate"
+CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Runs that stand in one table and one picture.
+
+    Attributes:
+        name: of the table.
+        network: a key of `NETWORKS`.
+        data: `NAME@SIDE`: `cifar10` or `mnist_embedded`, and the side of the images in pixels.
+        clippers: clippers, or `NONE`, or `CALIBRATED` (what `calibrate` finds on this network).
+        rates: learning rates.
+        seeds: of weights, order and noise.
+        epochs: passes over the training images.
+        optimizer: a key of `OPTIMIZERS`.
+        schedule: "constant", or "cosine" (to 0).
+        label_noise: share of the training labels that are drawn anew, 0 to 1.
+        batch_size: images an update.
+    """
+
+    name: str
+    network: str
+    data: str
+    clippers: tuple
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    epochs: int
+    optimizer: str = "momentum"
+    schedule: str = "constant"
+    label_noise: float = 0.0
+    batch_size: int = 64
+
+    def runs(self) -> Iterator[tuple[dict, object]]:
+        """For each run its key columns and its clipper, clipper by clipper."""
+        shared = {k: str(v) for k, v in vars(self).items() if k in KEY} | {"study": self.name}
+        for clipper, seed, rate in itertools.product(self.clippers, self.seeds, self.rates):
+            cell = {"clipper": str(clipper), "learning_rate": f"{rate:g}", "seed": str(seed)}
+            yield shared | cell, clipper
+
+
+def small_vgg(side: int, channels: int, width: int = 8):
+    """Six convolutions in three stages of `width`, 2·`width`, 4·`width`; no batch normalisation."""
+    import keras
+    from keras import layers
+
+    stack = [keras.Input((side, side, channels))]
+    for filters in (width, 2 * width, 4 * width):
+        for _ in range(2):
+            stack.append(layers.Conv2D(filters, 3, padding="same", activation="relu", **_HE))
+        stack.append(layers.MaxPooling2D())
+    stack += [layers.Flatten(), layers.Dense(128, "relu", **_HE), layers.Dense(CLASSES)]
+    return keras.Sequential(stack)
+
+
+def lenet5(side: int, channels: int):
+    """LeNet-5 with ReLU and max pooling."""
+    import keras
+    from keras import layers
+
+    return keras.Sequential(
+        [
+            keras.Input((side, side, channels)),
+            layers.Conv2D(6, 5, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(16, 5, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(120, "relu"),
+            layers.Dense(84, "relu"),
+            layers.Dense(CLASSES),
+        ]
+    )
+
+
+_HE = {"kernel_initializer": "he_normal"}
+NETWORKS: dict[str, Callable] = {"small_vgg": small_vgg, "lenet5": lenet5}
+
+
+def make_optimizer(name: str, rate):
+    """A Keras optimizer: "momentum" (0.9), "sgd" without it, "adamw"."""
+    import keras
+
+    if name == "adamw":
+        return keras.optimizers.AdamW(rate)
+    return keras.optimizers.SGD(rate, momentum={"momentum": 0.9, "sgd": 0.0}[name])
+
+
+def load_images(name: str, side: int, data_dir: str) -> tuple[np.ndarray, ...]:
+    """Training images and labels, test images and labels.
+
+    Images are float32 `[n, side, side, channels]`, averaged down to `side` and standardised by
+    the training images' mean and deviation; labels are int64 `[n]`.
+
+    Raises:
+        FileNotFoundError: `data_dir` does not hold the set.
+    """
+    import tensorflow_datasets as tfds
+
+    from recipes.data.mnist_embedded import prepared_builder
+
+    if name == "mnist_embedded":
+        builder, splits = prepared_builder(data_dir), ("train", "validation+test")
+    else:
+        try:
+            builder, splits = (
+                tfds.builder(name, data_dir=data_dir, try_gcs=False),
+                ("train", "test"),
+            )
+            builder.as_dataset(split=splits[0])
+        except (AssertionError, tfds.core.DatasetNotFoundError) as error:
+            raise FileNotFoundError(
+                f"--data-dir {data_dir} holds no prepared {name}: name the folder that does"
+            ) from error
+    train, test = (
+        tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1)) for split in splits
+    )
+    images = []
+    for part in (train, test):
+        x = part["image"].astype("float32")
+        fold = x.shape[1] // side
+        x = x[:, : fold * side, : fold * side].reshape(len(x), side, fold, side, fold, -1)
+        images.append(x.mean((2, 4)))
+    mean, deviation = images[0].mean((0, 1, 2)), images[0].std((0, 1, 2))
+    x, x_test = ((part - mean) / deviation for part in images)
+    return x, train["label"], x_test, test["label"]
+
+
+def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
+    """Trains once; the columns that the run decides."""
+    import keras
+
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    x, y, x_test, y_test = images
+    rng = np.random.default_rng(seed)
+    noisy = rng.random(len(y)) < study.label_noise
+    y = np.where(noisy, rng.integers(0, CLASSES, len(y)), y)
+    model = NETWORKS[study.network](*x.shape[2:])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if clipper == CALIBRATED:
+        model.compile(make_optimizer(study.optimizer, rate), loss)
+        found = kgc.calibrate(model, (x, y), steps=79, batch_size=study.batch_size)
+        clipper = found.clip_map("norm")
+    steps = study.epochs * -(-len(x) // study.batch_size)
+    schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
+    inner = make_optimizer(study.optimizer, schedule if study.schedule == "cosine" else rate)
+    clipper = None if clipper == NONE else clipper
+    optimizer = kgc.ClippedOptimizer(inner, clipper, telemetry=8)
+    # Compiling with XLA would take longer than the training does.
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    started = time.monotonic()
+    history = model.fit(
+        x,
+        y,
+        batch_size=study.batch_size,
+        epochs=study.epochs,
+        verbose=0,
+        callbacks=[keras.callbacks.TerminateOnNaN()],
+    )
+    train_loss = history.history["loss"][-1]
+    finite = math.isfinite(train_loss) and all(np.isfinite(w).all() for w in model.get_weights())
+    accuracy = model.evaluate(x_test, y_test, batch_size=500, verbose=0)[1] if finite else math.nan
+    return {
+        "status": "learned" if finite else "diverged",
+        "test_accuracy": f"{accuracy:.4f}",
+        "train_loss": f"{train_loss:.4g}",
+        "clip_fraction": f"{optimizer.read_telemetry()['clip_fraction']:.4f}",
+        "seconds": f"{time.monotonic() - started:.1f}",
+    }
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of an `evidence.csv`, as text; none if there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict) -> None:
+    """One row more, on the disk before the next run begins."""
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def accuracy_of(row: dict) -> float:
+    """Test accuracy in %; guessing where the run diverged."""
+    return 100 / CLASSES if row["status"] == "diverged" else 100 * float(row["test_accuracy"])
+
+
+def by_cell(rows: list[dict]) -> dict[str, dict[float, list[dict]]]:
+    """The rows of a study: clipper to learning rate to runs, in the order of the rows."""
+    cells: dict[str, dict[float, list[dict]]] = {}
+    for row in rows:
+        cells.setdefault(row["clipper"], {}).setdefault(float(row["learning_rate"]), []).append(row)
+    return cells
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line a clipper, a column a learning rate; mean and (lowest to highest)."""
+    rates = sorted({float(row["learning_rate"]) for row in rows})
+    lines = [
+        "| clipper | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "|---|" + "---:|" * len(rates),
+    ]
+    for clipper, of_clipper in by_cell(rows).items():
+        cells = []
+        for rate in rates:
+            runs = of_clipper.get(rate, [])
+            scores = [accuracy_of(r) for r in runs]
+            if len(scores) > 1:
+                text = f"{statistics.fmean(scores):.1f} ({min(scores):.1f}–{max(scores):.1f})"
+            else:
+                text = "".join(f"{score:.1f}" for score in scores)
+            diverged = sum(r["status"] == "diverged" for r in runs)
+            cells.append(text + (f", {diverged} of {len(runs)} diverged" if diverged else ""))
+        lines.append(f"| `{clipper}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """Accuracy over learning rate: a line (the mean) and a band (the seeds) a clipper."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axis = figure.subplots()
+    for number, (clipper, of_clipper) in enumerate(by_cell(rows).items()):
+        rates = sorted(of_clipper)
+        scores = [[accuracy_of(row) for row in of_clipper[rate]] for rate in rates]
+        style = {"color": "black" if clipper == NONE else f"C{number % 10}"}
+        line = "--" if clipper == NONE else "-"
+        axis.plot(rates, [statistics.fmean(s) for s in scores], line, label=clipper, **style)
+        low, high = [min(s) for s in scores], [max(s) for s in scores]
+        axis.fill_between(rates, low, high, alpha=0.12, linewidth=0, **style)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+
+
+def report(studies: tuple[Study, ...], rows: list[dict], output: Path) -> None:
+    """`evidence.md` and a picture for each study that has rows."""
+    parts = []
+    for study in studies:
+        mine = [row for row in rows if row["study"] == study.name]
+        if not mine:
+            continue
+        seeds = sorted({int(row["seed"]) for row in mine})
+        title = (
+            f"{study.name}: {study.network}, {study.data}, {study.optimizer}, {study.schedule} "
+            f"learning rate, {study.epochs} epochs of batch {study.batch_size}"
+        )
+        parts.append(
+            f"## {title}\n\nTest accuracy in %, mean (lowest–highest) of the seeds {seeds}.\n\n"
+            f"{table(mine)}\n"
+        )
+        draw(mine, output / f"evidence-{study.name}.png", title)
+    (output / "evidence.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+RATIOS = (1e-3, 2e-3, 5e-3)
+UNIT = tuple(kgc.UpdateRatioClip(ratio) for ratio in RATIOS)
+KERNEL = tuple(kgc.UpdateRatioClip(ratio, scope="variable") for ratio in RATIOS)
+FIELD = (
+    kgc.NormClip(1.0, scope="global"),
+    kgc.NormClip(0.1),
+    kgc.AdaptiveClip(0.02),
+    kgc.ExponentialClip(0.7, gamma=0.01),
+    kgc.PercentileClip(90, window=20, scope="layer"),
+    kgc.AbsoluteClip(0.01),
+    kgc.ZScoreClip(),
+    CALIBRATED,
+)
+RATES = (0.01, 0.03, 0.1, 0.3)
+SEEDS = (1, 2, 3)
+CIFAR = {"network": "small_vgg", "data": "cifar10@16", "seeds": SEEDS, "epochs": 4}
+MAIN = (NONE, UNIT[1], FIELD[0], KERNEL[1], UNIT[0], UNIT[2], KERNEL[0], KERNEL[2], *FIELD[1:])
+#: Momentum adds steps of one direction up to ten times: does the best κ know it?
+WIDE = tuple(kgc.UpdateRatioClip(ratio) for ratio in (1e-3, 2e-3, 5e-3, 2e-2))
+PRESETS: dict[str, tuple[Study, ...]] = {
+    "small": (
+        Study(
+            "digits",
+            "small_vgg",
+            "mnist_embedded@14",
+            (NONE, UNIT[1], KERNEL[1], FIELD[0]),
+            (0.01, 0.1, 0.3),
+            SEEDS,
+            2,
+        ),
+    ),
+    "full": (
+        Study("cifar", clippers=MAIN, rates=RATES, **CIFAR),
+        Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1, 1.0), optimizer="sgd", **CIFAR),
+        Study(
+            "adamw",
+            clippers=(NONE, UNIT[1], FIELD[0], FIELD[4]),
+            rates=(1e-3, 1e-2),
+            optimizer="adamw",
+            **CIFAR,
+        ),
+        *(
+            Study(
+                f"noise-{round(100 * noise)}",
+                "lenet5",
+                "mnist_embedded@28",
+                (NONE, UNIT[1], FIELD[0], FIELD[1]),
+                (0.01, 0.1),
+                SEEDS,
+                8,
+                label_noise=noise,
+            )
+            for noise in (0.0, 0.4, 0.6)
+        ),
+        Study(
+            "cosine", clippers=(NONE, UNIT[1], FIELD[0]), rates=RATES, schedule="cosine", **CIFAR
+        ),
+    ),
+}
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = sorted({study.name for studies in PRESETS.values() for study in studies})
+    parser.add_argument("--preset", choices=list(PRESETS), default="small")
+    parser.add_argument("--studies", nargs="+", choices=names, help="some of the preset's alone")
+    parser.add_argument("--seeds", nargs="+", type=int, help="in place of the preset's")
+    parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="folder")
+    parser.add_argument("--data-dir", default="runs/data", help="folder of the TFDS data sets")
+    parser.add_argument("--threads", type=int, help="processor threads (default: all)")
+    parser.add_argument("--tables", action="store_true", help="train nothing, only draw")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """The exit status: 0, 2 for missing data, 130 after Ctrl-C."""
+    arguments = parse(argv)
+    studies = PRESETS[arguments.preset]
+    if arguments.threads:
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "evidence.csv"
+    try:
+        for study in () if arguments.tables else studies:
+            if arguments.studies is None or study.name in arguments.studies:
+                if arguments.seeds:
+                    study = dataclasses.replace(study, seeds=tuple(arguments.seeds))
+                train(study, path, arguments.data_dir)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    report(studies, read(path), arguments.output)
+    print(f"results in {path} and {arguments.output / 'evidence.md'}")
+    return 0
+
+
+def train(study: Study, path: Path, data_dir: str) -> None:
+    """The runs of a study that have no row yet."""
+    done = {tuple(row[k] for k in KEY) for row in read(path)}
+    missing = [(key, c) for key, c in study.runs() if tuple(key[k] for k in KEY) not in done]
+    if not missing:
+        return
+    name, _, side = study.data.partition("@")
+    images = load_images(name, int(side), data_dir)
+    for key, clipper in missing:
+        rate, seed = float(key["learning_rate"]), int(key["seed"])
+        row = key | run(study, clipper, rate, seed, images)
+        append(path, row)
+        print(*(row[k] for k in ("study", "clipper", "learning_rate", "seed")), end=": ")
+        print(f"{row['status']}, {row['test_accuracy']}, {row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

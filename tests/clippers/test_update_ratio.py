@@ -1,0 +1,139 @@
+"""UpdateRatioClip against its equation, and the learning rate that the optimizer tells it."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import DTYPES, RTOL, data, gradients, loss, net, to64, train, variables
+from keras import ops
+from oracles import update_ratio
+
+import keras_gradclip as kgc
+
+UNITS = [(0, 1, 2), None, None, (0,), None]  # of helpers.variables()
+KERNELS = [(0, 1, 2, 3), None, None, (0, 1), None]
+LAYERS = ["conv", None, None, "dense", None]
+
+
+def clip(clipper, gs, vs, rate):
+    hyper = {"max_ratio": ops.convert_to_tensor(clipper.max_ratio, "float32")}
+    hyper["learning_rate"] = ops.convert_to_tensor(rate, "float32")
+    return clipper.apply(gs, vs, {}, hyper)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["unit", "variable", "layer"])
+def test_against_the_oracle(scope, dtype):
+    vs = variables(5)
+    gs, g64 = gradients(vs, 5, dtype)
+    clipper = kgc.UpdateRatioClip(0.01, scope=scope)
+    w64 = [to64(v) for v in vs]
+    axes = UNITS if scope == "unit" else KERNELS
+    groups = LAYERS if scope == "layer" else [None] * len(vs)
+    for rate in (1e-5, 0.012, 1.0):
+        got, _, stats = clip(clipper, gs, vs, rate)
+        want = update_ratio(g64, w64, axes, groups, 0.01, rate)
+        for a, b, g in zip(got, want, gs, strict=True):
+            assert a.dtype == g.dtype
+            np.testing.assert_allclose(to64(a), b, rtol=RTOL[dtype], atol=1e-6)
+        shares = [float(f) for f in stats.fractions() if f is not None]
+        assert shares == [0.0, 0.0] if rate < 1e-4 else len(shares) == 2 and max(shares) > 0
+        if rate == 1.0:
+            assert shares == [1.0, 1.0]
+
+
+def test_one_layer_of_two_kernels_shares_a_norm():
+    with keras.name_scope("lstm"):
+        vs = [
+            keras.Variable(np.full((2, 3), w, "float32"), name=n) for w, n in ((3, "a"), (4, "b"))
+        ]
+    gs = [ops.ones((2, 3)), 2 * ops.ones((2, 3))]
+    got = kgc.UpdateRatioClip(0.1, scope="layer")(gs, vs)
+    size = np.sqrt(sum(np.sum(to64(g) ** 2) for g in got))
+    np.testing.assert_allclose(size, 0.1 * np.sqrt(6 * (9 + 16)), rtol=1e-6)
+    np.testing.assert_allclose(to64(got[1]), 2 * to64(got[0]))
+
+
+def test_zero_weights_move_by_the_floor_and_called_alone_the_gradient_is_the_step():
+    kernel = keras.Variable(np.zeros((4, 3), "float32"), name="kernel")
+    (got,) = kgc.UpdateRatioClip(0.5, eps=0.01)([ops.ones((4, 3))], [kernel])
+    np.testing.assert_allclose(np.linalg.norm(to64(got), axis=0), 0.005, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0, -1e-3, float("nan"), None, "x"])
+@pytest.mark.parametrize("name", ["max_ratio", "eps"])
+def test_misuse(name, bad):
+    with pytest.raises(ValueError, match=f"UpdateRatioClip: `{name}`"):
+        kgc.UpdateRatioClip(**{name: bad})
+
+
+def test_inner_optimizer_without_a_learning_rate():
+    class Rateless(keras.optimizers.SGD):
+        learning_rate = None
+
+    with pytest.raises(ValueError, match=r"Rateless.*no learning rate"):
+        kgc.ClippedOptimizer(Rateless(), kgc.Chain([kgc.UpdateRatioClip()]))
+
+
+def ratios(model, before):
+    """For each kernel, the largest share of its norm by which a unit moved since `before`."""
+    result = []
+    for v, old in zip(model.trainable_variables, before, strict=True):
+        if len(v.shape) > 1:
+            moved = np.linalg.norm((to64(v) - old).reshape(-1, old.shape[-1]), axis=0)
+            result.append((moved / np.linalg.norm(old.reshape(-1, old.shape[-1]), axis=0)).max())
+    return np.array(result)
+
+
+def test_the_learning_rate_is_read_at_every_step_without_a_retrace():
+    traces = []
+
+    class Counting(kgc.UpdateRatioClip):
+        def apply(self, *args):
+            traces.append(1)
+            return super().apply(*args)
+
+    model = net(keras.Model)
+    clipper = kgc.ClipMap({"body/.*": Counting(0.004)}, default=kgc.UpdateRatioClip(0.001))
+    model.compile(kgc.ClippedOptimizer(keras.optimizers.SGD(1e3), clipper), loss())
+    x, y = data(16)
+    initial = model.get_weights()
+    before = [to64(v) for v in model.trainable_variables]
+    for rate in (1e3, 10.0, 1e-7):
+        model.optimizer.learning_rate = rate
+        model.set_weights(initial)
+        model.fit(x, y, batch_size=16, verbose=0)
+        got = ratios(model, before)
+        if rate > 1:
+            np.testing.assert_allclose(got, [0.001, 0.004, 0.001], rtol=1e-3)
+        else:
+            assert got.max() < 1e-4
+    assert len(traces) <= 2  # JAX traces once more for its own purposes
+
+
+def test_schedule_and_live_ratio():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0], [0.0, 50.0])
+    model = net(keras.Model)
+    optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(schedule), kgc.UpdateRatioClip(0.002))
+    model.compile(optimizer, loss())
+    x, y = data(16)
+    initial = model.get_weights()
+    before = [to64(v) for v in model.trainable_variables]
+    for want in (0.0, 0.002, 0.0005):  # warm-up from 0, the bound, the bound set in mid-fit
+        if want == 0.0005:
+            optimizer.clip_hyperparameters["max_ratio"] = want
+        model.set_weights(initial)
+        model.fit(x, y, batch_size=16, verbose=0)
+        np.testing.assert_allclose(ratios(model, before), want, rtol=1e-3, atol=1e-8)
+
+
+def test_replicas_and_accumulation():
+    def optimizer():
+        return kgc.ClippedOptimizer(
+            keras.optimizers.SGD(0.05, momentum=0.9),
+            kgc.UpdateRatioClip(),
+            gradient_accumulation_steps=2,
+        )
+
+    _, _, alone = train(0, optimizer)
+    _, _, together = train(2, optimizer)
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=2e-6)
