@@ -1,6 +1,6 @@
 """Per-layer gradient clipping for Keras 3: what is clipped is what is applied."""
 
-from keras_gradclip import _compat
+from keras_gradclip import _host
 from keras_gradclip.clippers._declaration import parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, serialize
 from keras_gradclip.clippers.composite import Chain, ClipMap
@@ -17,7 +17,7 @@ from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 __version__ = "0.2.0"
 
-_compat.warn_if_untested(_compat.host_versions())
+_host.warn_if_untested(_host.host_versions())
 
 __all__ = [
     "AbsoluteClip",

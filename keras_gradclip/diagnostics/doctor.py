@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import keras
 import numpy as np
 
-from keras_gradclip import _compat
+from keras_gradclip import __version__, _compat, _host
 from keras_gradclip.clippers import AbsoluteClip
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
@@ -42,9 +42,9 @@ def diagnose() -> str:
 
 
 def _versions() -> Iterable[str]:
-    yield f"keras_gradclip {_version('keras-gradclip')}, backend {keras.backend.backend()}"
-    for name, version in _compat.host_versions().items():
-        oldest, newest = (".".join(map(str, v)) for v in _compat.TESTED[name])
+    yield f"keras_gradclip {__version__}, backend {keras.backend.backend()}"
+    for name, version in _host.host_versions().items():
+        oldest, newest = (".".join(map(str, v)) for v in _host.TESTED[name])
         yield f"{name} {version} (tested: {oldest} to {newest})"
     yield f"NumPy {np.__version__}"
     for package, part in EXTRAS.items():
