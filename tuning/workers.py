@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 BEAT_SECONDS = 2.0
+LOOPBACK = "127.0.0.1"
 _PARENT = "TUNING_PARENT_PID"
 _NAMES = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
 
@@ -40,45 +42,53 @@ def role() -> str:
     return "chief" if "chief" in os.environ["KERASTUNER_TUNER_ID"] else "worker"
 
 
-def start_workers(number: int, command: Sequence[str], folder: Path) -> dict:
-    """Starts workers on this machine and makes this process their chief.
+def become_chief() -> dict[str, str]:
+    """Makes this process the chief of workers on this machine; returns their environment."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    oracle = {"KERASTUNER_ORACLE_IP": LOOPBACK, "KERASTUNER_ORACLE_PORT": str(port)}
+    oracle["no_grpc_proxy"] = LOOPBACK
+    os.environ |= {**oracle, "KERASTUNER_TUNER_ID": "chief"}
+    return oracle
+
+
+def start_workers(
+    number: int, command: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> dict[str, subprocess.Popen]:
+    """Starts workers on this machine, a GPU for each as far as they go; hides them from here.
 
     Args:
         number: of workers.
         command: the command line of a worker.
         folder: of the search; the workers' output goes to `worker-K.log` in it.
+        environment: variables for the workers.
 
     Returns:
-        `subprocess.Popen` by worker id.
+        The processes by worker id.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"KERASTUNER_ORACLE_IP": "127.0.0.1", "KERASTUNER_ORACLE_PORT": str(port)}
-    os.environ["no_grpc_proxy"] = "127.0.0.1"  # noqa: SIM112 (gRPC reads it in small letters)
     gpus = _gpus()
     workers = {}
     for k in range(number):
         name = f"worker-{k}"
-        environment = {**os.environ, "KERASTUNER_TUNER_ID": name, _PARENT: str(os.getpid())}
-        environment.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # they may share one
+        own = {**os.environ, **environment, "KERASTUNER_TUNER_ID": name, _PARENT: str(os.getpid())}
+        own.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # they may share one
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
+            own["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
         with open(folder / f"{name}.log", "a") as log:
             workers[name] = subprocess.Popen(
                 command,
-                env=environment,
+                env=own,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the chief, which ends them in order
             )
-    os.environ["KERASTUNER_TUNER_ID"] = "chief"
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
     return workers
 
 
-def stop_workers(workers: dict) -> None:
+def stop_workers(workers: Mapping[str, subprocess.Popen]) -> None:
     """Ends the workers that still run."""
     for process in workers.values():
         if process.poll() is None:
@@ -104,9 +114,9 @@ def _beat_file(folder: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def heartbeat(folder: Path):
+def heartbeat(folder: Path) -> Iterator[None]:
     """While open, shows the chief that this worker lives, and ends it if its launcher is gone."""
-    path = _beat_file(folder, os.environ["KERASTUNER_TUNER_ID"])
+    path = _beat_file(folder, os.environ.get("KERASTUNER_TUNER_ID", str(os.getpid())))
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = int(os.environ.get(_PARENT, 0))
     done = threading.Event()
@@ -136,17 +146,29 @@ class Watchdog:
     A worker is gone when its process on this machine has ended, or when its file in the folder
     has not changed for `timeout` seconds by the chief's own clock.
 
-    Attributes:
-        finished: whether all workers of this machine have ended and one of them was told to.
-        deserted: whether all of them have ended and none was.
+    As a context manager it ends with the workers of this machine: quietly once one of them was
+    told that there is nothing left to do, with a RuntimeError where all of them failed.
+
+    Args:
+        oracle: `SearchOracle`.
+        folder: of the search.
+        timeout: seconds.
+        workers: processes on this machine, by id.
+        report: called with a line of text.
     """
 
-    def __init__(self, oracle, folder: Path, timeout: float, workers: dict, report):
+    def __init__(
+        self,
+        oracle,
+        folder: Path,
+        timeout: float,
+        workers: Mapping[str, subprocess.Popen],
+        report: Callable[[str], object],
+    ):
         self.oracle, self.folder, self.timeout = oracle, folder, timeout
         self.workers, self.report = workers, report
-        self.finished = self.deserted = False
+        self._ended: Literal["told to", "failed"] | None = None
         self._beats: dict[str, tuple[str, float]] = {}
-        self._gone: set[str] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -154,22 +176,29 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, *details):
+    def __exit__(self, kind, error, trace) -> bool:
         self._done.set()
         self._thread.join()
+        if kind is not KeyboardInterrupt or self._ended is None:
+            return False
+        if self._ended == "failed":
+            raise RuntimeError(
+                f"all workers have ended; see {self.folder}/worker-0.log. The same command goes "
+                "on with the search"
+            ) from None
+        return True
 
     def _watch(self):
         while not self._done.wait(1.0):
-            for name in {*self.oracle.ongoing_trials, *self.oracle.tuner_ids}:
+            for name in {*self.oracle.running, *self.oracle.workers}:
                 if self._is_gone(name):
                     trial = self.oracle.lose_worker(name)
                     if trial is not None:
                         self.report(f"{name} is gone; its trial {trial} goes to another worker")
             codes = [process.poll() for process in self.workers.values()]
             if codes and None not in codes:
-                self.finished = 0 in codes  # it was told to stop, so nothing was left to do
-                self.deserted = not self.finished
-                # KerasTuner's chief would look again in 20 seconds, or never.
+                self._ended = "told to" if 0 in codes else "failed"
+                # KerasTuner's chief sleeps in the main thread, for 20 seconds or for ever.
                 _thread.interrupt_main()
                 return
 

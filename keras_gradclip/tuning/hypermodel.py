@@ -5,13 +5,11 @@ from collections.abc import Callable
 
 import keras
 import keras_tuner as kt
-import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip.tuning.oracles import DIVERGED, worst_score
+from keras_gradclip.tuning._kerastuner import infer_metric_direction
+from keras_gradclip.tuning.divergence import DIVERGED, exploded, worst_score
 from keras_gradclip.tuning.space import clip_hyperparameters, to_clipper, to_gate
-
-LARGEST_WEIGHT = 1e8
 
 
 class ClipHyperModel(kt.HyperModel):
@@ -29,7 +27,7 @@ class ClipHyperModel(kt.HyperModel):
             `keras_tuner.Objective`.
         diverged_value: the objective of a trial that diverged; default -inf (to be maximised) or
             +inf. KerasTuner's own BayesianOptimization takes infinities for 0: give it a finite
-            value, or use `keras_gradclip.tuning.oracles.make_oracle("bayesian", ...)`.
+            value, or use `keras_gradclip.tuning.make_oracle("bayesian", ...)`.
         **space: arguments of `clip_hyperparameters`. With `learning_rate`, the optimizer's
             learning rate is set from the trial.
 
@@ -128,16 +126,6 @@ class _Watch(keras.callbacks.Callback):
             self._stop()
 
 
-def exploded(model) -> bool:
-    """Whether a trainable weight is not finite, or so large that no training led there.
-
-    One step at a learning rate of 1e38 may leave weights of 1e37: finite, and with luck accurate.
-    """
-    weights = (keras.ops.convert_to_numpy(v) for v in model.trainable_variables)
-    # Not "any > LARGEST": NaN is not larger than anything.
-    return not all((np.abs(weight) <= LARGEST_WEIGHT).all() for weight in weights)
-
-
 def _find(optimizer):
     while not isinstance(optimizer, kgc.ClippedOptimizer):
         optimizer = optimizer.inner_optimizer
@@ -174,8 +162,6 @@ def as_objective(objective, direction: str | None = None) -> kt.Objective:
             f"objective: a metric's name or keras_tuner.Objective was expected, not {objective!r}."
         )
     if direction is None:
-        from keras_tuner.engine.metrics_tracking import infer_metric_direction
-
         direction = infer_metric_direction(objective)
     if direction is None:
         raise ValueError(

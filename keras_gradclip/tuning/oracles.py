@@ -13,28 +13,19 @@ What `SearchOracle` adds to each of them:
 
 import contextlib
 import itertools
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import keras_tuner as kt
-from keras_tuner.engine.trial import TrialStatus
+
+from keras_gradclip.tuning._kerastuner import OracleInternals, TrialStatus
 
 BASELINE = "tuner/baseline"  # marks the values of the baseline; KerasTuner's own are tuner/ too
 CONFIRMS = "tuner/confirms"  # marks the values of a trial that repeats another, named here
 MOST_LOSSES = 3
-DIVERGED = "diverged"  # a metric: 1 for a trial that diverged
 
 
-def worst_score(direction: str) -> float:
-    """What a diverged trial scores: -inf to be maximised, +inf to be minimised."""
-    return -math.inf if direction == "max" else math.inf
-
-
-class SearchOracle(kt.Oracle):
+class SearchOracle(OracleInternals):
     """The additions; comes before one of KerasTuner's oracles among the bases.
 
     Attributes:
@@ -42,7 +33,6 @@ class SearchOracle(kt.Oracle):
             the machine of the oracle.
     """
 
-    trials: dict[str, Any]
     on_change: Callable | None = None
     #: Trials of the search itself; None for as many as the algorithm wants.
     search_trials: int | None = None
@@ -65,12 +55,8 @@ class SearchOracle(kt.Oracle):
         own = [t for t in self.trials.values() if CONFIRMS not in t.hyperparameters.values]
         if self.search_trials and len(own) >= self.search_trials:
             return self._confirmation(own)
-        # The algorithm knows nothing of the trials that confirm.
-        everything, self.trials = self.trials, {t.trial_id: t for t in own}
-        try:
+        with self.seeing_only(own):  # not those that confirm
             answer = self.next_values(trial_id)
-        finally:
-            self.trials = everything
         return self._confirmation(own) if answer["status"] == "STOPPED" else answer
 
     def next_values(self, trial_id):
@@ -81,10 +67,13 @@ class SearchOracle(kt.Oracle):
         stopped = {"status": "STOPPED", "values": None}
         if not self.confirm:
             return stopped
-        if any(trial in self.ongoing_trials.values() for trial in own) or self._retry_queue:
+        if any(trial in self.running.values() for trial in own) or self.waiting:
             return {"status": "IDLE", "values": None}
-        ended = [t for t in own if t.status == "COMPLETED" and math.isfinite(t.score)]
+        ended = [t for t in own if t.status == "COMPLETED"]
+        if not any(math.isfinite(trial.score) for trial in ended):
+            return stopped
         ended.sort(key=lambda t: t.score, reverse=self.objective.direction == "max")
+        # Also where all of a kind diverged: do they with other seeds?
         clipped = [t for t in ended if t.hyperparameters.values["clipper"] != "none"]
         unclipped = [t for t in ended if t.hyperparameters.values["clipper"] == "none"]
         chosen = [*clipped[:1], *unclipped[:1]]
@@ -105,10 +94,10 @@ class SearchOracle(kt.Oracle):
     @kt.synchronized
     def create_trial(self, tuner_id):
         """As KerasTuner's, but nobody is sent home while a trial may still come back."""
-        again = tuner_id in self.ongoing_trials
+        again = tuner_id in self.running
         trial = super().create_trial(tuner_id)
-        if trial.status == TrialStatus.STOPPED and self.ongoing_trials:
-            self.tuner_ids.add(tuner_id)
+        if trial.status == TrialStatus.STOPPED and self.running:
+            self.workers.add(tuner_id)
             trial.status = TrialStatus.IDLE
         if trial.status == TrialStatus.RUNNING and not again:
             self._notify(trial, "begin")
@@ -120,10 +109,12 @@ class SearchOracle(kt.Oracle):
         known = self.trials[trial.trial_id]
         if known.hyperparameters.values.keys() == trial.hyperparameters.values.keys():
             trial.hyperparameters = known.hyperparameters
-        if trial.trial_id in self.end_order:
-            return  # a worker that was given up came back after another had done its trial
-        if trial.trial_id in self._retry_queue:  # or before
-            self._retry_queue.remove(trial.trial_id)
+        # A worker that was given up may come back: after another has done its trial,
+        if trial.trial_id in self.ended:
+            return
+        # or before another has begun it.
+        if trial.trial_id in self.waiting:
+            self.waiting.remove(trial.trial_id)
         super().end_trial(trial)
         self._notify(self.trials[trial.trial_id], "end")
 
@@ -136,50 +127,24 @@ class SearchOracle(kt.Oracle):
         Returns:
             The trial's id, or None if the worker had none.
         """
-        trial = self.ongoing_trials.get(tuner_id)
-        self.tuner_ids.discard(tuner_id)
+        trial = self.running.get(tuner_id)
+        self.workers.discard(tuner_id)
         if trial is None:
             return None
         losses = self._losses[trial.trial_id] = self._losses.get(trial.trial_id, 0) + 1
         if losses >= MOST_LOSSES:
             trial.status = TrialStatus.FAILED
-            trial.message = f"it took {losses} workers with it"
+            trial.message = f"{losses} workers were lost in it"
             self.end_trial(trial)
             return trial.trial_id
-        del self.ongoing_trials[tuner_id]
-        self._retry_queue.append(trial.trial_id)
+        del self.running[tuner_id]
+        self.waiting.append(trial.trial_id)
         self.save()
         return trial.trial_id
 
     def _notify(self, trial, event):
         if self.on_change is not None:
             self.on_change(trial, event)
-
-    def save(self):
-        """Writes `oracle.json` whole or not at all."""
-        _replace(self._get_oracle_fname(), self.get_state())
-
-    def _save_trial(self, trial):
-        # KerasTuner writes in place: a kill at that moment would lose the trial.
-        _replace(Path(self._get_trial_dir(trial.trial_id)) / "trial.json", trial.get_state())
-
-    def reload(self):
-        """As KerasTuner's, from whatever moment a kill came at."""
-        super().reload()
-        waiting = []
-        for trial_id in sorted(self.trials):
-            trial = self.trials[trial_id]
-            if trial_id not in self.start_order:  # its file was written, the oracle's was not
-                self.start_order.append(trial_id)
-            if trial.status in (TrialStatus.COMPLETED, TrialStatus.FAILED):
-                if trial_id not in self.end_order:
-                    self.end_order.append(trial_id)
-            else:
-                # What an unfinished run has reported already would count twice.
-                trial.metrics = type(trial.metrics)()
-                trial.status = TrialStatus.RUNNING
-                waiting.append(trial_id)
-        self._retry_queue = waiting[::-1]  # taken from the end: the oldest first
 
 
 class RandomOracle(SearchOracle, kt.oracles.RandomSearchOracle):
@@ -295,16 +260,6 @@ def _finite_scores(trials, direction):
     finally:
         for trial, score in zip(diverged, scores, strict=True):
             trial.score = score
-
-
-def _replace(path, content) -> None:
-    path = Path(path)
-    scratch = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    # Through str, as KerasTuner writes: its states hold default dicts and NumPy numbers.
-    scratch.write_text(json.dumps(content, default=float))
-    with open(scratch, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def product_size(hps) -> int:

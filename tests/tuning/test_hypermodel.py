@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import keras_gradclip as kgc
-from keras_gradclip.tuning.hypermodel import ClipHyperModel, as_objective
-from keras_gradclip.tuning.space import to_clipper
+from keras_gradclip import tuning
+from keras_gradclip.tuning import ClipHyperModel, as_objective, to_clipper
 
 README = Path(__file__).resolve().parents[2] / "tuning" / "README.md"
 
@@ -148,6 +148,19 @@ def test_models_that_cannot_be_wrapped_are_refused(build, options, message):
         ClipHyperModel(build, **options).build(kt.HyperParameters())
 
 
+def test_a_missing_extra_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "keras_gradclip.tuning.optuna_space", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'keras-gradclip\[optuna\]'"):
+        tuning.suggest  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'suggestion'"):
+        tuning.suggestion  # noqa: B018
+    for name in set(tuning.__all__) - {"suggest"}:
+        assert callable(getattr(tuning, name))
+
+
 def test_objectives():
     assert as_objective("val_loss").direction == "min"
     assert as_objective("val_accuracy").direction == "max"
@@ -158,11 +171,13 @@ def test_objectives():
         as_objective(["val_loss", "loss"])
 
 
-def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], str(README), "exec"), {"__name__": "example"})
-    assert "->" in capsys.readouterr().out.splitlines()[-1]
+    assert len(blocks) == 2
+    names = {"__name__": "example"}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+        assert "->" in capsys.readouterr().out.splitlines()[-1]
     first = (tmp_path / "runs/mine/clipping/trial_0000/trial.json").read_text()
     assert '"clipper": "none"' in first

@@ -6,7 +6,8 @@ import math
 import keras_tuner as kt
 import pytest
 
-from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, MOST_LOSSES, make_oracle, worst_score
+from keras_gradclip.tuning.divergence import worst_score
+from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, MOST_LOSSES, make_oracle
 from keras_gradclip.tuning.space import clip_hyperparameters
 
 KINDS = ("random", "bayesian", "hyperband", "grid")
@@ -250,6 +251,24 @@ def test_confirmation_waits_for_the_trials_of_others(tmp_path):
     finish(oracle, second, 0.6)
     confirming = oracle.create_trial("worker-0")
     assert confirming.hyperparameters.values[CONFIRMS] == second.trial_id  # the better one first
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_kind_that_always_diverged_is_confirmed_too(clipped, tmp_path):
+    """That one diverges and the other does not must show with other seeds as well."""
+    oracle = oracle_in(tmp_path, "grid", confirm=True)
+
+    def score(values, n):
+        return -math.inf if (values["clipper"] != "none") == clipped else 0.1 * n
+
+    started = run_all(oracle, score)
+    again = [values["clipper"] != "none" for values in started if CONFIRMS in values]
+    assert again == [not clipped, clipped]
+
+
+def test_nothing_is_confirmed_where_all_diverged(tmp_path):
+    oracle = oracle_in(tmp_path, "random", max_trials=2, confirm=True)
+    assert len(run_all(oracle, lambda values, n: -math.inf)) == 2
 
 
 def test_unknown_tuner():

@@ -1,6 +1,8 @@
 """The verdict, the ranking, the files and the picture, from trials written by hand."""
 
 import csv
+import dataclasses
+import itertools
 import json
 import math
 
@@ -10,76 +12,148 @@ import pytest
 
 import keras_gradclip as kgc
 from tuning import plots, results
+from tuning.rows import TrialRow, best_row, describe, ranked
+from tuning.verdict import rank_test, verdict
 
 ACCURACY = kt.Objective("val_accuracy", "max")
 LOSS = kt.Objective("val_loss", "min")
 
 
-def row(trial, score, threshold=None, confirms="", spread=0.0, status="completed", **values):
+def row(trial, score, threshold=None, confirms="", spread=0.0, status="completed", **more):
+    """A trial; one that confirms has five runs within `spread` of its score."""
     kind = {"clipper": "none"}
     if threshold is not None:
         kind = {"clipper": "absolute", "absolute/threshold": threshold}
-    return {
-        "trial": trial,
-        "status": status,
-        "baseline": trial == "0",
-        "confirms": confirms,
-        "score": score,
-        "lowest": score - spread,
-        "highest": score + spread,
-        "runs": 3.0 if confirms else 1.0,
-        "clip_fraction": 0.0 if threshold is None else 0.03,
-        "grad_norm": 1.0,
-        "epochs": 2.0,
-        "seconds": 5.0,
-        "values": {**kind, "learning_rate": 0.01, **values},
-    }
+    steps = (-1.0, -0.5, 0.0, 0.5, 1.0) if confirms else (0.0,)
+    more = {"scores": tuple(score + spread * step for step in steps), **more}
+    return TrialRow(
+        trial,
+        status,
+        {**kind, "learning_rate": 0.01},
+        score,
+        baseline=trial == "0",
+        confirms=confirms,
+        clip_fraction=0.0 if threshold is None else 0.03,
+        grad_norm=1.0,
+        epochs=2.0,
+        seconds=5.0,
+        **more,
+    )
 
 
-def confirmed(clipped, unclipped, spread, worse_first=False, status=("completed", "completed")):
-    again = [
-        row("4", clipped, 0.02, confirms="1", spread=spread, status=status[0]),
-        row("5", unclipped, confirms="0", spread=spread, status=status[1]),
-    ]
-    own = [row("1", 0.9, 0.02), row("0", 0.8), row("2", 0.7, 0.05)]
-    return [*(again[::-1] if worse_first else again), *own]
+def confirmed(clipped, unclipped, spread=0.0, direction="max", **more):
+    return ranked(
+        [
+            row("4", clipped, 0.02, confirms="1", spread=spread, **more),
+            row("5", unclipped, confirms="0", spread=spread, **more),
+            *(row("1", 0.9, 0.02), row("0", 0.8), row("2", 0.7, 0.05)),
+        ],
+        direction,
+    )
+
+
+def diverged(row, lost):
+    """The row with so many of its runs diverged."""
+    scores = (*[-math.inf] * lost, *row.scores[lost:])
+    return dataclasses.replace(row, status="diverged", scores=scores, score=-math.inf)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+def test_the_test_is_exact(runs):
+    """Two trials that do not overlap at all: 2 of the C(2n, n) orders."""
+    a, b = range(runs), range(runs, 2 * runs)
+    assert rank_test(a, b) == pytest.approx(2 / math.comb(2 * runs, runs))
+    assert rank_test([1.0] * runs, [1.0] * runs) == 1.0
+
+
+def test_the_test_agrees_with_counting_every_order():
+    a, b = (0.1, 0.4, 0.4, -math.inf), (0.4, 0.5, 0.9, 0.7)
+
+    def larger(ours, theirs):
+        return sum((x > y) + 0.5 * (x == y) for x in ours for y in theirs)
+
+    both = (*a, *b)
+    counts = []
+    for chosen in itertools.combinations(range(8), 4):
+        rest = [both[i] for i in range(8) if i not in chosen]
+        counts.append(larger([both[i] for i in chosen], rest))
+    as_low = sum(count <= larger(a, b) for count in counts) / len(counts)
+    assert rank_test(a, b) == pytest.approx(2 * as_low)
 
 
 @pytest.mark.parametrize(
-    "rows, objective, start, part",
+    "rows, objective, effect, start, part",
     [
-        (confirmed(0.9, 0.8, 0.01), ACCURACY, "Use absolute threshold=0.02", "It matters: 90.00 %"),
-        (confirmed(0.9, 0.8, 0.06), ACCURACY, "It may not matter", "The best guess: Use absolute"),
-        (confirmed(0.8, 0.8, 0.01), ACCURACY, "It does not matter", "overlap"),
-        (confirmed(0.7, 0.8, 0.01), ACCURACY, "Do not clip", "do not overlap"),
-        (confirmed(0.7, 0.8, 0.01), LOSS, "Use absolute", "It matters: 0.7 (0.69 to 0.71)"),
+        (confirmed(0.9, 0.8, 0.01), ACCURACY, "helps", "Use absolute threshold=0.02", "It matters"),
+        (confirmed(0.7, 0.8, 0.01), ACCURACY, "harms", "Do not clip", "Clipping harms: 70.00 %"),
+        (confirmed(0.7, 0.8, 0.01, "min"), LOSS, "helps", "Use absolute", "0.7 (0.69 to 0.71)"),
+        (confirmed(0.9, 0.8, 0.2), ACCURACY, "not shown", "That clipping matters is", "guess: Use"),
+        (confirmed(0.8, 0.9, 0.2), ACCURACY, "not shown", "That clipping", "guess: Do not clip"),
+        (confirmed(0.8, 0.8), ACCURACY, "not shown", "That clipping matters is not shown", "p = 1"),
+        # Two numbers never overlap, and three against three do so one time in ten.
+        ([row("1", 0.9, 0.02), row("0", 0.8)], ACCURACY, "not tested", "Not tested", "--confirm"),
+        (confirmed(0.9, 0.8, scores=(0.9,)), ACCURACY, "not tested", "Not tested", "--confirm"),
         (
-            confirmed(0.9, -math.inf, 0.01, status=("completed", "diverged")),
+            confirmed(0.9, 0.8, scores=(0.9,) * 3),
             ACCURACY,
-            "Use absolute",
-            "without clipping, training diverged",
+            "not tested",
+            "Not tested",
+            "guess: Use",
         ),
+        # Ten classes, all at chance.
         (
-            confirmed(-math.inf, 0.8, 0.01, status=("diverged", "completed")),
+            confirmed(0.17, 0.13, 0.01, chance=0.1),
             ACCURACY,
-            "Do not clip: unclipped, 80.00 %",
-            "no clipped trial held up",
+            "not tested",
+            "No model lea",
+            "10.00 %",
         ),
-        ([row("1", 0.9, 0.02), row("0", 0.8)], ACCURACY, "Use absolute", "not confirmed"),
-        ([row("0", 0.9), row("1", 0.8, 0.02)], ACCURACY, "Do not clip", "not confirmed"),
-        ([row("1", 0.9, 0.02)], ACCURACY, "Use absolute", "without clipping, training diverged"),
-        ([row("0", -math.inf, status="diverged")], ACCURACY, "No trial ended well", "lower the"),
-        ([row("0", math.nan, status="failed")], ACCURACY, "No trial ended", "errors above"),
+        (confirmed(0.17, 0.11, 0.01), ACCURACY, "helps", "Use absolute", "It matters"),
+        ([row("1", 0.9, 0.02)], ACCURACY, "not tested", "Not tested: no unclipped trial", "Use"),
+        ([row("0", 0.9)], ACCURACY, "not tested", "Not tested: no clipped", "Do not clip"),
+        ([row("0", -math.inf, status="diverged")], ACCURACY, "not tested", "No trial", "lower the"),
+        ([row("0", math.nan, status="failed")], ACCURACY, "not tested", "No trial", "errors above"),
     ],
 )
-def test_the_verdict(rows, objective, start, part):
-    text = results.verdict(rows, objective)
-    assert text.startswith(start) and part in text
+def test_the_verdict(rows, objective, effect, start, part):
+    answer = verdict(rows, objective)
+    assert answer.effect == effect
+    assert answer.text.startswith(start) and part in answer.text
+    tested = effect in ("helps", "harms", "not shown")
+    assert math.isfinite(answer.p_value) == tested == ("rank test over seeds: p = " in answer.text)
+    if tested:
+        assert (answer.p_value < 0.05) == (effect != "not shown")
+
+
+@pytest.mark.parametrize(
+    "lost, effect, part", [(5, "helps", "5 of 5 runs diverged unclipped"), (1, "not shown", "1 of")]
+)
+def test_runs_that_diverge_rank_last(lost, effect, part):
+    again, plain, *own = confirmed(0.9, 0.89, 0.01)
+    answer = verdict(ranked([again, diverged(plain, lost), *own], "max"), ACCURACY)
+    assert answer.effect == effect and part in answer.text
+
+
+def test_terminal_picture_and_json_agree(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **kw: titles.append(text))
+    for rows in (confirmed(0.9, 0.8, 0.01), confirmed(0.8, 0.9, 0.2)):
+        results.write_best(rows, tmp_path / "best.json", ACCURACY, None, "net")
+        content = json.loads((tmp_path / "best.json").read_text())
+        plots.draw(rows, tmp_path / "a.png", ACCURACY, "net")
+        text = verdict(rows, ACCURACY).text
+        assert (
+            content["verdict"]["text"] == text == titles[-1].partition("\n")[2].replace("\n", " ")
+        )
+        assert content["verdict"]["p_value"] == rank_test(rows[0].scores, rows[1].scores)
+        assert ("Do not clip" in text) == (content["values"]["clipper"] == "none")
 
 
 def test_best_json_holds_the_better_of_the_confirmed(tmp_path):
-    rows = confirmed(0.7, 0.8, 0.01, worse_first=True)
-    assert results.best_row(rows)["trial"] == "5"
+    rows = confirmed(0.7, 0.8, 0.01)
+    assert best_row(rows).trial == "5"
     path = tmp_path / "best.json"
     results.write_best(rows, path, ACCURACY, None, "net")
     content = json.loads(path.read_text())
@@ -92,7 +166,7 @@ def test_best_json_holds_the_better_of_the_confirmed(tmp_path):
 
 def test_trials_csv_has_a_column_a_hyperparameter(tmp_path):
     path = tmp_path / "trials.csv"
-    results.write_csv([row("1", 0.9, 0.02), row("0", math.nan, status="failed")], path)
+    results.write_trials([row("1", 0.9, 0.02), row("0", math.nan, status="failed")], path)
     with open(path, newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["rank"], first["trial"], first["absolute/threshold"]) == ("1", "1", "0.02")
@@ -101,9 +175,9 @@ def test_trials_csv_has_a_column_a_hyperparameter(tmp_path):
 
 def test_descriptions():
     values = {"clipper": "exponential", "exponential/gamma": 0.0123, "exponential/rescale": "none"}
-    assert results.describe(values) == "exponential gamma=0.0123"
+    assert describe(values) == "exponential gamma=0.0123"
     values = {"clipper": "none", "activation_gate": True, "gate/clip_value": 0.1, "gate/gamma": 0.2}
-    assert results.describe({**values, "units": 16}) == "no clipping gate c=0.1 γ=0.2 units=16"
+    assert describe({**values, "units": 16}) == "no clipping gate c=0.1 γ=0.2 units=16"
 
 
 def pixels(path):
@@ -116,15 +190,15 @@ def pixels(path):
 @pytest.mark.parametrize("objective", [ACCURACY, LOSS])
 def test_the_picture_shows_what_clips_and_what_diverged(tmp_path, objective):
     rows = [
-        *confirmed(0.9, 0.8, 0.02),
+        *confirmed(0.9, 0.8, 0.02, objective.direction),
         row("6", math.nan, 0.09, status="diverged"),
         row("7", math.nan, status="failed"),
     ]
     plots.draw(rows, tmp_path / "a.png", objective, "net", ranges={"absolute/threshold": (0.01, 1)})
     first = pixels(tmp_path / "a.png")
     for changed in (
-        [{**r, "clip_fraction": 0.9} for r in rows],  # colour
-        [r for r in rows if r["status"] != "diverged"],  # crosses
+        [dataclasses.replace(r, clip_fraction=0.9) for r in rows],  # colour
+        [r for r in rows if r.status != "diverged"],  # crosses
         confirmed(0.9, 0.85, 0.02),  # the line of the unclipped
     ):
         plots.draw(changed, tmp_path / "b.png", objective, "net")

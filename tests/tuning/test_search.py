@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -57,47 +56,6 @@ def wait_for(path, process, seconds=120):
         assert time.monotonic() < end
         time.sleep(0.05)
     return path.read_text()
-
-
-@pytest.fixture
-def fake_run(monkeypatch):
-    """Stands for `recipes.training.run`: writes a history at once, diverges at rates above 1.
-
-    Returns:
-        A list of (options, folder, epochs that were there) of the runs.
-    """
-    from recipes.errors import TrainingDiverged
-    from recipes.training import session as training
-    from recipes.training.callbacks import HISTORY
-
-    calls = []
-
-    def run(recipe, options, folder, callbacks):
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = read_rows(folder / HISTORY) if options.resume else []
-        calls.append((options, folder, len(rows)))
-        config = {"learning_rate": options.learning_rate, "clip_config": options.clip_config}
-        (folder / "config.json").write_text(json.dumps(config))
-        model = types.SimpleNamespace(stop_training=False, trainable_variables=[])
-        for epoch in range(len(rows), options.epochs):
-            if options.learning_rate > 1:
-                raise TrainingDiverged("training diverged to NaN", epoch)
-            score = 1 - 1 / (2 + epoch) - options.learning_rate
-            rows.append(
-                {"epoch": float(epoch), "val_accuracy": score, "clip_fraction": 0.1, "loss": 1.0}
-            )
-            with open(folder / HISTORY, "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-            for callback in callbacks:
-                callback.set_model(model)
-                callback.on_epoch_end(epoch, dict(rows[-1]))
-            if model.stop_training:
-                return
-
-    monkeypatch.setattr(training, "run", run)
-    return calls
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +115,12 @@ def test_best_json_trains_through_the_recipe(finished, tmp_path, best):
 
     from keras_gradclip.tuning.hypermodel import as_objective
     from tuning.results import write_best
+    from tuning.rows import TrialRow
 
     (values,) = (json.loads((finished / "best.json").read_text())["values"],)
     if values["clipper"] != best:
         values = {"clipper": best, "absolute/threshold": 0.05}
-    row = {"status": "completed", "score": 1.0, "trial": "0", "values": values}
+    row = TrialRow("0", "completed", values, 1.0)
     path = tmp_path / "best.json"
     write_best([row], path, as_objective("val_accuracy"), None, "brightness")
     from search_recipe import RECIPE as recipe
@@ -227,9 +186,9 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys, fake_run):
-    from tuning import recipe_tuner
+    from tuning import kerastuner_engine
 
-    folder, run_trial = tmp_path / "search", recipe_tuner.RecipeTuner.run_trial
+    folder, run_trial = tmp_path / "search", kerastuner_engine.RecipeTuner.run_trial
 
     def interrupted(self, trial, *args, **kwargs):
         if trial.trial_id == "0001":
@@ -237,7 +196,7 @@ def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys, fake_run):
         return run_trial(self, trial, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe_tuner.RecipeTuner, "run_trial", interrupted)
+        patch.setattr(kerastuner_engine.RecipeTuner, "run_trial", interrupted)
         assert search(folder, "--max-trials", "2") == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert len(fake_run) == 1
@@ -272,7 +231,7 @@ def test_confirmation_has_seeds_of_its_own_and_decides(tmp_path, fake_run, capsy
         original = next(r for r in rows if r["trial"] == row["confirms"])
         assert original["learning_rate"] == row["learning_rate"]
     assert json.loads((folder / "best.json").read_text())["trial"] == again[0]["trial"]
-    assert "their runs do not overlap" in capsys.readouterr().out
+    assert "--confirm-runs 4 or more" in capsys.readouterr().out
 
 
 def test_max_trials_may_be_raised(tmp_path, fake_run):

@@ -1,43 +1,42 @@
-"""What is tried: a recipe's runs, one or more a trial."""
+"""What is tried: the runs of a recipe that make one trial, for either engine."""
 
 import contextlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import keras
-import keras_tuner as kt
 import numpy as np
-from keras_tuner.engine.base_tuner import BaseTuner
 
 import keras_gradclip as kgc
-from keras_gradclip.tuning.hypermodel import LARGEST_WEIGHT, exploded
-from keras_gradclip.tuning.oracles import CONFIRMS, DIVERGED, worst_score
+from keras_gradclip.tuning.divergence import DIVERGED, LARGEST_WEIGHT, exploded, worst_score
 from keras_gradclip.tuning.space import to_clipper, to_gate
 from recipes.errors import RecipeError, TrainingDiverged
 from recipes.training import options as opts
+from tuning.rows import TrialRow
+
+_SCORE = "run-{}"  # a metric a run: its score
+_CHANCE = "chance"  # a metric: the accuracy of a model that guesses
 
 
-class RecipeTuner(BaseTuner):
+class TrialRunner:
     """Runs trials of a recipe through `recipes.training.run`.
 
     Each run lives in a folder of its trial and goes on there after a kill, from its last backup.
-    Hyperband's later rounds go on from a copy of the round before, optimizer state included.
 
     Args:
         recipe: `recipes.training.Recipe`.
         given: the options that the user fixed, by name.
         space: arguments of `clip_hyperparameters`.
-        objective: `keras_tuner.Objective`, over the columns of a run's `history.csv`.
+        objective: with `name`, a column of a run's `history.csv`, and `direction`.
         executions: runs of each trial, with seeds in a row; their mean counts.
         confirm_executions: runs of a trial that confirms another, with seeds of its own.
         keep_weights: leave each run's `best.keras` in place.
         keep_backups: leave each run's backup in place, for Hyperband to go on from.
         report: called with a line of text at the end of each epoch.
-        oracle, **kwargs: as of KerasTuner's tuners.
     """
 
     def __init__(
@@ -46,56 +45,68 @@ class RecipeTuner(BaseTuner):
         given: Mapping,
         space: Mapping,
         objective,
-        oracle,
         executions: int = 1,
-        confirm_executions: int = 3,
+        confirm_executions: int = 5,
         keep_weights: bool = False,
         keep_backups: bool = False,
         report: Callable = print,
-        **kwargs,
     ):
         self.recipe, self.given, self.space = recipe, dict(given), dict(space)
         self.objective, self.report = objective, report
         self.executions, self.confirm_executions = executions, confirm_executions
         self.keep_weights, self.keep_backups = keep_weights, keep_backups
-        self._asked = False
-        folder = Path(kwargs["directory"]) / kwargs["project_name"]
-        if (folder / "oracle.json").exists():
-            # KerasTuner reloads where it finds its tuner's file, which has nothing in it and
-            # which it first writes at the end of a trial.
-            name = os.environ.get("KERASTUNER_TUNER_ID", "tuner0")
-            (folder / f"{name}.json").write_text("{}")
-        super().__init__(oracle, hypermodel=None, **kwargs)
 
-    def options(self, values: Mapping, execution: int = 0):
+    def options(self, values: Mapping, execution: int = 0, resume: bool = False):
         """The recipe's options of a trial.
 
         Args:
             values: of the trial's hyper-parameters.
             execution: int, which of the trial's runs; moves the seed.
+            resume: whether that run goes on.
 
         Raises:
             RecipeError: options that do not go together.
         """
         settings = trial_settings(self.given, self.space, values)
         settings["seed"] = self.recipe.options(**settings).seed + execution
-        return self.recipe.options(**settings)
+        return self.recipe.options(**settings, resume=resume)
 
-    def pre_create_trial(self):
-        """KerasTuner asks again at once where there is nothing to do yet."""
-        if self._asked:
-            time.sleep(1)
-        self._asked = True
+    def run(
+        self,
+        values: Mapping,
+        folder: Path,
+        confirms: bool = False,
+        last: int | None = None,
+        parent: Path | None = None,
+        on_epoch: Callable[[int, float], bool] | None = None,
+    ) -> dict[str, float]:
+        """Trains the runs of a trial.
 
-    def run_trial(self, trial, *args, **kwargs):
-        """Trains the trial's runs, and reports the mean of their metrics."""
-        self._asked = False
-        values = trial.hyperparameters.values
+        Args:
+            values: of its hyper-parameters.
+            folder: of the trial; a run has a folder in it.
+            confirms: whether it repeats another trial: other seeds, and more of them.
+            last: int, the epoch after which runs end; None for the recipe's own.
+            parent: folder of the trial whose runs these continue.
+            on_epoch: called with the epoch (from 1) and the objective of each run; True ends it.
+
+        Returns:
+            The means of the runs' metrics, with "diverged", "chance" and each run's own score, for
+            `trial_row`.
+
+        Raises:
+            RecipeError, OSError: what would be the same in every trial.
+        """
         numbers = range(self.executions)
-        if CONFIRMS in values:
+        if confirms:
             numbers = range(self.executions, self.executions + self.confirm_executions)
-        folder = Path(self.get_trial_dir(trial.trial_id))
-        results = [self._execute(values, folder / f"run-{i}", i) for i in numbers]
+        results = []
+        for number in numbers:
+            run_folder = folder / f"run-{number}"
+            if parent is not None and not (run_folder / "config.json").exists():
+                _copy(parent / run_folder.name, run_folder)
+            options = self.options(values, number, (run_folder / "config.json").exists())
+            results.append(self._train(options, run_folder, last or options.epochs, on_epoch))
         scores = [result[self.objective.name] for result in results]
         means = {
             name: float(np.mean([result[name] for result in results]))
@@ -104,34 +115,19 @@ class RecipeTuner(BaseTuner):
         }
         if any(result[DIVERGED] for result in results):
             means |= {self.objective.name: worst_score(self.objective.direction), DIVERGED: 1.0}
-        else:
-            means |= {"lowest": min(scores), "highest": max(scores)}
-        return {**means, "runs": float(len(numbers))}
+        return {**means, **{_SCORE.format(i): score for i, score in enumerate(scores)}}
 
-    def _execute(self, values, folder, execution) -> dict:
-        options = self.options(values, execution)
-        last = int(values.get("tuner/epochs", options.epochs))
-        try:
-            parent = values.get("tuner/trial_id")
-            if parent and not (folder / "config.json").exists():
-                _copy(Path(self.get_trial_dir(parent)) / folder.name, folder)
-            return self._train(options, folder, last)
-        except (RecipeError, OSError) as error:
-            # The same in every trial: a full disk, a data set that is not there ...
-            raise kt.errors.FatalError(str(error)) from error
-
-    def _train(self, options, folder, last) -> dict:
+    def _train(self, options, folder, last, on_epoch) -> dict[str, float]:
         from recipes.training import run
         from recipes.training.callbacks import BACKUP, BEST, HISTORY, read_rows
 
         note = folder / "diverged.json"
         started = time.monotonic()
         rows = read_rows(folder / HISTORY)
+        epochs = _Epochs(last, self.objective.name, self.report, on_epoch)
         if not note.exists() and len(rows) < last:
-            options.resume = (folder / "config.json").exists()
-            callbacks = [_Epochs(last, self.objective.name, self.report)]
             try:
-                run(self.recipe, options, folder, callbacks)
+                run(self.recipe, options, folder, [epochs])
             except TrainingDiverged as error:
                 opts.write_json(note, {"message": str(error)})
             rows = read_rows(folder / HISTORY)
@@ -139,19 +135,35 @@ class RecipeTuner(BaseTuner):
             (folder / BEST).unlink(missing_ok=True)
         if not self.keep_backups:
             (folder / BACKUP).unlink(missing_ok=True)
-        return self._metrics(rows[:last], note.exists(), time.monotonic() - started)
+        numbers = self._metrics(rows[:last], note.exists())
+        if epochs.classes and "accuracy" in self.objective.name:
+            numbers[_CHANCE] = 1 / epochs.classes
+        return {**numbers, "seconds": time.monotonic() - started}
 
-    def _metrics(self, rows, diverged, seconds) -> dict:
+    def _metrics(self, rows: Sequence[Mapping], diverged: bool) -> dict[str, float]:
         name, direction = self.objective.name, self.objective.direction
-        finite = [row for row in rows if math.isfinite(row[name])]
-        if diverged or len(finite) < len(rows) or not rows:
-            return {name: worst_score(direction), DIVERGED: 1.0, "seconds": seconds}
+        if diverged or not rows or not all(math.isfinite(row[name]) for row in rows):
+            return {name: worst_score(direction), DIVERGED: 1.0}
         best = (max if direction == "max" else min)(rows, key=lambda row: row[name])
         numbers = {key: value for key, value in best.items() if isinstance(value, float)}
         for key in ("clip_fraction", "grad_norm"):
             if key in best:
                 numbers[key] = float(np.mean([row[key] for row in rows]))
-        return {**numbers, DIVERGED: 0.0, "epochs": float(len(rows)), "seconds": seconds}
+        return {**numbers, DIVERGED: 0.0, "epochs": float(len(rows))}
+
+
+def trial_row(
+    trial: str, status: str, values: Mapping, score: float, metrics: Mapping[str, float], **more
+) -> TrialRow:
+    """The row of a trial from the metrics of `TrialRunner.run`."""
+    scores = []
+    while _SCORE.format(len(scores)) in metrics:
+        scores.append(metrics[_SCORE.format(len(scores))])
+    if status == "completed" and (metrics.get(DIVERGED, 0) > 0 or not math.isfinite(score)):
+        status = "diverged"
+    known = ("chance", "clip_fraction", "grad_norm", "epochs", "seconds")
+    figures = {name: metrics[name] for name in known if name in metrics}
+    return TrialRow(trial, status, dict(values), score, tuple(scores), **figures, **more)
 
 
 def trial_settings(given: Mapping, space: Mapping, values: Mapping) -> dict:
@@ -183,18 +195,22 @@ def trial_settings(given: Mapping, space: Mapping, values: Mapping) -> dict:
 class _Epochs(keras.callbacks.Callback):
     """Reports each epoch, and ends the run after `last` of them (in the middle of its schedule)."""
 
-    def __init__(self, last, metric, report):
+    def __init__(self, last, metric, report, on_epoch):
         super().__init__()
-        self.last, self.metric, self.report = last, metric, report
+        self.last, self.metric, self.report, self.on_epoch = last, metric, report, on_epoch
+        self.classes = 0
 
     def on_epoch_end(self, epoch, logs=None):
         logs = logs or {}
         if self.metric not in logs:
             raise RecipeError(f"--objective {self.metric}: not among {', '.join(sorted(logs))}")
+        shape = self.model.output_shape
+        self.classes = max(shape[-1], 2) if isinstance(shape, tuple) else 0
         self.report(f"  epoch {epoch + 1}/{self.last}  {self.metric} {logs[self.metric]:.4f}")
         if exploded(self.model):
             raise TrainingDiverged(f"a weight grew beyond {LARGEST_WEIGHT:g}", step=-1)
-        if epoch + 1 >= self.last:
+        enough = self.on_epoch is not None and self.on_epoch(epoch + 1, logs[self.metric])
+        if enough or epoch + 1 >= self.last:
             self.model.stop_training = True
 
 

@@ -1,0 +1,79 @@
+"""The search space for Optuna: `suggest(trial)` over the clippers' own declarations.
+
+    def objective(trial):
+        values = keras_gradclip.tuning.suggest(trial, learning_rate=(1e-4, 1e-2))
+        model.compile(kgc.ClippedOptimizer(..., to_clipper(values)), ...)
+        ...
+
+A parameter that a trial does not use is not suggested, so that Optuna's samplers see none of it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import optuna
+
+from keras_gradclip.tuning.space import clip_hyperparameters
+
+
+def suggest(trial: optuna.trial.BaseTrial, **space: Any) -> dict[str, Any]:
+    """The hyper-parameters of an Optuna trial, for `to_clipper` and `to_gate`.
+
+    Args:
+        trial: of a study, or an `optuna.trial.FixedTrial`.
+        **space: arguments of `clip_hyperparameters`.
+
+    Returns:
+        A dict of the active hyper-parameters by name.
+
+    Raises:
+        ValueError: as `clip_hyperparameters`.
+    """
+    return clip_hyperparameters(_TrialParameters(trial), **space)
+
+
+def grid(**space: Any) -> list[dict[str, Any]]:
+    """All combinations of a space with `points`, for `study.enqueue_trial`."""
+    study = optuna.create_study(sampler=optuna.samplers.BruteForceSampler(seed=0))
+    study.optimize(lambda trial: float(len(suggest(trial, **space))))
+    return [trial.params for trial in study.trials]
+
+
+class _TrialParameters:
+    """An Optuna trial that answers as `keras_tuner.HyperParameters` does."""
+
+    def __init__(self, trial: optuna.trial.BaseTrial):
+        self._trial = trial
+        self._active = True
+        self._values: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def conditional_scope(self, name: str, values: Sequence) -> Iterator[None]:
+        before, self._active = self._active, self._active and self._values.get(name) in values
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def Choice(self, name: str, values: Sequence, **options: Any) -> Any:
+        return self._keep(name, self._trial.suggest_categorical, values)
+
+    def Boolean(self, name: str, **options: Any) -> Any:
+        return self._keep(name, self._trial.suggest_categorical, (False, True))
+
+    def Float(
+        self, name: str, low: float, high: float, *, sampling: str = "linear", **options: Any
+    ) -> Any:
+        return self._keep(name, self._trial.suggest_float, low, high, log=sampling == "log")
+
+    def Int(
+        self, name: str, low: int, high: int, *, sampling: str = "linear", **options: Any
+    ) -> Any:
+        return self._keep(name, self._trial.suggest_int, low, high, log=sampling == "log")
+
+    def _keep(self, name: str, ask: Any, *arguments: Any, **options: Any) -> Any:
+        if not self._active:
+            return None  # as KerasTuner
+        self._values[name] = ask(name, *arguments, **options)
+        return self._values[name]

@@ -1,0 +1,411 @@
+"""A search from its command line: what is searched and where, what it says and what it leaves."""
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from keras_gradclip._files import read_json, write_json
+from recipes.errors import RecipeError
+from recipes.tools.zoo import RECIPES, find_recipe
+from recipes.training import options as opts
+from recipes.training.quiet import import_tensorflow
+from tuning.rows import TrialRow, best_row, describe, formatter
+
+SEARCH = "search.json"
+TRIALS = "trials"
+# Enough to tell thresholds apart, little enough for minutes on two cores. Explicit options win.
+SMALL = {"epochs": 2, "limit_steps": 100}
+# What the search sets itself, and what to say instead.
+_SEARCHED = {
+    "clipper": "--clippers",
+    "threshold": "--threshold-range",
+    "beta": "--beta-range",
+    "gamma": "--gamma-range",
+    "max_norm": "--max-norm-range",
+    "rescale": "--rescales",
+    "weight": "--weights",
+    "scope": "--scopes",
+    "clip_config": "--clippers",
+    "activation_gate": "--search-gate",
+    "gate_clip_value": "--search-gate",
+    "gate_gamma": "--search-gate",
+    "resume": "the same command again, which goes on by itself",
+}
+
+
+class Engine(Protocol):
+    """What hands out the trials of a session."""
+
+    #: With `name` and `direction`.
+    objective: Any
+    #: Whether this process serves a search that another one leads.
+    joins: bool
+
+    def prepare(self) -> None:
+        """Loads what it needs and checks the space; writes nothing."""
+
+    def identity(self) -> dict[str, Any]:
+        """What may not change when a search goes on."""
+
+    def work(self) -> None:
+        """Runs trials until another process says that there are no more."""
+
+    def run(self) -> None:
+        """Runs or goes on with the search to its end, telling the session of each trial."""
+
+    def rows(self) -> list[TrialRow]:
+        """The trials so far, as `tuning.rows.ranked` orders them."""
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """(low, high) of the numbers of the space."""
+
+
+class Session:
+    """A search.
+
+    Args:
+        args: of the search.
+        rest: the recipe's options.
+        argv: the whole command line.
+
+    Raises:
+        RecipeError: options that do not go together.
+    """
+
+    def __init__(self, args: Namespace, rest: Sequence[str], argv: Sequence[str]):
+        self.args, self.argv = args, list(argv)
+        if min(args.workers, args.executions - 1, args.confirm_runs) < 0:
+            raise RecipeError("--workers, --executions and --confirm-runs take positive numbers")
+        if args.max_trials is not None and args.max_trials < 2:
+            raise RecipeError(
+                f"--max-trials {args.max_trials}: at least 2, one of which is the baseline"
+            )
+        self.recipe = load_recipe(args.recipe)
+        self.given = self._recipe_options(rest)
+        self.folder = self._folder()
+        self.console: Any = None
+        self.space: dict[str, Any] = {}
+        self.engine: Engine
+
+    def _folder(self) -> Path:
+        output = self.args.output or str(Path("runs") / f"search-{self.recipe.name}")
+        if "\0" in output or self.recipe.name != Path(self.recipe.name).name:
+            raise RecipeError(f"--output {output!r}: no folder can have this name")
+        return Path(output)
+
+    def _engine(self) -> Engine:
+        if self.args.engine == "optuna":
+            from tuning.optuna_engine import OptunaEngine
+
+            return OptunaEngine(self)
+        from tuning.kerastuner_engine import KerasTunerEngine
+
+        return KerasTunerEngine(self)
+
+    def _recipe_options(self, rest: Sequence[str]) -> dict[str, Any]:
+        parsed = opts.parse(self.recipe, rest)
+        given = {**parsed.config, **parsed.given}
+        for name in _SEARCHED:
+            if name in parsed.given:
+                raise RecipeError(
+                    f"--{name.replace('_', '-')} is searched here: use {_SEARCHED[name]}"
+                )
+            given.pop(name, None)
+        small = SMALL if self.args.budget == "small" else {}
+        quiet = {"tensorboard": False, "verbose": "quiet"}
+        given = {**small, **quiet, **given}
+        self.recipe.options(**given)  # the check
+        return given
+
+    # ---------------------------------------------------------------------------- what is searched
+
+    def search_space(self) -> dict[str, Any]:
+        """Arguments of `clip_hyperparameters`."""
+        from keras_gradclip.tuning.space import calibrated_ranges
+
+        args = self.args
+        clippers = ["none", *(name for name in args.clippers if name != "none")]
+        centred = calibrated_ranges(args.calibration) if args.calibration else {}
+        given = {
+            "threshold": args.threshold_range,
+            "gamma": args.gamma_range,
+            "max_norm": args.max_norm_range,
+        }
+        space = {
+            "clippers": clippers,
+            "beta": args.beta_range,
+            **centred,
+            **{name: limits for name, limits in given.items() if limits},
+            "rescale": args.rescales,
+            "weight": args.weights,
+            "scope": args.scopes,
+            "activation_gate": args.search_gate,
+            "points": args.points if args.tuner == "grid" else None,
+            "groups": self._groups() if args.groups else None,
+        }
+        if args.fix_learning_rate:
+            if args.learning_rate_range:
+                raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
+            return space
+        rate = self.recipe.options(**self.given).learning_rate
+        low, high = args.learning_rate_range or (rate / 3, rate * 3)
+        if not low <= rate <= high:
+            raise RecipeError(
+                f"--learning-rate-range {low:g} {high:g}: must hold the baseline's learning rate, "
+                f"{rate:g}; set that with --learning-rate"
+            )
+        return {**space, "learning_rate": (low, high), "default_learning_rate": rate}
+
+    def _groups(self) -> dict[str, str]:
+        import keras_gradclip as kgc
+        from keras_gradclip.tuning.space import layer_groups
+        from recipes import models
+
+        options = self.recipe.options(**self.given)
+        if self.recipe.build:
+            model = self.recipe.build(10, options.image_size, kgc.ClippedModel, options)
+        else:
+            model = models.build(
+                self.recipe.network,
+                num_classes=10,
+                image_size=options.image_size,
+                model_class=kgc.ClippedModel,
+                **self.recipe.network_options,
+            )
+        return layer_groups(model)
+
+    def objective_named(self) -> tuple[str, str | None]:
+        """The objective's name, and its direction where the command line or the recipe tells."""
+        name, direction = self.args.objective or self.recipe.monitor, self.args.direction
+        if direction is None and name == self.recipe.monitor:
+            direction = self.recipe.mode
+        return name, direction
+
+    def runner(self):
+        """What trains the trials."""
+        from tuning.trial_runner import TrialRunner
+
+        return TrialRunner(
+            self.recipe,
+            self.given,
+            self.space,
+            self.engine.objective,
+            executions=self.args.executions,
+            confirm_executions=self.args.confirm_runs,
+            keep_weights=self.args.keep_weights,
+            keep_backups=self.args.tuner == "hyperband",
+            report=self.say,
+        )
+
+    # --------------------------------------------------------------------------------- the search
+
+    def run(self) -> int:
+        """Runs the search, or serves one; returns the exit status."""
+        import_tensorflow()
+        self.engine = self._engine()
+        self.space = self.search_space()
+        self.engine.prepare()
+        if self.engine.joins:
+            self.engine.work()
+            return 0
+        if (self.folder / SEARCH).exists():
+            self._check_folder()  # refuse before anything is touched
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(self.folder):
+            self._check_folder()
+            return self._search()
+
+    def _search(self) -> int:
+        from rich.console import Console
+
+        out, errors = sys.stdout, contextlib.nullcontext()
+        width = None if out.isatty() else 120
+        self.console = Console(file=out, highlight=False, soft_wrap=True, width=width)
+        # Engines print from inside their messages; what we have to say goes around it.
+        with open(self.folder / f"{self.args.engine}.log", "a") as log:
+            if not self.args.traceback:
+                errors = contextlib.redirect_stderr(log)
+            with contextlib.redirect_stdout(log), errors:
+                self.engine.run()
+                return self._report()
+
+    def _check_folder(self) -> None:
+        """Refuses a folder with another search in it; notes which one it is now."""
+        fixed = opts.saved_options(self.recipe, self.recipe.options(**self.given))
+        for name in (*_SEARCHED, "recipe"):
+            fixed.pop(name, None)
+        now = {
+            "recipe": self.recipe.name,
+            "tuner": self.args.tuner,
+            "objective": self.engine.objective.name,
+            "direction": self.engine.objective.direction,
+            "executions": self.args.executions,
+            "confirm_runs": self.args.confirm_runs,
+            "groups": self.space["groups"],
+            "engine": self.args.engine,
+            **self.engine.identity(),
+            **{f"recipe option {name}": value for name, value in fixed.items()},
+        }
+        now = json.loads(json.dumps(now))
+        path = self.folder / SEARCH
+        if not path.exists():
+            if (self.folder / TRIALS).exists():
+                raise RecipeError(f"{self.folder}: has trials but no {SEARCH}: give --output")
+            write_json(path, now)
+            return
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise RecipeError(f"{path}: is not what a search writes; give another --output")
+        changed = [
+            name
+            for name in {**before, **now}
+            if before.get(name, "absent") != now.get(name, "absent")
+        ]
+        if changed:
+            some = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+            raise RecipeError(
+                f"{self.folder} holds another search; changed: {some}. Give another --output, or "
+                "the options of before to go on"
+            )
+
+    # --------------------------------------------------------------------------------- what it says
+
+    def say(self, text: str, **options: Any) -> None:
+        """A line for the user."""
+        if self.console is None:
+            print(text, flush=True)
+        else:
+            self.console.print(text, **options)
+
+    def introduce(self, trials: str, done: int) -> None:
+        """Which search this is, and whether it goes on."""
+        if self.args.confirm_runs:
+            trials += f", then 2 again with {self.args.confirm_runs} other seeds"
+        parts = f"{self.args.tuner} ({self.args.engine}), {trials}"
+        self.say(f"[bold]{self.recipe.name}[/]: {parts}; results in {self.folder}")
+        if done:
+            self.say(f"going on: {done} trials are done and are not run again")
+
+    def trial_begins(self, trial: str, values: Mapping, confirms: str) -> None:
+        """Says which trial begins."""
+        text = f" (trial {confirms} with other seeds)" if confirms else ""
+        self.say(f"trial {trial}: {describe(values)}{text}", markup=False)
+
+    def trial_ends(self, trial: str) -> None:
+        """Says what a trial scored, and brings the files up to date."""
+        show = formatter(self.engine.objective.name)
+        rows = self.engine.rows()
+        self._write(rows)
+        row = next(row for row in rows if row.trial == trial)
+        best = best_row(rows)
+        text = show(row.score) if row.status in ("completed", "pruned") else row.status
+        if row.status in ("diverged", "pruned"):
+            text += {"diverged": " (ranks last)", "pruned": " (pruned)"}[row.status]
+        if row.status == "failed":
+            text += f": {_last_line(row.message)}"
+        so_far = f"; best so far {show(best.score)} (trial {best.trial})" if best else ""
+        self.say(f"trial {trial}: {text}{so_far}", markup=False)
+
+    def _write(self, rows: Sequence[TrialRow]):
+        from tuning import results
+
+        results.write_trials(rows, self.folder / "trials.csv")
+        groups = self.space["groups"]
+        path = self.folder / "best.json"
+        return results.write_best(rows, path, self.engine.objective, groups, self.recipe.name)
+
+    def _report(self) -> int:
+        from tuning import plots, results
+        from tuning.verdict import verdict
+
+        objective, rows = self.engine.objective, self.engine.rows()
+        best = self._write(rows)
+        title = f"{self.recipe.name}: {len(rows)} trials"
+        results.print_table(rows, objective, title, self.console)
+        picture = self.folder / "search.png"
+        plots.draw(rows, picture, objective, title, self.folder / TRIALS, self.engine.ranges())
+        for status, what in (("diverged", "diverged and rank last"), ("failed", "failed")):
+            number = sum(row.status == status for row in rows)
+            if number:
+                self.say(f"{number} of {len(rows)} trials {what}")
+        self.say(verdict(rows, objective).text, style="bold", markup=False)
+        self.say(f"picture: {self.folder}/search.png, table: {self.folder}/trials.csv")
+        if best is None:
+            raise RuntimeError("no trial ended well")
+        self.say(f"train with it: {self._command(best)}", markup=False)
+        return 0
+
+    def _command(self, best: Mapping) -> str:
+        """The command line that trains with the best trial's values, for the recipe's epochs."""
+        from tuning.trial_runner import trial_settings
+
+        settings = trial_settings(self.given, self.space, best["values"])
+        program = self.args.recipe
+        if not program.endswith(".py"):
+            program = f"{RECIPES[program][0].replace('.', '/')}.py"
+        words = ["python", program, "--clip-config", str(self.folder / "best.json")]
+        known = opts.table(self.recipe.extra_options)
+        for name, value in settings.items():
+            hidden = ("clipper", "clip_config", "tensorboard", "verbose")
+            if name in hidden or (name in SMALL and value == SMALL[name]):
+                continue
+            if known[name].kind is bool:
+                words.append(known[name].flag if value else f"--no-{name.replace('_', '-')}")
+            else:
+                words += [known[name].flag, str(value)]
+        return shlex.join(words)
+
+
+def load_recipe(name: str):
+    """A recipe by its name, or from a file that defines RECIPE.
+
+    Raises:
+        RecipeError: no such recipe or file, or one that does not run.
+    """
+    if not name.endswith(".py"):
+        return find_recipe(name)
+    path = Path(name)
+    if "\0" in name or not path.is_file():
+        raise RecipeError(f"--recipe {name!r}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RecipeError(f"--recipe {name}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "RECIPE"):
+        raise RecipeError(f"--recipe {name}: defines no RECIPE")
+    return module.RECIPE
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuses a folder in which another search runs; a kill frees it."""
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "?"
+            raise RecipeError(
+                f"{folder}: another search runs here (process {owner}); give another --output"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in (text or "").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "see the worker's log"
