@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -44,7 +44,7 @@ class Objective:
     """What is optimised."""
 
     name: str
-    direction: Literal["max", "min"]
+    direction: str
 
 
 class _SurplusTrial(Exception):
@@ -153,7 +153,7 @@ class OptunaEngine:
     def _enqueue_first(self) -> None:
         """The baseline, and the combinations of a grid."""
         space, args = self.session.space, self.session.args
-        first = {"clipper": "none"}
+        first: dict[str, Any] = {"clipper": "none"}
         if space["activation_gate"]:
             first["activation_gate"] = False
         combinations = grid(**space) if args.tuner == "grid" else []
@@ -285,8 +285,8 @@ class OptunaEngine:
 
     def _check_failures(self) -> None:
         """Three failures in a row end a search, as with KerasTuner."""
-        ended = [trial for trial in self._trials().values() if trial.state.is_finished()]
-        ended.sort(key=lambda trial: trial.datetime_complete)
+        ended = [trial for trial in self._trials().values() if trial.datetime_complete]
+        ended.sort(key=lambda trial: str(trial.datetime_complete))
         errors = [trial.user_attrs.get(_ERROR) for trial in ended[-MOST_FAILURES:]]
         if len(errors) == MOST_FAILURES and all(errors):
             raise RuntimeError(f"{MOST_FAILURES} trials in a row failed; the last: {errors[-1]}")

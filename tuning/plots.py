@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,8 @@ def draw(
     figure = Figure(figsize=(12, 10), layout="constrained", dpi=110)
     lines = textwrap.wrap(verdict(rows, objective).text, 100)
     figure.suptitle(f"{title}\n" + "\n".join(lines), fontsize=12, fontweight="bold")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    above, below = halves
 
     if names and done:
         _thresholds(above, rows, names, objective, ranges or {})
@@ -77,8 +79,8 @@ def _thresholds(figure, rows, names, objective, ranges):
                 size = _size(row.values.get("learning_rate"), rates)
                 mark = _mark(axis, row, row.values[name], size, factor, limits, row is best)
                 image = mark or image
-            if row is best and name in row.values:
-                _annotate_best(axis, row, row.values[name], factor, ranges.get(name))
+        if best is not None and name in best.values:
+            _annotate_best(axis, best, best.values[name], factor, ranges.get(name))
         axis.set_xscale("log")
         if name in ranges:
             low, high = ranges[name]
@@ -168,10 +170,13 @@ def _unclipped_lines(axis, rows, factor):
 
 def _key(axis, rows, rates):
     """What the marks mean."""
+    from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [Line2D([], [], color="tab:red", linewidth=2, label="best without clipping")]
+    handles: list[Artist] = [
+        Line2D([], [], color="tab:red", linewidth=2, label="best without clipping")
+    ]
     unclipped = contest(rows)[1]
     if unclipped is None or unclipped.status == "diverged":
         handles = [Line2D([], [], linestyle="", label="unclipped: diverged")]

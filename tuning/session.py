@@ -226,7 +226,8 @@ class Session:
     def _search(self) -> int:
         from rich.console import Console
 
-        out, errors = sys.stdout, contextlib.nullcontext()
+        out = sys.stdout
+        errors: contextlib.AbstractContextManager = contextlib.nullcontext()
         width = None if out.isatty() else 120
         self.console = Console(file=out, highlight=False, soft_wrap=True, width=width)
         # Engines print from inside their messages; what we have to say goes around it.

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -153,16 +154,21 @@ class TrialRunner:
 
 
 def trial_row(
-    trial: str, status: str, values: Mapping, score: float, metrics: Mapping[str, float], **more
+    trial: str,
+    status: str,
+    values: Mapping,
+    score: float,
+    metrics: Mapping[str, float],
+    **more: Any,
 ) -> TrialRow:
     """The row of a trial from the metrics of `TrialRunner.run`."""
-    scores = []
+    scores: list[float] = []
     while _SCORE.format(len(scores)) in metrics:
         scores.append(metrics[_SCORE.format(len(scores))])
     if status == "completed" and (metrics.get(DIVERGED, 0) > 0 or not math.isfinite(score)):
         status = "diverged"
     known = ("chance", "clip_fraction", "grad_norm", "epochs", "seconds")
-    figures = {name: metrics[name] for name in known if name in metrics}
+    figures: dict[str, Any] = {name: metrics[name] for name in known if name in metrics}
     return TrialRow(trial, status, dict(values), score, tuple(scores), **figures, **more)
 
 

@@ -43,8 +43,8 @@ def fake_run(monkeypatch):
     Returns:
         A list of (options, folder, epochs that were there) of the runs.
     """
+    from recipes import training
     from recipes.errors import TrainingDiverged
-    from recipes.training import session as training
     from recipes.training.callbacks import HISTORY
 
     calls = []

@@ -241,7 +241,8 @@ def test_max_trials_may_be_raised(tmp_path, fake_run):
 
 
 def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
-    from recipes.training import session as training
+    from recipes import training
+    from recipes.errors import TrainingDiverged
 
     calls = []
 
@@ -250,7 +251,7 @@ def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
         folder.mkdir(parents=True)
         if len(calls) % 2:
             raise MemoryError("no memory left")
-        raise training.TrainingDiverged("training diverged to NaN", 0)
+        raise TrainingDiverged("training diverged to NaN", 0)
 
     monkeypatch.setattr(training, "run", run)
     assert search(tmp_path, "--max-trials", "4") == 1
@@ -260,8 +261,8 @@ def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_wrong_with_every_trial_ends_the_search(tmp_path, monkeypatch, capsys):
+    from recipes import training
     from recipes.errors import DataError
-    from recipes.training import session as training
 
     def run(*args):
         raise DataError("no data set 'x'")
