@@ -18,12 +18,12 @@ from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
+from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
-from keras_gradclip.clippers.base import Clipper, layers_of, path_of, serialize
+from keras_gradclip.clippers._declaration import MEASURES, parameters
+from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
-from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
-from keras_gradclip.clippers.norm import NormClip, RMSClip
-from keras_gradclip.clippers.relative import AdaptiveClip, default_unit_axes, unit_squares
+from keras_gradclip.clippers.relative import default_unit_axes, unit_squares
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics.watch import (
     UPDATES_IN_A_STEP,
@@ -37,14 +37,19 @@ from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
-#: The clippers that a threshold is suggested for, and what each bounds.
-KINDS = {
-    "norm": "L2 norm of the layer's gradient",
-    "absolute": "largest element",
-    "exponential": "largest |g|·exp(−β·W)",
-    "adaptive": "largest ratio of a kernel's unit's gradient norm to its weight norm",
-    "rms": "largest root mean square of a variable's gradient",
-}
+
+def kinds() -> dict[str, str]:
+    """The clippers that a threshold is suggested for, and what each bounds."""
+    return {
+        alias: MEASURES[cls.measures].text
+        for alias, cls in selectable().items()
+        if cls.measures is not None and threshold_of(cls) is not None
+    }
+
+
+def _counts_units(kind: str) -> bool:
+    """Whether the figure is of a kernel's units, which vectors do not have."""
+    return selectable()[kind].measures == "unit_ratio"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,8 @@ class Calibration:
             layers=list(layers),
             thresholds={
                 kind: {layer: suggestion(samples[kind][:, i]) for i, layer in enumerate(layers)}
-                for kind in KINDS
+                for kind in kinds()
+                if kind in samples
             },
             kernels={layer: list(names) for layer, names in kernels.items()},
             global_norm=suggestion(samples["global"]),
@@ -135,20 +141,17 @@ class Calibration:
 
     def clipper(self, kind: str, layer: str) -> Clipper | None:
         """The clipper suggested for a layer, or None where there is nothing to clip."""
-        validation.choice("Calibration", "kind", kind, tuple(KINDS))
+        validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
         return self._made(kind, self.thresholds[kind][layer])
 
     def _made(self, kind: str, threshold: Any) -> Clipper | None:
         if threshold is None:
             return None
-        makers = {
-            "norm": lambda: NormClip(threshold, scope="layer"),
-            "absolute": lambda: AbsoluteClip(threshold),
-            "exponential": lambda: ExponentialClip(self.beta, threshold),
-            "adaptive": lambda: AdaptiveClip(threshold, eps=self.eps),
-            "rms": lambda: RMSClip(threshold),
-        }
-        return makers[kind]()
+        cls = selectable()[kind]
+        needs = MEASURES[cls.measures or ""].needs
+        names = {p.name for p in parameters(cls)}
+        same = {name: getattr(self, name) for name in needs if name in names}
+        return cls(**{threshold_of(cls) or "": threshold, **same})
 
     def clip_map(self, kind: str = "norm", segments: int = 1) -> ClipMap:
         """A `ClipMap` with a rule for each layer.
@@ -166,7 +169,7 @@ class Calibration:
         Raises:
             ValueError: an unknown kind, or fewer than 10 updates a segment.
         """
-        validation.choice("Calibration", "kind", kind, tuple(KINDS))
+        validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
         number = validation.steps("Calibration", "segments", segments) or 1
         if number > 1 and self.updates < 10 * number:
             raise ValueError(
@@ -174,12 +177,12 @@ class Calibration:
                 f"for {self.updates} updates. Watch more updates, or pass fewer segments."
             )
         together: dict[str, list[str]] = {}
-        for layer in self.kernels if kind == "adaptive" else self.layers:
+        for layer in self.kernels if _counts_units(kind) else self.layers:
             together.setdefault(_path(layer, self.layers), []).append(layer)
         rules = []
         for path, layers in together.items():
             pattern = _pattern(path)
-            if kind == "adaptive":
+            if _counts_units(kind):
                 names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
                 pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
             rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
@@ -206,9 +209,9 @@ class Calibration:
 
     def table(self) -> str:
         """Text: a line a layer with the threshold of each clipper."""
-        rows = [("layer", *KINDS)]
+        rows = [("layer", *self.thresholds)]
         for layer in self.layers:
-            values = (self.thresholds[kind][layer] for kind in KINDS)
+            values = (self.thresholds[kind][layer] for kind in self.thresholds)
             rows.append((layer, *("–" if v is None else f"{v:.3g}" for v in values)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -457,7 +460,7 @@ def _suggest(sampler: _Sampler, count: int, skipped: int, percentile: float) -> 
     sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
     owners = layers_of(variables)
     layers = list(dict.fromkeys(owners))
-    samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in KINDS}
+    samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in kinds()}
     kernels_of: dict[str, list[str]] = {}
     for k, layer in enumerate(layers):
         mine = [i for i, owner in enumerate(owners) if owner == layer]
@@ -469,6 +472,9 @@ def _suggest(sampler: _Sampler, count: int, skipped: int, percentile: float) -> 
         if whole:
             samples["adaptive"][:, k] = ratio[:, whole].max(axis=1)
             kernels_of[layer] = [path_of(variables[i]).rpartition("/")[2] for i in whole]
+    first: dict[str | None, str] = {}  # clippers that bound the same figure share it
+    for kind in kinds():
+        samples[kind] = samples[first.setdefault(selectable()[kind].measures, kind)]
     return Calibration.of_samples(
         layers,
         kernels_of,

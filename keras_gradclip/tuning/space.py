@@ -5,8 +5,9 @@
         clipper = to_clipper(values)          # None where the trial does not clip
         ...
 
-Every name belongs to one clipper (`absolute/threshold`, `exponential/gamma` ...) and lies in a
-conditional scope of KerasTuner, so that a trial carries no parameter that it does not use.
+Clippers and what there is to vary come from their declarations (`searchable`). Every name belongs
+to one clipper (`absolute/threshold`, `exponential/gamma` ...) and lies in a conditional scope of
+KerasTuner, so that a trial carries no parameter that it does not use.
 """
 
 import json
@@ -18,13 +19,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras_gradclip as kgc
+from keras_gradclip._validation import did_you_mean
+from keras_gradclip.clippers import Parameter, parameters, selectable
+from keras_gradclip.clippers import threshold_of as threshold_name
 
-CLIPPERS = ("none", "absolute", "exponential", "norm")
-#: The hyper-parameters that are thresholds: those that a group of layers may have of its own.
-THRESHOLDS = {"absolute": "threshold", "exponential": "gamma", "norm": "max_norm"}
-_RESCALES = {"absolute": ("none", "norm", "max"), "exponential": ("none", "norm", "max", "alpha")}
+NONE = "none"
+#: What is searched where nobody chooses; any of `searchable()` will do.
+CLIPPERS = (NONE, "absolute", "exponential", "norm")
 # A log scale has no 0, and a threshold of 0 would stop training.
 _LEAST_OF_ZERO = 1e-4
+
+
+def searchable() -> dict[str, dict[str, Parameter]]:
+    """What a search can vary: for each registered clipper, its parameters by name."""
+    return {
+        alias: {p.name: p for p in parameters(cls) if p.kind != "object"}
+        for alias, cls in selectable().items()
+    }
 
 
 def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]:
@@ -34,44 +45,43 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
         path: JSON that `keras_gradclip.calibrate(...).save(path)` wrote.
 
     Returns:
-        A dict of `threshold`, `gamma` and `max_norm`: half a decade to either side of the median
-        of the layers' thresholds, on a log scale. A clipper without a figure is left out.
+        A dict from a threshold's name (`threshold`, `gamma`, `max_norm`, `clip_factor`,
+        `rms/threshold` ...) to half a decade to either side of the median of the layers'
+        thresholds. A clipper without a figure is left out.
 
     Raises:
         ValueError: the file is no such JSON.
     """
     try:
-        found = json.loads(Path(path).read_text())["calibration"]["thresholds"]
+        thresholds = json.loads(Path(path).read_text())["calibration"]["thresholds"]
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"calibration {str(path)!r} is no file that keras_gradclip.calibrate(...).save() "
             f"wrote: {type(error).__name__}: {error}."
         ) from error
-    ranges = {}
-    kinds = {"absolute": "threshold", "exponential": "gamma", "norm": "max_norm"}
-    for kind, name in kinds.items():
-        figures = [x for x in found.get(kind, {}).values() if x and math.isfinite(x) and x > 0]
-        if figures:
+    result: dict[str, tuple[float, float]] = {}
+    names: set[str] = set()
+    for alias, cls in selectable().items():
+        name = threshold_name(cls)
+        figures = [x for x in thresholds.get(alias, {}).values() if x and 0 < x < math.inf]
+        if figures and name is not None:
             centre = statistics.median(figures)
-            ranges[name] = (centre / math.sqrt(10), centre * math.sqrt(10))
-    return ranges
+            key = f"{alias}/{name}" if name in names else name
+            result[key] = (centre / math.sqrt(10), centre * math.sqrt(10))
+        names.add(name or "")
+    return result
 
 
 def clip_hyperparameters(
     hp,
     clippers: Sequence[str] = CLIPPERS,
-    threshold: tuple[float, float] = (0.01, 0.1),
-    gamma: tuple[float, float] = (0.01, 0.1),
-    beta: tuple[float, float] = (0.5, 1.0),
-    max_norm: tuple[float, float] = (0.1, 10.0),
-    rescale: Sequence[str] = ("none", "norm", "max", "alpha"),
-    weight: Sequence[str] = ("elementwise", "rms", "none"),
-    scope: Sequence[str] = ("layer",),
+    *,
     groups: Mapping[str, str] | None = None,
     activation_gate: bool = False,
     learning_rate: tuple[float, float] | None = None,
     default_learning_rate: float | None = None,
     points: int | None = None,
+    **varied: Sequence,
 ) -> dict:
     """Declares the space on `hp` and returns the values of this trial.
 
@@ -80,15 +90,7 @@ def clip_hyperparameters(
 
     Args:
         hp: `keras_tuner.HyperParameters`.
-        clippers: which rules to choose from; any of "none", "absolute", "exponential", "norm".
-        threshold: of "absolute", c, as (low, high), on a log scale. A low of 0 means 1e-4·high:
-            (0, 1) is the whole range of the method.
-        gamma: of "exponential", γ, as `threshold`.
-        beta: of "exponential", β, as (low, high), on a linear scale.
-        max_norm: of "norm", as `threshold`.
-        rescale: "none", "norm", "max", "alpha" (which "exponential" alone takes).
-        weight: of "exponential": "elementwise", "rms", "none".
-        scope: of "norm": "layer", "variable", "global".
+        clippers: which rules to choose from: "none" and any of `searchable()`.
         groups: name to regular expression over `variable.path`, such as `layer_groups(model)`
             gives: the threshold is then searched for each group by itself. The first match wins;
             what no expression matches is not clipped.
@@ -97,41 +99,36 @@ def clip_hyperparameters(
             learning rate trade off against each other: a fixed one favours a threshold.
         default_learning_rate: that of the default trial; else the middle of the range.
         points: search each number on a grid of so many points (for a grid search).
+        **varied: for a parameter, the range (low, high) or the words to search, in place of what
+            its clipper suggests: `threshold=(0.01, 1)`, `rescale=["none", "norm"]`,
+            `**{"rms/threshold": (0.1, 1)}`. Without a clipper's name it is for every clipper that
+            suggests a range of that name, or has a choice of it. A low of 0 means 1e-4·high.
 
     Returns:
         A dict of the active hyper-parameters by name, for `to_clipper` and `to_gate`.
 
     Raises:
-        ValueError: an unknown word or an empty or reversed range.
+        ValueError: an unknown name or word, or an empty or reversed range.
     """
     declare = _Declaration(hp, points)
-    _check_words("clippers", clippers, CLIPPERS)
-    _check_words("rescale", rescale, _RESCALES["exponential"])
-    _check_words("weight", weight, ("elementwise", "rms", "none"))
-    _check_words("scope", scope, ("layer", "variable", "global"))
-    ranges = {"absolute": threshold, "exponential": gamma, "norm": max_norm}
-    names = _threshold_names(groups)
-
+    known = searchable()
+    _check_words("clippers", clippers, (NONE, *known))
+    for name in varied:
+        names = {n for alias, ps in known.items() for p in ps for n in (p, f"{alias}/{p}")}
+        if name not in names:
+            raise ValueError(
+                f"clip_hyperparameters: no clipper has a parameter {name!r}"
+                f"{did_you_mean(name, sorted(names))}."
+            )
     declare.word("clipper", clippers)
-    for kind in clippers:
-        if kind == "none":
+    for alias in clippers:
+        if alias == NONE:
             continue
-        with hp.conditional_scope("clipper", [kind]):
-            for name in names[kind]:
-                declare.log(name, ranges[kind])
-            if kind == "exponential":
-                declare.linear("exponential/beta", beta)
-                declare.word("exponential/weight", weight, "elementwise")
-            if kind == "norm":
-                declare.word("norm/scope", scope, "layer")
-            else:
-                own = [word for word in rescale if word in _RESCALES[kind]]
-                if not own:
-                    raise ValueError(
-                        f"clip_hyperparameters: `rescale` {list(rescale)} holds nothing for "
-                        f"{kind!r}, which takes {', '.join(_RESCALES[kind])}."
-                    )
-                declare.word(f"{kind}/rescale", own, "none")
+        with hp.conditional_scope("clipper", [alias]):
+            for p in known[alias].values():
+                # Of two parameters of one name, one may be a number that is better left alone.
+                shared = varied.get(p.name) if p.search or p.kind == "word" else None
+                _declare(declare, alias, p, varied.get(f"{alias}/{p.name}", shared), groups)
     if activation_gate:
         declare.flag("activation_gate")
         with hp.conditional_scope("activation_gate", [True]):
@@ -140,6 +137,36 @@ def clip_hyperparameters(
     if learning_rate is not None:
         declare.log("learning_rate", learning_rate, default_learning_rate)
     return declare.values
+
+
+def _declare(declare, alias: str, p: Parameter, given: Sequence | None, groups) -> None:
+    """One parameter of a clipper: as `given`, or as its clipper suggests, or not at all."""
+    name = f"{alias}/{p.name}"
+    if p.kind == "word":
+        words = [word or NONE for word in p.choices]
+        if given is None and not p.search:
+            return
+        own = words if given is None else [word for word in given if word in words]
+        if not own:
+            raise ValueError(
+                f"clip_hyperparameters: `{p.name}` {list(given or ())} holds nothing for "
+                f"{alias!r}, which takes {', '.join(words)}."
+            )
+        declare.word(name, own, p.default or NONE)
+        return
+    limits = given or (p.range if p.search else None)
+    if limits is None:
+        if p.threshold:
+            raise ValueError(
+                f"clip_hyperparameters: {name!r} has no range of its own. Give one: "
+                f"**{{{name!r}: (low, high)}}."
+            )
+        return
+    p.check(alias, _bounds(name, limits)[1])
+    for each in _threshold_names(alias, p.name, groups) if p.threshold else [name]:
+        (declare.count if p.kind == "count" else declare.log if p.log else declare.linear)(
+            each, limits
+        )
 
 
 class _Declaration:
@@ -168,8 +195,14 @@ class _Declaration:
             low = _LEAST_OF_ZERO * high
         self._number(name, low, high, default or math.sqrt(low * high), "log")
 
+    def count(self, name, bounds):
+        low, high = (round(bound) for bound in _bounds(name, bounds))
+        self._keep(name, self.hp.Int(name, max(low, 1), high, default=round((low + high) / 2)))
+
     def linear(self, name, bounds):
         low, high = _bounds(name, bounds)
+        if low == 0:
+            low = _LEAST_OF_ZERO * high
         self._number(name, low, high, (low + high) / 2, "linear")
 
     def _number(self, name, low, high, default, sampling):
@@ -207,40 +240,58 @@ def to_clipper(values: Mapping, groups: Mapping[str, str] | None = None):
     Raises:
         ValueError: no "clipper" among the values, an unknown one, or a missing threshold.
     """
-    kind = values.get("clipper")
-    if kind == "none":
+    alias = values.get("clipper")
+    if alias == NONE:
         return None
-    if kind not in THRESHOLDS:
+    if alias not in selectable():
         raise ValueError(
-            f"to_clipper: `values` must hold 'clipper', one of {', '.join(CLIPPERS)}, but it is "
-            f"{kind!r}."
+            "to_clipper: `values` must hold 'clipper', one of "
+            f"{', '.join((NONE, *selectable()))}, but it is {alias!r}."
         )
-    names = _threshold_names(groups)[kind]
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ValueError(
-            f"to_clipper: `values` lack {missing[0]!r}. Pass the same `groups` as to "
-            "clip_hyperparameters."
-        )
-    made = [_one_clipper(kind, _rounded(values[name]), values) for name in names]
+    cls, known = selectable()[alias], searchable()[alias]
+    settings = {
+        p.name: _value(p, values[f"{alias}/{p.name}"])
+        for p in known.values()
+        if f"{alias}/{p.name}" in values
+    }
+    threshold = threshold_name(cls)
+    if threshold is None:
+        made = [cls(**settings)] * len(groups or [""])
+    else:
+        names = _threshold_names(alias, threshold, groups)
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(
+                f"to_clipper: `values` lack {missing[0]!r}. Pass the same `groups` as to "
+                "clip_hyperparameters."
+            )
+        made = [
+            cls(**{**settings, threshold: _value(known[threshold], values[name])}) for name in names
+        ]
     if not groups:
         return made[0]
     return kgc.ClipMap(list(zip(groups.values(), made, strict=True)))
+
+
+def _value(p: Parameter, value):
+    """A trial's value as the clipper takes it."""
+    if p.kind == "word":
+        return None if value == NONE and None in p.choices else value
+    return int(value) if p.kind == "count" else _rounded(value)
 
 
 def from_clipper(clipper, groups: Mapping[str, str] | None = None) -> dict:
     """The hyper-parameters of a clipper: the inverse of `to_clipper`.
 
     Args:
-        clipper: None, an absolute, exponential or norm clipper, or a ClipMap of one kind over
-            `groups`.
+        clipper: None, one of `searchable()`, or a ClipMap of one kind over `groups`.
         groups: name to regular expression; needed for a ClipMap.
 
     Raises:
         ValueError: a clipper outside of the space, such as a Chain or one with a schedule.
     """
     if clipper is None:
-        return {"clipper": "none"}
+        return {"clipper": NONE}
     if not isinstance(clipper, kgc.ClipMap):
         if groups:
             raise ValueError(f"from_clipper: {clipper} has no groups: leave out `groups`.")
@@ -312,13 +363,13 @@ def layer_groups(model) -> dict[str, str]:
 
 def threshold_of(values: Mapping) -> dict[str, float]:
     """The thresholds among a trial's values, by name; empty for the unclipped trial."""
-    kind = values.get("clipper")
-    if kind not in THRESHOLDS:
+    alias = str(values.get("clipper"))
+    cls = selectable().get(alias)
+    name = None if cls is None else threshold_name(cls)
+    if name is None:
         return {}
-    stem = f"{kind}/{THRESHOLDS[kind]}"
-    return {
-        name: value for name, value in values.items() if name == stem or name.startswith(f"{stem}/")
-    }
+    stem = f"{alias}/{name}"
+    return {n: value for n, value in values.items() if n == stem or n.startswith(f"{stem}/")}
 
 
 def ranges(hp) -> dict[str, tuple[float, float]]:
@@ -338,43 +389,23 @@ def ranges(hp) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _one_clipper(kind, threshold, values):
-    rescale = values.get(f"{kind}/rescale", "none")
-    rescale = None if rescale == "none" else rescale
-    if kind == "absolute":
-        return kgc.AbsoluteClip(threshold, rescale=rescale)
-    if kind == "norm":
-        return kgc.NormClip(threshold, scope=values.get("norm/scope", "layer"))
-    return kgc.ExponentialClip(
-        beta=_rounded(values["exponential/beta"]),
-        gamma=threshold,
-        weight=values.get("exponential/weight", "elementwise"),
-        rescale=rescale,
-    )
-
-
 def _values_of(clipper, suffix):
-    kinds = {kgc.AbsoluteClip: "absolute", kgc.ExponentialClip: "exponential", kgc.NormClip: "norm"}
-    kind = kinds.get(type(clipper))
-    numbers = dict(clipper.hyperparameters()) if kind else {}
-    if kind is None or not all(isinstance(value, float) for value in numbers.values()):
+    alias = next((a for a, cls in selectable().items() if cls is type(clipper)), None)
+    if alias is None or not all(isinstance(v, float) for v in clipper.hyperparameters().values()):
         raise ValueError(
-            f"from_clipper: {clipper} is outside of the space: use an absolute, exponential or "
-            "norm clipper with plain numbers."
+            f"from_clipper: {clipper} is outside of the space: use one of "
+            f"{', '.join(selectable())} with plain numbers."
         )
-    values = {"clipper": kind, f"{kind}/{THRESHOLDS[kind]}{suffix}": numbers[THRESHOLDS[kind]]}
-    if kind == "norm":
-        return values | {"norm/scope": clipper.scope}
-    if kind == "exponential":
-        values |= {"exponential/beta": clipper.beta, "exponential/weight": clipper.weight}
-    return values | {f"{kind}/rescale": clipper.rescale or "none"}
+    values = {"clipper": alias}
+    for p in searchable()[alias].values():
+        value = getattr(clipper, p.name)
+        if p.search or p.threshold or value != p.default:
+            values[f"{alias}/{p.name}{suffix if p.threshold else ''}"] = value or NONE
+    return values
 
 
-def _threshold_names(groups) -> dict[str, list[str]]:
-    suffixes = [f"/{group}" for group in groups] if groups else [""]
-    return {
-        kind: [f"{kind}/{name}{suffix}" for suffix in suffixes] for kind, name in THRESHOLDS.items()
-    }
+def _threshold_names(alias: str, threshold: str, groups) -> list[str]:
+    return [f"{alias}/{threshold}{f'/{group}' if group else ''}" for group in groups or [""]]
 
 
 def _any_of(layers) -> str:

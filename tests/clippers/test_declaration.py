@@ -1,11 +1,12 @@
 """What clippers say about themselves, and a toy clipper that is found with no other edit."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 import keras_gradclip as kgc
-from keras_gradclip.clippers import parameters, selectable, threshold_of
+from keras_gradclip.clippers import cards, parameters, selectable, threshold_of
 from keras_gradclip.clippers.base import ALIASES
 
 
@@ -47,3 +48,8 @@ def test_hints():
         kgc.get({".*/bias": None})
     with pytest.warns(UserWarning, match="scale of 0 to 100"):
         kgc.PercentileClip(0.9)
+
+
+def test_the_table_in_the_docs_is_that_of_the_cards():
+    text = (Path(__file__).parents[2] / "docs/clippers.md").read_text(encoding="utf-8")
+    assert cards.table() in text, f"put this table into docs/clippers.md:\n\n{cards.table()}"
