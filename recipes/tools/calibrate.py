@@ -105,7 +105,9 @@ def watch(recipe, options: argparse.Namespace, steps: int | None, folder: Path, 
             )
         count = steps or max(1, updates)
         run.create_state()
-        beta = {} if options.beta is None else {"beta": options.beta}
+        beta = {}
+        if options.clipper == "exponential" and "beta" in options.clipping:
+            beta = {"beta": options.clipping["beta"]}
         progress = _progress(count * options.accumulate, options.verbose)
         try:
             return kgc.calibrate(
@@ -398,8 +400,7 @@ def watched_options(recipe, rest: list[str]) -> argparse.Namespace:
 
 def clipping_options() -> set[str]:
     """The options that choose a clipper."""
-    settings = (name for names in opts.CLIPPER_SETTINGS.values() for name in names)
-    return {"clipper", "clip_config", *settings}
+    return opts.clipping_names()
 
 
 def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, output: Path):

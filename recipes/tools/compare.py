@@ -4,8 +4,9 @@
     python recipes/tools/compare.py vgg16 --clippers recipe none norm:max_norm=5 --optimizer sgd
 
 Options that it does not know go to the recipe, for all cells alike. A clipper is `recipe` (the
-recipe's own), `none`, or a kind with its thresholds: `absolute:threshold=0.05`,
-`exponential:beta=0.7,gamma=0.1`, `norm:max_norm=1,scope=global`.
+recipe's own), `none`, or a registered clipper with its parameters: `absolute:threshold=0.05`,
+`exponential:beta=0.7,gamma=0.1`, `percentile:percentile=90,window=50,scope=layer`. Clippers of your
+own come from `--import MODULE`.
 
 Writes `compare.csv` (a row a run), `compare.png` and a table into `runs/compare-RECIPE` (or
 `--output`). The same command again goes on where it was interrupted. A run is `diverged` when its
@@ -15,6 +16,7 @@ twice that of guessing, else `learned`.
 
 import argparse
 import csv
+import dataclasses
 import itertools
 import math
 import statistics
@@ -52,25 +54,26 @@ def clipper_values(text: str) -> dict:
     "global"}`, `"recipe"` gives `{}`.
 
     Raises:
-        RecipeError: an unknown kind or threshold, or a threshold that is no number.
+        RecipeError: an unknown clipper or parameter, or a value that is no number.
     """
-    kind, _, tail = text.partition(":")
-    if kind == OWN and not tail:
+    name, _, tail = text.partition(":")
+    if name == OWN and not tail:
         return {}
-    if kind not in opts.CLIPPERS:
-        raise RecipeError(
-            f"--clippers {text}: must start with {OWN} or one of {', '.join(opts.CLIPPERS)}"
-        )
-    values, known = {"clipper": kind}, opts.table()
+    known = opts.table()
+    names = known["clipper"].choices
+    if name not in names:
+        raise RecipeError(f"--clippers {text}: must start with {OWN} or one of {', '.join(names)}")
+    flags = {p.name: flag for flag, p in opts.clipper_flags().by_clipper.get(name, {}).items()}
+    values: dict = {"clipper": name}
     for part in filter(None, tail.split(",")):
-        name, _, value = part.partition("=")
-        if name not in opts.CLIPPER_SETTINGS[kind]:
-            allowed = ", ".join(opts.CLIPPER_SETTINGS[kind]) or "none"
-            raise RecipeError(f"--clippers {text}: {name!r} is not a setting of {kind}: {allowed}")
+        key, _, value = part.partition("=")
+        if key not in flags:
+            allowed = ", ".join(flags) or "none"
+            raise RecipeError(f"--clippers {text}: {key!r} is not a parameter of {name}: {allowed}")
         try:
-            values[name] = known[name].kind(value)
+            values[flags[key]] = known[flags[key]].kind(value)
         except ValueError:
-            raise RecipeError(f"--clippers {text}: {name}={value!r} is not a number") from None
+            raise RecipeError(f"--clippers {text}: {key}={value!r} is not a number") from None
     return values
 
 
@@ -81,8 +84,8 @@ def run_cell(recipe, values: dict, folder: Path) -> dict:
     """
     from recipes.training import run
 
-    options = recipe.options(**values)
-    options.resume = (folder / "config.json").exists()
+    resume = (folder / "config.json").exists()
+    options = dataclasses.replace(recipe.options(**values), resume=resume)
     started = time.monotonic()
     row = dict.fromkeys(COLUMNS, "")
     try:
@@ -237,9 +240,12 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     parsed = opts.parse(recipe, rest)
     shared = {**parsed.config, **parsed.given, "tensorboard": False}
     shared.setdefault("verbose", "quiet")
+    clipping = opts.clipping_names(recipe.extra_options)
     cells = []
     for rate, seed, clipper in itertools.product(learning_rates, seeds, clippers):
-        values = shared | clipper_values(clipper) | {"learning_rate": rate, "seed": seed}
+        chosen = clipper_values(clipper)
+        values = {n: v for n, v in shared.items() if not chosen or n not in clipping}
+        values |= {**chosen, "learning_rate": rate, "seed": seed}
         recipe.options(**values)  # every cell is checked before the first one runs
         cells.append(({"clipper": clipper, "learning_rate": rate, "seed": seed}, values))
     output.mkdir(parents=True, exist_ok=True)

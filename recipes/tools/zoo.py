@@ -11,6 +11,7 @@ middle of the recipe that was interrupted.
 
 import argparse
 import csv
+import dataclasses
 import importlib
 import multiprocessing
 import sys
@@ -68,8 +69,8 @@ def train(name: str, folder: str, argv: list[str]) -> dict:
     row = dict.fromkeys(COLUMNS, "") | {"recipe": name}
     try:
         recipe = find_recipe(name)
-        options = opts.parse(recipe, argv).options
-        options.resume = (Path(folder) / "config.json").exists()
+        resume = (Path(folder) / "config.json").exists()
+        options = dataclasses.replace(opts.parse(recipe, argv).options, resume=resume)
         result = run(recipe, options, folder)
     # One recipe's failure, whatever it is, must not cost the others their turn.
     except Exception as error:

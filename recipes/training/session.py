@@ -10,7 +10,6 @@ A recipe is a short file:
 for Python callers, who get a `Result` or an exception.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import faulthandler
@@ -69,7 +68,7 @@ class Recipe:
     report: Callable | None = None
     extra_options: tuple = ()
 
-    def options(self, **values) -> argparse.Namespace:
+    def options(self, **values) -> opts.Options:
         """The recipe's options with `values` in place of its settings, checked.
 
         Raises:
@@ -225,7 +224,7 @@ def _print_result(recipe: Recipe, result: Result) -> None:
 # ---------------------------------------------------------------------------- the output folder
 
 
-def _open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[argparse.Namespace, Path]:
+def _open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[opts.Options, Path]:
     """The options and the folder of a new or resumed run.
 
     A new run in the default place takes the next free name (`runs/resnet50`,
@@ -254,7 +253,7 @@ def _open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[argparse.Namespace, 
     return options, folder
 
 
-def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[argparse.Namespace, Path]:
+def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[opts.Options, Path]:
     folder = Path(parsed.options.output) if parsed.options.output else _newest(recipe)
     path = folder / "config.json"
     if not path.exists():
@@ -295,7 +294,7 @@ def _newest(recipe: Recipe) -> Path:
 
 def run(
     recipe: Recipe,
-    options: argparse.Namespace,
+    options: opts.Options,
     folder: str | os.PathLike,
     callbacks: Sequence = (),
 ) -> Result | None:
@@ -337,7 +336,7 @@ def run(
 @contextlib.contextmanager
 def prepared(
     recipe: Recipe,
-    options: argparse.Namespace,
+    options: opts.Options,
     folder: Path,
     begin: Callable[[], None] = lambda: None,
     started: float | None = None,
@@ -653,30 +652,24 @@ class _Trainer:
 # ------------------------------------------------------------------------------------ the parts
 
 
-def build_clipper(options: argparse.Namespace):
+def build_clipper(options: opts.Options):
     """The clipper that the options ask for, or None.
 
     Raises:
         RecipeError: a threshold that cannot be, or a config that is not a clipper's.
     """
     import keras_gradclip as kgc
+    from keras_gradclip.clippers import selectable
 
-    kinds = {
-        "absolute": kgc.AbsoluteClip,
-        "exponential": kgc.ExponentialClip,
-        "norm": kgc.NormClip,
-    }
     with _plain_errors():
         if options.clip_config is not None:
             return kgc.get(options.clip_config)
         if options.clipper == "none":
             return None
-        names = opts.CLIPPER_SETTINGS[options.clipper]
-        given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
-        return kinds[options.clipper](**given)
+        return selectable()[options.clipper](**options.clipping)
 
 
-def build_model(recipe: Recipe, options: argparse.Namespace, data, clipper, steps: int):
+def build_model(recipe: Recipe, options: opts.Options, data, clipper, steps: int):
     """The compiled network, a `keras_gradclip.ClippedModel`; call it in the strategy's scope."""
     import keras_gradclip as kgc
 
@@ -717,7 +710,7 @@ def build_model(recipe: Recipe, options: argparse.Namespace, data, clipper, step
     return model
 
 
-def build_optimizer(options: argparse.Namespace, model, steps: int):
+def build_optimizer(options: opts.Options, model, steps: int):
     """The inner optimizer: warm-up and cosine, no weight decay on biases and norms.
 
     Args:
@@ -760,7 +753,7 @@ def build_optimizer(options: argparse.Namespace, model, steps: int):
 
 
 @contextlib.contextmanager
-def _named_losses(options: argparse.Namespace, cluster) -> Iterator[None]:
+def _named_losses(options: opts.Options, cluster) -> Iterator[None]:
     """Turns TensorFlow's errors over a lost worker into one that names it."""
     try:
         yield
@@ -773,7 +766,7 @@ def _named_losses(options: argparse.Namespace, cluster) -> Iterator[None]:
         raise lost from error
 
 
-def make_strategy(options: argparse.Namespace, cluster: workers.Cluster | None = None):
+def make_strategy(options: opts.Options, cluster: workers.Cluster | None = None):
     """The tf.distribute strategy, or None for one device without one.
 
     Args:
@@ -821,7 +814,7 @@ def make_strategy(options: argparse.Namespace, cluster: workers.Cluster | None =
     return tf.distribute.MirroredStrategy(names[:count], cross_device_ops=reduction)
 
 
-def _join(options: argparse.Namespace, cluster: workers.Cluster):
+def _join(options: opts.Options, cluster: workers.Cluster):
     """The strategy over the workers of a cluster."""
     import tensorflow as tf
 
@@ -856,7 +849,7 @@ def _join(options: argparse.Namespace, cluster: workers.Cluster):
         faulthandler.cancel_dump_traceback_later()
 
 
-def _load_data(recipe: Recipe, options: argparse.Namespace):
+def _load_data(recipe: Recipe, options: opts.Options):
     if recipe.load_data:
         return recipe.load_data(options)
     from recipes.data.sets import load
@@ -873,7 +866,7 @@ def _load_data(recipe: Recipe, options: argparse.Namespace):
     )
 
 
-def _loss(recipe: Recipe, options: argparse.Namespace):
+def _loss(recipe: Recipe, options: opts.Options):
     if recipe.loss:
         return recipe.loss(options)
     return cross_entropy(options.label_smoothing)

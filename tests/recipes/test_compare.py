@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from recipes import training
 from recipes.errors import RecipeError, TrainingDiverged
 from recipes.tools import compare, zoo
-from recipes.training import session as training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_recipe import RECIPE as TINY

@@ -69,7 +69,7 @@ def test_wrong_flags(argv, message):
         ({"epochs": True}, "must be a value of type int"),
         ({"epochs": None}, "must be a value of type int"),
         ({"jit": 1}, "must be a value of type bool"),
-        ({"clipper": "agc"}, "one of absolute, exponential, norm, none"),
+        ({"clipper": "agc"}, "one of absolute, exponential, norm, rms"),
         ({"recipe": "vgg16"}, "belongs to the recipe 'vgg16'"),
     ],
 )
@@ -87,9 +87,9 @@ def test_an_int_will_do_for_a_float(tmp_path):
 
 
 def test_threshold_of_the_recipe_goes_with_its_clipper():
-    assert parse().threshold == 0.01
+    assert parse().clipping == {"threshold": 0.01}
     assert parse("--clipper", "absolute").threshold == 0.01
-    assert parse("--clipper", "norm").threshold is None
+    assert parse("--clipper", "rms").clipping == {}  # another threshold, of the same name
 
 
 def test_clip_config_from_a_file_is_kept_in_the_config(tmp_path):
@@ -97,7 +97,7 @@ def test_clip_config_from_a_file_is_kept_in_the_config(tmp_path):
     for content in (spec, {"clipper": spec, "score": 0.9}):
         options = parse("--clip-config", write(tmp_path / "best.json", content))
         assert options.clip_config == spec
-        assert options.threshold is None
+        assert options.clipper == "none" and options.clipping == {}
     saved = write(tmp_path / "c.json", opts.saved_options(RECIPE, options))
     assert parse("--config", saved).clip_config == spec
     assert parse("--config", saved, "--clipper", "norm").clip_config is None
