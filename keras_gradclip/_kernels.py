@@ -257,7 +257,9 @@ def exp_of(beta: Tensor, weight: Tensor) -> Tensor:
 
 
 def scale(x: Tensor, factor: Tensor) -> Tensor:
-    """x·factor, taken in float32 and returned in x's dtype."""
+    """x·factor, taken in float32 (float64 for a float64 x) and returned in x's dtype."""
+    if backend.standardize_dtype(x.dtype) == "float64":
+        return x * ops.cast(factor, "float64")
     return ops.cast(float32(x) * factor, x.dtype)
 
 

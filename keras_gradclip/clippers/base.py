@@ -89,6 +89,13 @@ class Clipper:
 
     def check_variables(self, variables: Sequence[Any]) -> None:
         """Raise a ValueError if this clipper cannot serve these variables."""
+        for variable in variables:
+            if "complex" in str(getattr(variable, "dtype", "")):
+                raise ValueError(
+                    f"{type(self).__name__}: {path_of(variable)!r} is of dtype {variable.dtype}, "
+                    "and what it is to clip a complex gradient is not defined. Exclude it: "
+                    f"ClipMap({{{path_of(variable)!r}: None}}, default=...)."
+                )
 
     def init(self, variables: Sequence[Any]) -> State:
         """The running state before the first step: name to array. Most clippers have none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -51,6 +52,20 @@ class Composite(Clipper):
             for name, value in clipper.hyperparameters().items()
         }
 
+    def _check_names(self) -> None:
+        """Raise a ValueError if the name of a part begins like a nested one's."""
+        names = [name for name, _ in self._parts()]
+        for name, clipper in self._parts():
+            for nested in _prefixes(clipper):
+                key = f"{name}/{nested}"
+                owner = max((n for n in names if key.startswith(f"{n}/")), key=len)
+                if owner != name:
+                    raise ValueError(
+                        f"{type(self).__name__}: the rule {owner!r} and a rule inside {name!r} "
+                        f"would both be called {key[:-1]!r}. Write one of them another way, e.g. "
+                        f"'({owner})'."
+                    )
+
     def _split(self, mapping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """For each part, the entries of `mapping` that are its own, without its name.
 
@@ -75,6 +90,20 @@ class Composite(Clipper):
         return self._with_parts(
             {part: clipper.with_hyperparameters(split[part]) for part, clipper in self._parts()}
         )
+
+
+def _prefixes(clipper: Clipper) -> list[str]:
+    """What the names of a clipper's hyper-parameters and state begin with."""
+    if not isinstance(clipper, Composite):
+        return [""]
+    return [f"{name}/{rest}" for name, part in clipper._parts() for rest in _prefixes(part)]
+
+
+@functools.lru_cache(maxsize=64)
+def _matches(patterns: tuple[str, ...], paths: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """For each path the patterns that match it in full; once for a set of variables."""
+    compiled = [(pattern, re.compile(pattern)) for pattern in patterns]
+    return tuple(tuple(p for p, rule in compiled if rule.fullmatch(path)) for path in paths)
 
 
 @register("clip_map")
@@ -154,6 +183,7 @@ class ClipMap(Composite):
         object.__setattr__(
             self, "default", as_clipper("ClipMap", "default", self.default, optional=True)
         )
+        self._check_names()
 
     def _all(self) -> list[tuple[str, Clipper | None]]:
         return [*self.rules, (DEFAULT, self.default)]
@@ -176,13 +206,12 @@ class ClipMap(Composite):
         """
         hits = dict.fromkeys((name for name, _ in self.rules), 0)
         names = []
-        for variable in variables:
-            path = path_of(variable)
-            matches = [name for name in hits if re.fullmatch(name, path)]
+        paths = tuple(path_of(v) for v in variables)
+        for path, matches in zip(paths, _matches(tuple(hits), paths), strict=True):
             if len(matches) > 1 and not self.ordered:
                 raise ValueError(
-                    f"ClipMap: the rules {matches} all match the variable {path!r}, and a dict has "
-                    "no order. Make them exclusive, or pass a list of (regex, clipper) pairs: "
+                    f"ClipMap: the rules {list(matches)} all match the variable {path!r}, and a "
+                    "dict has no order. Make them exclusive, or pass a list of (regex, clipper) pairs: "
                     "there the first match wins."
                 )
             for name in matches:
@@ -190,7 +219,6 @@ class ClipMap(Composite):
             names.append(matches[0] if matches else DEFAULT)
         unmatched = [name for name, count in hits.items() if count == 0]
         if check and unmatched and not self.allow_unmatched:
-            paths = [path_of(v) for v in variables]
             near = difflib.get_close_matches(unmatched[0], paths, n=3, cutoff=0.0)
             raise ValueError(
                 f"ClipMap: the rule {unmatched[0]!r} matches none of the {len(paths)} variables; "
@@ -327,6 +355,7 @@ class Chain(Composite):
             for i, c in enumerate(self.clippers)
         )
         object.__setattr__(self, "clippers", parts)
+        self._check_names()
 
     def _parts(self):
         return [(str(i), c) for i, c in enumerate(self.clippers)]

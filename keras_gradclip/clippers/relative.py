@@ -91,6 +91,7 @@ class AdaptiveClip(Clipper):
 
     def check_variables(self, variables):
         """Raise a ValueError if `axes` names an axis that a variable does not have."""
+        super().check_variables(variables)
         for variable in variables:
             rank = len(variable.shape)
             axes = self._axes_of(variable)

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 
 import keras_gradclip as kgc
@@ -48,6 +50,38 @@ def test_hints():
         kgc.get({".*/bias": None})
     with pytest.warns(UserWarning, match="scale of 0 to 100"):
         kgc.PercentileClip(0.9)
+
+
+def test_nested_rules_of_one_name_are_refused():
+    """Each has its own threshold: before, the second one's replaced the first one's."""
+    nested = kgc.ClipMap({"bias": kgc.AbsoluteClip(5.0)})
+    for outer in (kgc.AbsoluteClip(0.1), kgc.Chain([kgc.NormClip()])):
+        with pytest.raises(ValueError, match=r"would both be called '\.\*/bias'"):
+            kgc.ClipMap([(".*/bias", outer), (".*", nested)])
+    kgc.ClipMap([(".*/kernel", kgc.AbsoluteClip(0.1)), (".*", nested)])
+
+
+def test_complex_variables_are_refused_and_can_be_excluded():
+    z = keras.Variable(np.zeros(2, "complex64"), dtype="complex64", name="z")
+    g = keras.ops.convert_to_tensor(np.array([1 + 1j, 2j], "complex64"))
+    for clipper in (kgc.NormClip(), kgc.AdaptiveClip(), kgc.Chain([kgc.AbsoluteClip()])):
+        with pytest.raises(ValueError, match=r"complex64.*Exclude it"):
+            clipper([g], [z])
+    assert kgc.ClipMap({"z": None})([g], [z])[0] is g
+
+
+@pytest.mark.parametrize("alias", [a for a in selectable() if a != "exponential"])
+def test_float64_is_exact_where_nothing_is_clipped_and_finite_where_it_is_huge(alias):
+    cls = selectable()[alias]
+    far = 100.0 if alias == "percentile" else 1e6
+    v = keras.Variable(np.ones(2), dtype="float64", name="v")
+    for values in ([1 / 3, 2 / 3], [1e200, 1.0]):
+        (got,) = cls(**{threshold_of(cls): far})(
+            [keras.ops.convert_to_tensor(values, "float64")], [v]
+        )
+        if values[1] < 1 and alias != "ada":
+            np.testing.assert_array_equal(keras.ops.convert_to_numpy(got), values)
+        assert np.isfinite(keras.ops.convert_to_numpy(got)).all()
 
 
 def test_the_table_in_the_docs_is_that_of_the_cards():
