@@ -211,8 +211,8 @@ class ClipMap(Composite):
             if len(matches) > 1 and not self.ordered:
                 raise ValueError(
                     f"ClipMap: the rules {list(matches)} all match the variable {path!r}, and a "
-                    "dict has no order. Make them exclusive, or pass a list of (regex, clipper) pairs: "
-                    "there the first match wins."
+                    "dict has no order. Make them exclusive, or pass a list of (regex, clipper) "
+                    "pairs: there the first match wins."
                 )
             for name in matches:
                 hits[name] += 1
