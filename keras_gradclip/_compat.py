@@ -7,7 +7,9 @@ Keras lacks is asked of the host, not of its version.
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -107,3 +109,87 @@ def is_traced_for_xla() -> bool:
     from tensorflow.python.ops import control_flow_util
 
     return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+# Where Keras keeps an optimizer's slots, in the order in which TensorFlow's kernels take them.
+_SLOTS: dict[type, tuple[str, ...]] = {
+    keras.optimizers.SGD: ("momentums",),
+    keras.optimizers.Adam: ("_momentums", "_velocities", "_velocity_hats"),
+    keras.optimizers.AdamW: ("_momentums", "_velocities", "_velocity_hats"),
+    keras.optimizers.Adamax: ("_m", "_u"),
+    keras.optimizers.Adadelta: ("_accumulated_grads", "_accumulated_delta_vars"),
+}
+
+
+def slots(optimizer: Any, variable: Any) -> list[Any]:
+    """What an optimizer of `_SLOTS` remembers of a variable; what it does not use is left out."""
+    i = optimizer._get_variable_index(variable)
+    lists = (getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)])
+    return [slot_list[i] for slot_list in lists if slot_list]
+
+
+def updates_are_replaceable(optimizer: Any) -> bool:
+    """Whether `replace_updates` knows how `optimizer` updates a list of variables."""
+    name = "_distributed_tf_update_step"
+    return getattr(type(optimizer), name, None) is getattr(keras.optimizers.Optimizer, name, ())
+
+
+def replace_updates(optimizer: Any, update: Callable[..., None] | None) -> None:
+    """Let `update(default, strategy, gradients and variables, learning rate)` update the variables.
+
+    Keras calls `_distributed_tf_update_step` with the native variables, in cross-replica context
+    where there are replicas; it has no public name for more than one variable at a time.
+    `default` is that method as it was; an `update` of None brings it back.
+
+    Decoupled weight decay and the learning rate are multiplied once, too: Keras takes both to each
+    variable in turn, which costs a pass. An optimizer with a decay of its own (Muon) keeps it.
+    """
+    for name in ("_distributed_tf_update_step", "_apply_weight_decay"):
+        if name in vars(optimizer):
+            delattr(optimizer, name)
+    if update is None:
+        return
+    default = optimizer._distributed_tf_update_step
+    optimizer._distributed_tf_update_step = functools.partial(update, default)
+    if type(optimizer)._apply_weight_decay is keras.optimizers.Optimizer._apply_weight_decay:
+        # No closure: what a copy of the optimizer calls must be the copy's.
+        optimizer._apply_weight_decay = functools.partial(_decay_weights, optimizer)
+
+
+def _decay_weights(optimizer: Any, variables: Any) -> None:
+    if optimizer.weight_decay is None:
+        return
+    import tensorflow as tf
+
+    def of_one(variable: Any, rate: Any) -> None:
+        if optimizer._use_weight_decay(variable):
+            variable.assign_sub(variable * tf.cast(rate, variable.dtype))
+
+    def merged(strategy: Any, variables: Any, rate: Any) -> None:
+        for variable in variables:
+            strategy.extended.update(variable, of_one, args=(rate,), group=False)
+
+    native = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+    rate = tf.cast(optimizer.weight_decay, "float32") * optimizer.learning_rate
+    strategy = optimizer._distribution_strategy
+    tf.__internal__.distribute.interim.maybe_merge_call(merged, strategy, native, rate)
+
+
+def operations_without_xla(function: Any) -> list[str]:
+    """Types of operations in a traced function that XLA cannot compile for this machine.
+
+    XLA itself would say so only when the step runs. TensorFlow fills its registry, which has no
+    public door, when it compiles for the first time.
+    """
+    import tensorflow as tf
+    from tensorflow.python.framework import kernels
+
+    with tf.init_scope():
+        tf.function(lambda: tf.zeros(()), jit_compile=True)()
+    device = "XLA_GPU_JIT" if tf.config.list_physical_devices("GPU") else "XLA_CPU_JIT"
+    registry = kernels.get_all_registered_kernels().kernel
+    registered = {kernel.op for kernel in registry if kernel.device_type == device}
+    graph = function.graph.as_graph_def()
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    called = {f.signature.name for f in graph.library.function}
+    return sorted({node.op for node in nodes} - registered - called - {"Placeholder"})

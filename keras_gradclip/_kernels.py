@@ -238,6 +238,19 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return ops.sum(ops.square(x))
 
 
+def column_sums(x: Tensor) -> Tensor:
+    """The sum over all axes but the last, which stay as dimensions of 1."""
+    columns = x.shape[-1]
+    if _runs_on_tensorflow_cpu() and None not in tuple(x.shape):
+        import tensorflow as tf
+
+        # Half the time of a reduction: TensorFlow adds columns up slowly, and XLA more so.
+        rows = tf.reshape(x, (-1, columns))
+        sums = tf.linalg.matvec(rows, tf.ones(rows.shape[0], x.dtype), transpose_a=True)
+        return tf.reshape(sums, (*[1] * (len(x.shape) - 1), columns))
+    return ops.sum(x, axis=tuple(range(len(x.shape) - 1)), keepdims=True)
+
+
 def rms(x: Tensor) -> Tensor:
     """The root mean square of `x`, a float32 scalar."""
     size = 1

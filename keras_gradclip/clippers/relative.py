@@ -158,6 +158,8 @@ class AdaptiveClip(Clipper):
 def unit_squares(x: Any, axes: Sequence[int]) -> Any:
     """The sum of x² over `axes`, which stay as dimensions of 1; float32."""
     square = ops.square(kernels.float32(x))
+    if len(axes) == len(x.shape) - 1 and tuple(axes) == tuple(range(len(axes))):
+        return kernels.column_sums(square)
     return ops.sum(square, axis=tuple(axes), keepdims=True) if axes else square
 
 

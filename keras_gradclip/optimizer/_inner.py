@@ -15,6 +15,7 @@ from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variable
 from keras_gradclip.optimizer._accumulation import is_overwritten
+from keras_gradclip.optimizer._compiled import CompiledUpdate
 
 # The `ema_overwrite_frequency` of inner optimizers, which we took from them. An optimizer that
 # is compiled a second time is wrapped a second time.
@@ -91,9 +92,10 @@ class InnerUpdate:
 
     Attributes:
         ema_overwrite_frequency: what was taken from the inner optimizer, or None.
+        compiled: how the inner optimizer's variables are updated.
     """
 
-    def __init__(self, inner: Optimizer, strategy: Strategy) -> None:
+    def __init__(self, inner: Optimizer, strategy: Strategy, compiled: bool | str) -> None:
         self._inner = inner
         self._is_held = False
         self.ema_overwrite_frequency: int | None = None
@@ -105,6 +107,7 @@ class InnerUpdate:
             self.ema_overwrite_frequency = frequency
             inner.ema_overwrite_frequency = None
         _compat.make_reduce_identity(inner)
+        self.compiled = CompiledUpdate(inner, compiled)
 
     def __call__(
         self,

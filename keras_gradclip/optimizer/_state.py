@@ -173,6 +173,7 @@ class HasState(HasThresholds):
             "skip_nonfinite": self.skip_nonfinite,
             "telemetry": self.telemetry,
             "name": self.name,
+            "compiled": self._inner_update.compiled.mode,
         }
 
     @classmethod

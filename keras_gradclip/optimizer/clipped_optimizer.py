@@ -66,6 +66,9 @@ class ClippedOptimizer(
             update, which costs two or three more passes over the gradients, an int n at every
             n-th, from the first after a reset on. `ClippedModel` turns it on, with n = 8.
         name: the optimizer's name.
+        compiled: "auto" runs the inner optimizer's update by one kernel a variable, or by XLA,
+            where this is legal and pays; True insists, and False leaves it to Keras. The results
+            are the same to rounding. The property `compiled` tells what happens.
 
     Raises:
         ValueError: an inner optimizer with its own clipping or accumulation, a
@@ -80,6 +83,8 @@ class ClippedOptimizer(
         skip_nonfinite: bool = False,
         telemetry: bool | int = False,
         name: str | None = None,
+        *,
+        compiled: bool | str = "auto",
     ) -> None:
         inner_optimizer = check_inner(inner_optimizer, ClippedOptimizer)
         clipper = as_clipper("ClippedOptimizer", "clipper", clipper, optional=True)
@@ -89,10 +94,11 @@ class ClippedOptimizer(
         validation.choice("ClippedOptimizer", "skip_nonfinite", skip_nonfinite, (True, False))
         if not isinstance(telemetry, bool):
             validation.steps("ClippedOptimizer", "telemetry", telemetry)
+        validation.choice("ClippedOptimizer", "compiled", compiled, ("auto", True, False))
         super().__init__(learning_rate=_delegated, name=name)
         self.skip_nonfinite = skip_nonfinite
         self._strategy = aggregation.current_strategy()
-        self._inner_update = InnerUpdate(inner_optimizer, self._strategy)
+        self._inner_update = InnerUpdate(inner_optimizer, self._strategy, compiled)
         self.inner_optimizer = inner_optimizer
         self._static_scale: LossScale = FixedLossScale(inner_optimizer)
         self.gradient_accumulation_steps = steps
@@ -114,6 +120,14 @@ class ClippedOptimizer(
         Keras drops it, a micro-batch at a time, before it comes here.
         """
         return int(to_numpy(self._skipped)) if self.built else 0
+
+    @property
+    def compiled(self) -> str:
+        """Whether the update is compiled: "yes", "no: reason", or "yes, except" what and why.
+
+        What is known of the gradients alone (sparse rows) is known after the first update.
+        """
+        return str(self._inner_update.compiled)
 
     def set_frozen_variables(self, variables: Sequence[Variable]) -> None:
         """Name the model's variables that are not trained now: a ClipMap's rules may match them.

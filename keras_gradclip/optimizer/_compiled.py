@@ -1,0 +1,283 @@
+"""How the inner optimizer's update is run: by one kernel a variable, by XLA, or as Keras wrote it.
+
+Keras writes an update as many operations, each a pass over the memory (Adam: about 15 a variable).
+TensorFlow has the same equations as single kernels, on CPU and GPU, for the common optimizers:
+they need no compilation and serve every strategy, for each replica updates its own copy. What has
+no such kernel is compiled by XLA where that pays: on one replica, and the large variables alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import backend
+
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _compat
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._types import Gradient, Optimizer, Scalar, Strategy, Tensor
+from keras_gradclip.clippers.base import path_of
+
+#: One update of one variable: (variable, gradient, *slots), each of them native.
+Kernel = Callable[..., Any]
+#: (optimizer, learning rate, number of the step from 1 on): scalars of the variables' dtype.
+MakeKernel = Callable[[Optimizer, Tensor, Tensor], Kernel]
+
+
+def _sgd(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+    import tensorflow as tf
+
+    del step
+    if inner.momentum == 0:
+        return lambda v, g: tf.raw_ops.ResourceApplyGradientDescent(var=v, alpha=lr, delta=g)
+    momentum = tf.cast(inner.momentum, lr.dtype)
+    return lambda v, g, m: tf.raw_ops.ResourceApplyKerasMomentum(
+        var=v, accum=m, lr=lr, grad=g, momentum=momentum, use_nesterov=inner.nesterov
+    )
+
+
+def _adam(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+    import tensorflow as tf
+
+    constants = {
+        "beta1": tf.cast(inner.beta_1, lr.dtype),
+        "beta2": tf.cast(inner.beta_2, lr.dtype),
+        "epsilon": tf.cast(inner.epsilon, lr.dtype),
+        "lr": lr * _rounding_of_beta_2(inner.beta_2, step),
+    }
+    constants["beta1_power"] = tf.pow(constants["beta1"], step)
+    constants["beta2_power"] = tf.pow(constants["beta2"], step)
+    if inner.amsgrad:
+        return lambda v, g, m, s, top: tf.raw_ops.ResourceApplyAdamWithAmsgrad(
+            var=v, m=m, v=s, vhat=top, grad=g, **constants
+        )
+    return lambda v, g, m, s: tf.raw_ops.ResourceApplyAdam(var=v, m=m, v=s, grad=g, **constants)
+
+
+def _rounding_of_beta_2(beta_2: float, step: Tensor) -> Tensor:
+    """By how much the kernel's root of the second moment is off, as a factor.
+
+    The kernel takes 1 - β2 from a rounded β2, Keras rounds the difference: for 0.999 in float32
+    they are 1.3e-5 apart. After t steps so are the second moments, until (1 - β2)·t outgrows 1.
+    """
+    import tensorflow as tf
+
+    kernels_own = 1.0 - step.dtype.as_numpy_dtype(beta_2)
+    keras_own = step.dtype.as_numpy_dtype(1.0 - beta_2)
+
+    def grown(rate: float) -> Tensor:
+        return tf.math.expm1(step * tf.cast(math.log1p(-rate), step.dtype))
+
+    if not 0.0 < keras_own < 1.0 or not 0.0 < kernels_own < 1.0:
+        return tf.ones_like(step)
+    return tf.sqrt(grown(kernels_own) / grown(keras_own))
+
+
+def _adamax(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+    import tensorflow as tf
+
+    constants = {
+        "beta1": tf.cast(inner.beta_1, lr.dtype),
+        "beta2": tf.cast(inner.beta_2, lr.dtype),
+        "epsilon": tf.cast(inner.epsilon, lr.dtype),
+        "lr": lr,
+    }
+    constants["beta1_power"] = tf.pow(constants["beta1"], step)
+    return lambda v, g, m, u: tf.raw_ops.ResourceApplyAdaMax(var=v, m=m, v=u, grad=g, **constants)
+
+
+def _adadelta(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+    import tensorflow as tf
+
+    del step
+    rho, epsilon = tf.cast(inner.rho, lr.dtype), tf.cast(inner.epsilon, lr.dtype)
+    return lambda v, g, squares, deltas: tf.raw_ops.ResourceApplyAdadelta(
+        var=v, accum=squares, accum_update=deltas, lr=lr, rho=rho, epsilon=epsilon, grad=g
+    )
+
+
+#: Those whose equations are exactly those of a TensorFlow kernel, in Keras's own formulation.
+_KERNELS: dict[type, MakeKernel] = {
+    keras.optimizers.SGD: _sgd,
+    keras.optimizers.Adam: _adam,
+    keras.optimizers.AdamW: _adam,
+    keras.optimizers.Adamax: _adamax,
+    keras.optimizers.Adadelta: _adadelta,
+}
+
+
+# Element by element, in many operations. The others take norms or products of matrices, which XLA
+# computes more slowly on a CPU than TensorFlow; of somebody's own optimizer nothing is known.
+_GAIN_BY_XLA = (
+    keras.optimizers.Adagrad,
+    keras.optimizers.Ftrl,
+    keras.optimizers.Lion,
+    keras.optimizers.Nadam,
+    keras.optimizers.RMSprop,
+)
+
+
+class CompiledUpdate:
+    """Runs the updates of one inner optimizer; what it refuses is left to Keras.
+
+    Args:
+        inner: a Keras optimizer; the way it updates its variables is replaced.
+        mode: "auto" compiles what is legal and pays, True insists, False changes nothing.
+
+    Attributes:
+        mode: as given.
+
+    Raises:
+        ValueError: `mode` is True and nothing can be compiled; or, at the first update, one of
+            the variables cannot.
+    """
+
+    def __init__(self, inner: Optimizer, mode: bool | str) -> None:
+        self._inner = inner
+        self.mode = mode
+        self._make_kernel = _KERNELS.get(type(inner))
+        #: Path of a variable to the reason why Keras updates it.
+        self._refused: dict[str, str] = {}
+        self._reason = self._impossible()
+        if self._reason and mode is True:
+            raise ValueError(_cannot(self._reason))
+        if backend.backend() == "tensorflow":
+            # An inner optimizer that is wrapped a second time may have been compiled before.
+            _compat.replace_updates(inner, None if self._reason else self._update)
+
+    def _impossible(self) -> str | None:
+        """Why nothing can be compiled, as far as it is known before the first update."""
+        name = type(self._inner).__name__
+        if self.mode is False:
+            return "compiled=False"
+        if backend.backend() != "tensorflow":
+            return f"the backend is {backend.backend()}, not tensorflow"
+        if not _compat.updates_are_replaceable(self._inner):
+            return f"{name} or this Keras has its own way to update a list of variables"
+        if self._make_kernel is None and self.mode == "auto":
+            if type(self._inner) not in _GAIN_BY_XLA:
+                return f"{name} is not known to gain; compiled=True tries it"
+            if aggregation.replica_count() > 1:
+                return f"{name} needs XLA, which does not reach several replicas"
+        return None
+
+    def __str__(self) -> str:
+        """As `ClippedOptimizer.compiled` says."""
+        if self._reason:
+            return f"no: {self._reason}"
+        if not self._refused:
+            return "yes"
+        reasons = [f"{reason} of {path}" for path, reason in self._refused.items()]
+        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        return f"yes, except {'; '.join(reasons[:3])}{more}"
+
+    def _update(
+        self,
+        default: Callable[..., None],
+        strategy: Strategy,
+        pairs: Sequence[tuple[Gradient, Tensor]],
+        learning_rate: Scalar,
+    ) -> None:
+        """Update native variables in place of `default`, Keras's own function for it."""
+        if _compat.is_traced_for_xla():  # the whole step is compiled, and this with it
+            default(strategy, pairs, learning_rate)
+            return
+        chosen: list[tuple[Gradient, Tensor]] = []
+        left: list[tuple[Gradient, Tensor]] = []
+        for gradient, variable in pairs:
+            reason = self._unfit(gradient, variable)
+            (left if reason else chosen).append((gradient, variable))
+            if reason:
+                self._refuse(variable, reason)
+        if self._make_kernel is not None:
+            self._update_by_kernels(self._make_kernel, strategy, chosen, learning_rate)
+        else:
+            left += self._update_by_xla(strategy, chosen, learning_rate)
+        if left:
+            default(strategy, left, learning_rate)
+
+    def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
+        if kernels.is_sparse(gradient):
+            return "sparse gradient"
+        if variable.dtype.name not in ("float32", "float64"):
+            return f"{variable.dtype.name}"
+        return None
+
+    def _refuse(self, variable: Tensor, reason: str) -> None:
+        path = path_of(variable)
+        if self.mode is True:
+            raise ValueError(_cannot(f"{reason} of {path}"))
+        self._refused[path] = reason
+
+    def _update_by_kernels(
+        self,
+        make: MakeKernel,
+        strategy: Strategy,
+        pairs: Sequence[tuple[Gradient, Tensor]],
+        learning_rate: Scalar,
+    ) -> None:
+        import tensorflow as tf
+
+        made: dict[tuple[str, str], Kernel] = {}  # the scalars are computed once on each device
+
+        def of_one(variable: Tensor, gradient: Gradient, rate: Scalar) -> None:
+            key = (variable.device, variable.dtype.name)
+            if key not in made:
+                step = tf.cast(kernels.read(self._inner.iterations) + 1, variable.dtype)
+                made[key] = make(self._inner, tf.cast(rate, variable.dtype), step)
+            slots = _compat.slots(self._inner, variable)
+            gradient = tf.cast(gradient, variable.dtype)
+            made[key](variable.handle, gradient, *(slot.value.handle for slot in slots))
+
+        rate = kernels.read(learning_rate)
+        for gradient, variable in pairs:
+            strategy.extended.update(variable, of_one, args=(gradient, rate), group=False)
+
+    def _update_by_xla(
+        self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], learning_rate: Scalar
+    ) -> list[tuple[Gradient, Tensor]]:
+        """Update the pairs that are worth compiling; return the others."""
+        import tensorflow as tf
+
+        least = 0 if self.mode is True else kernels.SMALL
+        large = [pair for pair in pairs if pair[1].shape.num_elements() >= least]
+        size = sum(variable.shape.num_elements() for _, variable in large)
+        reason = None
+        if strategy.num_replicas_in_sync > 1:
+            reason = "XLA does not reach several replicas"
+        elif tf.executing_eagerly():
+            reason = "eager execution"
+        elif size < kernels.WORTH_COMPILING and self.mode == "auto":
+            reason = f"{size} elements in large variables are too few to pay for XLA"
+        variables = [variable for _, variable in large]
+
+        def run(gradients: list[Tensor], rate: Scalar) -> None:
+            for gradient, variable in zip(gradients, variables, strict=True):
+                self._inner.update_step(gradient, variable, rate)
+
+        gradients = [tf.ensure_shape(gradient, variable.shape) for gradient, variable in large]
+        rate = tf.convert_to_tensor(kernels.read(learning_rate))
+        function = tf.function(run, jit_compile=True, autograph=False)
+        if reason is None and not type(self._inner).__module__.startswith("keras."):
+            missing = _compat.operations_without_xla(
+                function.get_concrete_function(gradients, rate)
+            )
+            if missing:
+                reason = f"XLA does not know {', '.join(missing)}"
+        if reason is not None:
+            if self.mode is True:
+                raise ValueError(_cannot(reason))
+            self._reason = reason
+            return list(pairs)
+        function(gradients, rate)
+        return [pair for pair in pairs if pair[1].shape.num_elements() < least]
+
+
+def _cannot(reason: str) -> str:
+    return (
+        f"ClippedOptimizer: compiled=True, but the update cannot be compiled: {reason}. Use "
+        "compiled='auto', which compiles what it can."
+    )

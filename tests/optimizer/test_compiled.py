@@ -1,0 +1,189 @@
+"""The compiled update against Keras's own: weights and slots after 20 steps."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+
+import keras_gradclip as kgc  # noqa: E402
+from keras_gradclip import _kernels as kernels  # noqa: E402
+
+optimizers = keras.optimizers
+SCHEDULE = optimizers.schedules.ExponentialDecay(0.01, 5, 0.9)
+BY_KERNELS = {
+    "SGD": functools.partial(optimizers.SGD, 0.1),
+    "momentum": functools.partial(optimizers.SGD, 0.05, momentum=0.9),
+    "nesterov, schedule": functools.partial(optimizers.SGD, SCHEDULE, momentum=0.9, nesterov=True),
+    "momentum, decay": functools.partial(optimizers.SGD, 0.05, momentum=0.9, weight_decay=0.01),
+    "Adam": optimizers.Adam,
+    "Adam, AMSGrad, EMA": functools.partial(
+        optimizers.Adam, 0.01, amsgrad=True, use_ema=True, ema_overwrite_frequency=7
+    ),
+    "AdamW": functools.partial(optimizers.AdamW, SCHEDULE, weight_decay=0.1),
+    "Adamax": functools.partial(optimizers.Adamax, 0.01),
+    "Adadelta": functools.partial(optimizers.Adadelta, 1.0),
+}
+BY_XLA = {
+    "Adagrad": functools.partial(optimizers.Adagrad, 0.01),
+    "Ftrl": functools.partial(optimizers.Ftrl, 0.01, l1_regularization_strength=1e-3),
+    "Lion": functools.partial(optimizers.Lion, 0.01, weight_decay=0.01),
+    "Nadam": functools.partial(optimizers.Nadam, 0.01),
+    "RMSprop": functools.partial(optimizers.RMSprop, 0.01, momentum=0.9, centered=True),
+}
+INSISTED = {
+    "Lamb": functools.partial(optimizers.Lamb, 0.01),
+    "Adafactor": functools.partial(optimizers.Adafactor, 0.01),
+    "Muon": functools.partial(optimizers.Muon, 0.01),
+}
+if hasattr(optimizers, "ScheduleFreeAdamW"):
+    INSISTED["ScheduleFreeAdamW"] = functools.partial(optimizers.ScheduleFreeAdamW, 0.01)
+SHAPES = ((7, 5), (3, 3, 2, 4), (5,), ())
+
+
+def variables(shapes=SHAPES, **arguments):
+    rng = np.random.default_rng(0)
+    return [
+        keras.Variable(rng.normal(size=shape).astype("float32"), name=f"v{i}", **arguments)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def trained(make, compiled, *, shapes=SHAPES, steps=20, graph=True, clipper=None, excluded=True):
+    """Weights and states after some steps, and the optimizer."""
+    ours = variables(shapes)
+    optimizer = kgc.ClippedOptimizer(make(), clipper, compiled=compiled)
+    if excluded and optimizer.inner_optimizer.weight_decay:
+        optimizer.exclude_from_weight_decay(ours[:1])
+    optimizer.build(ours)
+    step = tf.function(optimizer.apply, autograph=False) if graph else optimizer.apply
+    rng = np.random.default_rng(1)
+    for _ in range(steps):
+        step([tf.constant(rng.normal(size=shape), tf.float32) for shape in shapes])
+    return [np.array(v) for v in (*ours, *optimizer.inner_optimizer.variables)], optimizer
+
+
+def assert_equal(ours, keras_own, tolerance=2e-6):
+    for x, y in zip(ours, keras_own, strict=True):
+        scale = np.max(np.abs(y), initial=0.0)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
+
+
+def assert_parity(make, compiled="auto", tolerance=2e-6, **arguments):
+    ours, optimizer = trained(make, compiled, **arguments)
+    keras_own, plain = trained(make, False, **arguments)
+    assert optimizer.compiled == "yes", optimizer.compiled
+    assert plain.compiled == "no: compiled=False"
+    assert_equal(ours, keras_own, tolerance)
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Let XLA have the variables of these tests."""
+    monkeypatch.setattr(kernels, "SMALL", 8)
+    monkeypatch.setattr(kernels, "WORTH_COMPILING", 1)
+
+
+# Adam's kernels take 1 - β2 in float32, 1.3e-5 off Keras's: it shows in the second moments.
+@pytest.mark.parametrize("name", BY_KERNELS)
+def test_kernels_do_what_keras_does(name):
+    assert_parity(BY_KERNELS[name], tolerance=2e-5 if name.startswith("Adam") else 2e-6)
+
+
+def test_adams_weights_are_keras_own():
+    ours, _ = trained(BY_KERNELS["Adam"], "auto")
+    keras_own, _ = trained(BY_KERNELS["Adam"], False)
+    assert_equal(ours[: len(SHAPES)], keras_own[: len(SHAPES)])
+
+
+def test_xla_does_what_keras_does(small_is_large):
+    assert_parity(BY_XLA["Lion"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BY_XLA, *INSISTED])
+def test_xla_does_what_keras_does_for_every_optimizer(name, small_is_large):
+    shapes = ((7, 5), (4, 6)) if name == "Muon" else SHAPES
+    make = {**BY_XLA, **INSISTED}[name]
+    assert_parity(make, "auto" if name in BY_XLA else True, shapes=shapes)
+
+
+def test_eager_updates_are_compiled_by_kernels():
+    assert_parity(BY_KERNELS["momentum"], steps=3, graph=False)
+
+
+def test_a_clipper_with_a_state_in_front():
+    assert_parity(BY_KERNELS["momentum"], clipper=kgc.PercentileClip(50, window=4), steps=6)
+
+
+@pytest.mark.parametrize("name", ["momentum", "Adam"])
+def test_nan_and_infinity_go_where_they_went(name):
+    ours = {}
+    for compiled in (False, "auto"):
+        weight = keras.Variable(np.ones(4, "float32"))
+        optimizer = kgc.ClippedOptimizer(BY_KERNELS[name](), "absolute", compiled=compiled)
+        optimizer.apply([tf.constant([np.nan, np.inf, -np.inf, 1.0])], [weight])
+        ours[compiled] = np.array(weight)
+    assert np.isnan(ours["auto"][0]) and np.isfinite(ours["auto"][1:]).all()
+    np.testing.assert_allclose(ours["auto"], ours[False], rtol=2e-6)
+
+
+def sparse_and_dense(compiled):
+    table, bias = (
+        keras.Variable(np.ones((6, 2), "float32"), name="embeddings"),
+        keras.Variable(np.ones(2, "float32"), name="bias"),
+    )
+    optimizer = kgc.ClippedOptimizer(BY_KERNELS["momentum"](), "absolute", compiled=compiled)
+    rows = tf.IndexedSlices(tf.ones((2, 2)), tf.constant([1, 3]), tf.constant([6, 2]))
+    for _ in range(3):
+        optimizer.apply([rows, tf.ones(2)], [table, bias])
+    return [np.array(table), np.array(bias)], optimizer
+
+
+def test_sparse_rows_alone_are_left_to_keras():
+    ours, optimizer = sparse_and_dense("auto")
+    keras_own, _ = sparse_and_dense(False)
+    assert optimizer.compiled == "yes, except sparse gradient of embeddings"
+    assert_equal(ours, keras_own)
+
+
+def test_who_insists_is_told_what_cannot_be_compiled():
+    with pytest.raises(ValueError, match="sparse gradient of embeddings"):
+        sparse_and_dense(True)
+    with pytest.raises(ValueError, match="`compiled` must be one of"):
+        kgc.ClippedOptimizer("sgd", compiled="always")
+
+
+class ThroughPython(keras.optimizers.SGD):
+    """An update that XLA cannot take."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        """SGD by way of NumPy."""
+        step = tf.numpy_function(lambda g: 0.1 * g, [gradient], tf.float32)
+        self.assign_sub(variable, tf.ensure_shape(step, variable.shape))
+
+
+def test_an_optimizer_that_xla_refuses():
+    _, optimizer = trained(ThroughPython, "auto", steps=1)
+    assert optimizer.compiled.startswith("no: ThroughPython is not known to gain")
+    with pytest.raises(ValueError, match=r"XLA does not know .*PyFunc"):
+        trained(ThroughPython, True, steps=1)
+
+
+def test_what_is_too_small_is_not_compiled():
+    _, optimizer = trained(BY_XLA["Lion"], "auto", steps=1)
+    assert "too few" in optimizer.compiled
+
+
+def test_the_choice_is_saved_and_undone_by_the_next_wrapper():
+    inner = keras.optimizers.SGD(0.1)
+    optimizer = kgc.ClippedOptimizer(inner, "absolute", compiled=True)
+    assert optimizer.compiled == "yes"
+    again = kgc.ClippedOptimizer.from_config(optimizer.get_config())
+    assert again.get_config()["compiled"] is True
+    weight = keras.Variable(np.ones(3, "float32"))
+    kgc.ClippedOptimizer(inner, "absolute", compiled=False).build([weight])
+    graph = tf.function(lambda: inner.apply([tf.ones(3)])).get_concrete_function().graph
+    assert not [op for op in graph.get_operations() if op.type.startswith("ResourceApply")]
