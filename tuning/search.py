@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         default=["absolute", "exponential", "norm"],
-        help="of absolute, exponential, norm; none is always there (%(default)s)",
+        help="any that a recipe's --help names; none is always there (%(default)s)",
     )
 
     def add_range(flag: str, text: str, default=None) -> None:
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_range("--beta-range", "exponential: β (%(default)s)", [0.5, 1.0])
     add("--rescales", nargs="+", metavar="WORD", default=["none"], help="none norm max alpha")
     add("--weights", nargs="+", metavar="WORD", default=["elementwise"], help="exponential")
-    add("--scopes", nargs="+", metavar="WORD", default=["layer"], help="norm")
+    add("--scopes", nargs="+", metavar="WORD", help="of clippers by norm (each one's own default)")
     add("--search-gate", action="store_true", help="also search the activation gate")
     add("--groups", action="store_true", help="a threshold each for stem, stages and head")
     add_range("--learning-rate-range", "log (a third to three times the recipe's)")

@@ -24,12 +24,7 @@ from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import (  # noqa: F401  (for importers of before)
-    layer_of,
-    layers_of,
-    path_of,
-    size_of,
-)
+from keras_gradclip._names import path_of
 from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
 
 Hyper = Mapping[str, Any]

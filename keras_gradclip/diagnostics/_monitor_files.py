@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from keras_gradclip import _files as files
+from keras_gradclip._names import layers_of
 from keras_gradclip._types import Config
-from keras_gradclip.clippers.base import layers_of, serialize
+from keras_gradclip.clippers.base import serialize
 from keras_gradclip.diagnostics._recorder import FIELDS
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer

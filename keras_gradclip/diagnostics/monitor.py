@@ -12,8 +12,8 @@ import numpy as np
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
+from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Config, Variable
-from keras_gradclip.clippers.base import layers_of, path_of
 from keras_gradclip.diagnostics._monitor_files import MonitorFiles, TensorBoardFiles
 from keras_gradclip.diagnostics._recorder import FIELDS, Recorder
 from keras_gradclip.diagnostics.watch import UPDATES_IN_A_STEP, sync, wrapped_optimizer

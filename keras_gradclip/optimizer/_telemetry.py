@@ -11,8 +11,8 @@ from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _kernels as kernels
+from keras_gradclip._names import layers_of
 from keras_gradclip._types import Config, Gradients, Scalar, Tensor, Variable
-from keras_gradclip.clippers.base import layers_of
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 

@@ -9,7 +9,7 @@ from helpers import gradients, to64, train, variables, weights
 from keras import ops
 
 import keras_gradclip as kgc
-from keras_gradclip.clippers.base import path_of
+from keras_gradclip._names import path_of
 
 STEPS = 60
 

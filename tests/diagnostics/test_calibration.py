@@ -9,7 +9,7 @@ import pytest
 from helpers import data, loss, net, strategy
 
 import keras_gradclip as kgc
-from keras_gradclip.clippers.base import layer_of
+from keras_gradclip._names import layer_of
 from keras_gradclip.clippers.relative import default_unit_axes
 
 tf = pytest.importorskip("tensorflow")
