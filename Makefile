@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 zoo replicas search calibrate bench bench-jax test test-slow test-backends \
+.PHONY: help venv resnet50 zoo compare calibrate cluster replicas search bench bench-jax test test-slow test-backends \
         test-matrix docs dist venv-jax venv-torch lint format clean
 
 help:
 	@echo "make venv       set up .venv (the first step of every other target)"
 	@echo "make resnet50   train ResNet-50 with clipping on the embedded MNIST images"
 	@echo "make zoo        train every recipe on its embedded data and print one table"
+	@echo "make compare    AlexNet with and without clipping, over learning rates and seeds"
+	@echo "make cluster    ResNet-50 as two workers on this machine"
 	@echo "make search     search clipping thresholds with KerasTuner on the embedded data"
 	@echo "make calibrate  clipping thresholds from ResNet-50's own gradients"
 	@echo "make replicas   what a threshold means on 1, 2 and 4 replicas, Keras beside us"
@@ -53,6 +55,13 @@ resnet50: venv
 zoo: venv
 	$(BIN)/python recipes/tools/zoo.py $(ARGS)
 
+compare: venv
+	$(BIN)/python recipes/tools/compare.py $(or $(RECIPE),alexnet) $(ARGS)
+
+cluster: venv
+	$(BIN)/python recipes/tools/cluster.py --workers $(or $(WORKERS),2) \
+	  recipes/$(or $(RECIPE),resnet50).py $(ARGS)
+
 search: venv
 	$(BIN)/python tuning/search.py $(ARGS)
 
@@ -64,10 +73,10 @@ bench-jax: venv-jax
 	  --epochs 1 --examples 64 --rates 0.1 $(ARGS)
 
 calibrate: venv
-	$(BIN)/python recipes/tools/calibrate.py resnet50 $(ARGS)
+	$(BIN)/python recipes/tools/calibrate.py $(or $(RECIPE),resnet50) $(ARGS)
 
 replicas: venv
-	$(BIN)/python recipes/tools/replicas.py
+	$(BIN)/python recipes/tools/replicas.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

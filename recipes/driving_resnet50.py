@@ -48,11 +48,13 @@ def build(num_outputs, image_size, model_class, options):
 
 def load_signs(options):
     """Signs from a TFDS name, an image folder, or the rendered ones."""
-    from recipes.data import rendered, sets
+    from recipes import data
+    from recipes.data import rendered
+    from recipes.data.image_folder import IMAGE_FOLDER
 
     drawn = options.dataset == steering.RENDERED
-    return sets.load(
-        sets.IMAGE_FOLDER if drawn else options.dataset,
+    return data.load(
+        IMAGE_FOLDER if drawn else options.dataset,
         data_dir=str(rendered.rendered_signs()) if drawn else options.data_dir,
         image_size=options.image_size,
         augment="shift" if options.augment == "auto" else options.augment,

@@ -1,5 +1,8 @@
 """Errors that end a recipe in one clear line instead of a traceback."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class RecipeError(Exception):
     """A mistake of the caller or of the surroundings: its message is all the user needs."""
@@ -7,6 +10,10 @@ class RecipeError(Exception):
 
 class DataError(RecipeError):
     """A data set that is missing, misspelt, damaged or of the wrong kind."""
+
+
+class WorkerLost(RecipeError):
+    """A worker died, hangs, or never came."""
 
 
 class TrainingDiverged(RecipeError):
@@ -21,3 +28,18 @@ class TrainingDiverged(RecipeError):
         super().__init__(message)
         self.step = step
         self.layer = layer
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, else its kind."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """The ValueErrors and TypeErrors of libraries, raised over the user's values, in one line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RecipeError(first_line(error)) from error

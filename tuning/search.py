@@ -17,9 +17,10 @@ from pathlib import Path
 
 if not __package__:  # run as a script: the folder above tuning/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import recipes.training  # noqa: F401  (changes to the environment that has what follows)
 
 from recipes.errors import RecipeError
-from recipes.tools.zoo import RECIPES
+from recipes.registry import RECIPES
 from tuning.session import SMALL, Session
 from tuning.verdict import LEAST_RUNS
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from keras_gradclip._files import read_json, write_json
 from recipes.errors import RecipeError
-from recipes.tools.zoo import RECIPES, find_recipe
+from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
 from recipes.training.quiet import import_tensorflow
 from tuning.rows import TrialRow, best_row, describe, formatter

@@ -13,10 +13,10 @@ import keras
 import numpy as np
 
 import keras_gradclip as kgc
+from keras_gradclip._files import write_json
 from keras_gradclip.tuning.divergence import DIVERGED, LARGEST_WEIGHT, exploded, worst_score
 from keras_gradclip.tuning.space import to_clipper, to_gate
 from recipes.errors import RecipeError, TrainingDiverged
-from recipes.training import options as opts
 from tuning.rows import TrialRow
 
 _SCORE = "run-{}"  # a metric a run: its score
@@ -120,18 +120,18 @@ class TrialRunner:
 
     def _train(self, options, folder, last, on_epoch) -> dict[str, float]:
         from recipes.training import run
-        from recipes.training.callbacks import BACKUP, BEST, HISTORY, read_rows
+        from recipes.training.folder import BACKUP, BEST, HISTORY, read_history
 
         note = folder / "diverged.json"
         started = time.monotonic()
-        rows = read_rows(folder / HISTORY)
+        rows = read_history(folder / HISTORY)
         epochs = _Epochs(last, self.objective.name, self.report, on_epoch)
         if not note.exists() and len(rows) < last:
             try:
                 run(self.recipe, options, folder, [epochs])
             except TrainingDiverged as error:
-                opts.write_json(note, {"message": str(error)})
-            rows = read_rows(folder / HISTORY)
+                write_json(note, {"message": str(error)})
+            rows = read_history(folder / HISTORY)
         if not self.keep_weights:
             (folder / BEST).unlink(missing_ok=True)
         if not self.keep_backups:

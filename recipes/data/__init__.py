@@ -1,1 +1,93 @@
-"""Where do images come from? Data sets, folders, logs, and the streams made of them."""
+"""Where do images come from? `load` finds a data set by its name, `train_stream` its batches."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from recipes.data import images, tfds
+from recipes.data.image_folder import IMAGE_FOLDER, image_folder_splits
+from recipes.data.sets import LARGE_SHUFFLE_BUFFER, SMALL_SHUFFLE_BUFFER, Data, Split, normalise
+from recipes.data.stream import WHOLE, Part, eval_batches, steps_per_epoch, train_stream
+
+__all__ = [
+    "WHOLE",
+    "Data",
+    "Part",
+    "Split",
+    "eval_batches",
+    "load",
+    "steps_per_epoch",
+    "train_stream",
+]
+# Mirrored digits and signs change or lose their meaning.
+_NEVER_FLIPPED = ("mnist", "svhn", "omniglot", "sign", "gtsrb", "emnist")
+
+
+def load(
+    dataset: str = tfds.EMBEDDED,
+    data_dir: str | None = None,
+    image_size: int = 224,
+    augment: str = "auto",
+    flip: bool | None = None,
+    splits: str | None = None,
+    download: bool = False,
+    on_bad_data: str = "refuse",
+) -> Data:
+    """A classification set, ready for `train_stream` and `eval_batches`.
+
+    Images leave as float32 [image_size, image_size, 3] in -1..1, labels as int64 scalars.
+
+    Args:
+        dataset: str, `mnist_embedded`, `image_folder` (then `data_dir` is laid out as
+            split/class/file) or any TFDS name (`cifar10`, `imagenet2012:5.1.0`).
+        data_dir: str or None, the folder that holds the prepared data set.
+        image_size: int, side in pixels.
+        augment: str, "imagenet" (a random crop of 8 to 100 % of the area, decoded alone; the
+            evaluation crop is the centre of an image resized to 256/224), "shift" (pad by an
+            eighth and crop; evaluation on the whole image), "none", or "auto": imagenet where
+            images may be 96 pixels or more a side, else shift.
+        flip: bool or None, mirror half of the training images; None: yes, but for digits and
+            signs or with augment "none".
+        splits: str or None, "train,validation,test" in TFDS's slicing language; None: the set's
+            own, with a tenth of the training split held out where there is no validation split.
+        download: bool, let TFDS download and prepare.
+        on_bad_data: str, "refuse" or "skip", for unreadable files of an image folder.
+
+    Raises:
+        DataError: the data set is unknown, not prepared, or has no images with labels.
+    """
+    if dataset == IMAGE_FOLDER:
+        parts, num_classes = image_folder_splits(data_dir, on_bad_data)
+        train, validation, test = parts
+        read, small = tf.io.read_file, False
+    else:
+        builder = tfds.open_builder(dataset, data_dir, download)
+        image_key, label_key, num_classes, small = tfds.features_of(builder)
+        train, validation, test = tfds.splits_of(builder, image_key, label_key, splits, data_dir)
+        read = None
+    if augment == "auto":
+        augment = "shift" if small else "imagenet"
+    if flip is None:
+        lower = dataset.lower()
+        flip = augment != "none" and not any(word in lower for word in _NEVER_FLIPPED)
+
+    def preprocess_train(element: Any, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        encoded, label = element
+        encoded = read(encoded) if read else encoded
+        image = images.decode_train(encoded, seed, image_size, augment, flip)
+        return normalise(image), label
+
+    def preprocess_eval(encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        encoded = read(encoded) if read else encoded
+        return normalise(images.decode_eval(encoded, image_size, augment)), label
+
+    return Data(
+        train=train,
+        validation=validation,
+        test=test,
+        preprocess_train=preprocess_train,
+        preprocess_eval=preprocess_eval,
+        num_outputs=num_classes,
+        name=dataset,
+        shuffle_buffer=SMALL_SHUFFLE_BUFFER if small or read else LARGE_SHUFFLE_BUFFER,
+    )

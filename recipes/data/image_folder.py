@@ -1,11 +1,12 @@
-"""Sources made of files and rows: image folders, logs. Damage is named by file and row.
+"""Which images are in a folder? Files by split and class; damage is named by file.
 
-`readable_images` is the hook for every such source: it opens each image once, before training,
-so that a truncated file costs a line at the start and not a crash in epoch 7.
+Each image is opened once before training, so that a truncated file costs a line at the start and
+not a crash in epoch 7.
 """
 
+import collections
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import tensorflow as tf
 from recipes.data.sets import Split
 from recipes.errors import DataError
 
+IMAGE_FOLDER = "image_folder"  # the name of the set
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
+Row = tuple[str, int]
 _SHOWN = 10  # problems listed one by one; the rest are counted
 
 
@@ -32,16 +35,13 @@ def image_problem(path: str | Path) -> str | None:
     return None
 
 
-def report_bad(
-    problems: Sequence[str], on_bad_data: str, what: str, log: Callable[[str], None] | None = None
-) -> None:
+def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
     """Prints the problems and goes on ("skip"), or raises with the first of them ("refuse").
 
     Args:
         problems: one line each, starting with file and row.
         on_bad_data: str, "skip" or "refuse".
         what: str, the source, for the message.
-        log: called with each line; default: standard error.
 
     Raises:
         DataError: `on_bad_data` is "refuse" and there is a problem, or an unknown word.
@@ -56,36 +56,25 @@ def report_bad(
             f"{problems[0]} ({count}; mend the data, or leave such entries out with "
             "--on-bad-data skip)"
         )
-    log = log or (lambda line: print(line, file=sys.stderr))
-    for problem in problems[:_SHOWN]:
-        log(f"skipped: {problem}")
+    lines = [f"skipped: {problem}" for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
-        log(f"skipped: {len(problems) - _SHOWN} more")
-    log(f"warning: {count}, skipped")
+        lines.append(f"skipped: {len(problems) - _SHOWN} more")
+    print("\n".join([*lines, f"warning: {count}, skipped"]), file=sys.stderr)
 
 
-def readable_images(
-    rows: Iterable, paths_of: Callable, where: Callable, on_bad_data: str, what: str
-) -> list:
-    """The rows all of whose images decode.
+def readable_images(rows: Sequence[Row], on_bad_data: str, what: str) -> list[Row]:
+    """The rows whose image decodes.
 
     Args:
-        rows: any items, for example rows of a log.
-        paths_of: `row -> list of paths` of its images.
-        where: `row -> str`, where the row came from ("driving_log.csv row 13"), or "".
+        rows: pairs of an image's path and its label.
         on_bad_data: "skip" or "refuse", see `report_bad`.
         what: str, the source, for the message.
     """
 
-    def problem_of(row):
-        for path in paths_of(row):
-            problem = image_problem(path)
-            if problem:
-                place = where(row)
-                return f"{path}{f' ({place})' if place else ''}: {problem}"
-        return None
+    def problem_of(row: Row) -> str | None:
+        problem = image_problem(row[0])
+        return f"{row[0]}: {problem}" if problem else None
 
-    rows = list(rows)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         found = list(pool.map(problem_of, rows))
     report_bad([problem for problem in found if problem], on_bad_data, what)
@@ -111,7 +100,7 @@ def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split]
     if len(classes) < 2:
         raise DataError(f"{base / 'train'} holds {len(classes)} class folders: two are needed")
 
-    def rows(split):
+    def rows(split: str) -> list[Row]:
         folder = base / split
         unknown = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name not in classes)
         if unknown:
@@ -123,21 +112,15 @@ def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split]
             if path.suffix.lower() in _SUFFIXES
         ]
 
-    def checked(split):
-        return readable_images(
-            rows(split), lambda row: [row[0]], lambda row: "", on_bad_data, str(base / split)
-        )
+    def checked(split: str) -> list[Row]:
+        return readable_images(rows(split), on_bad_data, str(base / split))
 
     train = checked("train")
     held = next((name for name in ("validation", "val") if (base / name).is_dir()), None)
     if held:
         validation = checked(held)
     else:
-        validation, kept, seen = [], [], [0] * len(classes)
-        for row in train:
-            (validation if seen[row[1]] % 10 == 9 else kept).append(row)
-            seen[row[1]] += 1
-        train = kept
+        validation, train = _every_tenth(train)
     test = checked("test") if (base / "test").is_dir() else validation
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if not part:
@@ -145,7 +128,18 @@ def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split]
     return [_split(part) for part in (train, validation, test)], len(classes)
 
 
-def _split(rows: list[tuple[str, int]]) -> Split:
+def _every_tenth(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Every tenth row of each class, and the others."""
+    tenths: list[Row] = []
+    others: list[Row] = []
+    counts: collections.Counter[int] = collections.Counter()
+    for row in rows:
+        counts[row[1]] += 1
+        (others if counts[row[1]] % 10 else tenths).append(row)
+    return tenths, others
+
+
+def _split(rows: Sequence[Row]) -> Split:
     paths, labels = zip(*rows, strict=True)
     dataset = tf.data.Dataset.from_tensor_slices((list(paths), tf.constant(labels, dtype=tf.int64)))
     return Split(dataset, len(rows))

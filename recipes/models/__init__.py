@@ -6,14 +6,16 @@ probabilities `[batch, num_classes]` in float32. The names of its layers are sta
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import keras
 
 from . import alexnet, googlenet, inception_v2, resnet, vgg
 from .googlenet import auxiliary_model_class
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[..., Any]] = {
     "alexnet": alexnet.alexnet,
     "vgg16": partial(vgg.vgg, depth=16),
     "vgg19": partial(vgg.vgg, depth=19),

@@ -1,6 +1,7 @@
 """GoogLeNet as published in 2014, with its two auxiliary heads."""
 
 from functools import cache
+from typing import Any
 
 import keras
 from keras import layers
@@ -109,7 +110,7 @@ def googlenet(
 
 
 @cache
-def auxiliary_model_class(model_class):
+def auxiliary_model_class(model_class: Any) -> Any:
     """A subclass of `model_class` (`keras.Model` or one with its methods) for auxiliary heads.
 
     Its instances are built from `[main, *auxiliary]` outputs, yet to `fit`, `evaluate` and
@@ -125,7 +126,7 @@ def auxiliary_model_class(model_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             # Keras matches losses, metrics and targets with these: show it the main head only.
-            self.output_names = self.output_names[:1]
+            self.output_names: list[str] = self.output_names[:1]
 
         def call(self, inputs, training=None, mask=None):
             outputs = super().call(inputs, training=training, mask=mask)

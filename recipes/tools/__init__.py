@@ -1,1 +1,3 @@
-"""What can be done with recipes? Commands over several of them, or beside them."""
+"""Which commands work on recipes? All of them, compared, calibrated, or on several workers."""
+
+import recipes.training  # noqa: F401  (TensorFlow, before anything imports it with its noise)

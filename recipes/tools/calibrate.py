@@ -26,25 +26,38 @@ the 90th percentile clips nearly every early update and none later: a guard for 
 schedule and the percentile clipper clip about evenly throughout.
 """
 
-import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import shlex
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
 
+import keras
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+import keras_gradclip as kgc
+from keras_gradclip._files import replace_file, write_csv, write_json
+from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError
-from recipes.tools import zoo
+from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
-from recipes.training import session as training
+from recipes.training import prepared
+from recipes.training.callbacks import NonFinite, StopAtNonFinite
+from recipes.training.folder import RUNS
+from recipes.training.option_table import Options
 
 SEGMENTS = 8
 #: Updates that a part of the run must have for a percentile of its own.
@@ -80,15 +93,13 @@ class Choice:
 # ------------------------------------------------------------------------------------- watching
 
 
-def watch(recipe, options: argparse.Namespace, steps: int | None, folder: Path, percentile: float):
+def watch(recipe, options: Options, steps: int | None, folder: Path, percentile: float):
     """A `keras_gradclip.Calibration` of the recipe's first `steps` updates; None: its whole run.
 
     Raises:
         RecipeError: options that cannot be, more steps than the run has, or a run that diverges.
     """
-    with training.prepared(recipe, options, folder) as run:
-        import keras_gradclip as kgc
-        from recipes.training.callbacks import NonFinite, StopAtNonFinite
+    with prepared(recipe, options, folder) as run:
 
         class Stop(StopAtNonFinite):
             """Also at a gradient that is not finite: the losses may hide it for a while."""
@@ -131,8 +142,6 @@ def watch(recipe, options: argparse.Namespace, steps: int | None, folder: Path, 
 
 def _progress(batches: int, verbose: str):
     """A Keras callback: a bar on a terminal, else a line every tenth of the way."""
-    import keras
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     class Show(keras.callbacks.Callback):
         def __init__(self):
@@ -181,7 +190,7 @@ def save_watched(path: Path, found) -> None:
         arrays = {kind: values.astype("float32") for kind, values in found.samples.items()}
         np.savez_compressed(scratch, **arrays, rest=np.array(json.dumps(rest)))
 
-    opts.replace_file(path, write)
+    replace_file(path, write)
 
 
 def load_watched(path: Path, percentile: float):
@@ -190,8 +199,6 @@ def load_watched(path: Path, percentile: float):
     Raises:
         RecipeError: the file is damaged.
     """
-    import keras_gradclip as kgc
-
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
@@ -214,27 +221,21 @@ def parts_of(found, segments: int) -> int:
 
 def choices(found, segments: int, output: Path) -> list[Choice]:
     """Writes the files for `--clip-config` and tells what each would have clipped."""
-    import keras_gradclip as kgc
-
     result = []
     kinds = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
     for kind in kinds:
         name = f"clip-{kind}.json"
-        _replace(output / name, lambda path, kind=kind: found.save(path, kind))
+        replace_file(output / name, functools.partial(found.save, kind=kind))
         result.append(_choice(name, clipped(found, kind, 1)))
     for kind in kinds if segments > 1 else ():
         name = f"clip-{kind}-schedule.json"
-        _replace(output / name, lambda path, kind=kind: found.save(path, kind, segments))
+        replace_file(output / name, functools.partial(found.save, kind=kind, segments=segments))
         result.append(_choice(name, clipped(found, kind, segments)))
     follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
-    opts.write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
+    write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
     hit = clipped_by_percentile(found.samples["norm"], found.percentile)
     result.append(_choice("clip-percentile.json", hit))
     return result
-
-
-def _replace(path: Path, save) -> None:
-    opts.replace_file(path, save)
 
 
 def _choice(name: str, hit: np.ndarray) -> Choice:
@@ -272,7 +273,7 @@ def steady(found_choices: list[Choice]) -> Choice:
     return by_name["clip-percentile.json"]
 
 
-def write_csv(path: Path, found) -> None:
+def write_table(path: Path, found) -> None:
     """A row a layer: the spread of its norm, and the threshold of each clipper."""
     spread = {"norm_min": 0, "norm_p10": 10, "norm_median": 50, "norm_p90": 90, "norm_max": 100}
     columns = ("layer", *spread, *found.thresholds)
@@ -285,7 +286,7 @@ def write_csv(path: Path, found) -> None:
             {"layer": layer} | {n: "" if v is None else f"{v:.6g}" for n, v in values.items()}
         )
 
-    zoo.write(path, rows, columns)
+    write_csv(path, columns, rows)
 
 
 def draw(path: Path, found, segments: int, title: str) -> None:
@@ -337,14 +338,11 @@ def draw(path: Path, found, segments: int, title: str) -> None:
     for axis in (layers, over, share):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    opts.replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+    replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
 
 
 def show(found, found_choices: list[Choice], segments: int, output: Path, command: str) -> None:
     """The tables on the terminal, and the command that trains with the result."""
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
     left_out = f", {found.nonfinite} left out as not finite" if found.nonfinite else ""
     table = Table(
@@ -383,14 +381,14 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
     if found.updates < LEAST:
         print(f"{found.updates} updates are few for a percentile: watch more (--steps, --epochs).")
     print(f"results in {output}; train with")
-    for choice in dict.fromkeys(c.name for c in (constant, even) if c is not None):
-        print(f"  {command} --clip-config {output / choice}")
+    for name in dict.fromkeys(c.name for c in (constant, even) if c is not None):
+        print(f"  {command} --clip-config {output / name}")
 
 
 # -------------------------------------------------------------------------------------- command
 
 
-def watched_options(recipe, rest: list[str]) -> argparse.Namespace:
+def watched_options(recipe, rest: list[str]) -> Options:
     """The recipe's options, unclipped unless `rest` names a clipper or a threshold."""
     parsed = opts.parse(recipe, rest)
     if clipping_options() & set(parsed.given):
@@ -436,20 +434,20 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
     else:
         found = watch(recipe, options, steps, output, percentile)
         output.mkdir(parents=True, exist_ok=True)
-        opts.write_json(path, settings)
+        write_json(path, settings)
         save_watched(watched, found)
     segments = parts_of(found, segments)
     found_choices = choices(found, segments, output)
-    write_csv(output / "calibration.csv", found)
+    write_table(output / "calibration.csv", found)
     draw(output / "calibration.png", found, segments, f"{recipe.name}: gradients and thresholds")
     return found, found_choices
 
 
 def training_command(name: str, rest: list[str]) -> str:
     """The command that trains the recipe with the same options, but for the clipper's."""
-    recipe = zoo.find_recipe(name)
+    recipe = find_recipe(name)
     known = opts.table(recipe.extra_options)
-    words = ["python", zoo.RECIPES[name][0].replace(".", os.sep) + ".py"]
+    words = ["python", RECIPES[name][0].replace(".", os.sep) + ".py"]
     given = dict(opts.parse(recipe, rest).given)
     if "task" in recipe.settings:  # two recipes of one script
         given = {"task": recipe.settings["task"]} | given
@@ -463,15 +461,10 @@ def training_command(name: str, rest: list[str]) -> str:
     return shlex.join(words)
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake in the flags or a run that fails, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", choices=list(zoo.RECIPES))
+    parser = Parser(prog="calibrate", description=__doc__)
+    parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--percentile", type=float, default=90.0, help="default: 90")
     parser.add_argument("--steps", type=int, help="updates to watch (default: the whole run)")
     parser.add_argument(
@@ -481,29 +474,22 @@ def main(argv=None) -> int:
         help=f"parts of a schedule, of at least {LEAST} updates each (default: {SEGMENTS})",
     )
     parser.add_argument("--output", help="folder (default: runs/calibration-RECIPE)")
-    arguments, rest = parser.parse_known_args(argv)
-    output = Path(arguments.output or training.RUNS / f"calibration-{arguments.recipe}")
-    try:
+
+    def work() -> None:
+        arguments, rest = parser.parse_known_args(argv)
+        output = Path(arguments.output or RUNS / f"calibration-{arguments.recipe}")
         found, found_choices = calibrate(
-            zoo.find_recipe(arguments.recipe),
+            find_recipe(arguments.recipe),
             rest,
             arguments.percentile,
             arguments.steps,
             arguments.segments,
             output,
         )
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or output}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written; the same command starts anew", file=sys.stderr)
-        return 130
-    segments = parts_of(found, arguments.segments)
-    show(found, found_choices, segments, output, training_command(arguments.recipe, rest))
-    return 0
+        segments = parts_of(found, arguments.segments)
+        show(found, found_choices, segments, output, training_command(arguments.recipe, rest))
+
+    return exit_status(work, interrupted=": nothing was written; the same command starts anew")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Everything after the recipe goes to each worker, and `--strategy multiworker` with it. Their lines
 come out behind `[worker 1]`. When one fails, the others get a few seconds to say what they know of
 it and are ended; the exit status is that of the first to fail. On several machines, start the
-recipe itself on each: see CLUSTER.md.
+recipe itself on each: see docs/cluster.md.
 """
 
 import argparse
@@ -20,6 +20,15 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import IO
+
+if not __package__:  # run as a script: the folder above recipes/ holds its packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import recipes  # noqa: F401  (changes to the environment that has what follows)
+
+from recipes.command_line import Parser, exit_status
+from recipes.errors import RecipeError
 
 # From the loss of a worker until its heartbeat is missed, and a margin.
 GRACE = 30.0
@@ -97,7 +106,7 @@ def launch(
             reader.join(timeout=5)
 
 
-def _forward(number: int, lines) -> None:
+def _forward(number: int, lines: IO[bytes]) -> None:
     prefix = f"[worker {number}] ".encode()
     for line in lines:
         sys.stdout.buffer.write(prefix + line.rstrip(b"\n") + b"\n")
@@ -157,40 +166,41 @@ def _tell(line: str) -> None:
     print(f"[cluster] {line}", file=sys.stderr, flush=True)
 
 
-def _stop(number, frame):
+def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
+    """The exit status: of the first worker that failed, 0, 2 for a mistake, 130 after Ctrl-C."""
+    parser = Parser(
         prog="cluster.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="cluster.py [--workers N] [--gpus N] RECIPE.py [OPTIONS OF THE RECIPE]",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of each (default: 0, the CPU)")
     parser.add_argument("recipe", help="file of the recipe")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the recipe")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: must be 1 or more")
-    if args.gpus < 0:
-        parser.error(f"--gpus {args.gpus}: must be 0 or more")
-    if not Path(args.recipe).is_file():
-        parser.error(f"{args.recipe} is not a file")
-    command = [sys.executable, args.recipe, *args.options]
-    if not any(o == "--strategy" or o.startswith("--strategy=") for o in args.options):
-        command += ["--strategy", "multiworker"]
-    if args.gpus and "--devices" not in args.options:
-        command += ["--devices", str(args.gpus)]
-    signal.signal(signal.SIGTERM, _stop)
-    try:
+
+    def work() -> int:
+        args = parser.parse_args(argv)
+        if args.workers < 1:
+            raise RecipeError(f"--workers {args.workers}: must be 1 or more")
+        if args.gpus < 0:
+            raise RecipeError(f"--gpus {args.gpus}: must be 0 or more")
+        if "\0" in args.recipe or not Path(args.recipe).is_file():
+            raise RecipeError(f"{args.recipe} is not a file")
+        command = [sys.executable, args.recipe, *args.options]
+        if not any(o == "--strategy" or o.startswith("--strategy=") for o in args.options):
+            command += ["--strategy", "multiworker"]
+        if args.gpus and "--devices" not in args.options:
+            command += ["--devices", str(args.gpus)]
+        signal.signal(signal.SIGTERM, _stop)
         return launch(command, args.workers, gpus=args.gpus)
-    except KeyboardInterrupt:
-        _tell("interrupted: all workers are ended; go on with the same command and --resume")
-        return 130
+
+    return exit_status(
+        work, interrupted=": all workers are ended; go on with the same command and --resume"
+    )
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from pathlib import Path
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
 
+from keras_gradclip._files import replace_file, write_csv, write_json
 from recipes.errors import RecipeError, TrainingDiverged
-from recipes.tools import zoo
+from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
 
 COLUMNS = (
@@ -218,7 +220,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend()
     figure.suptitle(title)
-    opts.replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+    replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
 
 
 def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Path) -> list[dict]:
@@ -256,7 +258,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     settings = output / "compare.json"
     if settings.exists() and opts.read_json(settings) != common:
         raise RecipeError(f"{output} was begun with other options: name another --output")
-    opts.write_json(settings, common)
+    write_json(settings, common)
     path = output / "compare.csv"
     rows = read(path)
     for cell, values in cells:
@@ -269,7 +271,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
         best = "" if math.isnan(row["val_accuracy"]) else f", {100 * row['val_accuracy']:.1f} %"
         print(row["status"] + best, flush=True)
         rows.append(row)
-        zoo.write(path, rows, COLUMNS)
+        write_csv(path, COLUMNS, rows)
         draw(rows, output / "compare.png", f"{recipe.name}: with and without clipping")
         for name in ("backup.npz", "best.keras"):  # hundreds of megabytes a cell
             (folder / name).unlink(missing_ok=True)
@@ -285,7 +287,7 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", choices=list(zoo.RECIPES))
+    parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clippers", nargs="+", default=[OWN, "none"])
@@ -294,7 +296,7 @@ def main(argv=None) -> int:
     output = Path(arguments.output or f"runs/compare-{arguments.recipe}")
     try:
         rows = compare(
-            zoo.find_recipe(arguments.recipe),
+            find_recipe(arguments.recipe),
             rest,
             arguments.clippers,
             arguments.learning_rates,

@@ -6,14 +6,24 @@ One SGD step with learning rate 1 and a steep loss, under MirroredStrategy over 
 devices, the global batch the same. A threshold of 0.1 should move no weight by more than 0.1.
 """
 
-import csv
 import multiprocessing
-import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import keras_gradclip as kgc
+from keras_gradclip._files import write_csv
+from recipes.command_line import Parser, exit_status
 
 REPLICAS = (1, 2, 4)
 THRESHOLD = 0.1
@@ -21,20 +31,13 @@ THRESHOLD = 0.1
 
 def largest_changes(replicas: int) -> tuple[float, float]:
     """The largest weight change of one step: (Keras's clipvalue, AbsoluteClip)."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import keras
-    import numpy as np
-    import tensorflow as tf
-
-    import keras_gradclip as kgc
-
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 8)).astype("float32"), rng.normal(size=(16, 1)).astype("float32")
 
-    def change(optimizer):
+    def change(optimizer: Callable[[], keras.optimizers.Optimizer]) -> float:
         with strategy.scope():
             keras.utils.set_random_seed(0)
             model = keras.Sequential(
@@ -52,11 +55,8 @@ def largest_changes(replicas: int) -> tuple[float, float]:
     return float(stock), float(ours)
 
 
-def main() -> int:
-    """Print the table and write runs/replicas.csv."""
-    from rich.console import Console
-    from rich.table import Table
-
+def measure(path: Path) -> None:
+    """Prints the table and writes it to `path`."""
     # A process each: the collective operations of TensorFlow remember their group's size.
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
@@ -69,14 +69,18 @@ def main() -> int:
     for n, stock, ours in rows:
         table.add_row(str(n), f"{stock:.3f}", f"{ours:.3f}")
     Console().print(table)
-    path = Path("runs") / "replicas.csv"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["replicas", "keras_clipvalue", "absolute_clip"])
-        writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(path, ("replicas", "keras_clipvalue", "absolute_clip"), rows)
     print(f"written to {path}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 2 for a mistake in the flags, 130 after Ctrl-C."""
+    parser = Parser(prog="replicas", description=__doc__)
+    parser.add_argument(
+        "--output", default="runs/replicas.csv", help="the table's file (default: %(default)s)"
+    )
+    return exit_status(lambda: measure(Path(parser.parse_args(argv).output)))
 
 
 if __name__ == "__main__":

@@ -10,33 +10,30 @@ middle of the recipe that was interrupted.
 """
 
 import argparse
-import csv
 import dataclasses
-import importlib
 import multiprocessing
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
 
-from recipes.errors import RecipeError
+from rich.console import Console
+from rich.table import Table
+
+from keras_gradclip._files import read_csv, write_csv
+from recipes.command_line import Parser, exit_status
+from recipes.errors import RecipeError, first_line
+from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
+from recipes.training import run
 
-# Recipe: the module and the name in it.
-RECIPES = {
-    "alexnet": ("recipes.alexnet", "RECIPE"),
-    "vgg16": ("recipes.vgg16", "RECIPE"),
-    "vgg19": ("recipes.vgg19", "RECIPE"),
-    "googlenet": ("recipes.googlenet", "RECIPE"),
-    "inception_v2": ("recipes.inception_v2", "RECIPE"),
-    "resnet50": ("recipes.resnet50", "RECIPE"),
-    "driving_resnet50": ("recipes.driving_resnet50", "RECIPE"),
-    "driving_pilotnet": ("recipes.driving_pilotnet", "RECIPE"),
-    "driving_resnet50_signs": ("recipes.driving_resnet50", "SIGNS"),
-}
+Row = dict[str, Any]
 COLUMNS = (
     "recipe",
     "parameters",
@@ -50,23 +47,9 @@ COLUMNS = (
 )
 
 
-def find_recipe(name: str):
-    """The `Recipe` of a name in `RECIPES`.
-
-    Raises:
-        RecipeError: no such recipe.
-    """
-    if name not in RECIPES:
-        raise RecipeError(f"{name!r} is not a recipe: choose from {', '.join(RECIPES)}")
-    module, attribute = RECIPES[name]
-    return getattr(importlib.import_module(module), attribute)
-
-
-def train(name: str, folder: str, argv: list[str]) -> dict:
+def train(name: str, folder: str, argv: list[str]) -> Row:
     """Runs one recipe; a row of `zoo.csv`. Errors of the recipe end up in its last column."""
-    from recipes.training import run
-
-    row = dict.fromkeys(COLUMNS, "") | {"recipe": name}
+    row: Row = dict.fromkeys(COLUMNS, "") | {"recipe": name}
     try:
         recipe = find_recipe(name)
         resume = (Path(folder) / "config.json").exists()
@@ -74,8 +57,9 @@ def train(name: str, folder: str, argv: list[str]) -> dict:
         result = run(recipe, options, folder)
     # One recipe's failure, whatever it is, must not cost the others their turn.
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        return row | {"error": f"{type(error).__name__}: {first}"}
+        return row | {"error": f"{type(error).__name__}: {first_line(error)}"}
+    if result is None:
+        return row | {"error": "--strategy multiworker: a zoo runs on one machine"}
     metric = result.monitor.removeprefix("val_")
     return row | {
         "parameters": result.parameters,
@@ -88,42 +72,26 @@ def train(name: str, folder: str, argv: list[str]) -> dict:
     }
 
 
-def train_apart(name: str, folder: str, argv: list[str]) -> dict:
+def train_apart(name: str, folder: str, argv: list[str]) -> Row:
     """`train` in a process of its own, so that no recipe can take the others down with it."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(train, name, folder, argv).result()
     except BrokenProcessPool:
-        row = dict.fromkeys(COLUMNS, "")
-        return row | {"recipe": name, "error": "the process was killed (out of memory?)"}
+        return dict.fromkeys(COLUMNS, "") | {
+            "recipe": name,
+            "error": "the process was killed (out of memory?)",
+        }
 
 
-def read(path: Path) -> dict[str, dict]:
+def finished_rows(path: Path) -> dict[str, Row]:
     """The rows of a `zoo.csv` that hold a result, by recipe."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["recipe"]: row for row in csv.DictReader(file) if not row["error"]}
+    return {row["recipe"]: row for row in read_csv(path) if not row["error"]}
 
 
-def write(path: Path, rows: list[dict], columns=COLUMNS) -> None:
-    """Writes a CSV file; never leaves half of one."""
-
-    def save(scratch):
-        with open(scratch, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    opts.replace_file(path, save)
-
-
-def show(rows: list[dict]) -> None:
+def show(rows: Sequence[Row]) -> None:
     """The table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title="the zoo on embedded data")
     table.add_column("network")
     for column in ("parameters", "validation", "test", "clipped", "seconds"):
@@ -143,7 +111,7 @@ def show(rows: list[dict]) -> None:
     Console().print(table)
 
 
-def _score(row: dict, key: str) -> str:
+def _score(row: Row, key: str) -> str:
     if row[key] == "":
         return ""
     metric = row["monitor"].removeprefix("val_")
@@ -152,46 +120,39 @@ def _score(row: dict, key: str) -> str:
     return f"{metric} {float(row[key]):.4f}"
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0; 1 when a recipe failed; 2 for a mistake in the flags; 130 by Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="zoo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="zoo", description=__doc__)
     parser.add_argument("--only", default=",".join(RECIPES), help="recipes, comma between them")
     parser.add_argument("--output", default="runs/zoo", help="folder (default: runs/zoo)")
     parser.add_argument("--resume", action="store_true", help="keep what is finished there")
-    arguments, rest = parser.parse_known_args(argv)
+    return exit_status(
+        lambda: train_all(*parser.parse_known_args(argv)),
+        interrupted="; go on with the same command and --resume",
+    )
+
+
+def train_all(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Trains the recipes that have no row yet; 1 where one failed."""
     output = Path(arguments.output)
-    try:
-        names = [name.strip() for name in arguments.only.split(",") if name.strip()]
-        for name in names:
-            opts.parse(find_recipe(name), rest)  # a misspelt flag must not fail each in turn
-        if output.exists() and any(output.iterdir()) and not arguments.resume:
-            raise RecipeError(
-                f"--output {output} is not empty: name another folder, or keep what is finished "
-                "there with --resume"
-            )
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    names = [name.strip() for name in arguments.only.split(",") if name.strip()]
+    for name in names:
+        opts.parse(find_recipe(name), rest)  # a misspelt flag must not fail each in turn
+    if output.exists() and any(output.iterdir()) and not arguments.resume:
+        raise RecipeError(
+            f"--output {output} is not empty: name another folder, or keep what is finished "
+            "there with --resume"
+        )
     output.mkdir(parents=True, exist_ok=True)
     path = output / "zoo.csv"
-    done, rows = read(path), []
+    done = finished_rows(path)
     for name in names:
         if name not in done:
             print(f"== {name}", flush=True)
-            try:
-                done[name] = train_apart(name, str(output / name), rest)
-            except KeyboardInterrupt:
-                print("interrupted; go on with the same command and --resume", file=sys.stderr)
-                return 130
+            done[name] = train_apart(name, str(output / name), rest)
             if done[name]["error"]:
                 print(f"{name} failed: {done[name]['error']}", file=sys.stderr)
-        rows = [row for row in done.values() if row["recipe"] in RECIPES]
-        write(path, rows)
+        write_csv(path, COLUMNS, [row for row in done.values() if row["recipe"] in RECIPES])
     rows = [done[name] for name in names]
     show(rows)
     print(f"results in {path}")

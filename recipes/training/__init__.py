@@ -1,5 +1,11 @@
 """How does a run work? A recipe, its options, its folder, and the training itself."""
 
-from recipes.training.session import Recipe, Result, main, prepared, run
+from recipes.training.quiet import import_tensorflow
+
+import_tensorflow()  # before anything below imports it with all its noise
+
+from recipes.training.command import main  # noqa: E402
+from recipes.training.recipe import Recipe, Result  # noqa: E402
+from recipes.training.session import prepared, run  # noqa: E402
 
 __all__ = ["Recipe", "Result", "main", "prepared", "run"]

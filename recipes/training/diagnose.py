@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from recipes.training.callbacks import all_finite, clipped_optimizer, restore, state_variables
+from recipes.training.callbacks import clipped_optimizer
+from recipes.training.checkpoint import all_finite, restore, state_variables
 
 
 @dataclasses.dataclass(frozen=True)

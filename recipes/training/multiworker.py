@@ -2,7 +2,7 @@
 
 TensorFlow's `MultiWorkerMirroredStrategy` reads the environment variable TF_CONFIG, but takes a
 mistake in it for a cluster that has not come up yet, and waits. Here it is checked first, and
-nobody waits for ever. See CLUSTER.md.
+nobody waits for ever. See docs/cluster.md.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from recipes.errors import RecipeError
+from recipes.errors import RecipeError, WorkerLost
 
 TF_CONFIG = "TF_CONFIG"
 _EXAMPLE = (
@@ -26,10 +26,6 @@ _QUIET_START = 15.0  # seconds of waiting before a line says for whom
 _LOOK = 2.0  # seconds for one attempt to reach a worker
 _POLL = 0.2
 _GO, _LATE = b"go\n", b"late "
-
-
-class WorkerLost(RecipeError):
-    """A worker died, hangs, or never came."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,6 +200,11 @@ class Options:
     backup_every: int = option(
         500, "steps between backups; one more each epoch", group="run", low=1
     )
+    keep_backup: bool = option(
+        False,
+        "keep the backup after the last epoch, so that --resume with more epochs can go on from it",
+        group="run",
+    )
     tensorboard: bool = option(True, "write TensorBoard logs", group="run")
     monitor: int = option(
         0,

@@ -6,14 +6,13 @@ command line. All of them pass the same checks.
 
 import argparse
 import dataclasses
-import difflib
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from keras_gradclip import _files
+from keras_gradclip._validation import did_you_mean
 from recipes.errors import RecipeError
 from recipes.training.clipper_options import NONE, Flags, choose, clippers, import_modules
 from recipes.training.option_table import OPTIONS, Option, Options
@@ -156,12 +155,11 @@ def read_json(path: str | os.PathLike) -> object:
         RecipeError: no such file, or not JSON; names the file and the line.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return _files.read_json(path)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise RecipeError(f"{path}{line}: not JSON ({error})") from None
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def read_config(path: str | os.PathLike, recipe) -> dict:
@@ -209,32 +207,5 @@ def saved_options(recipe, options: Options) -> dict:
     }
 
 
-def write_json(path: str | os.PathLike, content: object) -> None:
-    """Writes a JSON file whole or not at all."""
-    replace_file(
-        path, lambda scratch: Path(scratch).write_text(json.dumps(content, indent=2) + "\n")
-    )
-
-
-def replace_file(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Calls `write(scratch)` on a name beside `path`, then moves the file into its place.
-
-    A crash, a full disk or a kill leaves the file that was there before. The scratch name keeps
-    the suffix, which writers choose their format by.
-    """
-    path = Path(path)
-    scratch = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        write(str(scratch))
-        with open(scratch, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
 def _unknown(name: str, known, source: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    return f"{source}: unknown option {name!r}{hint}"
+    return f"{source}: unknown option {name!r}{did_you_mean(name, known)}"

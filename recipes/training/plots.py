@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from recipes.training.folder import HISTORY, LAYERS, read_history
 
 _LABELLED_LAYERS = 36  # more names than this would overlap
 _LEAST_SHOWN = 1e-3  # per cent, bottom of the heat map's scale
@@ -21,7 +24,7 @@ def draw_curves(history: Sequence[dict], layers: Sequence[dict], path, title: st
     """
     from matplotlib.figure import Figure
 
-    epochs = np.array([row["epoch"] for row in history]) + 1
+    epochs = np.array([row["epoch"] for row in history])
     names = list(dict.fromkeys(row["layer"] for row in layers))
     heights = [2.9, 2.9] + ([min(1.5 + 0.13 * len(names), 6.0)] if names else [])  # inches
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=110)
@@ -57,7 +60,7 @@ def draw_curves(history: Sequence[dict], layers: Sequence[dict], path, title: st
     axis.set_ylabel("clipped, % of all (log)")
     for axis in figure.axes:
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
 
     if names:
@@ -92,7 +95,7 @@ def _table(layers, names, key):
     values = np.full((len(names), len(epochs)), np.nan)
     for row in layers:
         values[rows[row["layer"]], columns[row["epoch"]]] = row[key]
-    return np.array(epochs) + 1, values
+    return np.array(epochs), values
 
 
 def _layer_norms(axis, epochs, layers, names):
@@ -119,7 +122,7 @@ def _heat_map(figure, axis, layers, names):
     every = -(-len(names) // _LABELLED_LAYERS)
     ticks = range(0, len(names), every)
     axis.set_yticks(ticks, [_short(names[i]) for i in ticks], fontsize=6)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"layer, input first ({len(names)})")
     figure.colorbar(image, ax=axis, label="clipped, % (black: none)", pad=0.01, extend="min")
@@ -138,11 +141,8 @@ def _short(name: str, length: int = 34) -> str:
 
 def draw_from_files(folder, title: str, metric: str) -> Path:
     """`curves.png` in a run's folder, from its `history.csv` and `layers.csv`."""
-    from recipes.training.callbacks import HISTORY, LAYERS, read_rows
-
     folder = Path(folder)
     path = folder / "curves.png"
-    draw_curves(
-        read_rows(folder / HISTORY), read_rows(folder / LAYERS), path, title=title, metric=metric
-    )
+    history, layers = read_history(folder / HISTORY), read_history(folder / LAYERS)
+    draw_curves(history, layers, path, title=title, metric=metric)
     return path

@@ -11,8 +11,8 @@ from PIL import Image
 
 import keras_gradclip as kgc
 from recipes.errors import RecipeError
-from recipes.tools import calibrate, zoo
-from recipes.training import session as training
+from recipes.tools import calibrate
+from recipes.training import main, run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_recipe import RECIPE as TINY
@@ -24,7 +24,7 @@ QUIET = ["--verbose", "quiet"]
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     patch = pytest.MonkeyPatch()
-    patch.setattr(zoo, "find_recipe", lambda name: TINY)
+    patch.setattr(calibrate, "find_recipe", lambda name: TINY)
     patch.setenv("COLUMNS", "200")  # a terminal wide enough to search the tables for words
     yield
     patch.undo()
@@ -43,7 +43,7 @@ def test_it_watches_the_run_that_the_recipe_would_train(calibrated, tmp_path):
     assert found.updates == STEPS
     monitor = kgc.ClipMonitor(every=1)
     unclipped = TINY.options(verbose="quiet", clipper="none")
-    training.run(TINY, unclipped, tmp_path / "run", [monitor])
+    run(TINY, unclipped, tmp_path / "run", [monitor])
     norms = np.array(monitor.history["norm_before"])
     assert norms.shape[0] == STEPS
     for k, layer in enumerate(found.layers):
@@ -86,7 +86,7 @@ def test_the_files(calibrated):
 def test_the_recipe_trains_with_them(calibrated, tmp_path, name):
     folder, _, _ = calibrated
     flags = ["--clip-config", str(folder / name), "--epochs", "1", "--limit-steps", "4"]
-    assert training.main(TINY, [*flags, "--output", str(tmp_path / "run"), *QUIET]) == 0
+    assert main(TINY, [*flags, "--output", str(tmp_path / "run"), *QUIET]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["clip_config"] == json.loads((folder / name).read_text())["clipper"]
 

@@ -16,11 +16,11 @@ import pytest
 import tensorflow as tf
 from tiny_recipe import RECIPE, load_data
 
-from recipes.data.sets import WHOLE, Part, Split, eval_batches, train_stream
+from recipes.data import WHOLE, Part, Split, eval_batches, train_stream
 from recipes.errors import RecipeError
 from recipes.tools import cluster
-from recipes.training import callbacks as cb
-from recipes.training import main
+from recipes.training import checkpoint, main
+from recipes.training import folder as folders
 from recipes.training import multiworker as workers
 
 HERE = Path(__file__).resolve().parent
@@ -335,7 +335,7 @@ import json, os, signal, sys, time
 sys.path[:0] = [{root!r}, {here!r}]
 import keras
 from tiny_recipe import RECIPE
-from recipes.training import session as training
+from recipes.training import command
 
 class Strike(keras.callbacks.Callback):
     steps = 0
@@ -344,9 +344,9 @@ class Strike(keras.callbacks.Callback):
         if self.steps == 13 and json.loads(os.environ["TF_CONFIG"])["task"]["index"] == {victim}:
             {act}
 
-run = training.run
-training.run = lambda recipe, options, folder: run(recipe, options, folder, [Strike()])
-sys.exit(training.main(RECIPE, {argv!r}))
+run = command.run
+command.run = lambda recipe, options, folder: run(recipe, options, folder, [Strike()])
+sys.exit(command.main(RECIPE, {argv!r}))
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 HANG = "time.sleep(600)"
@@ -400,11 +400,11 @@ def test_one_set_of_files(whole):
         "backup.npz", "best.keras", "config.json", "curves.png", "history.csv", "layers.csv",
         "monitor", "tensorboard",
     }  # fmt: skip
-    rows = cb.read_rows(whole / cb.HISTORY)
+    rows = folders.read_history(whole / folders.HISTORY)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     assert len(list((whole / "tensorboard/train").iterdir())) == 1
     assert (whole / "monitor/report.html").exists()
-    assert cb.load_backup(whole / cb.BACKUP)["step"] == 24
+    assert checkpoint.load_backup(whole / folders.BACKUP)["step"] == 24
 
 
 @pytest.mark.slow
@@ -422,17 +422,19 @@ def test_a_killed_worker_is_reported_and_the_run_goes_on(count, victim, whole, t
         assert " gone. " in lines[0] and "--resume" in lines[0]
         assert f"worker {i} ended with status 1" in captured.err
     assert "Traceback" not in captured.out
-    assert cb.load_backup(folder / cb.BACKUP)["step"] == 12
+    assert checkpoint.load_backup(folder / folders.BACKUP)["step"] == 12
 
     assert tiny(folder, count, "--resume") == 0
     if count == 3:
         whole = tmp_path / "whole"
         assert tiny(whole, count, *batch) == 0
-    expected, got = (cb.load_backup(f / cb.BACKUP) for f in (whole, folder))
+    expected, got = (checkpoint.load_backup(f / folders.BACKUP) for f in (whole, folder))
     assert got["step"] == expected["step"] == 24
     compare(expected, got)
-    for name in (cb.HISTORY, cb.LAYERS):
-        for a, b in zip(cb.read_rows(whole / name), cb.read_rows(folder / name), strict=True):
+    for name in (folders.HISTORY, folders.LAYERS):
+        for a, b in zip(
+            folders.read_history(whole / name), folders.read_history(folder / name), strict=True
+        ):
             for key in set(a) & set(b):
                 want = b[key] if isinstance(b[key], str) else pytest.approx(b[key], rel=1e-5)
                 assert a[key] == want, key
@@ -455,7 +457,7 @@ def test_a_worker_that_hangs_is_not_waited_for_for_ever(tmp_path, capfd):
     assert struck(folder, 2, 1, HANG, "--worker-timeout", "25") == 1
     captured = capfd.readouterr()
     assert "error: worker 0: the others did not come to a common step within 25 s" in captured.out
-    assert cb.load_backup(folder / cb.BACKUP)["step"] == 12
+    assert checkpoint.load_backup(folder / folders.BACKUP)["step"] == 12
 
 
 @pytest.mark.slow
@@ -483,7 +485,7 @@ def test_a_folder_that_is_not_shared(whole, tmp_path, capfd):
 
     for i in (0, 1):
         shutil.copytree(whole, tmp_path / str(i))
-    (tmp_path / "1" / cb.BACKUP).unlink()
+    (tmp_path / "1" / folders.BACKUP).unlink()
     code = f"""
 import json, os, sys
 sys.path[:0] = [{str(HERE.parents[1])!r}, {str(HERE)!r}]

@@ -10,7 +10,8 @@ from PIL import Image
 
 from recipes import training
 from recipes.errors import RecipeError, TrainingDiverged
-from recipes.tools import compare, zoo
+from recipes.registry import find_recipe
+from recipes.tools import compare
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_recipe import RECIPE as TINY
@@ -52,7 +53,7 @@ def fast(monkeypatch):
         )
 
     monkeypatch.setattr(training, "run", run)
-    monkeypatch.setattr(zoo, "find_recipe", lambda name: TINY)
+    monkeypatch.setattr(compare, "find_recipe", lambda name: TINY)
     return calls
 
 
@@ -148,7 +149,7 @@ def test_mistakes_cost_no_training(fast, tmp_path, capsys, flags, words):
 
 
 def test_only_classifiers_are_compared(tmp_path):
-    driving = zoo.find_recipe("driving_resnet50")
+    driving = find_recipe("driving_resnet50")
     with pytest.raises(RecipeError, match="not a classifier"):
         compare.compare(driving, [], ["none"], [0.1], [0], tmp_path)
 
@@ -164,7 +165,7 @@ def test_clipper_words():
 
 
 def test_real_runs_with_and_without_clipping(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "find_recipe", lambda name: TINY)
+    monkeypatch.setattr(compare, "find_recipe", lambda name: TINY)
     flags = ["--learning-rates", "0.01", "--seeds", "0", "--clippers", "absolute:threshold=1e-6"]
     assert compare.main(arguments(tmp_path, *flags, "none", *FLAGS)) == 0
     clipped, plain = compare.read(tmp_path / "compare.csv")

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from recipes.data import image_folder as files
-from recipes.data import sets as data
+from recipes import data
+from recipes.data import images
 from recipes.data.mnist_embedded import split_rows
 from recipes.errors import DataError
 
@@ -139,13 +139,13 @@ def random_image(height, width, seed=0):
 
 def test_evaluation_crop_is_the_central_224_of_256():
     pixels = random_image(256, 320)
-    image = data.decode_eval(encoded(pixels), 224, "imagenet").numpy()
+    image = images.decode_eval(encoded(pixels), 224, "imagenet").numpy()
     assert np.array_equal(image, pixels[16:240, 48:272].astype(np.float32))
 
 
 def test_evaluation_without_crop_keeps_the_whole_image():
     pixels = random_image(40, 40)
-    image = data.decode_eval(encoded(pixels), 40, "shift").numpy()
+    image = images.decode_eval(encoded(pixels), 40, "shift").numpy()
     assert np.array_equal(image, pixels.astype(np.float32))
 
 
@@ -158,8 +158,8 @@ def test_random_crop_is_a_function_of_the_seed(kind):
     crops = []
     for index in range(20):
         seed = tf.constant([7, index], tf.int64)
-        crop = data.decode_train(source, seed, 32, "imagenet", flip=False).numpy()
-        again = data.decode_train(source, seed, 32, "imagenet", flip=False).numpy()
+        crop = images.decode_train(source, seed, 32, "imagenet", flip=False).numpy()
+        again = images.decode_train(source, seed, 32, "imagenet", flip=False).numpy()
         assert np.array_equal(crop, again)
         crops.append(crop)
     assert crops[0].shape == (32, 32, 3)
@@ -175,7 +175,7 @@ def test_flip_mirrors_about_half():
     pixels[:, :8] = 255
     mirrored = 0
     for index in range(40):
-        image = data.decode_train(
+        image = images.decode_train(
             encoded(pixels), tf.constant([1, index], tf.int64), 16, "none", flip=True
         ).numpy()
         mirrored += image[0, 0, 0] == 0
@@ -187,7 +187,7 @@ def test_shift_moves_by_an_eighth_at_most():
     pixels[16, 16] = 255
     places = set()
     for index in range(40):
-        image = data.decode_train(
+        image = images.decode_train(
             encoded(pixels), tf.constant([1, index], tf.int64), 32, "shift", flip=False
         ).numpy()
         places.add(tuple(np.argwhere(image[..., 0] == 255)[0] - 16))
@@ -289,14 +289,6 @@ def test_truncated_image_is_skipped_and_reported(folder, capsys):
     assert loaded.num_outputs == 2
     images = [x for x, _ in as_arrays(data.train_stream(loaded, 4, seed=0).take(6))]
     assert all(np.isfinite(image).all() for image in images)
-
-
-def test_rows_are_named_where_the_source_has_them(tmp_path):
-    rows = [("1", tmp_path / "absent.png")]
-    with pytest.raises(DataError, match=r"absent\.png \(log\.csv row 1\): no such file"):
-        files.readable_images(
-            rows, lambda row: [row[1]], lambda row: f"log.csv row {row[0]}", "refuse", "log.csv"
-        )
 
 
 @pytest.mark.parametrize("place", [None, "absent"])

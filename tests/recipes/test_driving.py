@@ -293,7 +293,7 @@ def test_scores_by_hand():
 
 def test_signs_are_an_image_folder(tmp_path):
     folder = rendered.render_signs(tmp_path / "signs", per_class=12)
-    from recipes.data import sets as data
+    from recipes import data
 
     signs = data.load(
         "image_folder", data_dir=str(folder), image_size=32, augment="shift", flip=False
@@ -362,7 +362,7 @@ def test_the_report_is_of_the_kept_model_on_the_frames_of_the_log(drive, tmp_pat
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["driving_resnet50", "driving_pilotnet"])
 def test_a_real_drive_is_steered_better_than_by_a_constant(name, tmp_path):
-    from recipes.tools.zoo import find_recipe
+    from recipes.registry import find_recipe
     from recipes.training import run
 
     if not REAL_DRIVE.is_dir():
@@ -412,7 +412,7 @@ def test_the_task_chooses_the_recipe():
 def test_the_networks_have_one_linear_output(name, shape, parameters):
     import keras
 
-    from recipes.tools.zoo import find_recipe
+    from recipes.registry import find_recipe
 
     recipe = find_recipe(name)
     options = recipe.options()

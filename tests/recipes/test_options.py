@@ -5,6 +5,7 @@ import json
 import pytest
 from tiny_recipe import RECIPE
 
+from keras_gradclip._files import replace_file, write_json
 from recipes.errors import RecipeError
 from recipes.training import Recipe
 from recipes.training import options as opts
@@ -31,7 +32,7 @@ def test_rising_order_of_sources(tmp_path):
 def test_saved_config_gives_the_same_options(tmp_path):
     options = parse("--epochs", "5", "--clipper", "exponential", "--beta", "0.5", "--no-flip")
     path = tmp_path / "config.json"
-    opts.write_json(path, opts.saved_options(RECIPE, options))
+    write_json(path, opts.saved_options(RECIPE, options))
     assert parse("--config", str(path)) == options
 
 
@@ -119,7 +120,7 @@ def test_settings_of_a_recipe_are_checked():
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file.json"
-    opts.write_json(path, {"good": 1})
+    write_json(path, {"good": 1})
 
     def half(scratch):
         with open(scratch, "w") as file:
@@ -127,7 +128,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        opts.replace_file(path, half)
+        replace_file(path, half)
     assert json.loads(path.read_text()) == {"good": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_recipe import RECIPE
 
-from recipes.training import callbacks as cb
-from recipes.training import main
+from recipes.training import checkpoint, main
+from recipes.training import folder as folders
 
 ROOT = Path(__file__).resolve().parents[2]
 # Eight steps an epoch, a backup every three: killed at step 13, the last backup is of step 12.
@@ -37,12 +37,12 @@ run(RECIPE, RECIPE.options(backup_every=3, verbose="quiet"), {folder!r}, callbac
 def whole(tmp_path_factory):
     """A run that nobody interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert main(RECIPE, ["--output", str(folder), "--verbose", "quiet"]) == 0
+    assert main(RECIPE, ["--output", str(folder), "--verbose", "quiet", "--keep-backup"]) == 0
     return folder
 
 
 def backup_of(folder):
-    return cb.load_backup(folder / cb.BACKUP)
+    return checkpoint.load_backup(folder / folders.BACKUP)
 
 
 def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, capsys):
@@ -54,15 +54,20 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, capsys):
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert backup_of(folder)["step"] == 12
 
-    assert main(RECIPE, ["--resume", "--output", str(folder), "--verbose", "quiet"]) == 0
+    argv = ["--resume", "--output", str(folder), "--verbose", "quiet", "--keep-backup"]
+    assert main(RECIPE, argv) == 0
 
     expected, got = backup_of(whole), backup_of(folder)
     assert got["step"] == expected["step"] == 24
     for path, a, b in zip(expected["paths"], expected["values"], got["values"], strict=True):
         assert np.array_equal(a, b), path
     # The metrics of the epoch that was cut are whole as well.
-    assert cb.read_rows(folder / cb.HISTORY) == cb.read_rows(whole / cb.HISTORY)
-    assert cb.read_rows(folder / cb.LAYERS) == cb.read_rows(whole / cb.LAYERS)
+    assert folders.read_history(folder / folders.HISTORY) == folders.read_history(
+        whole / folders.HISTORY
+    )
+    assert folders.read_history(folder / folders.LAYERS) == folders.read_history(
+        whole / folders.LAYERS
+    )
     out = capsys.readouterr().out
     assert "Best accuracy: " in out
 
@@ -90,9 +95,9 @@ def test_resume_with_more_epochs_goes_on(whole, tmp_path):
     shutil.copytree(whole, folder)
     argv = ["--resume", "--output", str(folder), "--epochs", "4", "--verbose", "quiet"]
     assert main(RECIPE, argv) == 0
-    rows = cb.read_rows(folder / cb.HISTORY)
-    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
-    assert rows[:3] == cb.read_rows(whole / cb.HISTORY)
+    rows = folders.read_history(folder / folders.HISTORY)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows[:3] == folders.read_history(whole / folders.HISTORY)
 
 
 def test_resume_without_a_run(tmp_path, capsys, monkeypatch):
@@ -108,15 +113,17 @@ def test_damaged_backup_is_named(whole, tmp_path, capsys):
 
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    (folder / cb.BACKUP).write_bytes(b"not a backup")
+    (folder / folders.BACKUP).write_bytes(b"not a backup")
     assert main(RECIPE, ["--resume", "--output", str(folder)]) == 2
-    assert f"{folder / cb.BACKUP} is not a backup" in capsys.readouterr().err
+    assert f"{folder / folders.BACKUP} is not a backup" in capsys.readouterr().err
 
 
-def test_rows_of_unfinished_epochs_are_dropped(tmp_path):
+@pytest.mark.parametrize("first", [0, 1])  # version 0.1 counted from 0
+def test_rows_of_unfinished_epochs_are_dropped(tmp_path, first):
     path = tmp_path / "history.csv"
-    path.write_text("epoch,loss\n0,1.0\n1,0.5\n2,0.2")
-    cb.keep_epochs_before(path, 2)
-    assert cb.read_rows(path) == [{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.5}]
-    cb.keep_epochs_before(path, 0)
+    path.write_text(f"epoch,loss\n{first},1.0\n{first + 1},0.5\n{first + 2},0.2")
+    folders.keep_epochs(path, 2)
+    assert path.read_text().split() == ["epoch,loss", "1,1.0", "2,0.5"]
+    assert folders.read_history(path) == [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}]
+    folders.keep_epochs(path, 0)
     assert not path.exists()

@@ -12,9 +12,10 @@ import tensorflow as tf
 from tiny_recipe import RECIPE
 
 from recipes.errors import RecipeError, TrainingDiverged
+from recipes.training import build, checkpoint, main, run, session
 from recipes.training import callbacks as cb
-from recipes.training import main, run
-from recipes.training import session as training
+from recipes.training import folder as folders
+from recipes.training import options as opts
 
 QUICK = {"epochs": 1, "limit_steps": 2, "verbose": "quiet"}
 
@@ -45,10 +46,10 @@ def test_last_lines(finished):
 
 def test_files(finished):
     folder, lines = finished
-    history = cb.read_rows(folder / cb.HISTORY)
-    assert [row["epoch"] for row in history] == [0, 1]
+    history = folders.read_history(folder / folders.HISTORY)
+    assert [row["epoch"] for row in history] == [1, 2]
     assert {"loss", "accuracy", "val_accuracy", "grad_norm", "clip_fraction"} <= set(history[0])
-    layers = cb.read_rows(folder / cb.LAYERS)
+    layers = folders.read_history(folder / folders.LAYERS)
     assert [row["layer"] for row in layers] == ["conv1", "bn1", "conv2", "predictions"] * 2
     assert any(row["clip_fraction"] > 0 for row in layers)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -60,11 +61,11 @@ def test_files(finished):
 
 def test_best_model_loads_by_itself_and_scores_the_same(finished):
     folder, lines = finished
-    model = keras.models.load_model(folder / cb.BEST)
+    model = keras.models.load_model(folder / folders.BEST)
     assert type(model).__module__.startswith("keras.")
     options = RECIPE.options()
     data = RECIPE.load_data(options)
-    from recipes.data.sets import eval_batches
+    from recipes.data import eval_batches
 
     right = [
         np.argmax(model.predict_on_batch(x), axis=-1) == y.numpy()
@@ -78,27 +79,28 @@ def test_saved_config_runs_again_to_the_same_end(finished, tmp_path):
     again = tmp_path / "again"
     argv = ["--config", str(folder / "config.json"), "--output", str(again), "--verbose", "quiet"]
     assert main(RECIPE, argv) == 0
-    assert cb.read_rows(again / cb.HISTORY) == cb.read_rows(folder / cb.HISTORY)
+    assert folders.read_history(again / folders.HISTORY) == folders.read_history(
+        folder / folders.HISTORY
+    )
 
 
 def test_folder_with_something_in_it_is_left_alone(finished, capsys):
     folder, _ = finished
-    before = (folder / cb.BEST).read_bytes()
+    before = (folder / folders.BEST).read_bytes()
     assert main(RECIPE, ["--output", str(folder)]) == 2
     assert "is not an empty folder" in capsys.readouterr().err
-    assert (folder / cb.BEST).read_bytes() == before
+    assert (folder / folders.BEST).read_bytes() == before
 
 
 def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(3):
-        _, folder = training._open_run(RECIPE, training.opts.parse(RECIPE, []))
-        folder.mkdir(parents=True)
+        _, folder = folders.open_run(RECIPE, opts.parse(RECIPE, []))
         (folder / "config.json").write_text("{}")
         names.append(str(folder))
     assert names == ["runs/tiny", "runs/tiny-2", "runs/tiny-3"]
-    _, folder = training._open_run(RECIPE, training.opts.parse(RECIPE, ["--resume"]))
+    _, folder = folders.open_run(RECIPE, opts.parse(RECIPE, ["--resume"]))
     assert str(folder) == "runs/tiny-3"
 
 
@@ -164,15 +166,15 @@ def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     stop_in_epoch_2(monkeypatch, KeyboardInterrupt())
     error = fails(capsys, ["--output", str(folder), "--limit-steps", "2"], 130)
     assert f"--resume --output {folder}" in error
-    assert keras.models.load_model(folder / cb.BEST)
+    assert keras.models.load_model(folder / folders.BEST)
     monkeypatch.undo()
-    assert cb.load_backup(folder / cb.BACKUP)["step"] == 2
+    assert checkpoint.load_backup(folder / folders.BACKUP)["step"] == 2
 
 
 def test_full_disk_leaves_the_last_good_model(capsys, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    run(RECIPE, RECIPE.options(**QUICK), folder)
-    good = (folder / cb.BEST).read_bytes()
+    run(RECIPE, RECIPE.options(**QUICK, keep_backup=True), folder)
+    good = (folder / folders.BEST).read_bytes()
 
     def full(self, scratch, *args, **kwargs):
         with open(scratch, "wb") as file:
@@ -180,10 +182,10 @@ def test_full_disk_leaves_the_last_good_model(capsys, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", scratch)
 
     monkeypatch.setattr(keras.Model, "save", full)
-    monkeypatch.setattr(training._Trainer, "_should_save", lambda *_: True)
+    monkeypatch.setattr(checkpoint.Selection, "is_better", lambda *_: True)
     argv = ["--resume", "--epochs", "2", "--output", str(folder), "--verbose", "quiet"]
     assert "No space left on device" in fails(capsys, argv, 1)
-    assert (folder / cb.BEST).read_bytes() == good
+    assert (folder / folders.BEST).read_bytes() == good
     assert not list(folder.glob(".partial*"))
 
 
@@ -192,7 +194,7 @@ def test_nan_names_the_layer_and_keeps_the_model(capsys, tmp_path):
     error = fails(capsys, ["--output", str(folder), "--poison", "forward"], 1)
     assert "epoch 1" in error
     assert "first non-finite output, forward, from layer 'poisoned'" in error
-    assert not (folder / cb.BEST).exists()
+    assert not (folder / folders.BEST).exists()
 
 
 @pytest.mark.parametrize("precision", ["none", "float16"])
@@ -228,7 +230,7 @@ def test_nan_in_a_later_epoch_is_found_by_replay(tmp_path):
                 layer = self.model.get_layer("conv2")
                 layer.bias.assign(np.full(layer.bias.shape, 3e38, "float32"))
                 # As if the update before had done it: the replay starts from the backup.
-                cb.save_backup(tmp_path / "run" / cb.BACKUP, self.model, 11, 0.0)
+                checkpoint.save_backup(tmp_path / "run" / folders.BACKUP, self.model, 11, 0.0)
             self.step += 1
 
     options = RECIPE.options(epochs=2, verbose="quiet")
@@ -237,14 +239,14 @@ def test_nan_in_a_later_epoch_is_found_by_replay(tmp_path):
     assert error.value.step == 11
     assert error.value.layer == "predictions"
     assert "from layer 'dropout'" in str(error.value)  # scales by 1.25, beyond float32
-    assert keras.models.load_model(tmp_path / "run" / cb.BEST)  # of epoch 1
+    assert keras.models.load_model(tmp_path / "run" / folders.BEST)  # of epoch 1
 
 
 def test_plain_sgd_warns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "_Trainer", lambda *_: SimpleNamespace(train=lambda _: None))
-    quick(tmp_path, optimizer="sgd")
+    monkeypatch.setattr(session, "Session", lambda *_: SimpleNamespace(train=lambda *_: None))
+    quick(tmp_path / "1", optimizer="sgd")
     assert "warning: plain SGD" in capsys.readouterr().err
-    quick(tmp_path, optimizer="sgd", momentum=0.9)
+    quick(tmp_path / "2", optimizer="sgd", momentum=0.9)
     assert "warning" not in capsys.readouterr().err
 
 
@@ -336,7 +338,7 @@ def test_smoothed_loss_is_that_of_keras_on_one_hot_labels():
     expected = keras.losses.CategoricalCrossentropy(label_smoothing=0.2)(
         keras.ops.one_hot(labels, 5), probabilities
     )
-    loss = training.cross_entropy(0.2)
+    loss = build.cross_entropy(0.2)
     assert float(loss(labels, probabilities)) == pytest.approx(float(expected), rel=1e-6)
     copy = keras.losses.deserialize(keras.losses.serialize(loss))
     assert copy.label_smoothing == 0.2
@@ -349,7 +351,7 @@ def model_of(options):
 def test_weight_decay_leaves_biases_and_norms_alone():
     options = RECIPE.options(weight_decay=0.5, warmup_epochs=0.0, learning_rate=0.1)
     model = model_of(options)
-    optimizer = training.build_optimizer(options, model, steps=10)
+    optimizer = build.build_optimizer(options, model, steps=10)
     for variable in model.trainable_variables:
         variable.assign(np.ones(variable.shape))
     optimizer.build(model.trainable_variables)
@@ -363,7 +365,7 @@ def test_weight_decay_leaves_biases_and_norms_alone():
 def test_warmup_and_cosine(accumulate):
     options = RECIPE.options(learning_rate=0.8, warmup_epochs=1.0, epochs=5, accumulate=accumulate)
     model = model_of(options)
-    schedule = training.build_optimizer(options, model, steps=20)._learning_rate
+    schedule = build.build_optimizer(options, model, steps=20)._learning_rate
     updates = 20 * 5 // accumulate
     rates = np.array([float(schedule(step)) for step in range(updates + 1)])
     peak = 20 // accumulate
@@ -381,30 +383,32 @@ def test_warmup_and_cosine(accumulate):
     [
         ("improve", [(0.5, 0.9), (0.7, 0.9), (0.6, 0.1)], 1),
         ("beats-test", [(0.5, 0.4), (0.7, 0.9), (0.6, 0.1)], 2),
-        ("beats-test", [(0.5, 0.6), (0.7, 0.9)], -1),
+        ("beats-test", [(0.5, 0.6), (0.7, 0.9)], None),
         ("improve", [(float("nan"), 0.9), (0.1, 0.9)], 1),
     ],
 )
 def test_rules_for_the_best_model(rule, rows, kept):
-    trainer = object.__new__(training._Trainer)
-    trainer.recipe, trainer.options, trainer.sign = RECIPE, RECIPE.options(select_best=rule), 1.0
     logs = [
         {"epoch": epoch, "val_accuracy": val, "test_accuracy": test}
-        for epoch, (val, test) in enumerate(rows)
+        for epoch, (val, test) in enumerate(rows, 1)
     ]
-    assert trainer._best_row(logs)[1] == kept
+    assert checkpoint.Selection(rule, "val_accuracy", "max").kept(logs) == kept
 
 
 def test_beats_test_evaluates_the_test_split(tmp_path):
     result = quick(tmp_path, select_best="beats-test")
     assert 0 <= result.history[0]["test_accuracy"] <= 1
     better = result.history[0]["val_accuracy"] > result.history[0]["test_accuracy"]
-    assert result.kept == better == (tmp_path / "run" / cb.BEST).exists()
+    assert result.kept == better == (tmp_path / "run" / folders.BEST).exists()
 
 
 def test_validation_is_not_disturbed_by_training_metrics(finished):
     folder, _ = finished
-    assert not [name for name in cb.read_rows(folder / cb.HISTORY)[0] if name == "val_grad_norm"]
+    assert not [
+        name
+        for name in folders.read_history(folder / folders.HISTORY)[0]
+        if name == "val_grad_norm"
+    ]
 
 
 def test_monitor_writes_a_report(tmp_path):

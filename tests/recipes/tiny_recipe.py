@@ -40,7 +40,7 @@ def _log_of_relu(x):
 
 def load_data(options):
     """512 training, 100 validation and 100 test images of embedded MNIST."""
-    from recipes.data.sets import Split, load
+    from recipes.data import Split, load
 
     data = load("mnist_embedded", image_size=options.image_size, augment="shift")
     return dataclasses.replace(

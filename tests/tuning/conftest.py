@@ -45,7 +45,7 @@ def fake_run(monkeypatch):
     """
     from recipes import training
     from recipes.errors import TrainingDiverged
-    from recipes.training.callbacks import HISTORY
+    from recipes.training.folder import HISTORY
 
     calls = []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import keras_gradclip as kgc
-from recipes.training.callbacks import read_rows
+from recipes.training.folder import read_history
 from tuning.search import main
 
 HERE = Path(__file__).resolve().parent
@@ -105,7 +105,7 @@ def test_the_runs_are_those_of_the_recipe_with_the_trials_values(finished):
             else:
                 threshold = kgc.get(config["clip_config"]).threshold
                 assert threshold == pytest.approx(float(row["absolute/threshold"]))
-        best = [max(r["val_accuracy"] for r in read_rows(run / "history.csv")) for run in runs]
+        best = [max(r["val_accuracy"] for r in read_history(run / "history.csv")) for run in runs]
         assert float(row["score"]) == pytest.approx(sum(best) / len(best))
 
 
@@ -130,7 +130,7 @@ def test_best_json_trains_through_the_recipe(finished, tmp_path, best):
     argv = ["--clip-config", str(path), "--output", str(tmp_path / "run"), "--verbose", "quiet"]
     with contextlib.redirect_stdout(None):
         assert train(recipe, argv) == 0
-    fractions = [row["clip_fraction"] for row in read_rows(tmp_path / "run" / "history.csv")]
+    fractions = [row["clip_fraction"] for row in read_history(tmp_path / "run" / "history.csv")]
     assert all((fraction > 0) == (best == "absolute") for fraction in fractions)
 
 
@@ -290,7 +290,7 @@ def check_hyperband(folder):
         values = trial["hyperparameters"]["values"]
 
         def history(trial_id):
-            return read_rows(folder / "trials" / f"trial_{trial_id}" / "run-0" / "history.csv")
+            return read_history(folder / "trials" / f"trial_{trial_id}" / "run-0" / "history.csv")
 
         parent, own = history(values["tuner/trial_id"]), history(trial["trial_id"])
         assert len(parent) == values["tuner/initial_epoch"]

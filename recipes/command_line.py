@@ -1,0 +1,91 @@
+"""How does a command end? The exit status and the one line of error of every command here."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from recipes.errors import RecipeError, TrainingDiverged, WorkerLost, first_line
+
+_LONGEST_LINE = 1_000
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's options: help as it is written, no abbreviations, mistakes as `RecipeError`."""
+
+    def __init__(self, prog: str, description: str | None, **keywords: Any):
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **keywords,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the mistake instead of printing the usage and ending the process."""
+        raise RecipeError(f"{message} (see --help)")
+
+
+def exit_status(
+    work: Callable[[], int | None],
+    argv: Sequence[str] = (),
+    *,
+    interrupted: str | Callable[[], str] = "",
+    hint: Callable[[], str] = lambda: "",
+) -> int:
+    """Runs a command, every foreseeable failure of which ends in one line `error: ...`.
+
+    Args:
+        work: the command; its result is the status, None is 0.
+        argv: of the command; with `--traceback` the traceback comes before the line.
+        interrupted: what to add to the line after Ctrl-C, or a function that says it.
+        hint: what to add where the surroundings failed and not the flags.
+
+    Returns:
+        The exit status: 0; 1 for a run that failed; 2 for a mistake in flags, config or data;
+        130 after Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        more = interrupted() if callable(interrupted) else interrupted
+        message, status = f"interrupted{more}", 130
+    except RecipeError as error:
+        message = str(error)
+        status = 1 if isinstance(error, (TrainingDiverged, WorkerLost)) else 2
+    except OSError as error:
+        name = f": {error.filename}" if error.filename else ""
+        message, status = f"{error.strerror or error}{name}{hint()}", 1
+    except Exception as error:
+        if not _is_tensorflow_error(error):
+            raise
+        message, status = f"{_tensorflow_line(error)}{hint()}", 1
+    if "--traceback" in argv:
+        traceback.print_exc()
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    return status
+
+
+def _one_line(message: str) -> str:
+    """A message without line breaks and NULs, its middle left out where it is too long."""
+    line = " ".join(message.split("\n")).replace("\0", "\\0").strip()
+    half = _LONGEST_LINE // 2
+    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
+def _is_tensorflow_error(error: Exception) -> bool:
+    if "tensorflow" not in sys.modules:
+        return False
+    import tensorflow as tf
+
+    return isinstance(error, tf.errors.OpError)
+
+
+def _tensorflow_line(error: Exception) -> str:
+    """The line that says what happened, out of TensorFlow's report on its graph."""
+    noise = ("Graph execution error", "Detected at node", "File ", "[[", "<stack traces", "(")
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(noise)]
+    return telling[-1] if telling else first_line(error)

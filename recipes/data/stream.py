@@ -1,0 +1,144 @@
+"""In which order do examples come? Batches, shuffled, augmented, and shared by workers.
+
+The training order is a pure function of (seed, epoch, step): `train_stream(..., start_step=k)`
+yields exactly the batches that an uninterrupted run sees from step k on, augmentation included.
+That is what makes a killed and resumed run end with the same weights.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from recipes.data.sets import Data, Split
+from recipes.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one worker of several takes of the data.
+
+    Attributes:
+        worker, workers: int, its place and their number.
+        replicas: int, devices of all workers together, the same number on each.
+    """
+
+    worker: int = 0
+    workers: int = 1
+    replicas: int = 1
+
+
+WHOLE = Part()
+
+
+def steps_per_epoch(split: Split, batch_size: int, limit: int | None = None) -> int:
+    """Full batches in one epoch (the remainder differs from epoch to epoch and is dropped)."""
+    steps = split.size // batch_size
+    if steps == 0:
+        raise DataError(
+            f"batch-size={batch_size} is larger than the {split.size} training examples: "
+            "choose a smaller one"
+        )
+    return min(steps, limit) if limit else steps
+
+
+def train_stream(
+    data: Data,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    steps: int | None = None,
+    part: Part = WHOLE,
+) -> tf.data.Dataset:
+    """Endless batches of (x, y), shuffled and augmented, from global step `start_step` on.
+
+    Args:
+        data: `Data`.
+        batch_size: int, the global batch, split over the replicas by the strategy.
+        seed: int, fixes the order and the augmentation.
+        start_step: int, steps (batches) of the run already done.
+        steps: int or None, steps an epoch; default `steps_per_epoch`.
+        part: `Part` of every batch that this worker computes; each batch then has the size of one
+            replica's.
+    """
+    steps = steps or steps_per_epoch(data.train, batch_size)
+    first_epoch, first_step = divmod(start_step, steps)
+    base = data.train.dataset
+    buffer = max(1, min(data.shuffle_buffer, data.train.size))
+
+    def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        # Sets the seed of this function's graph alone: the order depends on `seed`, not on the
+        # caller's global seed as well (and TensorFlow cannot combine a global 0 with a tensor).
+        tf.random.set_seed(1)
+        # Seeds of neighbouring epochs must not collide with those of a neighbouring `seed`.
+        order = tf.random.stateless_uniform(
+            [2], tf.stack([tf.constant(seed, tf.int64), epoch]), None, None, tf.int64
+        )
+        shuffled = base.shuffle(buffer, seed=order[0], reshuffle_each_iteration=False)
+        numbered = shuffled.enumerate().take(steps * batch_size)
+        done = tf.where(epoch == first_epoch, first_step * batch_size, 0)
+        mine = _share(numbered.skip(tf.cast(done, tf.int64)), part)
+        return mine.map(lambda index, element: (tf.stack([order[1], index]), element))
+
+    epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
+    stream = epochs.flat_map(one_epoch)
+    stream = stream.map(
+        lambda example_seed, element: data.preprocess_train(element, example_seed),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+    stream = stream.batch(batch_size // part.replicas, drop_remainder=True)
+    return stream.prefetch(tf.data.AUTOTUNE).with_options(_options())
+
+
+def eval_batches(data: Data, split: Split, batch_size: int, part: Part = WHOLE) -> tf.data.Dataset:
+    """Batches of (x, y) of a whole split in storage order, the last one possibly smaller.
+
+    With a `part`, this worker's examples in batches for its replicas, as many on every worker and
+    none of them empty: some layers cannot compute nothing.
+    """
+    examples = _share(split.dataset, part).map(
+        data.preprocess_eval, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
+    batches, count = examples.batch(batch_size), -(-split.size // batch_size)
+    if part != WHOLE:
+        sizes = _part_sizes(split.size, batch_size, part)
+        batches, count = batches.rebatch(sizes), len(sizes)
+    batches = batches.prefetch(tf.data.AUTOTUNE)
+    return batches.apply(tf.data.experimental.assert_cardinality(count)).with_options(_options())
+
+
+def _part_sizes(size: int, batch_size: int, part: Part) -> list[int]:
+    """The sizes of the batches of one worker's devices in turn, as even as can be.
+
+    Args:
+        size: int, examples of all workers together.
+        batch_size: int, the global batch, which none of the steps exceeds.
+        part: `Part`.
+
+    Raises:
+        DataError: fewer examples than devices.
+    """
+    local = part.replicas // part.workers
+    most, least = -(-size // part.workers), size // part.workers
+    steps = -(-most // (local * (batch_size // part.replicas)))
+    if least < steps * local:
+        raise DataError(
+            f"{size} examples to evaluate are too few for {part.replicas} devices at "
+            f"--batch-size {batch_size}: use fewer devices or a larger batch"
+        )
+    mine = len(range(part.worker, size, part.workers))
+    each, more = divmod(mine, steps * local)
+    return [each + 1] * more + [each] * (steps * local - more)
+
+
+def _share(dataset: tf.data.Dataset, part: Part) -> tf.data.Dataset:
+    """Every `workers`-th example, before anything costly is done to it."""
+    return dataset if part.workers == 1 else dataset.shard(part.workers, part.worker)
+
+
+def _options() -> tf.data.Options:
+    options = tf.data.Options()
+    options.deterministic = True
+    # By examples, not by files: small sets have fewer files than there are workers.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return options

@@ -1,0 +1,127 @@
+"""Which sets does TFDS bring? Their builders, features and splits, and the embedded digits."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from recipes.data.image_folder import IMAGE_FOLDER
+from recipes.data.mnist_embedded import prepared_builder
+from recipes.data.sets import DEFAULT_CACHE, Split
+from recipes.errors import DataError, first_line
+
+EMBEDDED = "mnist_embedded"
+# Test labels of imagenet2012 are withheld: report on its validation split, validate on 1 % of
+# the training split.
+_SPLITS = {"imagenet2012": ("train[:99%]", "train[99%:]", "validation")}
+
+
+def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
+    """The TFDS builder of a name, its data prepared under `download`.
+
+    Raises:
+        DataError: no such set, or it could not be downloaded.
+    """
+    if data_dir is not None and not Path(data_dir).is_dir() and not download:
+        raise DataError(f"data-dir={data_dir!r} is not a folder: give the one that holds {dataset}")
+    if dataset == EMBEDDED:
+        return prepared_builder(data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_CACHE)
+    try:
+        builder = tfds.builder(dataset, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        names = [EMBEDDED, IMAGE_FOLDER, *tfds.list_builders(with_community_datasets=False)]
+        close = difflib.get_close_matches(dataset, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
+        raise DataError(f"dataset={dataset!r} is not a TFDS name: {hint}") from None
+    except Exception as error:  # TFDS raises a dozen kinds for a bad version or config
+        raise DataError(f"dataset={dataset!r}: {first_line(error)}") from error
+    if download:
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # network, checksum, missing packages: all end here
+            raise DataError(
+                f"dataset={dataset!r} could not be downloaded: {first_line(error)}"
+            ) from error
+    return builder
+
+
+def features_of(builder: Any) -> tuple[str, str, int, bool]:
+    """(image key, label key, classes, images surely under 96 pixels)."""
+    features = builder.info.features
+    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
+    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
+    keys = builder.info.supervised_keys
+    image = keys[0] if keys and keys[0] in images else next(iter(images), None)
+    label = keys[1] if keys and keys[1] in labels else next(iter(labels), None)
+    if image is None or label is None:
+        raise DataError(
+            f"dataset={builder.name!r} has features {sorted(features)}: a recipe needs an image "
+            "and a class label"
+        )
+    height, width, _ = features[image].shape
+    small = height is not None and width is not None and max(height, width) < 96
+    return image, label, features[label].num_classes, small
+
+
+def splits_of(
+    builder: Any, image_key: str, label_key: str, splits: str | None, data_dir: str | None
+) -> list[Split]:
+    """Train, validation and test splits of (encoded image, label).
+
+    Raises:
+        DataError: not prepared, or a split that is empty or not there.
+    """
+    names = _split_names(builder, splits)
+    parts = []
+    for role, name in zip(("train", "validation", "test"), names, strict=True):
+        parts.append(_split(builder, name, image_key, label_key, data_dir))
+        if parts[-1].size == 0:
+            raise DataError(f"dataset={builder.name!r}: the {role} split {name!r} is empty")
+    return parts
+
+
+def _split_names(builder: Any, splits: str | None) -> tuple[str, ...]:
+    if splits:
+        names = tuple(part.strip() for part in splits.split(","))
+        if len(names) != 3:
+            raise DataError(f"splits={splits!r} must name three: train,validation,test")
+        return names
+    if builder.name in _SPLITS:
+        return _SPLITS[builder.name]
+    known = set(builder.info.splits)
+    if {"train", "validation", "test"} <= known:
+        return ("train", "validation", "test")
+    if {"train", "test"} <= known:
+        return ("train[:90%]", "train[90%:]", "test")
+    if {"train", "validation"} <= known:
+        return ("train[:90%]", "train[90%:]", "validation")
+    if known and "train" not in known:
+        raise DataError(
+            f"dataset={builder.name!r} has no train split but {sorted(known)}: name three "
+            "with --splits"
+        )
+    return ("train[:80%]", "train[80%:90%]", "train[90%:]")
+
+
+def _split(builder: Any, name: str, image_key: str, label_key: str, data_dir: str | None) -> Split:
+    # One reader at a time: the order of the examples must not depend on timing.
+    config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    try:
+        dataset = builder.as_dataset(
+            split=name,
+            decoders={image_key: tfds.decode.SkipDecoding()},
+            shuffle_files=False,
+            read_config=config,
+        )
+    except AssertionError:
+        folder = data_dir or str(Path(builder.data_dir).parent.parent)
+        raise DataError(
+            f"dataset={builder.name!r} is not prepared in {folder}: point --data-dir at a folder "
+            "that holds it, or add --download"
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise DataError(f"dataset={builder.name!r}, split {name!r}: {first_line(error)}") from None
+    size = int(dataset.cardinality())
+    return Split(dataset.map(lambda example: (example[image_key], example[label_key])), size)

@@ -1,0 +1,34 @@
+"""Which recipes are there?"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from recipes.errors import RecipeError
+
+if TYPE_CHECKING:
+    from recipes.training import Recipe
+
+# Recipe: the module and the name in it.
+RECIPES = {
+    "alexnet": ("recipes.alexnet", "RECIPE"),
+    "vgg16": ("recipes.vgg16", "RECIPE"),
+    "vgg19": ("recipes.vgg19", "RECIPE"),
+    "googlenet": ("recipes.googlenet", "RECIPE"),
+    "inception_v2": ("recipes.inception_v2", "RECIPE"),
+    "resnet50": ("recipes.resnet50", "RECIPE"),
+    "driving_resnet50": ("recipes.driving_resnet50", "RECIPE"),
+    "driving_pilotnet": ("recipes.driving_pilotnet", "RECIPE"),
+    "driving_resnet50_signs": ("recipes.driving_resnet50", "SIGNS"),
+}
+
+
+def find_recipe(name: str) -> "Recipe":
+    """The `Recipe` of a name in `RECIPES`.
+
+    Raises:
+        RecipeError: no such recipe.
+    """
+    if name not in RECIPES:
+        raise RecipeError(f"{name!r} is not a recipe: choose from {', '.join(RECIPES)}")
+    module, attribute = RECIPES[name]
+    return getattr(importlib.import_module(module), attribute)

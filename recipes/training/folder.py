@@ -1,0 +1,181 @@
+"""Where do results go? The folder of a run: its name, its files, and one run in it at a time."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from keras_gradclip._files import read_csv, write_csv
+from recipes.errors import RecipeError
+from recipes.training import multiworker
+from recipes.training import options as opts
+from recipes.training.option_table import Options
+from recipes.training.recipe import Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs from one folder there
+    fcntl = None  # type: ignore[assignment]
+
+RUNS = Path("runs")
+CONFIG = "config.json"
+BACKUP = "backup.npz"
+HISTORY = "history.csv"
+LAYERS = "layers.csv"
+BEST = "best.keras"
+RESULT = "result.json"
+MONITOR = "monitor"
+# An interrupted run may be resumed with these changed: none of them alters a step.
+_FREE_ON_RESUME = {
+    "epochs",
+    "backup_every",
+    "keep_backup",
+    "tensorboard",
+    "monitor",
+    "worker_timeout",
+}
+
+
+def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
+    """The options and the folder of a new or resumed run.
+
+    A new run in the default place makes and takes the next free name (`runs/resnet50`,
+    `runs/resnet50-2`, ...), so that nothing is overwritten, nor shared with a run that starts at
+    the same time. A folder named by `--output` must be empty or not exist. `--resume` takes the
+    newest default folder, or that of `--output`.
+    """
+    options = parsed.options
+    if "\0" in (options.output or ""):
+        raise RecipeError(f"--output {options.output!r}: a NUL character cannot be in a name")
+    if options.resume:
+        return _reopen(recipe, parsed)
+    if options.strategy == "multiworker" and not multiworker.read_cluster().is_chief:
+        # The chief looks whether the folder is free, makes it, and may have done so already.
+        return options, Path(options.output or RUNS / recipe.name)
+    if options.output:
+        folder = Path(options.output)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RecipeError(
+                f"--output {folder} is not an empty folder: name another, or go on with the run in "
+                "it with --resume"
+            )
+        return options, folder
+    folder, number = RUNS / recipe.name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return options, folder
+        except FileExistsError:
+            number += 1
+            folder = RUNS / f"{recipe.name}-{number}"
+
+
+def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
+    folder = Path(parsed.options.output) if parsed.options.output else _newest(recipe)
+    path = folder / CONFIG
+    if not path.exists():
+        raise RecipeError(f"--resume: no run in {folder} (it has no {CONFIG})")
+    saved = opts.read_config(path, recipe)
+    given = {**parsed.config, **parsed.given}
+    options = opts.resolve(recipe, saved, given)
+    now = opts.saved_options(recipe, options)
+    changed = sorted(
+        name
+        for name, value in now.items()
+        if name != "recipe" and name not in _FREE_ON_RESUME and saved.get(name, value) != value
+    )
+    if changed:
+        raise RecipeError(
+            f"--resume: the run in {folder} was started with other values of "
+            + ", ".join(f"{name} ({saved[name]!r}, now {now[name]!r})" for name in changed)
+            + "; leave them out, or start a new run"
+        )
+    return options, folder
+
+
+def _newest(recipe: Recipe) -> Path:
+    def number(folder: Path) -> int:
+        tail = folder.name.removeprefix(recipe.name).removeprefix("-")
+        return int(tail or 1) if not tail or tail.isdigit() else 0
+
+    folders = [f for f in RUNS.glob(f"{recipe.name}*") if number(f) and (f / CONFIG).exists()]
+    if not folders:
+        raise RecipeError(f"--resume: no run of {recipe.name} in {RUNS}/; name it with --output")
+    return max(folders, key=number)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Makes `folder` and keeps other runs out of it; takes it away again if nothing came of it.
+
+    The lock is on the folder itself and ends with the process, however that ends.
+
+    Raises:
+        RecipeError: another process is at work in it, or it holds a run that is not resumed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        _take(lock, folder)
+        if not resume and (folder / CONFIG).exists():
+            raise RecipeError(
+                f"{folder} holds a run already: name another folder, or go on with it by --resume"
+            )
+        try:
+            yield
+        except BaseException:
+            if not resume and {entry.name for entry in folder.iterdir()} <= {CONFIG}:
+                _remove(folder)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder of a run that never began, and `runs/` if nothing else is in it."""
+    (folder / CONFIG).unlink(missing_ok=True)
+    folder.rmdir()
+    if folder.parent == RUNS:
+        with contextlib.suppress(OSError):  # not empty
+            RUNS.rmdir()
+
+
+def _take(lock: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RecipeError(
+            f"another run is at work in {folder}: wait for it, or name another --output"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a run's `history.csv` or `layers.csv`, epochs counted from 1.
+
+    Version 0.1 counted from 0.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    try:
+        rows = read_csv(path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    if rows and rows[0].get("epoch") == 0:
+        rows = [{**row, "epoch": row["epoch"] + 1} for row in rows]
+    return rows
+
+
+def keep_epochs(path: Path, last: int) -> None:
+    """Drops the rows of epochs after `last`, which a resumed run writes again."""
+    rows = [row for row in read_history(path) if row["epoch"] <= last]
+    if rows:
+        whole = [{**row, "epoch": int(row["epoch"])} for row in rows]
+        write_csv(path, list(rows[0]), whole)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""What is a recipe? What differs from network to network, and what a run of it achieved."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.data import Data
+from recipes.errors import RecipeError
+from recipes.training import options as opts
+from recipes.training.option_table import Option, Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What differs from network to network.
+
+    Attributes:
+        name: str, also the folder under `runs/`.
+        network: str, a name of `recipes.models.build`.
+        description: str, the head of `--help`; usually the module's docstring.
+        settings: values of any options (`recipes.training.options`): epochs, learning_rate ...
+        network_options: options of `recipes.models.build`, such as batch_norm_momentum.
+        build: None, or `(num_outputs, image_size, model_class, options) -> keras.Model` in place
+            of `recipes.models.build`. `model_class(inputs, outputs)` makes the model.
+        load_data: None, or `options -> recipes.data.Data` in place of `recipes.data.load`.
+        loss: None (cross-entropy of class probabilities), or `options -> keras.losses.Loss`.
+        metrics: None (accuracy), or `() -> list of keras.metrics.Metric`.
+        monitor: the validation metric that chooses the best model, with its `val_`.
+        mode: "max" or "min".
+        report: None, or `Result -> list of (name, text)` rows for the closing table. Recipes that
+            are not classifiers print no `Best accuracy` line.
+        extra_options: `recipes.training.options.Option`s of this recipe alone.
+    """
+
+    name: str
+    network: str = "resnet50"
+    description: str = ""
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    network_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    build: Callable[..., Any] | None = None
+    load_data: Callable[..., Data] | None = None
+    loss: Callable[..., Any] | None = None
+    metrics: Callable[[], list[Any]] | None = None
+    monitor: str = "val_accuracy"
+    mode: str = "max"
+    report: Callable[["Result"], list[tuple[str, str]]] | None = None
+    extra_options: tuple[Option, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]{1,100}", self.name) or self.name.startswith("."):
+            raise RecipeError(
+                f"a recipe's name is that of its folder under runs/, and {self.name[:60]!r} is "
+                "none: use letters, digits, '_', '-' and '.'"
+            )
+
+    def options(self, **values: object) -> Options:
+        """The recipe's options with `values` in place of its settings, checked.
+
+        Raises:
+            RecipeError: an unknown name or a value that cannot be.
+        """
+        return opts.resolve(self, {}, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run achieved.
+
+    Attributes:
+        recipe: str, its name.
+        output: Path, the folder of the results.
+        monitor: str, the metric that chose the best model.
+        best: float, its value for the model that was kept (of the best epoch if none was).
+        best_epoch: int, its place in `history`, from 0.
+        kept: bool, whether `best.keras` was written.
+        history: a dict per epoch, numbers as in `history.csv`.
+        test: metrics of the kept model on the test split.
+        parameters: int, of the network that was kept.
+        clip_fraction: float, mean over the epochs, in 0..1; NaN without telemetry.
+        seconds: float, from start to end, earlier processes of a resumed run included.
+        data: the `recipes.data.Data`.
+    """
+
+    recipe: str
+    output: Path
+    monitor: str
+    best: float
+    best_epoch: int
+    kept: bool
+    history: Sequence[dict[str, Any]]
+    test: Mapping[str, float]
+    parameters: int
+    clip_fraction: float
+    seconds: float
+    data: Data

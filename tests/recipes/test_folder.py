@@ -1,0 +1,134 @@
+"""A folder belongs to one run at a time; a start that fails leaves none; names that cannot be."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_recipe import RECIPE
+
+from recipes.errors import RecipeError
+from recipes.training import Recipe, main
+from recipes.training import folder as folders
+from recipes.training import options as opts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def hold(folder, entered):
+    """As a run does, in a process of its own."""
+    with folders.claimed(Path(folder), resume=False):
+        (Path(folder) / folders.CONFIG).write_text("{}")
+        entered.set()
+        signal.pause()
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder in which another process is at work."""
+    context = multiprocessing.get_context("fork")
+    entered = context.Event()
+    process = context.Process(target=hold, args=(str(tmp_path / "run"), entered))
+    process.start()
+    assert entered.wait(60)
+    yield tmp_path / "run", process
+    process.kill()
+    process.join(60)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_the_folder_is_refused(held, resume):
+    folder, _ = held
+    with (
+        pytest.raises(RecipeError, match="another run is at work in"),
+        folders.claimed(folder, resume),
+    ):
+        pytest.fail("two runs in one folder")
+    assert (folder / folders.CONFIG).exists()
+
+
+def test_a_killed_run_leaves_no_lock(held):
+    folder, process = held
+    process.kill()
+    process.join(60)
+    with folders.claimed(folder, resume=True):
+        assert (folder / folders.CONFIG).exists()
+    with pytest.raises(RecipeError, match="holds a run already"), folders.claimed(folder, False):
+        pytest.fail("overwritten")
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in ((), (folders.CONFIG,)):
+        _, folder = folders.open_run(RECIPE, opts.parse(RECIPE, []))
+        with pytest.raises(ZeroDivisionError), folders.claimed(folder, False):
+            for name in content:
+                (folder / name).write_text("{}")
+            raise ZeroDivisionError
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_has_made_stays(tmp_path):
+    with pytest.raises(KeyboardInterrupt), folders.claimed(tmp_path / "run", False):
+        (tmp_path / "run" / folders.BACKUP).write_bytes(b"")
+        raise KeyboardInterrupt
+    assert (tmp_path / "run" / folders.BACKUP).exists()
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "x\0", "x" * 4_000])
+def test_a_recipe_is_named_as_a_folder_can_be(name):
+    with pytest.raises(RecipeError, match="recipe's name"):
+        Recipe(name=name)
+
+
+@pytest.mark.parametrize(("name", "status"), [("x\0y", 2), ("x" * 4_000, 1)])
+def test_output_that_cannot_be_a_folder(tmp_path, capsys, name, status):
+    assert main(RECIPE, ["--output", str(tmp_path / name)]) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 1_100
+
+
+def bare_python(*arguments, cwd=ROOT, **environment):
+    """A Python without site packages: none of what the recipes need is there."""
+    return subprocess.run(
+        [sys.executable, "-S", *arguments],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize("script", ["recipes/vgg16.py", "recipes/tools/zoo.py", "tuning/search.py"])
+def test_a_python_without_the_packages_is_told_so_in_one_line(tmp_path, script):
+    copy = tmp_path / script
+    copy.parent.mkdir(parents=True)
+    copy.write_text((ROOT / script).read_text())
+    (tmp_path / "recipes" / "__init__.py").parent.mkdir(exist_ok=True)
+    for name in ("__init__.py",):
+        (tmp_path / "recipes" / name).write_text((ROOT / "recipes" / name).read_text())
+    ended = bare_python(script, cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1 and "lacks keras: run `make venv` in" in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_it_goes_on_in_the_environment_beside_it(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for name in ("__init__.py", "vgg16.py"):
+        (tmp_path / "recipes" / name).write_text((ROOT / "recipes" / name).read_text())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import json, sys; "
+        'print(json.dumps(sys.argv[1:]))\' "$@"\n'
+    )
+    python.chmod(0o755)
+    ended = bare_python("recipes/vgg16.py", "--epochs", "1", cwd=tmp_path)
+    assert json.loads(ended.stdout)[-3:] == ["recipes/vgg16.py", "--epochs", "1"]
+    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("note: ")
