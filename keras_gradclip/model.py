@@ -63,7 +63,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     class MyStack(ClippedTrainStep, keras.Sequential): ...
     ```
 
-    `compile` takes `clipper=` and `activation_gate=`, and wraps the optimizer in a
+    `compile` takes `clipper=`, `activation_gate=` and `skip_spikes=`, and wraps the optimizer in a
     `ClippedOptimizer`. `fit` logs `grad_norm` (global L2 norm before the clip) and
     `clip_fraction` (elements or norms clipped / all), both means over every 8th update of the
     epoch; over every update with `ClippedOptimizer(..., telemetry=True)`.
@@ -78,15 +78,17 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         *args: Any,
         clipper: ClipperLike = None,
         activation_gate: gate.ActivationGate | Config | None = None,
+        skip_spikes: float | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `keras.Model.compile`, with two arguments more.
+        """As `keras.Model.compile`, with three arguments more.
 
         Args:
             optimizer: as in Keras; or a `ClippedOptimizer`, and then no `clipper`.
             *args: as in Keras.
             clipper: a clipper, anything that `keras_gradclip.get` takes, or None (no clipping).
             activation_gate: an `ActivationGate`, or None.
+            skip_spikes: as of `ClippedOptimizer`.
             **kwargs: as in Keras.
 
         Raises:
@@ -94,7 +96,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         """
         new_gate = gate.as_gate(activation_gate)
         with self.distribute_scope():
-            optimizer = _with_clipper(optimizer, clipper)
+            optimizer = _with_clipper(optimizer, clipper, skip_spikes)
             super().compile(optimizer, *args, **kwargs)  # type: ignore[misc]
         runtime = self._clip_runtime()
         wrapper = find(self.optimizer)
@@ -354,7 +356,9 @@ def _make_functional(cls: type) -> None:
     )
 
 
-def _with_clipper(optimizer: Optimizer, clipper: ClipperLike) -> Optimizer:
+def _with_clipper(
+    optimizer: Optimizer, clipper: ClipperLike, skip_spikes: float | None
+) -> Optimizer:
     """`optimizer` wrapped with `clipper`, unless it is wrapped already."""
     if optimizer is None:
         if clipper is not None:
@@ -363,7 +367,12 @@ def _with_clipper(optimizer: Optimizer, clipper: ClipperLike) -> Optimizer:
     if isinstance(optimizer, (str, dict)):
         optimizer = keras.optimizers.get(optimizer)
     if find(optimizer) is None:
-        return ClippedOptimizer(optimizer, clipper)
+        return ClippedOptimizer(optimizer, clipper, skip_spikes=skip_spikes)
+    if skip_spikes is not None:
+        raise ValueError(
+            f"compile: `skip_spikes` ({skip_spikes!r}) was given beside a ClippedOptimizer. "
+            "Write ClippedOptimizer(..., skip_spikes=...)."
+        )
     if clipper is not None:
         raise ValueError(
             f"compile: `clipper` ({clipper!r}) was given beside a ClippedOptimizer, which has the "

@@ -11,7 +11,7 @@ from keras import ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
-from keras_gradclip._types import Gradient, Optimizer, Scalar, Variable
+from keras_gradclip._types import Gradient, Optimizer, Scalar, Tensor, Variable
 
 
 class LossScale(Protocol):
@@ -26,8 +26,8 @@ class LossScale(Protocol):
     def on_finite(self) -> None:
         """The update was applied."""
 
-    def on_overflow(self) -> None:
-        """The update was left out."""
+    def on_skip(self, was_finite: Tensor) -> None:
+        """The update was left out: an overflow, or if `was_finite` a spike."""
 
 
 class FixedLossScale:
@@ -45,7 +45,7 @@ class FixedLossScale:
     def on_finite(self) -> None:
         """A fixed scale stays."""
 
-    def on_overflow(self) -> None:
+    def on_skip(self, was_finite: Tensor) -> None:
         """A fixed scale stays."""
 
 
@@ -75,11 +75,12 @@ class DynamicLossScale:
         outer.step_counter.assign(ops.where(full, ops.zeros_like(counter), counter + 1))
         outer.dynamic_scale.assign(ops.where(full, scale * 2.0, scale))
 
-    def on_overflow(self) -> None:
-        """Halve the scale."""
+    def on_skip(self, was_finite: Tensor) -> None:
+        """Halve the scale after an overflow; a spike says nothing of it."""
         outer = self._outer
-        outer.step_counter.assign(ops.zeros_like(outer.step_counter))
-        outer.dynamic_scale.assign(outer.dynamic_scale * 0.5)
+        counter, scale = kernels.read(outer.step_counter), kernels.read(outer.dynamic_scale)
+        outer.step_counter.assign(ops.where(was_finite, counter, ops.zeros_like(counter)))
+        outer.dynamic_scale.assign(ops.where(was_finite, scale, scale * 0.5))
 
 
 class KnowsLossScale:

@@ -17,6 +17,7 @@ from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._hyperparameters import HasThresholds, is_schedule, to_numpy
 from keras_gradclip.optimizer._inner import InnerUpdate
+from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
 from keras_gradclip.optimizer._telemetry import Telemetry
 from keras_gradclip.optimizer._watcher import Watcher
 
@@ -24,13 +25,14 @@ from keras_gradclip.optimizer._watcher import Watcher
 class HasState(HasThresholds):
     """Mixin of an optimizer: its variables, `.keras` files, weights and config.
 
-    Telemetry is not worth saving.
+    Telemetry, and which gradient was first not finite, are not worth saving.
     """
 
     built: bool
     inner_optimizer: Optimizer
     gradient_accumulation_steps: int | None
     skip_nonfinite: bool
+    skip_spikes: float | None
     telemetry: bool | int
     name: str
     _track_variable: Callable[[Variable], None]
@@ -45,6 +47,9 @@ class HasState(HasThresholds):
     _skipped: Variable
     _clip_state: State
     _accumulation: Accumulation | None
+    _spikes: SpikeWindow | None
+    _first_nonfinite: FirstNonfinite
+    add_variable: Callable[..., Variable]
     _inner_update: InnerUpdate
 
     @property
@@ -54,6 +59,8 @@ class HasState(HasThresholds):
         What a step on JAX may write goes in and comes out with the optimizer's variables.
         """
         own = [*self._variables, *self.inner_optimizer.variables]
+        if self.built:
+            own.append(self._first_nonfinite.number)
         if self._telemetry is not None:
             own += self._telemetry.state
         if backend.backend() == "jax":
@@ -103,6 +110,9 @@ class HasState(HasThresholds):
             for shape in ((2, len(variables)), (4,)):
                 self.add_variable(shape, "zeros", "float32", "none", name="reserved")
             self._accumulation.build(variables, self._track_variable)
+        if self._spikes is not None:
+            self._spikes.build(self.add_variable)
+        self._first_nonfinite = FirstNonfinite()
         self._start_telemetry()
 
     def _saved(self) -> dict[str, Variable]:
@@ -112,6 +122,8 @@ class HasState(HasThresholds):
         if self.built:
             named["skipped"] = self._skipped
             named.update({f"state:{k}": v for k, v in self._clip_state.items()})
+            if self._spikes is not None:
+                named |= {"spikes:norms": self._spikes.norms, "spikes:seen": self._spikes.seen}
             sums = self._accumulation.sums if self._accumulation else []
             named.update({f"accumulator:{i}": v for i, v in enumerate(sums)})
         return {name.replace("/", "|"): v for name, v in named.items()}
@@ -171,6 +183,7 @@ class HasState(HasThresholds):
             "clipper": serialize(self.clipper),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "skip_nonfinite": self.skip_nonfinite,
+            "skip_spikes": self.skip_spikes,
             "telemetry": self.telemetry,
             "name": self.name,
             "compiled": self._inner_update.compiled.mode,

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 
 import keras
+from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _kernels as kernels
@@ -20,7 +21,6 @@ from keras_gradclip._types import Gradient, Gradients, Optimizer, Variable
 from keras_gradclip.clippers.base import Clipper, as_clipper
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._call import Call, collect
-from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._inner import (
     DelegatesToInner,
     InnerUpdate,
@@ -28,6 +28,7 @@ from keras_gradclip.optimizer._inner import (
     split_overwriting,
 )
 from keras_gradclip.optimizer._loss_scale import FixedLossScale, KnowsLossScale, LossScale
+from keras_gradclip.optimizer._skips import ReportsSkips, SpikeWindow
 from keras_gradclip.optimizer._state import HasState
 from keras_gradclip.optimizer._telemetry import ReportsTelemetry, Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watched, Watcher
@@ -38,6 +39,7 @@ class ClippedOptimizer(
     DelegatesToInner,
     KnowsLossScale,
     ReportsTelemetry,
+    ReportsSkips,
     HasState,
     Watched,
     keras.optimizers.Optimizer,
@@ -62,6 +64,9 @@ class ClippedOptimizer(
         skip_nonfinite: leave out an update if its gradient has an infinity or a NaN on any
             replica, and count it in `skipped_steps`. Under mixed_float16 this always happens,
             and the loss scale falls.
+        skip_spikes: σ, a number such as 6: leave out an update, on every replica, whose global
+            norm is above mean + σ·std of the last 128 norms (once 64 of them were seen), and
+            count it in `skipped_steps`. What is not finite is then left out as well.
         telemetry: keep the figures that `read_telemetry` returns; True takes them at every
             update, which costs two or three more passes over the gradients, an int n at every
             n-th, from the first after a reset on. `ClippedModel` turns it on, with n = 8.
@@ -85,6 +90,7 @@ class ClippedOptimizer(
         name: str | None = None,
         *,
         compiled: bool | str = "auto",
+        skip_spikes: float | None = None,
     ) -> None:
         inner_optimizer = check_inner(inner_optimizer, ClippedOptimizer)
         clipper = as_clipper("ClippedOptimizer", "clipper", clipper, optional=True)
@@ -95,8 +101,12 @@ class ClippedOptimizer(
         if not isinstance(telemetry, bool):
             validation.steps("ClippedOptimizer", "telemetry", telemetry)
         validation.choice("ClippedOptimizer", "compiled", compiled, ("auto", True, False))
+        if skip_spikes is not None:
+            skip_spikes = validation.positive("ClippedOptimizer", "skip_spikes", skip_spikes)
         super().__init__(learning_rate=_delegated, name=name)
         self.skip_nonfinite = skip_nonfinite
+        self.skip_spikes = skip_spikes
+        self._spikes = SpikeWindow(skip_spikes) if skip_spikes else None
         self._strategy = aggregation.current_strategy()
         self._inner_update = InnerUpdate(inner_optimizer, self._strategy, compiled)
         self.inner_optimizer = inner_optimizer
@@ -111,15 +121,6 @@ class ClippedOptimizer(
         self.set_frozen_variables(())
 
     # What the outside sees ------------------------------------------------------------------
-
-    @property
-    def skipped_steps(self) -> int:
-        """The number of updates left out because a gradient was not finite, since the start.
-
-        What a LossScaleOptimizer leaves out is counted on TensorFlow alone: on JAX and PyTorch
-        Keras drops it, a micro-batch at a time, before it comes here.
-        """
-        return int(to_numpy(self._skipped)) if self.built else 0
 
     @property
     def compiled(self) -> str:
@@ -194,11 +195,14 @@ class ClippedOptimizer(
         gradients = [kernels.merge_duplicate_rows(g) for g in gradients]
         micro_steps = self._accumulation.steps if self._accumulation else 1
         gradients = kernels.divided(gradients, micro_steps * call.scale.factor())
-        if not (self.skip_nonfinite or call.scale.checks_finite):
+        if not (self.skip_nonfinite or self._spikes or call.scale.checks_finite):
             self._step(call, gradients, overwriting)
             return
+        is_kept = kernels.all_finite(gradients)
+        if self._spikes is not None:
+            is_kept = ops.logical_and(is_kept, ops.logical_not(self._spikes.is_spike(gradients)))
         aggregation.cond(
-            kernels.all_finite(gradients),
+            is_kept,
             functools.partial(self._step, call),
             functools.partial(self._skip, call),
             (gradients, overwriting),
@@ -214,12 +218,13 @@ class ClippedOptimizer(
         call.scale.on_finite()
 
     def _skip(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
-        """Leave the update out on every replica."""
+        """Leave the update out on every replica: not finite, or a spike."""
         del overwriting
         self._skipped.assign(self._skipped + 1)
+        self._first_nonfinite.note(gradients)
         for watcher in self._all_watchers:
             watcher.on_skip(gradients)
-        call.scale.on_overflow()
+        call.scale.on_skip(kernels.all_finite(gradients))
 
     def _clip(self, gradients: Gradients) -> ClippedUpdate:
         if self._clipper is None:

@@ -1,0 +1,103 @@
+"""Updates that are left out: gradients that are not finite, and finite spikes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from keras import ops
+
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._names import path_of
+from keras_gradclip._types import Gradients, Scalar, Tensor, Variable
+from keras_gradclip.optimizer._hyperparameters import to_numpy
+from keras_gradclip.optimizer._telemetry import zeros
+
+#: Norms that a spike is measured by; while fewer than half of them were seen, none is one.
+WINDOW = 128
+
+
+class SpikeWindow:
+    """The last global norms before the clip; a spike is what stands out of them.
+
+    ‖g‖ > mean + σ·std of the last `WINDOW` norms, those of spikes among them: norms that have
+    risen for good are taken for normal before long. The rule of OLMo (arXiv 2501.00656) and
+    MaxText.
+
+    Args:
+        sigmas: σ.
+    """
+
+    def __init__(self, sigmas: float) -> None:
+        self.sigmas = sigmas
+
+    def build(self, add_variable: Callable[..., Variable]) -> None:
+        """Create the state; every replica writes the same into its own copy."""
+        self.norms = add_variable((WINDOW,), "zeros", "float32", "none", name="spike_norms")
+        self.seen = add_variable((), "zeros", "int32", "none", name="spike_norms_seen")
+
+    def is_spike(self, gradients: Gradients) -> Tensor:
+        """Whether to leave these gradients out, a boolean scalar; remembers their norm.
+
+        A norm that is not finite is neither a spike nor remembered.
+        """
+        present = [kernels.values(g) for g in gradients if g is not None]
+        norm = ops.sqrt(ops.sum(ops.stack(kernels.sums_of_squares(present))))
+        norms, seen = kernels.read(self.norms), kernels.read(self.seen)
+        places = ops.arange(WINDOW, dtype="int32")
+        held = kernels.float32(places < seen)
+        count = ops.maximum(ops.sum(held), 1.0)
+        mean = ops.sum(norms) / count
+        std = ops.sqrt(ops.sum(held * ops.square(norms - mean)) / count)
+        is_finite = ops.isfinite(norm)
+        is_here = ops.logical_and(ops.equal(places, seen % WINDOW), is_finite)
+        self.norms.assign(ops.where(is_here, norm, norms))
+        self.seen.assign(seen + ops.cast(is_finite, "int32"))
+        stands_out = ops.logical_and(is_finite, norm > mean + self.sigmas * std)
+        return ops.logical_and(stands_out, seen >= WINDOW // 2)
+
+
+class FirstNonfinite:
+    """Remembers the variable in whose gradient the first infinity or NaN appeared."""
+
+    def __init__(self) -> None:
+        self.number = zeros((), "first_nonfinite", "int32")  # from 1 on; 0: none yet
+
+    def note(self, gradients: Gradients) -> None:
+        """Look for it in an update that is left out."""
+        bad = ops.stack(
+            [
+                ops.cast(ops.logical_not(kernels.all_finite([0.0 if g is None else g])), "int32")
+                for g in gradients
+            ]
+        )
+        number = ops.where(ops.max(bad) > 0, ops.cast(ops.argmax(bad), "int32") + 1, 0)
+        before = kernels.read(self.number)
+        self.number.assign(ops.where(before > 0, before, number))
+
+
+class ReportsSkips:
+    """Mixin of an optimizer: how many updates it left out, and where it began."""
+
+    built: bool
+    _skipped: Variable
+    _first_nonfinite: FirstNonfinite
+    _trainable_variables: list[Variable]
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of updates left out since the start: not finite, or spikes.
+
+        What a LossScaleOptimizer leaves out is counted on TensorFlow alone: on JAX and PyTorch
+        Keras drops it, a micro-batch at a time, before it comes here.
+        """
+        return int(to_numpy(self._skipped)) if self.built else 0
+
+    @property
+    def first_nonfinite_variable(self) -> str | None:
+        """The path of the variable whose gradient was the first that was not finite.
+
+        The first in the optimizer's order, in the first update that was left out for it since
+        this object was made; None if there was none.
+        """
+        number: Scalar = int(to_numpy(self._first_nonfinite.number)) if self.built else 0
+        return path_of(self._trainable_variables[number - 1]) if number else None

@@ -1,0 +1,92 @@
+"""Finite spikes are left out by the rule of the last 128 norms, everywhere and after a resume."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import data, loss, net
+from test_nonfinite import build, copies, factors, same
+
+import keras_gradclip as kgc
+from keras_gradclip.optimizer import _skips
+
+tf = pytest.importorskip("tensorflow")
+
+
+def test_the_rule_against_numpy():
+    window = _skips.SpikeWindow(3.0)
+    window.build(keras.optimizers.SGD().add_variable)
+    rng = np.random.default_rng(0)
+    stream = rng.uniform(1.0, 2.0, 300)
+    stream[[20, 90, 170, 171, 290]] = 40.0
+    stream[[50, 200]] = np.inf, np.nan
+    remembered, spikes = [], []
+    for i, norm in enumerate(stream.astype("float32")):
+        got = bool(window.is_spike([keras.ops.convert_to_tensor([norm, 0.0]), None]))
+        last = np.array(remembered[-128:])
+        want = len(last) >= 64 and bool(norm > last.mean() + 3.0 * last.std())
+        assert got == (want and np.isfinite(norm)), i
+        if np.isfinite(norm):
+            remembered.append(norm)
+        if got:
+            spikes.append(i)
+    assert spikes == [90, 170, 171, 290]
+
+
+@pytest.mark.parametrize("replicas, mixed", [(0, False), (2, True)])
+def test_a_spike_is_left_out_on_every_replica_and_the_loss_scale_stays(
+    replicas, mixed, monkeypatch
+):
+    monkeypatch.setattr(_skips, "WINDOW", 4)
+    if mixed:
+        keras.config.set_dtype_policy("mixed_float16")
+    model, optimizer, step = build(
+        replicas, lambda: kgc.ClippedOptimizer(keras.optimizers.SGD(1e-3), None, skip_spikes=6)
+    )
+    clipped = optimizer.inner_optimizer if mixed else optimizer
+    for _ in range(4):
+        step(factors(replicas))
+    before = copies(model)
+    scale = float(optimizer.dynamic_scale.numpy()) if mixed else None
+    step(factors(replicas, max(replicas - 1, 0), 50.0))
+    assert same(copies(model), before)
+    assert clipped.skipped_steps == 1
+    assert clipped.first_nonfinite_variable is None
+    assert not mixed or float(optimizer.dynamic_scale.numpy()) == scale
+    step(factors(replicas))
+    assert not same(copies(model), before)
+    step(factors(replicas, 0, np.nan))
+    assert clipped.skipped_steps == 2
+    assert clipped.first_nonfinite_variable == model.trainable_variables[0].path
+
+
+def test_the_memory_is_saved_and_the_model_takes_the_argument(tmp_path):
+    model = net()
+    model.compile("sgd", loss(), skip_spikes=6)
+    x, y = data(48)
+    model.fit(x, y, batch_size=16, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert loaded.skip_spikes == 6.0
+    assert loaded._spikes.seen.numpy() == 3
+    np.testing.assert_array_equal(loaded._spikes.norms, model.optimizer._spikes.norms)
+    assert np.count_nonzero(loaded._spikes.norms) == 3
+
+
+@pytest.mark.parametrize("bad", [0, -6, float("nan"), "six", True])
+def test_misuse(bad):
+    with pytest.raises(ValueError, match="skip_spikes"):
+        kgc.ClippedOptimizer("sgd", skip_spikes=bad)
+    with pytest.raises(ValueError, match="skip_spikes"):
+        net().compile(kgc.ClippedOptimizer("sgd"), loss(), skip_spikes=6)
+
+
+def test_the_variable_that_was_first_not_finite():
+    variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "abc"]
+    optimizer = kgc.ClippedOptimizer("sgd", skip_nonfinite=True)
+    good, bad = keras.ops.ones(2), keras.ops.convert_to_tensor([1.0, float("inf")])
+    optimizer.apply([good, None, good], variables)
+    assert optimizer.first_nonfinite_variable is None
+    optimizer.apply([good, None, bad], variables)
+    optimizer.apply([bad, bad, good], variables)
+    assert optimizer.first_nonfinite_variable == "c"
+    assert optimizer.skipped_steps == 2
