@@ -1,5 +1,6 @@
 """A clipper that a user writes is found everywhere, with no other edit."""
 
+import json
 import sys
 
 import keras_tuner as kt
@@ -53,7 +54,8 @@ def test_flags_help_config_compare_search_calibration_and_docs(toy, tmp_path, ca
     options = opts.parse(RECIPE, flags).options
     assert (options.clipping, options.epochs) == ({"ceiling": 0.3, "epochs": 2}, 5)
     assert ALIASES["toy"](**options.clipping).ceiling == 0.3
-    opts.write_json(tmp_path / "config.json", opts.saved_options(RECIPE, options))
+    saved = json.dumps(opts.saved_options(RECIPE, options))
+    (tmp_path / "config.json").write_text(saved)
     assert opts.parse(RECIPE, ["--config", str(tmp_path / "config.json")]).options == options
 
     with pytest.raises(SystemExit):
