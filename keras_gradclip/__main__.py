@@ -15,6 +15,7 @@ import keras
 from keras_gradclip.clippers import Clipper, Parameter, get, parameters, selectable
 from keras_gradclip.diagnostics.doctor import diagnose
 from keras_gradclip.diagnostics.page import report
+from keras_gradclip.optimizer._advice import AUTO, choose
 from keras_gradclip.optimizer.clipped_optimizer import find
 
 
@@ -91,10 +92,21 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    model = _load(options.model, compile=options.clipper is None)
-    if options.clipper is None:
-        optimizer = find(getattr(model, "optimizer", None))
-        clipper = None if optimizer is None else optimizer.clipper
+    model = _load(options.model, compile=options.clipper in (None, AUTO))
+    reason = ""
+    if options.clipper in (None, AUTO):
+        optimizer = getattr(model, "optimizer", None)
+        wrapper = find(optimizer)
+        clipper = None if wrapper is None else wrapper.clipper
+        inner = optimizer if wrapper is None else wrapper.inner_optimizer
+        if inner is not None:
+            if not inner.built:
+                inner.build(model.trainable_variables)
+            chosen, reason = choose(inner, model.trainable_variables)
+            if options.clipper == AUTO:
+                clipper = chosen
+            elif chosen != clipper:
+                reason = ""
     else:
         values = {k.removeprefix("clip_"): v for k, v in vars(options).items() if "clip_" in k}
         config = {name: value for name, value in values.items() if value is not None}
@@ -104,6 +116,8 @@ def _describe(options: argparse.Namespace) -> int:
             f"describe: {options.model} was compiled without a clipper. Name one by --clipper."
         )
     print(clipper.describe(model))
+    if reason:
+        print(f"\nThe choice of clipper='auto': {reason}.")
     return 0
 
 

@@ -86,7 +86,8 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         Args:
             optimizer: as in Keras; or a `ClippedOptimizer`, and then no `clipper`.
             *args: as in Keras.
-            clipper: a clipper, anything that `keras_gradclip.get` takes, or None (no clipping).
+            clipper: a clipper, anything that `keras_gradclip.get` takes, None (no clipping), or
+                "auto", as of `ClippedOptimizer`.
             activation_gate: an `ActivationGate`, or None.
             skip_spikes: as of `ClippedOptimizer`.
             **kwargs: as in Keras.

@@ -15,6 +15,7 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
 from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.optimizer._accumulation import Accumulation
+from keras_gradclip.optimizer._advice import AUTO, choose, warn_of_muon
 from keras_gradclip.optimizer._hyperparameters import HasThresholds, is_schedule, to_numpy
 from keras_gradclip.optimizer._inner import InnerUpdate
 from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
@@ -48,6 +49,7 @@ class HasState(HasThresholds):
     _clip_state: State
     _accumulation: Accumulation | None
     _spikes: SpikeWindow | None
+    _is_auto: bool
     _first_nonfinite: FirstNonfinite
     add_variable: Callable[..., Variable]
     _inner_update: InnerUpdate
@@ -82,12 +84,16 @@ class HasState(HasThresholds):
                 "under, and every replica would count its steps. Create it inside "
                 "`strategy.scope()`."
             )
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        if self._is_auto:
+            self._set_clipper(choose(self.inner_optimizer, variables)[0])
+            self._is_auto = False
         state = {}
         if self._clipper is not None:
             self._clipper.check_variables([*variables, *self._frozen_variables])
             state = self._clipper.init(variables)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
+            warn_of_muon(self.inner_optimizer, self._clipper, variables)
         steps = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = None  # the base class would accumulate as well
         super().build(variables)  # type: ignore[misc]
@@ -180,7 +186,7 @@ class HasState(HasThresholds):
             inner["config"]["ema_overwrite_frequency"] = self._inner_update.ema_overwrite_frequency
         return {
             "inner_optimizer": inner,
-            "clipper": serialize(self.clipper),
+            "clipper": AUTO if self._is_auto else serialize(self.clipper),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "skip_nonfinite": self.skip_nonfinite,
             "skip_spikes": self.skip_spikes,

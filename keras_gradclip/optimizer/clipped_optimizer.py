@@ -20,6 +20,7 @@ from keras_gradclip import _validation as validation
 from keras_gradclip._types import Gradient, Gradients, Optimizer, Variable
 from keras_gradclip.clippers.base import Clipper, as_clipper
 from keras_gradclip.optimizer._accumulation import Accumulation
+from keras_gradclip.optimizer._advice import AUTO
 from keras_gradclip.optimizer._call import Call, collect
 from keras_gradclip.optimizer._inner import (
     DelegatesToInner,
@@ -58,7 +59,9 @@ class ClippedOptimizer(
     Args:
         inner_optimizer: a Keras optimizer, or its name. It must not clip or accumulate by
             itself, and belongs to the wrapper from now on.
-        clipper: a clipper, anything that `keras_gradclip.get` takes, or None (clip nothing).
+        clipper: a clipper, anything that `keras_gradclip.get` takes, None (clip nothing), or
+            "auto": what suits this optimizer and network, chosen when the variables are known
+            (`python -m keras_gradclip describe` says what and why).
         gradient_accumulation_steps: None, or the number of calls whose gradients are averaged
             into one update. The clip sees the average. Learning-rate schedules count updates.
         skip_nonfinite: leave out an update if its gradient has an infinity or a NaN on any
@@ -93,7 +96,10 @@ class ClippedOptimizer(
         skip_spikes: float | None = None,
     ) -> None:
         inner_optimizer = check_inner(inner_optimizer, ClippedOptimizer)
-        clipper = as_clipper("ClippedOptimizer", "clipper", clipper, optional=True)
+        is_auto = isinstance(clipper, str) and clipper == AUTO
+        clipper = as_clipper(
+            "ClippedOptimizer", "clipper", None if is_auto else clipper, optional=True
+        )
         steps = validation.steps(
             "ClippedOptimizer", "gradient_accumulation_steps", gradient_accumulation_steps
         )
@@ -113,6 +119,7 @@ class ClippedOptimizer(
         self._static_scale: LossScale = FixedLossScale(inner_optimizer)
         self.gradient_accumulation_steps = steps
         self._accumulation = Accumulation(steps) if steps and steps > 1 else None
+        self._is_auto = is_auto
         self._set_clipper(clipper)
         self._check_learning_rate()
         self._telemetry: Telemetry | None = None

@@ -1,0 +1,85 @@
+"""Which clipper suits an inner optimizer and a network: the rule behind `clipper="auto"`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import keras
+
+from keras_gradclip._names import path_of
+from keras_gradclip._types import Optimizer, Variable
+from keras_gradclip.clippers.base import Clipper
+from keras_gradclip.clippers.composite import ClipMap
+from keras_gradclip.clippers.relative import UpdateRatioClip
+from keras_gradclip.clippers.stateful import PercentileClip
+
+AUTO = "auto"
+
+
+def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | None, str]:
+    """The clipper of `clipper="auto"`, and why; docs/choosing.md has the rule as a table.
+
+    Args:
+        inner: the inner optimizer, built.
+        variables: the network's trainable variables.
+    """
+    guard = PercentileClip(90.0, window=20, scope="layer")
+    matrices = muon_matrices(inner, variables)
+    if matrices:
+        rules: list[tuple[str, Clipper | None]] = [(re.escape(path), None) for path in matrices]
+        return ClipMap(rules, guard), (
+            "Muon's steps have one size whatever the gradient's, so its matrices are left alone; "
+            "for the others a guard that clips a tenth of the updates"
+        )
+    if not isinstance(inner, keras.optimizers.SGD):
+        return guard, (
+            f"a clip bounds no step of {type(inner).__name__}, which divides by the gradient's "
+            "size: a guard against spikes"
+        )
+    if any(_is_of_normalisation(v) for v in variables):
+        return guard, "a network with normalisation survives high learning rates: a guard"
+    return UpdateRatioClip(), (
+        "SGD and no normalisation: no step moves a unit by more than κ of its norm, at any "
+        "learning rate"
+    )
+
+
+def _is_of_normalisation(variable: Variable) -> bool:
+    layer, _, name = path_of(variable).lower().rpartition("/")
+    return name == "gamma" or "norm" in layer
+
+
+def muon_matrices(inner: Optimizer, variables: Sequence[Variable]) -> list[str]:
+    """The paths of the variables that `keras.optimizers.Muon` updates by its own rule.
+
+    Args:
+        inner: an optimizer, built with `variables`.
+        variables: the trainable variables.
+    """
+    muon = getattr(keras.optimizers, "Muon", None)
+    if muon is None or not isinstance(inner, muon):
+        return []
+    # Those that it leaves to AdamW have a second moment.
+    pairs = zip(variables, inner.adam_velocities, strict=True)
+    return [path_of(v) for v, velocity in pairs if velocity is None]
+
+
+def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variable]) -> None:
+    """Warn of a clip in front of Muon's matrices, with the ClipMap that leaves them alone."""
+    clipped = {
+        path_of(v)
+        for v, (_, rule) in zip(variables, clipper.rule_of(variables), strict=True)
+        if rule is not None
+    }
+    matrices = [path for path in muon_matrices(inner, variables) if path in clipped]
+    if matrices:
+        rules = ", ".join(f"{re.escape(path)!r}: None" for path in matrices)
+        warnings.warn(
+            f"ClippedOptimizer: Muon's step has the same size whatever its gradient's, so that "
+            f"`clipper` ({clipper}) bounds nothing on its {len(matrices)} matrices, and only "
+            "shifts the weight of this step in its momentum. Leave them alone: "
+            f"ClipMap({{{rules}}}, default={clipper!r}).",
+            stacklevel=3,
+        )

@@ -1,0 +1,97 @@
+"""`clipper="auto"`, and the warning of a clip in front of Muon."""
+
+import re
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from helpers import data, loss, net
+
+import keras_gradclip as kgc
+from keras_gradclip.__main__ import main
+
+GUARD = kgc.PercentileClip(90, window=20, scope="layer")
+
+
+def normalised():
+    inputs = keras.Input((8, 8, 3))
+    h = keras.layers.BatchNormalization()(keras.layers.Conv2D(4, 3)(inputs))
+    return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(h)))
+
+
+@pytest.mark.parametrize(
+    "make, inner, want",
+    [
+        (net, "sgd", kgc.UpdateRatioClip()),
+        (normalised, "sgd", GUARD),
+        (net, "adamw", GUARD),
+    ],
+)
+def test_auto(make, inner, want, tmp_path, capsys):
+    model = make()
+    optimizer = kgc.ClippedOptimizer(inner, "auto")
+    assert optimizer.get_config()["clipper"] == "auto"
+    model.compile(optimizer, loss())
+    x, y = data(32)
+    model.fit(x, y, batch_size=16, verbose=0)
+    assert optimizer.clipper == want
+    assert set(optimizer.clip_hyperparameters) == set(want.hyperparameters())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.clipper == want
+    assert main(["describe", str(tmp_path / "model.keras")]) == 0
+    assert "The choice of clipper='auto'" in capsys.readouterr().out
+
+
+def test_a_model_takes_auto():
+    model = net()
+    model.compile("sgd", loss(), clipper="auto")
+    model.optimizer.build(model.trainable_variables)
+    assert model.optimizer.clipper == kgc.UpdateRatioClip()
+
+
+def moved(clipper, scale):
+    """The length of Muon's first step on one matrix."""
+    rng = np.random.default_rng(0)
+    start, g = rng.normal(size=(2, 64, 32)).astype("float32")
+    matrix = keras.Variable(start, name="kernel")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = kgc.ClippedOptimizer(keras.optimizers.Muon(0.01, weight_decay=None), clipper)
+        optimizer.apply([keras.ops.convert_to_tensor(scale * g)], [matrix])
+    return np.linalg.norm(keras.ops.convert_to_numpy(matrix) - start)
+
+
+def test_what_the_warning_says_is_so():
+    """A clip bounds nothing in front of Muon; near its floor of 1e-7 it distorts the step."""
+    plain = moved(None, 1.0)
+    for c in (1.0, 1e-4):
+        assert moved(kgc.NormClip(c), 100.0) == pytest.approx(plain, rel=1e-3)
+    assert abs(moved(kgc.NormClip(1e-8), 1.0) / plain - 1) > 0.05
+
+
+def test_muon_is_warned_of_with_a_remedy_that_works():
+    model = net()
+    inner = keras.optimizers.Muon(0.01, exclude_layers=["stem"])
+    with pytest.warns(UserWarning, match="bounds nothing on its 1 matrices") as caught:
+        model.compile(kgc.ClippedOptimizer(inner, kgc.NormClip(1.0)), loss())
+        model.optimizer.build(model.trainable_variables)
+    remedy = re.search(r"alone: (ClipMap\(.*\))\.$", str(caught[0].message)).group(1)
+    clipper = eval(remedy, vars(kgc))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = net()
+        again.compile(kgc.ClippedOptimizer(keras.optimizers.Muon(0.01), clipper), loss())
+        again.optimizer.build(again.trainable_variables)
+    auto = kgc.ClippedOptimizer(keras.optimizers.Muon(0.01), "auto")
+    auto.build(again.trainable_variables)
+    rules = dict(
+        zip(
+            [v.path for v in again.trainable_variables],
+            auto.clipper.rule_of(again.trainable_variables),
+            strict=True,
+        )
+    )
+    assert rules["head/kernel"][1] is None
+    assert rules["stem/kernel"][1] == GUARD
