@@ -11,6 +11,8 @@ tf = pytest.importorskip("tensorflow")
 import keras_gradclip as kgc  # noqa: E402
 from keras_gradclip import _kernels as kernels  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Muon:UserWarning")
+
 optimizers = keras.optimizers
 SCHEDULE = optimizers.schedules.ExponentialDecay(0.01, 5, 0.9)
 BY_KERNELS = {

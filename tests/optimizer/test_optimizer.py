@@ -8,6 +8,8 @@ from keras import ops
 
 import keras_gradclip as kgc
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Muon:UserWarning")
+
 tf = pytest.importorskip("tensorflow")
 
 INNER = {
