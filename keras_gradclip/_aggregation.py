@@ -39,6 +39,24 @@ def current_strategy() -> Strategy:
     return tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
 
 
+def check_strategy(strategy: Strategy) -> None:
+    """Raise a ValueError for a strategy under which an update cannot be what it promises to be."""
+    if strategy is None:
+        return
+    import tensorflow as tf
+
+    refused = (
+        tf.distribute.experimental.CentralStorageStrategy,
+        tf.distribute.ParameterServerStrategy,
+        tf.distribute.TPUStrategy,
+    )
+    if isinstance(strategy, refused):
+        raise ValueError(
+            f"ClippedOptimizer: {type(strategy).__name__} is not supported: every replica keeps a "
+            "copy of the clip's state. Use MirroredStrategy or MultiWorkerMirroredStrategy."
+        )
+
+
 def replica_count() -> int:
     """The number of replicas that train together (1 without a strategy)."""
     strategy = current_strategy()
@@ -192,9 +210,12 @@ def all_reduce_sum(grads: Sequence[Gradient]) -> Gradients:
 
     context = tf.distribute.get_replica_context()
     present = [i for i, g in enumerate(grads) if g is not None]
-    # A worker with one replica asks each tensor for its device, and what a variable holds, read
-    # inside a cond, knows none ("destinations can not be empty"): the copy does.
-    values = [tf.identity(grads[i]) for i in present]
+    values = [grads[i] for i in present]
+    if spans_workers(current_strategy()):
+        # A worker with one replica asks each tensor for its device, and what a variable holds,
+        # read inside a cond, knows none ("destinations can not be empty"): the copy does.
+        # Elsewhere a copy would make N gradients of one tensor that all replicas captured.
+        values = [tf.identity(value) for value in values]
     reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, values)
     for i, g in zip(present, reduced, strict=True):
         grads[i] = g

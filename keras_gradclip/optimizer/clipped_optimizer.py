@@ -80,7 +80,8 @@ class ClippedOptimizer(
 
     Raises:
         ValueError: an inner optimizer with its own clipping or accumulation, a
-            LossScaleOptimizer or another ClippedOptimizer inside, or a wrong argument.
+            LossScaleOptimizer or another ClippedOptimizer inside, a strategy that is not
+            supported (CentralStorage, ParameterServer, TPU), or a wrong argument.
     """
 
     def __init__(
@@ -109,11 +110,13 @@ class ClippedOptimizer(
         validation.choice("ClippedOptimizer", "compiled", compiled, ("auto", True, False))
         if skip_spikes is not None:
             skip_spikes = validation.positive("ClippedOptimizer", "skip_spikes", skip_spikes)
+        strategy = aggregation.current_strategy()
+        aggregation.check_strategy(strategy)
         super().__init__(learning_rate=_delegated, name=name)
         self.skip_nonfinite = skip_nonfinite
         self.skip_spikes = skip_spikes
         self._spikes = SpikeWindow(skip_spikes) if skip_spikes else None
-        self._strategy = aggregation.current_strategy()
+        self._strategy = strategy
         self._inner_update = InnerUpdate(inner_optimizer, self._strategy, compiled)
         self.inner_optimizer = inner_optimizer
         self._static_scale: LossScale = FixedLossScale(inner_optimizer)

@@ -364,3 +364,23 @@ def test_embedding_under_a_strategy():
         results.append(weights(model))
     for got in results[1:]:
         np.testing.assert_allclose(got, results[0], atol=TOLERANCE, rtol=0)
+
+
+def test_strategies_that_are_not_supported_are_refused():
+    central = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"])
+    with central.scope(), pytest.raises(ValueError, match=r"CentralStorageStrategy.*Mirrored"):
+        kgc.ClippedOptimizer("sgd", "absolute")
+
+
+def test_a_captured_constant_is_subtracted_as_often_as_in_keras():
+    """Every replica applies one tensor that it captured: Keras takes it for the reduced one."""
+    changes = []
+    for wrap in (lambda inner: inner, kgc.ClippedOptimizer):
+        scope, gradient = strategy(2), tf.constant([1.0, 2.0])
+        with scope.scope():
+            variable = keras.Variable(np.zeros(2, "float32"))
+            optimizer = wrap(keras.optimizers.SGD(1.0))
+            optimizer.build([variable])
+        scope.run(lambda o=optimizer, v=variable, g=gradient: o.apply([g], [v]))
+        changes.append(np.array(variable.value.values[0]))
+    np.testing.assert_array_equal(changes[0], changes[1])
