@@ -332,7 +332,10 @@ FIELD = (
 RATES = (0.01, 0.03, 0.1, 0.3)
 SEEDS = (1, 2, 3)
 CIFAR = {"network": "small_vgg", "data": "cifar10@16", "seeds": SEEDS, "epochs": 4}
-MAIN = (NONE, UNIT[1], FIELD[0], KERNEL[1], UNIT[0], UNIT[2], KERNEL[0], KERNEL[2], *FIELD[1:])
+MAIN = (
+    *(NONE, UNIT[1], FIELD[0], KERNEL[1], FIELD[4], FIELD[2], FIELD[3]),
+    *(UNIT[0], UNIT[2], KERNEL[0], KERNEL[2], FIELD[1], *FIELD[5:]),
+)
 #: Momentum adds steps of one direction up to ten times: does the best κ know it?
 WIDE = tuple(kgc.UpdateRatioClip(ratio) for ratio in (1e-3, 2e-3, 5e-3, 2e-2))
 PRESETS: dict[str, tuple[Study, ...]] = {
@@ -349,7 +352,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
     ),
     "full": (
         Study("cifar", clippers=MAIN, rates=RATES, **CIFAR),
-        Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1, 1.0), optimizer="sgd", **CIFAR),
+        Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1, 0.3), optimizer="sgd", **CIFAR),
         Study(
             "adamw",
             clippers=(NONE, UNIT[1], FIELD[0], FIELD[4]),
