@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help venv resnet50 zoo compare calibrate cluster replicas search bench bench-jax test test-slow test-backends \
+.PHONY: help venv resnet50 zoo compare evidence calibrate cluster replicas search bench bench-jax test test-slow test-backends \
         test-matrix docs dist venv-jax venv-torch lint format clean
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make resnet50   train ResNet-50 with clipping on the embedded MNIST images"
 	@echo "make zoo        train every recipe on its embedded data and print one table"
 	@echo "make compare    AlexNet with and without clipping, over learning rates and seeds"
+	@echo "make evidence   which clipper at which learning rate: a table and a picture, ten minutes"
 	@echo "make cluster    ResNet-50 as two workers on this machine"
 	@echo "make search     search clipping thresholds with KerasTuner on the embedded data"
 	@echo "make calibrate  clipping thresholds from ResNet-50's own gradients"
@@ -64,6 +65,9 @@ cluster: venv
 
 search: venv
 	$(BIN)/python tuning/search.py $(ARGS)
+
+evidence: venv
+	$(BIN)/python recipes/tools/evidence.py $(ARGS)
 
 bench: venv venv-jax venv-torch
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)

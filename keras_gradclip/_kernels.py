@@ -61,6 +61,15 @@ def values(gradient: Gradient) -> Tensor:
     return gradient.values if is_sparse(gradient) else ops.convert_to_tensor(gradient)
 
 
+def dense(gradient: Gradient) -> Gradient:
+    """A gradient as a dense tensor: Keras's own conversion lets an IndexedSlices through."""
+    if not is_sparse(gradient):
+        return gradient
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(gradient)
+
+
 def with_values(gradient: Gradient, new: Tensor) -> Tensor:
     """`gradient` with `new` in place of its values."""
     if is_sparse(gradient):

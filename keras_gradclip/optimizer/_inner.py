@@ -128,9 +128,7 @@ class InnerUpdate:
             return
         factor = self._inner.loss_scale_factor
         if factor:  # Keras will divide by it once more, and cannot divide a sparse gradient
-            gradients = [
-                None if g is None else ops.convert_to_tensor(g, sparse=False) for g in gradients
-            ]
+            gradients = [None if g is None else kernels.dense(g) for g in gradients]
             gradients = kernels.divided(gradients, 1.0 / factor)
         merged = [g if o is None else o for g, o in zip(gradients, overwriting, strict=True)]
         self._inner.apply([merged[i] for i in indices], [variables[i] for i in indices])

@@ -1,0 +1,59 @@
+"""The study: rows that are there are not trained again, and what the tables say of them."""
+
+import numpy as np
+
+import keras_gradclip as kgc
+from recipes.tools import evidence
+
+
+def study(**changes):
+    return evidence.Study(
+        **{
+            "name": "tiny",
+            "network": "lenet5",
+            "data": "mnist_embedded@14",
+            "clippers": (evidence.NONE, kgc.UpdateRatioClip()),
+            "rates": (0.3,),
+            "seeds": (1,),
+            "epochs": 1,
+        }
+        | changes
+    )
+
+
+def test_a_study_goes_on_and_draws(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(128, 14, 14, 1)).astype("float32"), rng.integers(0, 10, 128)
+    monkeypatch.setattr(evidence, "load_images", lambda *_: (x, y, x[:50], y[:50]))
+    path = tmp_path / "evidence.csv"
+    evidence.train(study(clippers=(evidence.NONE,)), path, "")
+    evidence.train(study(), path, "")
+    evidence.train(study(), path, "")
+    rows = evidence.read(path)
+    assert [row["clipper"] for row in rows] == ["none", str(kgc.UpdateRatioClip())]
+    assert float(rows[1]["clip_fraction"]) > 0
+    assert capsys.readouterr().out.count("learned") == 2
+    evidence.report((study(),), rows, tmp_path)
+    assert (tmp_path / "evidence-tiny.png").stat().st_size > 5_000
+
+
+def test_a_run_that_diverged_counts_as_guessing():
+    def row(seed, status, accuracy):
+        return {
+            "clipper": "none",
+            "learning_rate": "0.1",
+            "seed": seed,
+            "status": status,
+            "test_accuracy": accuracy,
+        }
+
+    rows = [row("1", "learned", "0.5"), row("2", "diverged", "nan")]
+    assert "| `none` | 30.0 (10.0–50.0), 1 of 2 diverged |" in evidence.table(rows)
+
+
+def test_missing_data_is_said(tmp_path, capsys):
+    status = evidence.main(
+        ["--preset", "full", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out")]
+    )
+    assert status == 2
+    assert f"--data-dir {tmp_path} holds no prepared cifar10" in capsys.readouterr().err
