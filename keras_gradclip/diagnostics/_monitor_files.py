@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,49 +65,6 @@ class MonitorFiles:
             HEADS[THRESHOLDS_CSV],
             [[step, name, f"{value:.9g}"] for name, value in thresholds.items()],
         )
-
-
-class TensorBoardFiles:
-    """Writes samples as TensorBoard's scalars, a tag a figure and variable.
-
-    Raises:
-        ValueError: TensorFlow or TensorBoard is not installed.
-    """
-
-    def __init__(self, folder: Path, names: list[str]) -> None:
-        try:
-            import tensorflow as tf
-
-            self._writer = tf.summary.create_file_writer(str(folder))
-        except ImportError as error:
-            raise ValueError(
-                "ClipMonitor: `tensorboard=True` needs the packages tensorflow and tensorboard "
-                f"({error}). Install them or pass tensorboard=False."
-            ) from error
-        self.names = names
-
-    def add(
-        self,
-        step: int,
-        epoch: int,
-        row: Mapping[str, np.ndarray],
-        thresholds: Mapping[str, float],
-    ) -> None:
-        """Add a sample."""
-        del epoch
-        import tensorflow as tf
-
-        with self._writer.as_default(step=step):
-            for field in FIELDS:
-                for path, value in zip(self.names, row[field], strict=True):
-                    if math.isfinite(value):
-                        tf.summary.scalar(f"{field}/{path}", value)
-            for name, threshold in thresholds.items():
-                tf.summary.scalar(f"threshold/{name}", threshold)
-
-    def close(self) -> None:
-        """Write what waits."""
-        self._writer.close()
 
 
 def _rows_before(path: Path, start: int, width: int) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -12,10 +12,11 @@ import numpy as np
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import layers_of, path_of
+from keras_gradclip._names import layers_of, path_of, size_of
 from keras_gradclip._types import Config, Variable
-from keras_gradclip.diagnostics._monitor_files import MonitorFiles, TensorBoardFiles
+from keras_gradclip.diagnostics._monitor_files import MonitorFiles
 from keras_gradclip.diagnostics._recorder import FIELDS, Recorder
+from keras_gradclip.diagnostics.loggers import Log, to_tensorboard
 from keras_gradclip.diagnostics.watch import UPDATES_IN_A_STEP, sync, wrapped_optimizer
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 
@@ -47,7 +48,9 @@ class ClipMonitor(keras.callbacks.Callback):
     after the clip), `grad_max` (largest element before it), `clip_angle` (degrees between the
     whole gradient before and after), `nonfinite_fraction` (share of updates with a non-finite
     gradient), and `grad_norm_p50`, `_p90`, `_p99` (percentiles over the samples of the global L2
-    norm before the clip). All samples are in `history`, and in `run_dir`:
+    norm before the clip). A plain model with a ClippedOptimizer gets `grad_norm` (before the clip)
+    and `clip_fraction` (of all elements) as well; a ClippedModel has its own. All samples are in
+    `history`, and in `run_dir`:
 
     - `monitor.csv`, a row a sample and variable: `step` (updates before it), `epoch`, `variable`
       (its path; where a second layer has the same one, with `#2` behind the layer),
@@ -63,8 +66,12 @@ class ClipMonitor(keras.callbacks.Callback):
         run_dir: a folder (made if need be), or None to write nothing.
         every: measure one update in this many. One measurement reads each gradient about five
             times.
-        tensorboard: write the same to `run_dir/tensorboard`, a tag a figure and variable; a lot
-            of tags for a large model.
+        tensorboard: log to `run_dir/tensorboard` too.
+        log: a function of `(step, figures)`, or several, called with each sample on the chief
+            alone: `loggers.to_wandb()`, `to_mlflow()`, `to_trackio()`, or one of your own.
+            `figures` is a dict of finite floats: `grad_norm`, `grad_norm_after`, `grad_max`,
+            `clip_angle` and `clip_fraction` of the whole, `norm_before/VARIABLE` and so on for
+            each figure and variable, `threshold/NAME`.
 
     Attributes:
         history: a dict of lists, a sample an entry: `step`, `epoch`, and for each of the figures
@@ -72,12 +79,16 @@ class ClipMonitor(keras.callbacks.Callback):
         variables: the names of the variables, as in `monitor.csv`, in the order of those arrays.
 
     Raises:
-        ValueError: `every` below 1, tensorboard without a run_dir; when training begins: a model
-            without a ClippedOptimizer.
+        ValueError: `every` below 1, tensorboard without a run_dir, a log that is no function; when
+            training begins: a model without a ClippedOptimizer.
     """
 
     def __init__(
-        self, run_dir: str | os.PathLike | None = None, every: int = 50, tensorboard: bool = False
+        self,
+        run_dir: str | os.PathLike | None = None,
+        every: int = 50,
+        tensorboard: bool = False,
+        log: Log | Sequence[Log] = (),
     ) -> None:
         super().__init__()
         steps = validation.steps("ClipMonitor", "every", every)
@@ -88,12 +99,21 @@ class ClipMonitor(keras.callbacks.Callback):
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.every = steps
         self.tensorboard = tensorboard
+        self.logs: list[Log] = [*log] if isinstance(log, Sequence) else [log]
+        for function in self.logs:
+            if not callable(function):
+                raise ValueError(
+                    "ClipMonitor: `log` must be a function of (step, figures), or several, but "
+                    f"is {function!r}. Call it without brackets, or pass loggers.to_wandb()."
+                )
         self.variables: list[str] = []
         self.history: dict[str, list] = {}
         self._recorder: Recorder | None = None
-        self._writers: list[MonitorFiles | TensorBoardFiles] = []
+        self._files: MonitorFiles | None = None
+        self._active_logs: list[Log] = []
         self._epoch = 0
-        self._first = 0  # sample of the epoch
+        self._wholes: list[dict[str, float]] = []  # of the epoch's samples
+        self._sizes = np.zeros(0)  # of the variables
         self._fetched_batch = self._fetched_step = 0
         self._interval = 1  # batches between two fetches
         self._is_checked = False  # updates that are not finite are left out
@@ -110,19 +130,22 @@ class ClipMonitor(keras.callbacks.Callback):
         self._fetched_step = int(to_numpy(optimizer.iterations))
         self._is_checked = optimizer.skip_nonfinite or self.model.optimizer is not optimizer
         self.variables = names_of(optimizer._trainable_variables)
+        self._sizes = np.array([size_of(v) for v in optimizer._trainable_variables], "float64")
         self.history = {k: [] for k in ("step", "epoch", *FIELDS, "thresholds")}
         # Every worker measures, for the logs; one writes.
-        if self.run_dir is not None and aggregation.is_chief(optimizer._strategy):
-            self._writers = [MonitorFiles(self.run_dir, optimizer, self.variables, self.every)]
-            if self.tensorboard:
-                self._writers.append(TensorBoardFiles(self.run_dir / "tensorboard", self.variables))
+        if aggregation.is_chief(optimizer._strategy):
+            self._active_logs = list(self.logs)
+            if self.run_dir is not None:
+                self._files = MonitorFiles(self.run_dir, optimizer, self.variables, self.every)
+                if self.tensorboard:
+                    self._active_logs.append(to_tensorboard(self.run_dir / "tensorboard"))
         optimizer.watch(self._recorder)
         self.model.make_train_function(force=True)  # the step must be traced with the watcher
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Ask for a measurement of the first update."""
         self._epoch, self._fetched_batch = epoch, 0
-        self._first = len(self.history["step"])
+        self._wholes = []
         self._attached.force.assign(1.0)
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
@@ -149,7 +172,8 @@ class ClipMonitor(keras.callbacks.Callback):
             step = int(to_numpy(optimizer.iterations))
             self._keep(step, row, dict(optimizer.clip_hyperparameters))
         if logs is not None:
-            logs.update(self._means())
+            for name, mean in self._means().items():  # a ClippedModel has two of them already
+                logs.setdefault(name, mean)
 
     def on_train_end(self, logs: Config | None = None) -> None:
         """Detach: the next `fit` pays nothing."""
@@ -161,10 +185,7 @@ class ClipMonitor(keras.callbacks.Callback):
             self._recorder.optimizer.unwatch(self._recorder)
             self._recorder = None
             self.model.train_function = None
-        for writer in self._writers:
-            if isinstance(writer, TensorBoardFiles):
-                writer.close()
-        self._writers = []
+        self._files, self._active_logs = None, []
 
     # Inside ----------------------------------------------------------------------------------
 
@@ -184,30 +205,64 @@ class ClipMonitor(keras.callbacks.Callback):
         self.history["thresholds"].append(thresholds)
         for field in FIELDS:
             self.history[field].append(row[field])
-        for writer in self._writers:
-            writer.add(step, self._epoch, row, thresholds)
+        self._wholes.append(whole_of(row, self._sizes))
+        if self._files is not None:
+            self._files.add(step, self._epoch, row, thresholds)
+        if self._active_logs:
+            figures = {
+                **self._wholes[-1],
+                **{
+                    f"{f}/{n}": v
+                    for f in FIELDS
+                    for n, v in zip(self.variables, row[f], strict=True)
+                },
+                **{f"threshold/{name}": value for name, value in thresholds.items()},
+            }
+            finite = {name: float(v) for name, v in figures.items() if math.isfinite(v)}
+            for log in self._active_logs:
+                log(step, finite)
 
     def _means(self) -> dict[str, float]:
         """Over the epoch's samples; NaN where there is none with finite gradients."""
-        epoch = {field: np.array(self.history[field][self._first :]) for field in FIELDS}
-        samples = len(epoch["norm_before"])
-        bad = [float(row.max(initial=0.0)) for row in epoch["nonfinite"]]
-        finite = [i for i in range(samples) if np.isfinite(epoch["norm_before"][i]).all()]
-        figures = {
-            "grad_norm_after": [float(np.linalg.norm(epoch["norm_after"][i])) for i in finite],
-            "grad_max": [float(epoch["max_abs"][i].max(initial=0.0)) for i in finite],
-            "clip_angle": [
-                _whole_angle(*(epoch[f][i] for f in ("norm_before", "norm_after", "angle")))
-                for i in finite
-            ],
-        }
-        means = {name: float(np.mean(v)) if v else math.nan for name, v in figures.items()}
-        means["nonfinite_fraction"] = float(np.mean(bad)) if bad else 0.0
-        norms = [float(np.linalg.norm(epoch["norm_before"][i])) for i in finite]
+        finite = [whole for whole in self._wholes if math.isfinite(whole["grad_norm"])]
+        samples = {name: [whole[name] for whole in finite] for name in WHOLE}
+        samples["nonfinite_fraction"] = [whole["nonfinite_fraction"] for whole in self._wholes]
+        means = {name: float(np.mean(v)) if v else math.nan for name, v in samples.items()}
+        norms = samples["grad_norm"]
         for percentile in (50, 90, 99):
             value = float(np.percentile(norms, percentile)) if norms else math.nan
             means[f"grad_norm_p{percentile}"] = value
         return means
+
+
+#: Figures of the whole gradient, of all variables together.
+WHOLE = (
+    "grad_norm",
+    "grad_norm_after",
+    "grad_max",
+    "clip_angle",
+    "clip_fraction",
+    "nonfinite_fraction",
+)
+
+
+def whole_of(row: Mapping[str, np.ndarray], sizes: np.ndarray) -> dict[str, float]:
+    """The figures `WHOLE` of a sample; NaN where a variable's gradient is not finite.
+
+    Args:
+        row: for each of `FIELDS` an array `[variables]`.
+        sizes: the variables' numbers of elements.
+    """
+    before, after = row["norm_before"], row["norm_after"]
+    values = (
+        np.linalg.norm(before),
+        np.linalg.norm(after),
+        row["max_abs"].max(initial=0.0),
+        _whole_angle(before, after, row["angle"]),
+        row["clip_fraction"] @ sizes / max(sizes.sum(), 1),
+        row["nonfinite"].max(initial=0.0),
+    )
+    return dict(zip(WHOLE, map(float, values), strict=True))
 
 
 def _whole_angle(before: np.ndarray, after: np.ndarray, angles: np.ndarray) -> float:

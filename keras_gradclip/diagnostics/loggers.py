@@ -1,0 +1,139 @@
+"""Where else may the figures go? `ClipMonitor(log=...)` for four trackers of experiments.
+
+```python
+wandb.init(project="mine")
+model.fit(x, y, callbacks=[kgc.ClipMonitor(log=to_wandb())])
+```
+
+A log is any function of `(step, figures)`: `step` the number of updates before the sample,
+`figures` a dict of finite floats with the names that `ClipMonitor` gives.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+Log = Callable[[int, Mapping[str, float]], object]
+
+#: A chart of TensorBoard's page "custom scalars", and the tags that it shows.
+CHARTS = {
+    "Global gradient norm": ["grad_norm", "grad_norm_after"],
+    "Share clipped": ["clip_fraction"],
+    "Thresholds": ["threshold/.*"],
+    "Norm before the clip, by variable": ["norm_before/.*"],
+    "Share clipped, by variable": ["clip_fraction/.*"],
+    "Angle, degrees, by variable": ["angle/.*"],
+}
+
+
+def to_wandb(run: Any = None) -> Log:
+    """Log to Weights & Biases, under `clip/`, over the steps in `clip/step`.
+
+    Args:
+        run: what `wandb.init` returned; by default the active run.
+
+    Raises:
+        ValueError: wandb is not installed, or no run is active.
+    """
+    package = _package("to_wandb", "wandb")
+    run = package.run if run is None else run
+    if run is None:
+        raise ValueError(
+            "to_wandb: `run` is None and no run is active. Call wandb.init(project=...) first."
+        )
+    # W&B has one step counter a run, which WandbMetricsLogger moves; this is our own.
+    run.define_metric("clip/step", hidden=True)
+    run.define_metric("clip/*", step_metric="clip/step")
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        run.log({"clip/step": step, **{f"clip/{name}": v for name, v in figures.items()}})
+
+    return log
+
+
+def to_mlflow(run_id: str | None = None) -> Log:
+    """Log to MLflow; the figures of the whole gradient under `clip/`.
+
+    Args:
+        run_id: the run; by default the active one, which MLflow starts if need be.
+
+    Raises:
+        ValueError: mlflow is not installed.
+    """
+    package = _package("to_mlflow", "mlflow")
+
+    def name_of(figure: str) -> str:
+        # Its files cannot have `clip_fraction` beside `clip_fraction/head/kernel`, and it refuses
+        # other characters: `dense#2/kernel` becomes `dense_2/kernel`.
+        return re.sub(r"[^\w\-. :/]", "_", figure if "/" in figure else f"clip/{figure}")
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        named = {name_of(figure): value for figure, value in figures.items()}
+        package.log_metrics(named, step=step, run_id=run_id)
+
+    return log
+
+
+def to_trackio(run: Any = None) -> Log:
+    """Log to trackio.
+
+    Args:
+        run: what `trackio.init` returned; by default the active run.
+
+    Raises:
+        ValueError: trackio is not installed.
+    """
+    package = _package("to_trackio", "trackio")
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        (package if run is None else run).log(dict(figures), step=step)
+
+    return log
+
+
+def to_tensorboard(folder: str | os.PathLike) -> Log:
+    """Log to TensorBoard, with the charts of `CHARTS` on its page "custom scalars".
+
+    Args:
+        folder: for the event files.
+
+    Raises:
+        ValueError: tensorflow or tensorboard is not installed.
+    """
+    tf = _package("to_tensorboard", "tensorflow")
+    layout = _package("to_tensorboard", "tensorboard.plugins.custom_scalar.layout_pb2")
+    summary = _package("to_tensorboard", "tensorboard.plugins.custom_scalar.summary")
+    charts = [
+        layout.Chart(
+            title=title, multiline=layout.MultilineChartContent(tag=[f"^{t}$" for t in tags])
+        )
+        for title, tags in CHARTS.items()
+    ]
+    page = layout.Layout(category=[layout.Category(title="Gradient clipping", chart=charts)])
+    writer = tf.summary.create_file_writer(str(folder))
+    with writer.as_default(step=0):
+        tf.summary.experimental.write_raw_pb(summary.pb(page).SerializeToString())
+
+    def log(step: int, figures: Mapping[str, float]) -> None:
+        with writer.as_default(step=step):
+            for name, value in figures.items():
+                tf.summary.scalar(name, value)
+        writer.flush()
+
+    return log
+
+
+def _package(owner: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ValueError(
+            f"{owner}: the package {package} cannot be imported ({error}). Install it: "
+            f"pip install {package}"
+        ) from error
