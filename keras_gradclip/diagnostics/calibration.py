@@ -25,6 +25,7 @@ from keras_gradclip.clippers.base import Clipper, selectable, serialize, thresho
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.relative import default_unit_axes, unit_squares
 from keras_gradclip.diagnostics._put_back import everything_put_back
+from keras_gradclip.diagnostics._templates import render
 from keras_gradclip.diagnostics.watch import (
     UPDATES_IN_A_STEP,
     RingBuffer,
@@ -207,12 +208,26 @@ class Calibration:
             [float(f"{level:.6g}") for level in levels],
         )
 
-    def table(self) -> str:
-        """Text: a line a layer with the threshold of each clipper."""
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The head and a row a layer."""
         rows = [("layer", *self.thresholds)]
         for layer in self.layers:
             values = (self.thresholds[kind][layer] for kind in self.thresholds)
             rows.append((layer, *("–" if v is None else f"{v:.3g}" for v in values)))
+        return rows
+
+    def _note(self) -> str:
+        """What the table rests on."""
+        total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
+        left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
+        return (
+            f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
+            f"{left_out}; exponential: gamma at beta={self.beta:g}"
+        )
+
+    def table(self) -> str:
+        """Text: a line a layer with the threshold of each clipper."""
+        rows = self._cells()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(
@@ -221,17 +236,11 @@ class Calibration:
             )
             for row in rows
         ]
-        total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
-        left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
-        return "\n".join(
-            [
-                lines[0],
-                "-" * len(lines[0]),
-                *lines[1:],
-                f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
-                f"{left_out}; exponential: gamma at beta={self.beta:g}",
-            ]
-        )
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self._note()])
+
+    def _repr_html_(self) -> str:
+        head, *rows = self._cells()
+        return render("calibration.html.j2", head=head, rows=rows, note=self._note())
 
     def __str__(self) -> str:
         return self.table()

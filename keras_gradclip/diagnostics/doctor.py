@@ -31,7 +31,7 @@ def diagnose() -> str:
         "Versions": _versions(),
         "Devices": keras.distribution.list_devices() or ["none found"],
         "Settings": [f"dtype policy {keras.config.dtype_policy().name}", *variables],
-        "A trial update": [trial_update()],
+        "A trial update": trial_update(),
         "Where it reaches into Keras, and why": _private_names(),
     }
     return "\n".join(
@@ -58,19 +58,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def trial_update() -> str:
+def trial_update() -> list[str]:
     """Train one step with a clip at 0.1, and compare the weight with what it must be."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.compile(ClippedOptimizer(keras.optimizers.SGD(1.0), AbsoluteClip(0.1)), "mse")
     model.set_weights([np.array([[2.0]])])
     model.fit(np.ones((4, 1)), np.zeros((4, 1)), batch_size=4, epochs=1, verbose=0)
     weight = float(model.get_weights()[0][0, 0])
-    compiled = "by XLA" if model.jit_compile else "without XLA"
     verdict = "ok" if abs(weight - 1.9) < 1e-3 else "WRONG"
-    return (
-        f"{verdict}: a gradient of 4, clipped to 0.1, moved a weight from 2 to {weight:.4g} "
-        f"(compiled {compiled})"
-    )
+    step = "by XLA" if model.jit_compile else "without XLA"
+    return [
+        f"{verdict}: a gradient of 4, clipped to 0.1, moved a weight from 2 to {weight:.4g}",
+        f"train step compiled {step}; inner update compiled: {model.optimizer.compiled}",
+    ]
 
 
 def _private_names() -> Iterable[str]:

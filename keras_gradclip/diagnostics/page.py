@@ -9,7 +9,7 @@ import functools
 import html
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from keras_gradclip._files import write_text
 from keras_gradclip.diagnostics._charts import Chart, HeatMap, number
 from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV
 from keras_gradclip.diagnostics._run_files import Run, read_run
+from keras_gradclip.diagnostics._templates import render
 from keras_gradclip.diagnostics.findings import (
     Clipping,
     findings,
@@ -24,9 +25,6 @@ from keras_gradclip.diagnostics.findings import (
     over_samples,
     percent,
 )
-
-if TYPE_CHECKING:
-    import jinja2
 
 #: Degrees below which the clip is said to keep the direction.
 STRAIGHT = 0.1
@@ -68,24 +66,6 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
     path = Report(folder / "report.html" if output is None else output)
     write_text(path, page)
     return path
-
-
-def render(template: str, **context: Any) -> str:
-    """A page or a part of one, from a file in `templates/`."""
-    return _templates().get_template(template).render(**context)
-
-
-@functools.cache
-def _templates() -> jinja2.Environment:
-    import jinja2  # here: whoever trains does not need it
-
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _name(folder: Path) -> str:

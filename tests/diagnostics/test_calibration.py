@@ -144,10 +144,11 @@ def test_the_thresholds_clip_as_often_as_they_say(kind):
 def test_map_table_and_file(tmp_path):
     model = compiled()
     found = kgc.calibrate(model, dataset(), steps=3)
-    text = str(found)
+    text, shown = str(found), found._repr_html_()
     for layer in found.layers:
-        assert layer in text
-        assert f"{found.thresholds['norm'][layer]:.3g}" in text
+        threshold = f"{found.thresholds['norm'][layer]:.3g}"
+        assert layer in text and threshold in text
+        assert f"<td>{layer}</td><td>" in shown and f"<td>{threshold}</td>" in shown
     described = found.clip_map("absolute").describe(model)
     assert described.count("AbsoluteClip") == len(model.trainable_variables)
     kernels_only = found.clip_map("adaptive").describe(model)
