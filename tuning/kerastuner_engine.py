@@ -15,7 +15,7 @@ from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, make_oracle, produ
 from keras_gradclip.tuning.space import clip_hyperparameters, ranges
 from recipes.errors import RecipeError
 from tuning import workers
-from tuning.rows import TrialRow, ranked
+from tuning.rows import PROJECT, TrialRow, ranked
 from tuning.trial_runner import TrialRunner, trial_row
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ class KerasTunerEngine:
         return oracle
 
     def _tuner(self, oracle) -> "RecipeTuner":
-        from tuning.session import TRIALS as PROJECT
-
         return RecipeTuner(self.session.runner(), oracle, self.session.folder, PROJECT)
 
     def work(self) -> None:

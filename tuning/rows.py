@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+#: The folder of the trials inside that of a search.
+PROJECT = "trials"
 _STATUSES = ("completed", "pruned", "diverged", "failed", "running")
 
 

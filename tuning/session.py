@@ -17,10 +17,9 @@ from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
 from recipes.training.quiet import import_tensorflow
-from tuning.rows import TrialRow, best_row, describe, formatter
+from tuning.rows import PROJECT, TrialRow, best_row, describe, formatter
 
 SEARCH = "search.json"
-TRIALS = "trials"
 # Enough to tell thresholds apart, little enough for minutes on two cores. Explicit options win.
 SMALL = {"epochs": 2, "limit_steps": 100}
 # What the search sets itself, and what to say instead.
@@ -258,7 +257,7 @@ class Session:
         now = json.loads(json.dumps(now))
         path = self.folder / SEARCH
         if not path.exists():
-            if (self.folder / TRIALS).exists():
+            if (self.folder / PROJECT).exists():
                 raise RecipeError(f"{self.folder}: has trials but no {SEARCH}: give --output")
             write_json(path, now)
             return
@@ -332,7 +331,7 @@ class Session:
         title = f"{self.recipe.name}: {len(rows)} trials"
         results.print_table(rows, objective, title, self.console)
         picture = self.folder / "search.png"
-        plots.draw(rows, picture, objective, title, self.folder / TRIALS, self.engine.ranges())
+        plots.draw(rows, picture, objective, title, self.folder / PROJECT, self.engine.ranges())
         for status, what in (("diverged", "diverged and rank last"), ("failed", "failed")):
             number = sum(row.status == status for row in rows)
             if number:
