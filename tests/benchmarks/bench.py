@@ -33,7 +33,10 @@ PYTHONS = {
     "jax": str(ROOT / ".venv-jax/bin/python"),
     "torch": str(ROOT / ".venv-torch/bin/python"),
 }
-PARTS = ("clip", "update", "step", "monitor", "first-step", "operations", "growth", "reductions")
+PARTS = (
+    *("clip", "update", "compiled", "step", "monitor", "first-step", "memory"),
+    *("operations", "growth", "reductions"),
+)
 FIELDS = ("part", "set", "contestant", "against", "unit", "median", "low", "high", "samples")
 Row = dict[str, Any]
 
@@ -48,12 +51,32 @@ TARGETS = [
     ("update", "resnet50", "NormClip variable", "Keras clipnorm", 0.8),
     ("update", "resnet50", "NormClip layer", "Keras clipnorm", 0.8),
     ("update", "resnet50", "NormClip global", "Keras global_clipnorm", 0.8),
-    ("step", "resnet50", "AbsoluteClip", "no clip", 1.01),
-    ("step", "resnet50", "NormClip layer", "no clip", 1.01),
-    ("step", "resnet50", "NormClip global", "no clip", 1.01),
+    ("compiled", "resnet50", "SGD, AbsoluteClip", "SGD", 0.75),
+    ("compiled", "resnet50", "SGD, AbsoluteClip", "SGD, clipvalue", 0.55),
+    ("compiled", "resnet50", "Adam, AbsoluteClip", "Adam", 0.58),
+    ("compiled", "resnet50", "AdamW, AbsoluteClip", "AdamW", 0.58),
+    ("compiled", "resnet50", "Adam, NormClip layer", "Adam", 0.75),
+    ("compiled", "resnet50", "Adam, NormClip global", "Adam", 0.75),
+    ("compiled", "resnet50", "SGD, NormClip layer", "SGD", 1.0),
+    ("compiled", "resnet50", "SGD, NormClip global", "SGD", 1.0),
+    ("compiled", "resnet50", "SGD, ExponentialClip", "SGD, AbsoluteClip", 1.1),
+    ("compiled", "resnet50", "Adam, ExponentialClip", "Adam, AbsoluteClip", 1.1),
+    ("compiled", "resnet50", "SGD, AdaptiveClip", "SGD", 1.1),
+    ("step", "resnet50, SGD, batch 64", "AbsoluteClip", "no clip", 1.0),
+    ("step", "resnet50, Adam, batch 64", "AbsoluteClip", "no clip", 0.97),
+    ("step", "resnet50, SGD, batch 8", "AbsoluteClip", "no clip", 0.95),
+    ("step", "resnet50, Adam, batch 8", "AbsoluteClip", "no clip", 0.88),
+    *(
+        ("step", f"resnet50, {inner}, batch 64", f"NormClip {scope}", "no clip", 1.0)
+        for inner in ("SGD", "Adam")
+        for scope in ("layer", "global")
+    ),
     ("monitor", "resnet50", "NormClip layer, ClipMonitor", "no clip", 1.02),
-    ("first-step", "resnet50", "AbsoluteClip", "Keras clipvalue", 1.1),
-    ("first-step", "resnet50", "NormClip layer", "Keras clipnorm", 1.1),
+    ("first-step", "resnet50", "AbsoluteClip", "no clip", 1.15),
+    ("first-step", "resnet50", "NormClip layer", "no clip", 1.15),
+    ("first-step", "resnet50", "NormClip global", "no clip", 1.15),
+    ("memory", "resnet50", "AbsoluteClip", "no clip", 1.02),
+    ("memory", "resnet50", "NormClip layer", "no clip", 1.02),
     ("operations: clip", "resnet50", "AbsoluteClip", "a tensor", 2.0),
     ("growth: trace", "exponent", "AbsoluteClip", "variables", 1.1),
     ("growth: trace", "exponent", "NormClip layer", "variables", 1.1),
@@ -217,13 +240,44 @@ def update(workers: Workers, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def compiled(workers: Workers, options: argparse.Namespace) -> list[Row]:
+    """Clip and update of each common optimizer, against Keras's update without any clip."""
+    only = Workers(tensorflow=workers["tensorflow"])
+    arguments = {"which": options.network, "shapes": None}
+    seconds = measured("compiled updates", "compiled", only, options.rounds, arguments)
+    pairs = [(name, name.partition(",")[0]) for name in seconds if "," in name]
+    for inner in (name for name in seconds if "," not in name):
+        pairs += [(f"{inner}, AbsoluteClip", f"{inner}, clipvalue")]
+        pairs += [(f"{inner}, ExponentialClip", f"{inner}, AbsoluteClip")]
+    return ratios("compiled", options.network, seconds, pairs)
+
+
 def step(workers: Workers, options: argparse.Namespace) -> list[Row]:
     """Whole train steps, eight in a row."""
-    only = Workers(tensorflow=workers["tensorflow"])
-    arguments = {"which": options.network, "shapes": None, "steps": 8}
-    seconds = measured("train steps", "step", only, options.step_rounds, arguments)
-    pairs = [(name, "no clip") for name in seconds if name != "no clip"]
-    return ratios("step", options.network, seconds, pairs)
+    only, rows = Workers(tensorflow=workers["tensorflow"]), []
+    for inner in ("SGD", "Adam"):
+        for batch in (64, 8):
+            which = f"{options.network}, {inner}, batch {batch}"
+            arguments = {"which": options.network, "shapes": None, "steps": 8}
+            arguments |= {"inner": inner, "batch": batch}
+            seconds = measured(which, "step", only, options.step_rounds, arguments)
+            pairs = [(name, "no clip") for name in seconds if name != "no clip"]
+            rows += ratios("step", which, seconds, pairs)
+    return rows
+
+
+def memory(workers: Workers, options: argparse.Namespace) -> list[Row]:
+    """The most memory that a process has held, each contestant in one of its own."""
+    del workers
+    peak = {}
+    for name in ("no clip", "AbsoluteClip", "NormClip layer"):
+        with Workers(tensorflow=Worker("tensorflow")) as fresh:
+            peak[name] = fresh["tensorflow"].call("peak_memory", which=options.network, name=name)
+    return [
+        row("memory", options.network, name, "no clip", "ratio",
+            quartiles([peak[name] / peak["no clip"]]))
+        for name in peak if name != "no clip"
+    ]  # fmt: skip
 
 
 def monitor(workers: Workers, options: argparse.Namespace) -> list[Row]:

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import resource
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -35,12 +36,16 @@ STOCK = {
 }
 
 
-def _sgd(**arguments):
-    return keras.optimizers.SGD(1e-9, momentum=0.9, **arguments)
+INNER = {
+    "SGD": lambda **a: keras.optimizers.SGD(1e-9, momentum=0.9, **a),
+    "Adam": lambda **a: keras.optimizers.Adam(1e-9, **a),
+    "AdamW": lambda **a: keras.optimizers.AdamW(1e-9, **a),
+}
+_sgd = INNER["SGD"]
 
 
-def _wrapped(clipper, **arguments):
-    return kgc.ClippedOptimizer(_sgd(), clipper, **arguments)
+def _wrapped(clipper, inner="SGD", **arguments):
+    return kgc.ClippedOptimizer(INNER[inner](), clipper, **arguments)
 
 
 @functools.cache
@@ -139,9 +144,24 @@ def update(which: str, shapes):
     return {name: _applying(which, make) for name, make in _optimizers().items()}
 
 
-# A whole train step ------------------------------------------------------------------------------
+def compiled(which: str, shapes):
+    """The clip and the update of the common optimizers, against Keras's without any clip."""
+    del shapes
+    makers = {}
+    for inner, keras_own in INNER.items():
+        makers[inner] = keras_own
+        makers[f"{inner}, clipvalue"] = functools.partial(keras_own, **STOCK["clipvalue"])
+        for name, clipper in OURS.items():
+            if name in ("AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global") or (
+                (name, inner) == ("AdaptiveClip", "SGD")
+            ):
+                makers[f"{inner}, {name}"] = lambda clipper=clipper, inner=inner: _wrapped(
+                    clipper(), inner
+                )
+    return {name: _applying(which, make) for name, make in makers.items()}
 
-BATCH = 64
+
+# A whole train step ------------------------------------------------------------------------------
 
 
 def _model(which: str, clipped: bool):
@@ -155,18 +175,18 @@ def _model(which: str, clipped: bool):
     return (kgc.ClippedModel if clipped else keras.Model)(inputs, outputs)
 
 
-def _trainers():
+def _trainers(inner="SGD"):
     """Name to a function that makes a compiled model."""
     loss = "sparse_categorical_crossentropy"
 
     def stock(which, **arguments):
         model = _model(which, clipped=False)
-        model.compile(_sgd(**arguments), loss, jit_compile=False)
+        model.compile(INNER[inner](**arguments), loss, jit_compile=False)
         return model
 
     def ours(which, clipper):
         model = _model(which, clipped=True)
-        model.compile(_sgd(), loss, clipper=clipper, jit_compile=False)
+        model.compile(INNER[inner](), loss, clipper=clipper, jit_compile=False)
         return model
 
     return {
@@ -179,15 +199,15 @@ def _trainers():
     }
 
 
-def _batches():
+def _batches(size=64):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(BATCH, 32, 32, 3)).astype("float32")
-    return iter(tf.data.Dataset.from_tensors((x, rng.integers(0, 10, BATCH))).repeat())
+    x = rng.normal(size=(size, 32, 32, 3)).astype("float32")
+    return iter(tf.data.Dataset.from_tensors((x, rng.integers(0, 10, size))).repeat())
 
 
-def _stepper(model, steps: int, callback=None):
+def _stepper(model, steps: int, callback=None, batch=64):
     """A function that trains for some steps, as `fit` does inside an epoch."""
-    batches = _batches()
+    batches = _batches(batch)
     model.make_train_function()
     count = 0
     if callback is not None:
@@ -207,10 +227,18 @@ def _stepper(model, steps: int, callback=None):
     return run
 
 
-def step(which: str, shapes, steps: int):
+def step(which: str, shapes, steps: int, inner: str, batch: int):
     """Whole train steps, `steps` in a row: the figures of ClippedModel come every 8th."""
     del shapes
-    return {name: _stepper(make(which), steps) for name, make in _trainers().items()}
+    return {
+        name: _stepper(make(which), steps, batch=batch) for name, make in _trainers(inner).items()
+    }
+
+
+def peak_memory(which: str, name: str) -> float:
+    """Bytes that this process has held at most, after three steps; a process of its own each."""
+    _stepper(_trainers("Adam")[name](which), 3)()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def monitor(which: str, shapes, steps: int, run_dir: str):
