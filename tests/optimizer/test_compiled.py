@@ -189,3 +189,39 @@ def test_the_choice_is_saved_and_undone_by_the_next_wrapper():
     kgc.ClippedOptimizer(inner, "absolute", compiled=False).build([weight])
     graph = tf.function(lambda: inner.apply([tf.ones(3)])).get_concrete_function().graph
     assert not [op for op in graph.get_operations() if op.type.startswith("ResourceApply")]
+
+
+CLIPPERS = [name for name in sorted(kgc.clippers.base.ALIASES) if name not in ("chain", "clip_map")]
+
+
+def operations_of(function):
+    """Every operation of a traced function, those of the functions that it calls as well."""
+    graph = function.graph.as_graph_def()
+    return [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+
+
+@pytest.mark.parametrize("inner", ["momentum", "AdamW"])
+def test_every_operation_of_an_update_has_a_gpu_kernel(inner, monkeypatch):
+    """And none goes by the host: asked of TensorFlow's registry, for there is no GPU here."""
+    from tensorflow.python.framework import kernels as registry
+
+    monkeypatch.setattr(kernels, "_has_tensorflow_gpu", lambda: True)
+    on_gpu = {}
+    for kernel in registry.get_all_registered_kernels().kernel:
+        if kernel.device_type in ("GPU", "DEFAULT"):
+            on_gpu.setdefault(kernel.op, []).append(set(kernel.host_memory_arg))
+    for name in CLIPPERS if inner == "momentum" else ["absolute"]:
+        ours = variables(((6, 4), (4,)))
+        optimizer = kgc.ClippedOptimizer(BY_KERNELS[inner](), name)
+        optimizer.build(ours)
+        function = tf.function(lambda: optimizer.apply([tf.ones(v.shape) for v in ours]))  # noqa: B023
+        nodes = operations_of(function.get_concrete_function())
+        called = {node.op for node in nodes if node.op.startswith("__")}
+        missing = {node.op for node in nodes} - set(on_gpu) - called - {"Placeholder", "NoOp"}
+        assert not missing, (name, missing)
+        updates = [node for node in nodes if node.op.startswith("ResourceApply")]
+        assert len(updates) == len(ours)
+        for node in updates:
+            assert any(not host & {"grad", "delta"} for host in on_gpu[node.op]), node.op
+        by_host = {"PyFunc", "EagerPyFunc", "PyFuncStateless"}
+        assert not by_host & {node.op for node in nodes}, name
