@@ -17,16 +17,18 @@ if TYPE_CHECKING:  # --help need not wait for TensorFlow
 RENDERED = "rendered"  # a drive that is drawn, or signs that are
 CURVE = 0.05  # an angle further from 0, in the log's units, is of a curve
 PARTS = ("train", "validation", "test")
+LOG_STYLE = {"color": "0.55", "linewidth": 0.8, "label": "log"}
+MODEL_STYLE = {"color": "tab:red", "linewidth": 1.0, "label": "model"}
 SETTINGS = {
     "dataset": RENDERED,
-    "batch_size": 64,
+    "batch_size": 32,
     "learning_rate": 1e-3,
-    "warmup_epochs": 1.0,
+    "warmup_epochs": 0.5,
     "weight_decay": 1e-2,
     "clipper": "norm",
-    "max_norm": 1.0,
+    "max_norm": 0.1,
     "scope": "global",
-    "epochs": 8,
+    "epochs": 4,
 }
 
 
@@ -243,8 +245,9 @@ def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title
     figure.suptitle(f"{title}: the log's angle and the model's (test orange, validation blue)")
     for axis, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
         at, parts, angles, answers = zip(*(rows[i] for i in line), strict=True)
-        axis.plot(at, angles, color="0.55", linewidth=0.8, label="log")
-        axis.plot(at, answers, color="tab:red", linewidth=1.0, label="model")
+        gap = np.diff(at, prepend=at[0]) > 1  # no line over frames that belong to no part
+        for values, style in ((angles, LOG_STYLE), (answers, MODEL_STYLE)):
+            axis.plot(at, np.where(gap, np.nan, values), **style)
         for part, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
             where = np.array(parts) == part
             axis.fill_between(at, -1, 1, where=where, color=colour, alpha=0.2, linewidth=0)

@@ -336,7 +336,7 @@ def test_the_report_is_of_the_kept_model_on_the_frames_of_the_log(drive, tmp_pat
     assert status == 0
     assert "mean absolute error, validation" in out and "always the mean angle" in out
     assert "units of the log" in out and "Best accuracy" not in out
-    data = driving.load(drive, (32, 64))
+    data = driving.load(drive, (32, 32))
     model = keras.saving.load_model(folder / "best.keras")
     frame = data.parts[2][3]
     image, _ = data.preprocess_eval(str(frame.center), np.float32(0))
@@ -407,7 +407,7 @@ def test_the_task_chooses_the_recipe():
 
 @pytest.mark.parametrize(
     ("name", "shape", "parameters"),
-    [("driving_resnet50", (32, 64), 23_589_761), ("driving_pilotnet", (66, 200), 252_219)],
+    [("driving_resnet50", (32, 32), 23_589_761), ("driving_pilotnet", (66, 200), 252_219)],
 )
 def test_the_networks_have_one_linear_output(name, shape, parameters):
     import keras
