@@ -24,7 +24,7 @@ RECIPE = dataclasses.replace(
     name="vgg19",
     network="vgg19",
     description=__doc__,
-    settings={**vgg16.RECIPE.settings, "epochs": 5},
+    settings={**vgg16.RECIPE.settings, "epochs": 5, "warmup_epochs": 1.0},
 )
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import keras
 
 from . import alexnet, googlenet, inception_v2, resnet, vgg
 from .googlenet import auxiliary_model_class
+from .layers import AdaptiveAveragePooling2D, LocalResponseNormalization
 
 NETWORKS: dict[str, Callable[..., Any]] = {
     "alexnet": alexnet.alexnet,
@@ -92,13 +93,24 @@ def build(
     return model
 
 
-def inference_model(model):
+def inference_model(model: Any) -> keras.Model:
     """The model to deploy: the same layers and weights, without auxiliary heads.
 
+    Loads by `keras.models.load_model` without this package: the layers of `recipes.models.layers`,
+    which hold no weights, are written out in operations of Keras.
+
     Args:
-        model: built by `build`.
+        model: built by `build`, or any functional model.
 
     Returns:
         A plain `keras.Model` whose only output is the main one. Saves without the heads' weights.
     """
-    return keras.Model(model.input, model.outputs[0], name=model.name)
+    main = keras.Model(model.inputs, model.outputs[0], name=model.name)
+    own = (AdaptiveAveragePooling2D, LocalResponseNormalization)
+    if not any(isinstance(layer, own) for layer in main.layers):
+        return main
+
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        return layer.call(*args) if isinstance(layer, own) else layer(*args, **kwargs)
+
+    return keras.models.clone_model(main, clone_function=lambda layer: layer, call_function=call)

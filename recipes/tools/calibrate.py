@@ -105,7 +105,9 @@ def watch(recipe, options: Options, steps: int | None, folder: Path, percentile:
             """Also at a gradient that is not finite: the losses may hide it for a while."""
 
             def on_train_batch_end(self, batch, logs=None):
-                if not self.skips and not math.isfinite((logs or {}).get("grad_norm", 0.0)):
+                measured = self.step + 1 >= options.accumulate  # NaN before the first update
+                norm = (logs or {}).get("grad_norm", 0.0)
+                if measured and not self.skips and not math.isfinite(norm):
                     raise NonFinite(self.step)
                 super().on_train_batch_end(batch, logs)
 

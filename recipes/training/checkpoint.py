@@ -130,8 +130,8 @@ def load_backup(path: PathLike) -> dict[str, Any]:
     return head
 
 
-def restore(model: Any, backup: Mapping[str, Any]) -> None:
-    """Sets every variable of the model and its optimizer from `load_backup`.
+def matched(model: Any, backup: Mapping[str, Any]) -> list[Any]:
+    """The variables of the model and its optimizer, one a value of `load_backup`.
 
     Raises:
         ValueError: the model is another one.
@@ -143,7 +143,16 @@ def restore(model: Any, backup: Mapping[str, Any]) -> None:
             f"the backup holds {len(backup['values'])} variables, the model {len(variables)} or "
             "other shapes: it belongs to another network or optimizer"
         )
-    for variable, value in zip(variables, backup["values"], strict=True):
+    return variables
+
+
+def restore(model: Any, backup: Mapping[str, Any]) -> None:
+    """Sets every variable of the model and its optimizer from `load_backup`.
+
+    Raises:
+        ValueError: the model is another one.
+    """
+    for variable, value in zip(matched(model, backup), backup["values"], strict=True):
         variable.assign(value)
 
 

@@ -122,6 +122,8 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             raise RecipeError(
                 f"{folder} holds a run already: name another folder, or go on with it by --resume"
             )
+        for scratch in folder.glob(".partial-*"):  # what a killed process was writing
+            scratch.unlink(missing_ok=True)
         try:
             yield
         except BaseException:
@@ -166,7 +168,10 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         rows = read_csv(path)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    if rows and rows[0].get("epoch") == 0:
+    for line, row in enumerate(rows, 2):
+        if not isinstance(row.get("epoch"), float):
+            raise RecipeError(f"{path}, line {line}: no number of an epoch")
+    if rows and rows[0]["epoch"] == 0:
         rows = [{**row, "epoch": row["epoch"] + 1} for row in rows]
     return rows
 

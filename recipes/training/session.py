@@ -65,8 +65,6 @@ def run(
         folders.claimed(folder, options.resume) if writes else contextlib.nullcontext(),
         prepared(recipe, options, folder, started) as session,
     ):
-        if writes:
-            write_json(folder / folders.CONFIG, opts.saved_options(recipe, options))
         for line in summary.warnings(options):
             print(f"warning: {line}", file=sys.stderr)
         return session.train(callbacks)
@@ -149,12 +147,17 @@ class Session:
             start, elapsed = self._end_of_finished_run()
         first_epoch, first_step = divmod(start, self.steps)
         self._check_start(start)
-        if self.writes and not finished:
-            for name in (folders.HISTORY, folders.LAYERS):
-                folders.keep_epochs(self.folder / name, first_epoch)
         self._announce(start)
         validation = self._shared_eval_batches(self.data.validation)
         self.create_state()
+        if restored is not None:
+            with plain_errors():
+                checkpoint.matched(self.model, restored)
+        if self.writes and not finished:
+            options = opts.saved_options(self.recipe, self.options)
+            write_json(self.folder / folders.CONFIG, options)
+            for name in (folders.HISTORY, folders.LAYERS):
+                folders.keep_epochs(self.folder / name, first_epoch)
         backup = checkpoint.Backup(
             self.folder / folders.BACKUP,
             self.options.backup_every,

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -474,3 +475,21 @@ def test_a_saved_model_with_heads_loads_and_predicts_the_same(tmp_path):
     assert loaded.evaluate(x, y, verbose=0) == model.evaluate(x, y, verbose=0)
     first = loaded.fit(x, y, verbose=0, shuffle=False).history["loss"]
     assert first == model.fit(x, y, verbose=0, shuffle=False).history["loss"]
+
+
+def test_a_deployed_model_needs_no_layer_of_this_package(tmp_path):
+    inputs = keras.Input((10, 10, 3))
+    x = keras.layers.Conv2D(8, 3, name="conv", activation="relu")(inputs)
+    x = LocalResponseNormalization(name="norm", alpha=5.0)(x)
+    x = AdaptiveAveragePooling2D(3, name="pool")(x)
+    outputs = keras.layers.Dense(4, "softmax", name="predictions")(keras.layers.Flatten()(x))
+    model = keras.Model(inputs, outputs)
+    deployed = models.inference_model(model)
+    assert [v.path for v in deployed.weights] == [v.path for v in model.weights]
+    assert deployed.weights[0] is model.weights[0]
+    deployed.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        assert b"recipes" not in file.read("config.json")
+    images = np.random.default_rng(0).random((5, 10, 10, 3), dtype="float32")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(images), model(images))

@@ -1,11 +1,14 @@
 """Killed in the middle of an epoch and resumed: the same weights, bit for bit."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from tiny_recipe import RECIPE
@@ -89,8 +92,6 @@ def test_resume_with_another_config_is_refused(whole, capsys):
 
 
 def test_resume_with_more_epochs_goes_on(whole, tmp_path):
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     argv = ["--resume", "--output", str(folder), "--epochs", "4", "--verbose", "quiet"]
@@ -108,14 +109,65 @@ def test_resume_without_a_run(tmp_path, capsys, monkeypatch):
     assert "no run of tiny in runs/" in capsys.readouterr().err
 
 
-def test_damaged_backup_is_named(whole, tmp_path, capsys):
-    import shutil
-
+@pytest.mark.parametrize("damage", ["text", "cut", "of another network"])
+def test_damaged_backup_is_named(whole, tmp_path, capsys, damage):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    (folder / folders.BACKUP).write_bytes(b"not a backup")
-    assert main(RECIPE, ["--resume", "--output", str(folder)]) == 2
-    assert f"{folder / folders.BACKUP} is not a backup" in capsys.readouterr().err
+    backup = folder / folders.BACKUP
+    line = f"error: {backup} is not a backup"
+    if damage == "text":
+        backup.write_bytes(b"not a backup")
+    elif damage == "cut":
+        backup.write_bytes(backup.read_bytes()[:-200])
+    else:
+        checkpoint.save_backup(backup, foreign_model(), 12, 0.0)
+        line = "it belongs to another network or optimizer"
+    before = backup.read_bytes(), (folder / folders.HISTORY).read_bytes()
+    assert main(RECIPE, ["--resume", "--output", str(folder), "--verbose", "quiet"]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+    assert (backup.read_bytes(), (folder / folders.HISTORY).read_bytes()) == before
+
+
+def foreign_model():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_twenty_times_at_any_moment(whole, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, str(Path(__file__).parent / "tiny_recipe.py"), "--output"]
+    command += [str(folder), "--verbose", "quiet", "--keep-backup", "--backup-every", "1"]
+    rng = np.random.default_rng(0)
+    kills, begun = 0, time.monotonic()
+    while True:
+        resume = ["--resume"] if (folder / folders.CONFIG).exists() else []
+        process = subprocess.Popen([*command, *resume], stderr=subprocess.PIPE)
+        # From its imports to its last step; a start takes about as long as the training.
+        patience = rng.uniform(1, 30) if kills < 20 else None
+        try:
+            _, error = process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, error.decode()
+        if kills >= 20 or time.monotonic() - begun > 1800:
+            break
+        shutil.rmtree(folder)  # finished too soon: once more from the start
+    expected, got = backup_of(whole), backup_of(folder)
+    assert got["step"] == expected["step"] and kills >= 10
+    for path, a, b in zip(expected["paths"], expected["values"], got["values"], strict=True):
+        assert np.array_equal(a, b), path
+    assert folders.read_history(folder / folders.HISTORY) == folders.read_history(
+        whole / folders.HISTORY
+    )
+    assert not list(folder.glob(".partial*"))
 
 
 @pytest.mark.parametrize("first", [0, 1])  # version 0.1 counted from 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import zipfile
 from types import SimpleNamespace
 
 import keras
@@ -72,6 +73,32 @@ def test_best_model_loads_by_itself_and_scores_the_same(finished):
         for x, y in eval_batches(data, data.validation, 50)
     ]
     assert lines[-2] == f"Best accuracy: {100 * np.mean(right):.2f}%"
+
+
+def test_best_model_needs_nothing_of_this_package_and_fine_tunes(finished):
+    folder, _ = finished
+    with zipfile.ZipFile(folder / folders.BEST) as file:
+        config = file.read("config.json").decode()
+    assert "recipes" not in config and "keras_gradclip" not in config
+    images = np.zeros((4, 16, 16, 3), "float32")
+    model = keras.models.load_model(folder / folders.BEST)
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(images, np.arange(4), verbose=0)
+
+
+def test_a_finished_run_keeps_its_result_and_no_backup(finished, capsys):
+    folder, lines = finished
+    assert not (folder / folders.BACKUP).exists()
+    result = json.loads((folder / folders.RESULT).read_text())
+    assert lines[-2] == f"Best accuracy: {100 * result['best']:.2f}%"
+    names = (folders.HISTORY, folders.CONFIG)
+    before = [(folder / name).read_bytes() for name in names]
+    argv = ["--resume", "--output", str(folder), "--verbose", "quiet"]
+    assert main(RECIPE, argv) == 0
+    assert f"Best accuracy: {100 * result['best']:.2f}%" in capsys.readouterr().out
+    assert main(RECIPE, [*argv, "--epochs", "3"]) == 2
+    assert "ended after 2 epochs, and its backup is gone" in capsys.readouterr().err
+    assert [(folder / name).read_bytes() for name in names] == before
 
 
 def test_saved_config_runs_again_to_the_same_end(finished, tmp_path):
@@ -359,6 +386,12 @@ def test_weight_decay_leaves_biases_and_norms_alone():
     for variable in model.trainable_variables:
         moved = float(keras.ops.max(keras.ops.abs(variable - 1)))
         assert (moved > 0) == (variable.path.endswith("kernel")), variable.path
+
+
+def test_a_warmup_takes_at_most_a_fifth_of_the_run():
+    options = RECIPE.options(warmup_epochs=1.0, epochs=1)
+    assert build.warmup_updates(options, steps=20) == 4
+    assert build.warmup_updates(RECIPE.options(warmup_epochs=1.0, epochs=8), steps=20) == 20
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
