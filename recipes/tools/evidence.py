@@ -329,7 +329,7 @@ FIELD = (
     kgc.ZScoreClip(),
     CALIBRATED,
 )
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SEEDS = (1, 2, 3)
 CIFAR = {"network": "small_vgg", "data": "cifar10@16", "seeds": SEEDS, "epochs": 4}
 MAIN = (
@@ -352,7 +352,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
     ),
     "full": (
         Study("cifar", clippers=MAIN, rates=RATES, **CIFAR),
-        Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1, 0.3), optimizer="sgd", **CIFAR),
+        Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1,), optimizer="sgd", **CIFAR),
         Study(
             "adamw",
             clippers=(NONE, UNIT[1], FIELD[0], FIELD[4]),
