@@ -28,6 +28,9 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
+# A page includes it.
+exclude_patterns = ["results/*.md"]
+
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"

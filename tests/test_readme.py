@@ -49,7 +49,13 @@ def test_the_code_blocks_of_the_first_pages_run(tmp_path):
 
 @pytest.mark.slow
 def test_the_code_blocks_of_the_other_pages_run(tmp_path):
-    names = ["docs/five_minutes.md", "docs/devices.md", "docs/clippers.md", "docs/index.md"]
+    names = [
+        "docs/five_minutes.md",
+        "docs/devices.md",
+        "docs/clippers.md",
+        "docs/index.md",
+        "docs/choosing.md",
+    ]
     assert run_pages(names, tmp_path).count("==") == len(names)
 
 

@@ -1,7 +1,7 @@
 """Which clipper, and what does it buy? Trains networks × clippers × learning rates × seeds.
 
     python recipes/tools/evidence.py                      # small: ten minutes on two idle cores
-    python recipes/tools/evidence.py --preset full --data-dir ../shared/tfds --output docs/results
+    python recipes/tools/evidence.py --preset full --data-dir FOLDER --output docs/results
 
 Writes `evidence.csv` (a row a run, with all that tells it from the others), `evidence.md` (a table
 a study) and one picture a study into `--output`. The same command again goes on where it was
@@ -257,6 +257,7 @@ def by_cell(rows: list[dict]) -> dict[str, dict[float, list[dict]]]:
 def table(rows: list[dict]) -> str:
     """Markdown: a line a clipper, a column a learning rate; mean and (lowest to highest)."""
     rates = sorted({float(row["learning_rate"]) for row in rows})
+    seeds = len({row["seed"] for row in rows})
     lines = [
         "| clipper | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
         "|---|" + "---:|" * len(rates),
@@ -271,7 +272,9 @@ def table(rows: list[dict]) -> str:
             else:
                 text = "".join(f"{score:.1f}" for score in scores)
             diverged = sum(r["status"] == "diverged" for r in runs)
-            cells.append(text + (f", {diverged} of {len(runs)} diverged" if diverged else ""))
+            text += f", {diverged} of {len(runs)} diverged" if diverged else ""
+            text += f", {len(runs)} of {seeds} seeds" if 0 < len(runs) < seeds else ""
+            cells.append(text)
         lines.append(f"| `{clipper}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
