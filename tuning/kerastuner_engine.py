@@ -102,7 +102,7 @@ class KerasTunerEngine:
             else:
                 tuner.search()
         except kt.errors.FatalError as error:
-            raise RecipeError(str(error)) from error
+            raise error.__cause__ or error from None
         finally:
             workers.stop_workers(started)
 

@@ -21,7 +21,9 @@ if not __package__:  # run as a script: the folder above tuning/ holds its packa
 
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES
+from recipes.training.clipper_options import clippers, import_modules
 from tuning.session import SMALL, Session
+from tuning.space_flags import add_flags
 from tuning.verdict import LEAST_RUNS
 
 ENGINES = ("kerastuner", "optuna")
@@ -89,29 +91,25 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         default=["absolute", "exponential", "norm"],
-        help="any that a recipe's --help names; none is always there (%(default)s)",
+        help=f"of {', '.join(clippers())}; none is always there (%(default)s)",
     )
-
-    def add_range(flag: str, text: str, default=None) -> None:
-        add(flag, type=float, nargs=2, metavar=("LOW", "HIGH"), default=default, help=text)
-
     add(
         "--calibration",
         metavar="FILE",
-        help="centre the three ranges below on what keras_gradclip.calibrate saved there",
+        help="centre the thresholds' ranges on what keras_gradclip.calibrate saved there",
     )
-    add_range("--threshold-range", "absolute: c, log (0.01 0.1)")
-    add_range("--gamma-range", "exponential: γ, log (0.01 0.1)")
-    add_range("--max-norm-range", "norm, log (0.1 10)")
-    add_range("--beta-range", "exponential: β (%(default)s)", [0.5, 1.0])
-    add("--rescales", nargs="+", metavar="WORD", default=["none"], help="none norm max alpha")
-    add("--weights", nargs="+", metavar="WORD", default=["elementwise"], help="exponential")
-    add("--scopes", nargs="+", metavar="WORD", help="of clippers by norm (each one's own default)")
     add("--search-gate", action="store_true", help="also search the activation gate")
     add("--groups", action="store_true", help="a threshold each for stem, stages and head")
-    add_range("--learning-rate-range", "log (a third to three times the recipe's)")
+    add(
+        "--learning-rate-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="log (a third to three times the recipe's)",
+    )
     add("--fix-learning-rate", action="store_true", help="search at the recipe's alone")
     add("--points", type=int, default=4, help="grid: values a number (%(default)s)")
+    add_flags(parser)
     return parser
 
 
@@ -125,6 +123,9 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with _ended_by_sigterm():
+            early = _Parser(add_help=False, allow_abbrev=False)
+            early.add_argument("--import", dest="modules")
+            import_modules(early.parse_known_args(argv)[0].modules)  # their flags are flags here
             args, rest = build_parser().parse_known_args(argv)
             return Session(args, rest, argv).run()
     except KeyboardInterrupt:

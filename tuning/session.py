@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from keras_gradclip._files import read_json, write_json
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe
+from recipes.training import Recipe
 from recipes.training import options as opts
 from recipes.training.quiet import import_tensorflow
 from tuning.rows import PROJECT, TrialRow, best_row, describe, formatter
@@ -22,16 +23,9 @@ from tuning.rows import PROJECT, TrialRow, best_row, describe, formatter
 SEARCH = "search.json"
 # Enough to tell thresholds apart, little enough for minutes on two cores. Explicit options win.
 SMALL = {"epochs": 2, "limit_steps": 100}
-# What the search sets itself, and what to say instead.
+# What the search sets itself, beside the clippers' parameters, and what to say instead.
 _SEARCHED = {
     "clipper": "--clippers",
-    "threshold": "--threshold-range",
-    "beta": "--beta-range",
-    "gamma": "--gamma-range",
-    "max_norm": "--max-norm-range",
-    "rescale": "--rescales",
-    "weight": "--weights",
-    "scope": "--scopes",
     "clip_config": "--clippers",
     "activation_gate": "--search-gate",
     "gate_clip_value": "--search-gate",
@@ -110,13 +104,14 @@ class Session:
         return KerasTunerEngine(self)
 
     def _recipe_options(self, rest: Sequence[str]) -> dict[str, Any]:
+        from tuning.space_flags import replacements
+
         parsed = opts.parse(self.recipe, rest)
         given = {**parsed.config, **parsed.given}
-        for name in _SEARCHED:
+        self.searched = {**_SEARCHED, **dict(replacements())}
+        for name, flag in self.searched.items():
             if name in parsed.given:
-                raise RecipeError(
-                    f"--{name.replace('_', '-')} is searched here: use {_SEARCHED[name]}"
-                )
+                raise RecipeError(f"--{name.replace('_', '-')} is searched here: use {flag}")
             given.pop(name, None)
         small = SMALL if self.args.budget == "small" else {}
         quiet = {"tensorboard": False, "verbose": "quiet"}
@@ -129,23 +124,15 @@ class Session:
     def search_space(self) -> dict[str, Any]:
         """Arguments of `clip_hyperparameters`."""
         from keras_gradclip.tuning.space import calibrated_ranges
+        from tuning.space_flags import varied
 
         args = self.args
         clippers = ["none", *(name for name in args.clippers if name != "none")]
         centred = calibrated_ranges(args.calibration) if args.calibration else {}
-        given = {
-            "threshold": args.threshold_range,
-            "gamma": args.gamma_range,
-            "max_norm": args.max_norm_range,
-        }
         space = {
             "clippers": clippers,
-            "beta": args.beta_range,
             **centred,
-            **{name: limits for name, limits in given.items() if limits},
-            "rescale": args.rescales,
-            "weight": args.weights,
-            "scope": args.scopes,
+            **varied(args, clippers),
             "activation_gate": args.search_gate,
             "points": args.points if args.tuner == "grid" else None,
             "groups": self._groups() if args.groups else None,
@@ -240,7 +227,7 @@ class Session:
     def _check_folder(self) -> None:
         """Refuses a folder with another search in it; notes which one it is now."""
         fixed = opts.saved_options(self.recipe, self.recipe.options(**self.given))
-        for name in (*_SEARCHED, "recipe"):
+        for name in (*self.searched, "recipe"):
             fixed.pop(name, None)
         now = {
             "recipe": self.recipe.name,
@@ -385,6 +372,8 @@ def load_recipe(name: str):
         raise RecipeError(f"--recipe {name}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "RECIPE"):
         raise RecipeError(f"--recipe {name}: defines no RECIPE")
+    if not isinstance(module.RECIPE, Recipe):
+        raise RecipeError(f"--recipe {name}: its RECIPE is no Recipe")
     return module.RECIPE
 
 
