@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from recipes.errors import RecipeError, TrainingDiverged, WorkerLost, first_line
+from recipes.errors import RecipeError, RunFailed, first_line
 
 _LONGEST_LINE = 1_000
 
@@ -54,7 +54,7 @@ def exit_status(
         message, status = f"interrupted{more}", 130
     except RecipeError as error:
         message = str(error)
-        status = 1 if isinstance(error, (TrainingDiverged, WorkerLost)) else 2
+        status = 1 if isinstance(error, RunFailed) else 2
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         message, status = f"{error.strerror or error}{name}{hint()}", 1

@@ -12,11 +12,15 @@ class DataError(RecipeError):
     """A data set that is missing, misspelt, damaged or of the wrong kind."""
 
 
-class WorkerLost(RecipeError):
+class RunFailed(RecipeError):
+    """What was asked for made sense, and did not come about."""
+
+
+class WorkerLost(RunFailed):
     """A worker died, hangs, or never came."""
 
 
-class TrainingDiverged(RecipeError):
+class TrainingDiverged(RunFailed):
     """The loss or the weights became NaN or infinite.
 
     Attributes:

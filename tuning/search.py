@@ -13,13 +13,15 @@ import argparse
 import contextlib
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the folder above tuning/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import recipes.training  # noqa: F401  (changes to the environment that has what follows)
 
-from recipes.errors import RecipeError
+from recipes.command_line import Parser, exit_status
+from recipes.errors import RecipeError, RunFailed, first_line
 from recipes.registry import RECIPES
 from recipes.training.clipper_options import clippers, import_modules
 from tuning.session import SMALL, Session
@@ -30,18 +32,11 @@ ENGINES = ("kerastuner", "optuna")
 TUNERS = ("random", "bayesian", "hyperband", "grid")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise RecipeError(f"{message} (see --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line; what it does not know is the recipe's."""
-    parser = _Parser(
-        prog="search",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = Parser(
+        "search",
+        __doc__,
         epilog=f"Recipes: {', '.join(RECIPES)}. Their options: python recipes/NAME.py --help",
     )
     add = parser.add_argument_group("search").add_argument
@@ -113,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a search from the command line.
 
     Returns:
@@ -121,40 +116,28 @@ def main(argv=None) -> int:
         flags or data; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        with _ended_by_sigterm():
-            early = _Parser(add_help=False, allow_abbrev=False)
-            early.add_argument("--import", dest="modules")
-            import_modules(early.parse_known_args(argv)[0].modules)  # their flags are flags here
-            args, rest = build_parser().parse_known_args(argv)
+
+    def work() -> int:
+        early = Parser("search", None, add_help=False)
+        early.add_argument("--import", dest="modules")
+        import_modules(early.parse_known_args(argv)[0].modules)  # their flags are flags here
+        args, rest = build_parser().parse_known_args(argv)
+        try:
             return Session(args, rest, argv).run()
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on with the search", 130, argv)
-    except ModuleNotFoundError as error:
-        return _fail(
-            f"{error.name} is missing: pip install 'keras-gradclip[recipes,tuning,optuna]'", 2, argv
-        )
-    except (RecipeError, ValueError) as error:
-        return _fail(str(error), 2, argv)
-    except OSError as error:
-        name = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{name}", 1, argv)
-    except RuntimeError as error:
-        return _fail(str(error), 1, argv)
+        except ModuleNotFoundError as error:
+            extras = "keras-gradclip[recipes,tuning,optuna]"
+            raise RecipeError(f"{error.name} is missing: pip install '{extras}'") from error
+        except ValueError as error:
+            raise RecipeError(first_line(error)) from error
+        except RuntimeError as error:
+            raise RunFailed(first_line(error)) from error
 
-
-def _fail(message: str, status: int, argv) -> int:
-    if "--traceback" in argv:
-        import traceback
-
-        traceback.print_exc()
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    print(f"error: {lines[0] if lines else message}", file=sys.stderr)
-    return status
+    with _ended_by_sigterm():
+        return exit_status(work, argv, interrupted="; the same command goes on with the search")
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm():
+def _ended_by_sigterm() -> Iterator[None]:
     """A polite kill ends the workers as Ctrl-C does."""
 
     def interrupt(*details):

@@ -114,7 +114,9 @@ class Session:
                 raise RecipeError(f"--{name.replace('_', '-')} is searched here: use {flag}")
             given.pop(name, None)
         small = SMALL if self.args.budget == "small" else {}
-        quiet = {"tensorboard": False, "verbose": "quiet"}
+        quiet: dict[str, Any] = {"tensorboard": False, "verbose": "quiet"}
+        if self.args.tuner == "hyperband":
+            quiet["keep_backup"] = True  # its next round goes on from there
         given = {**small, **quiet, **given}
         self.recipe.options(**given)  # the check
         return given

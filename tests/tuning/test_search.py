@@ -79,7 +79,7 @@ def test_a_search_leaves_its_results(finished):
     assert scores == sorted(scores, reverse=True)
     (baseline,) = (row for row in rows if row["baseline"] == "True")
     assert baseline["clipper"] == "none" and baseline["absolute/threshold"] == ""
-    assert baseline["runs"] == "1.0" and float(baseline["clip_fraction"]) == 0
+    assert baseline["runs"] == "1" and float(baseline["clip_fraction"]) == 0
     assert float(baseline["lowest"]) <= float(baseline["score"]) <= float(baseline["highest"])
     clipped = [row for row in rows if row["clipper"] == "absolute"]
     assert clipped and all(0.01 <= float(row["absolute/threshold"]) <= 0.1 for row in clipped)
