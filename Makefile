@@ -14,7 +14,7 @@ help:
 	@echo "make compare    AlexNet with and without clipping, over learning rates and seeds"
 	@echo "make evidence   which clipper at which learning rate: a table and a picture, ten minutes"
 	@echo "make cluster    ResNet-50 as two workers on this machine"
-	@echo "make search     search clipping thresholds with KerasTuner on the embedded data"
+	@echo "make search     search clipping thresholds on the embedded data"
 	@echo "make calibrate  clipping thresholds from ResNet-50's own gradients"
 	@echo "make replicas   what a threshold means on 1, 2 and 4 replicas, Keras beside us"
 	@echo "make bench      what clipping costs, beside Keras, optax, PyTorch and a plain copy"
