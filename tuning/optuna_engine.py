@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from keras_gradclip.tuning.optuna_space import grid, suggest
 from recipes.errors import RecipeError
@@ -140,7 +141,11 @@ class OptunaEngine:
     def run(self) -> None:
         """Runs the search, in this process or in workers of this machine; then confirms."""
         with _no_experimental_warnings():
-            self.study = self._open()
+            try:
+                self.study = self._open()
+            except SQLAlchemyError as error:  # without the URL, which may hold a password
+                text = getattr(error, "orig", None) or type(error).__name__
+                raise RecipeError(f"the study cannot be opened: {text}") from error
             self._enqueue_first()
             done = [name for name, trial in self._trials().items() if trial.state.is_finished()]
             self._told = {(name, event) for name in done for event in ("begin", "end")}

@@ -363,7 +363,7 @@ def load_recipe(name: str):
         return find_recipe(name)
     path = Path(name)
     if "\0" in name or not path.is_file():
-        raise RecipeError(f"--recipe {name!r}: no such file")
+        raise RecipeError(f"--recipe {name}: no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)

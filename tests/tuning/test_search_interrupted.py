@@ -116,7 +116,7 @@ def test_a_damaged_study_is_one_line(search, fake_run, capsys):
     (search.folder / "optuna.db").write_text("this is no database " * 99)
     assert search("--engine", "optuna") in (1, 2)
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "not a database" in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "is not a database" in error
 
 
 @pytest.mark.parametrize(
