@@ -134,3 +134,13 @@ def test_a_graph_for_xla_is_still_marked():
         "control_flow_util.GraphOrParentsInXlaContext no longer tells jit_compile=True apart: "
         "ClipByValue would hide a NaN in a compiled step"
     )
+
+
+@pytest.mark.parametrize("name", ["_distributed_tf_update_step", "_apply_weight_decay"])
+def test_keras_still_updates_a_list_of_variables_by_these_names(name):
+    optimizer = keras.optimizers.AdamW(0.1)
+    assert _compat.updates_are_replaceable(optimizer)
+    called = []
+    setattr(optimizer, name, lambda *_: called.append(1))
+    optimizer.apply([tf.ones(1)], [keras.Variable(np.zeros(1, "float32"))])
+    assert called, f"Keras no longer calls {name} in apply: compiled='auto' would do nothing"
