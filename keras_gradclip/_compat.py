@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -18,11 +18,13 @@ import keras
 # that is both clipped and functional has to inherit from it.
 from keras.src.models.functional import Functional as Functional
 
+from keras_gradclip._types import Layer, Model, Optimizer, Scalar, Strategy, Tensor, Variable
+
 # Keras 3.15 brought it; nothing is an instance of an empty tuple.
 MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
-def make_reduce_identity(optimizer: Any) -> None:
+def make_reduce_identity(optimizer: Optimizer) -> None:
     """Stop `optimizer` from summing gradients over the replicas: its wrapper already did.
 
     Keras reduces in `TFOptimizer._all_reduce_sum_gradients`, after its own clipping, and has no
@@ -33,7 +35,7 @@ def make_reduce_identity(optimizer: Any) -> None:
         optimizer._all_reduce_sum_gradients = list
 
 
-def overwrite_with_average(optimizer: Any, variables: list) -> None:
+def overwrite_with_average(optimizer: Optimizer, variables: list) -> None:
     """Copy the moving averages into `variables`; to be called in cross-replica context.
 
     Keras does this inside a `cond` in replica context when `ema_overwrite_frequency` is set,
@@ -42,7 +44,7 @@ def overwrite_with_average(optimizer: Any, variables: list) -> None:
     optimizer._overwrite_model_variables_with_average_value(variables)
 
 
-def find_wrapping_loss_scale(optimizer: Any) -> Any:
+def find_wrapping_loss_scale(optimizer: Optimizer) -> Optimizer:
     """The `LossScaleOptimizer` that is being constructed around `optimizer`, or None.
 
     `Model.compile` wraps every optimizer in `LossScaleOptimizer` under `mixed_float16` and tells
@@ -63,7 +65,7 @@ def find_wrapping_loss_scale(optimizer: Any) -> Any:
     return None
 
 
-def all_layers(model: Any) -> list[Any]:
+def all_layers(model: Model) -> list[Layer]:
     """`model` and every layer inside it, at any depth.
 
     `model.layers` stops at the first level and misses the layers inside custom layers.
@@ -80,7 +82,7 @@ class LocalSymbolicBuild:
     offers no public hook.
     """
 
-    def _local_part(self, batch: Any) -> Any:
+    def _local_part(self, batch: Tensor) -> Tensor:
         """What this process has of a batch that workers share."""
         raise NotImplementedError
 
@@ -88,7 +90,7 @@ class LocalSymbolicBuild:
         """Whether the model trains on several workers."""
         raise NotImplementedError
 
-    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Tensor = None) -> None:
         if iterator is not None and self._spans_workers():
             for _, _, batches in iterator:
                 data_batch = self._local_part(next(batches))
@@ -121,20 +123,20 @@ _SLOTS: dict[type, tuple[str, ...]] = {
 }
 
 
-def slots(optimizer: Any, variable: Any) -> list[Any]:
+def slots(optimizer: Optimizer, variable: Variable) -> list[Variable]:
     """What an optimizer of `_SLOTS` remembers of a variable; what it does not use is left out."""
     i = optimizer._get_variable_index(variable)
     lists = (getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)])
     return [slot_list[i] for slot_list in lists if slot_list]
 
 
-def updates_are_replaceable(optimizer: Any) -> bool:
+def updates_are_replaceable(optimizer: Optimizer) -> bool:
     """Whether `replace_updates` knows how `optimizer` updates a list of variables."""
     name = "_distributed_tf_update_step"
     return getattr(type(optimizer), name, None) is getattr(keras.optimizers.Optimizer, name, ())
 
 
-def replace_updates(optimizer: Any, update: Callable[..., None] | None) -> None:
+def replace_updates(optimizer: Optimizer, update: Callable[..., None] | None) -> None:
     """Let `update(default, strategy, gradients and variables, learning rate)` update the variables.
 
     Keras calls `_distributed_tf_update_step` with the native variables, in cross-replica context
@@ -156,16 +158,16 @@ def replace_updates(optimizer: Any, update: Callable[..., None] | None) -> None:
         optimizer._apply_weight_decay = functools.partial(_decay_weights, optimizer)
 
 
-def _decay_weights(optimizer: Any, variables: Any) -> None:
+def _decay_weights(optimizer: Optimizer, variables: Sequence[Variable]) -> None:
     if optimizer.weight_decay is None:
         return
     import tensorflow as tf
 
-    def of_one(variable: Any, rate: Any) -> None:
+    def of_one(variable: Variable, rate: Scalar) -> None:
         if optimizer._use_weight_decay(variable):
             variable.assign_sub(variable * tf.cast(rate, variable.dtype))
 
-    def merged(strategy: Any, variables: Any, rate: Any) -> None:
+    def merged(strategy: Strategy, variables: Sequence[Variable], rate: Scalar) -> None:
         for variable in variables:
             strategy.extended.update(variable, of_one, args=(rate,), group=False)
 

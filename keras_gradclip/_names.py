@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+
+from keras_gradclip._types import Variable
 
 
-def path_of(variable: Any) -> str:
+def path_of(variable: Variable) -> str:
     """`variable.path`; the name of what has no path (a `tf.Variable`)."""
     path = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
     return str(path).removesuffix(":0")
 
 
-def layer_of(variable: Any) -> str:
+def layer_of(variable: Variable) -> str:
     """The layer of a variable: everything in its path before the last `/`."""
     return path_of(variable).rpartition("/")[0] or path_of(variable)
 
 
-def layers_of(variables: Sequence[Any]) -> list[str]:
+def layers_of(variables: Sequence[Variable]) -> list[str]:
     """The layer of each variable.
 
     Two layers may have one path (two towers with a Dense of the same name in each): where a path
@@ -33,7 +34,7 @@ def layers_of(variables: Sequence[Any]) -> list[str]:
     return layers
 
 
-def size_of(variable: Any) -> int:
+def size_of(variable: Variable) -> int:
     """The number of elements of a variable."""
     return math.prod(int(dim) for dim in variable.shape)
 
@@ -42,7 +43,7 @@ def size_of(variable: Any) -> int:
 SCOPES = ("layer", "variable", "global")
 
 
-def scope_numbers(scope: str, variables: Sequence[Any]) -> list[int]:
+def scope_numbers(scope: str, variables: Sequence[Variable]) -> list[int]:
     """For each variable the number of the scope that it belongs to, from 0 on.
 
     Args:

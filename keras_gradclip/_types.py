@@ -28,5 +28,7 @@ Strategy: TypeAlias = Any
 Hyper: TypeAlias = Mapping[str, Scalar]
 #: A clipper's running state, by name.
 State: TypeAlias = dict[str, Tensor]
+#: A number or a `keras.optimizers.schedules.LearningRateSchedule`.
+Threshold: TypeAlias = Any
 #: What `get_config` returns: JSON-able.
 Config: TypeAlias = dict[str, Any]

@@ -13,7 +13,7 @@ import keras
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
 
 
-def positive(owner: str, name: str, value: Any) -> float:
+def positive(owner: str, name: str, value: object) -> float:
     """`value` as a float.
 
     Raises:
@@ -26,7 +26,7 @@ def positive(owner: str, name: str, value: Any) -> float:
             f"{type(value).__name__}. Pass a number such as 0.1."
         )
     try:
-        result = float(value)
+        result = float(value)  # type: ignore[arg-type]
     except OverflowError:  # an int beyond every float
         result = math.inf
     if not math.isfinite(result) or result <= 0:
@@ -37,7 +37,7 @@ def positive(owner: str, name: str, value: Any) -> float:
     return result
 
 
-def threshold(owner: str, name: str, value: Any) -> Any:
+def threshold(owner: str, name: str, value: object) -> Any:
     """`value` as a float, or the schedule that it is."""
     if isinstance(value, dict) and "class_name" in value:  # a schedule from a saved config
         value = keras.optimizers.schedules.deserialize(value)
@@ -70,7 +70,7 @@ def bounds(
         )
 
 
-def choice(owner: str, name: str, value: Any, allowed: tuple, note: str = "") -> Any:
+def choice(owner: str, name: str, value: object, allowed: tuple, note: str = "") -> Any:
     """`value` if it is one of `allowed`.
 
     Raises:
@@ -83,7 +83,7 @@ def choice(owner: str, name: str, value: Any, allowed: tuple, note: str = "") ->
     return value
 
 
-def count(owner: str, name: str, value: Any) -> int:
+def count(owner: str, name: str, value: object) -> int:
     """`value` as an int of at least 1.
 
     Raises:
@@ -96,7 +96,7 @@ def count(owner: str, name: str, value: Any) -> int:
     return int(value)
 
 
-def steps(owner: str, name: str, value: Any) -> int | None:
+def steps(owner: str, name: str, value: object) -> int | None:
     """`value` as an int of at least 1, or None, which means off."""
     return None if value is None else count(owner, name, value)
 

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip._types import Strategy
 
 # What each of Keras's callbacks writes, by the attribute that says where.
 _PLACES = (
@@ -23,7 +24,7 @@ _PLACES = (
 
 
 @contextlib.contextmanager
-def chief_writes(strategy: Any, callbacks: Any) -> Iterator[Any]:
+def chief_writes(strategy: Strategy, callbacks: Any) -> Iterator[Any]:
     """Let Keras's callbacks write their files on the chief; elsewhere in a temporary folder.
 
     All workers run all callbacks: reading a variable that each replica keeps for itself sums it
@@ -52,7 +53,7 @@ def chief_writes(strategy: Any, callbacks: Any) -> Iterator[Any]:
         yield callbacks
         return
     scratch = Path(tempfile.mkdtemp(prefix="keras_gradclip-"))
-    before: list[tuple[Any, str, Any]] = []
+    before: list[tuple[keras.callbacks.Callback, str, object]] = []
     try:
         mine = []
         for i, callback in enumerate(given):
@@ -78,7 +79,7 @@ def chief_writes(strategy: Any, callbacks: Any) -> Iterator[Any]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _backup_elsewhere(callback: Any, folder: Path) -> Any:
+def _backup_elsewhere(callback: keras.callbacks.Callback, folder: Path) -> keras.callbacks.Callback:
     """A `BackupAndRestore` that restores what the chief saved and saves into `folder`."""
     if Path(callback.backup_dir).is_dir():
         shutil.copytree(callback.backup_dir, folder)
@@ -96,7 +97,7 @@ def _backup_elsewhere(callback: Any, folder: Path) -> Any:
     return elsewhere
 
 
-def _check_backups(strategy: Any, callbacks: list[Any]) -> None:
+def _check_backups(strategy: Strategy, callbacks: list[keras.callbacks.Callback]) -> None:
     """A backup that some workers see and others do not would start them at different epochs."""
     for callback in callbacks:
         if isinstance(callback, keras.callbacks.BackupAndRestore):

@@ -32,7 +32,7 @@ class _TelemetryMetric(keras.metrics.Metric):
         super().__init__(name=name)
         self._optimizer = optimizer
 
-    def update_state(self, *args: Any, **kwargs: Any) -> None:
+    def update_state(self, *args: object, **kwargs: object) -> None:
         """Nothing to do: the optimizer counts."""
 
     def result(self) -> Scalar:
@@ -131,7 +131,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             raise ValueError("clip_hyperparameters: compile the model with an optimizer first.")
         return wrapper.clip_hyperparameters
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
         if keras.Model in order and order.index(keras.Model) < order.index(ClippedTrainStep):

@@ -17,7 +17,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import keras
 from keras import ops
@@ -25,10 +25,8 @@ from keras import ops
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip._names import path_of
+from keras_gradclip._types import Config, Gradient, Hyper, Model, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
-
-Hyper = Mapping[str, Any]
-State = dict[str, Any]
 
 #: The key of `hyper` under which a clipper finds the optimizer's learning rate.
 LEARNING_RATE = "learning_rate"
@@ -48,10 +46,10 @@ class ClipStats(NamedTuple):
             clipper had to take it anyway; else None.
     """
 
-    fractions: Callable[[], list[Any]]
+    fractions: Callable[[], list[Tensor]]
     weights: list[float]
     unit: str
-    square_norms: list[Any] | None = None
+    square_norms: list[Tensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +72,15 @@ class Clipper:
             value = declared.check(type(self).__name__, getattr(self, declared.name))
             object.__setattr__(self, declared.name, value)
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> Config:
         """The live hyper-parameters: name to float or LearningRateSchedule."""
         return {p.name: getattr(self, p.name) for p in parameters(self) if p.live}
 
-    def with_hyperparameters(self, values: Mapping[str, Any]) -> Clipper:
+    def with_hyperparameters(self, values: Mapping[str, Threshold]) -> Clipper:
         """A copy with other values; `values` is keyed as `hyperparameters()` is."""
         return dataclasses.replace(self, **dict(values))
 
-    def check_variables(self, variables: Sequence[Any]) -> None:
+    def check_variables(self, variables: Sequence[Variable]) -> None:
         """Raise a ValueError if this clipper cannot serve these variables."""
         for variable in variables:
             if "complex" in str(getattr(variable, "dtype", "")):
@@ -92,14 +90,14 @@ class Clipper:
                     f"ClipMap({{{path_of(variable)!r}: None}}, default=...)."
                 )
 
-    def init(self, variables: Sequence[Any]) -> State:
+    def init(self, variables: Sequence[Variable]) -> State:
         """The running state before the first step: name to array. Most clippers have none."""
         del variables
         return {}
 
     def apply(
-        self, grads: Sequence[Any], variables: Sequence[Any], state: State, hyper: Hyper
-    ) -> tuple[list[Any], State, ClipStats]:
+        self, grads: Sequence[Gradient], variables: Sequence[Variable], state: State, hyper: Hyper
+    ) -> tuple[list[Tensor], State, ClipStats]:
         """Clip.
 
         Args:
@@ -115,7 +113,7 @@ class Clipper:
         """
         raise NotImplementedError
 
-    def __call__(self, grads: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    def __call__(self, grads: Sequence[Gradient], variables: Sequence[Variable]) -> list[Tensor]:
         """The clipped gradients, from a fresh state and with schedules at step 0.
 
         Args:
@@ -147,7 +145,7 @@ class Clipper:
             hyper[LEARNING_RATE] = ops.ones((), "float32")
         return self.apply(grads, variables, self.init(variables), hyper)[0]
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """The fields, JSON-able; `from_config` is its inverse."""
         return {
             f.name: serialize_value(getattr(self, f.name))
@@ -156,15 +154,15 @@ class Clipper:
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Clipper:
+    def from_config(cls, config: Mapping[str, Threshold]) -> Clipper:
         """The clipper that `get_config` described."""
         return cls(**{k: deserialize_value(v) for k, v in config.items()})
 
-    def rule_of(self, variables: Sequence[Any]) -> list[tuple[str, Clipper | None]]:
+    def rule_of(self, variables: Sequence[Variable]) -> list[tuple[str, Clipper | None]]:
         """For each variable, the name of the rule that applies to it and the clipper."""
         return [("*", self)] * len(variables)
 
-    def describe(self, model: Any) -> str:
+    def describe(self, model: Model) -> str:
         """A table of which rule hits which variable.
 
         Args:
@@ -207,14 +205,14 @@ class Clipper:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A hyper-parameter for people: `0.1`, `ExponentialDecay(0.1, 1000, 0.9)`."""
     if isinstance(value, validation.LearningRateSchedule):
         return _shown_schedule(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _shown_schedule(schedule: Any) -> str:
+def _shown_schedule(schedule: Threshold) -> str:
     """A schedule's class and its arguments, less those that are at their defaults."""
     owner = type(schedule)
     try:
@@ -233,7 +231,7 @@ def _shown_schedule(schedule: Any) -> str:
     return f"{owner.__name__}({', '.join(parts)})"
 
 
-def current_value(value: Any, iterations: Any) -> Any:
+def current_value(value: object, iterations: Variable) -> Tensor:
     """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar.
 
     A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
@@ -244,13 +242,13 @@ def current_value(value: Any, iterations: Any) -> Any:
     return ops.cast(kernels.read(value), "float32")
 
 
-def serialize_value(value: Any) -> Any:
+def serialize_value(value: object) -> Tensor:
     if isinstance(value, (Clipper, validation.LearningRateSchedule)):
         return keras.saving.serialize_keras_object(value)
     return value
 
 
-def deserialize_value(value: Any) -> Any:
+def deserialize_value(value: object) -> Tensor:
     if isinstance(value, Mapping) and "class_name" in value:
         return keras.saving.deserialize_keras_object(dict(value))
     return value
@@ -273,7 +271,7 @@ def register(alias: str) -> Callable[[type[Clipper]], type[Clipper]]:
     return decorate
 
 
-def _refuse_assignment(self: Clipper, name: str, value: Any) -> None:
+def _refuse_assignment(self: Clipper, name: str, value: object) -> None:
     raise dataclasses.FrozenInstanceError(
         f"{type(self).__name__}: `{name}` cannot be set to {value!r}: a clipper does not change. "
         f'In the middle of training write optimizer.clip_hyperparameters["{name}"] = ...; else '
@@ -291,7 +289,7 @@ def threshold_of(cls: type[Clipper]) -> str | None:
     return next((p.name for p in parameters(cls) if p.threshold), None)
 
 
-def get(identifier: Any) -> Clipper | None:
+def get(identifier: object) -> Clipper | None:
     """A clipper from whatever names one, as `keras.optimizers.get`.
 
     Args:
@@ -338,7 +336,7 @@ def get(identifier: Any) -> Clipper | None:
     )
 
 
-def serialize(clipper: Clipper | None) -> dict[str, Any] | None:
+def serialize(clipper: Clipper | None) -> Config | None:
     """A JSON-able dict that `get` turns back into the clipper; None for None."""
     if clipper is None:
         return None
@@ -369,7 +367,7 @@ def _unknown(name: str) -> str:
     return f"get: no clipper is called {name!r}; known are {sorted(ALIASES)}.{hint}"
 
 
-def as_clipper(owner: str, name: str, value: Any, *, optional: bool) -> Clipper | None:
+def as_clipper(owner: str, name: str, value: object, *, optional: bool) -> Clipper | None:
     """`value`, which may be anything that `get` takes, as a clipper (None if that means off).
 
     Raises:

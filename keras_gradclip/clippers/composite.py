@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 from keras import ops
 
 from keras_gradclip._names import path_of, size_of
+from keras_gradclip._types import Config, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card
 from keras_gradclip.clippers.base import (
     LEARNING_RATE,
     Clipper,
     ClipStats,
-    State,
     as_clipper,
     deserialize_value,
     get,
@@ -44,7 +44,7 @@ class Composite(Clipper):
         """Whether one of the parts does."""
         return any(clipper.needs_learning_rate for _, clipper in self._parts())
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> Config:
         """The parts' live hyper-parameters, as `part/name`."""
         return {
             f"{part}/{name}": value
@@ -66,13 +66,13 @@ class Composite(Clipper):
                         f"'({owner})'."
                     )
 
-    def _split(self, mapping: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def _split(self, mapping: Mapping[str, Threshold]) -> dict[str, Config]:
         """For each part, the entries of `mapping` that are its own, without its name.
 
         One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
         """
         shared = {k: v for k, v in mapping.items() if k == LEARNING_RATE}
-        parts: dict[str, dict[str, Any]] = {name: dict(shared) for name, _ in self._parts()}
+        parts: dict[str, Config] = {name: dict(shared) for name, _ in self._parts()}
         for key, value in mapping.items():
             owners = [name for name in parts if key.startswith(f"{name}/")]
             if owners:
@@ -197,7 +197,7 @@ class ClipMap(Composite):
             pairs if self.ordered else dict(pairs), parts.get(DEFAULT), self.allow_unmatched
         )
 
-    def _assign(self, variables: Sequence[Any], check: bool = False) -> list[str]:
+    def _assign(self, variables: Sequence[Variable], check: bool = False) -> list[str]:
         """The name of the rule of each variable.
 
         Raises:
@@ -260,7 +260,7 @@ class ClipMap(Composite):
         clipped = list(grads)
         new_state: State = {}
         groups = []
-        squares: list[Any] = [None] * len(variables)
+        squares: list[Tensor] = [None] * len(variables)
         states, hypers = self._split(state), self._split(hyper)
         for name, clipper, members in self._groups(variables):
             part, part_state, stats = clipper.apply(
@@ -283,7 +283,7 @@ class ClipMap(Composite):
                 weights[i] = float(size_of(variables[i])) if mixed and weight else weight
 
         def fractions():
-            result: list[Any] = [None] * len(variables)
+            result: list[Tensor] = [None] * len(variables)
             for members, stats in groups:
                 for i, fraction in zip(members, stats.fractions(), strict=True):
                     result[i] = fraction
@@ -416,7 +416,9 @@ class Chain(Composite):
         return " → ".join(str(c) for c in self.clippers)
 
 
-def _common_unit(stats: Sequence[ClipStats], variables: Sequence[Any]) -> tuple[str, list[float]]:
+def _common_unit(
+    stats: Sequence[ClipStats], variables: Sequence[Variable]
+) -> tuple[str, list[float]]:
     """The unit and the weights of stats that speak of the same variables."""
     if len({s.unit for s in stats}) == 1:
         return stats[0].unit, [

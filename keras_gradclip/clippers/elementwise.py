@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import size_of
+from keras_gradclip._types import Tensor, Threshold
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, register
 
@@ -25,12 +26,12 @@ class _PerVariable(Clipper):
         present = [i for i, g in enumerate(grads) if g is not None]
         before = [kernels.values(grads[i]) for i in present]
         after = self._clip([grads[i] for i in present], [variables[i] for i in present], hyper)
-        clipped: list[Any] = [None] * len(grads)
+        clipped: list[Tensor] = [None] * len(grads)
         for i, x, y in zip(present, before, after, strict=True):
             clipped[i] = kernels.with_values(grads[i], rescaled(self.rescale, x, y))
 
         def fractions():
-            result: list[Any] = [None] * len(grads)
+            result: list[Tensor] = [None] * len(grads)
             limits = [self._limit(grads[i], variables[i], hyper) for i in present]
             sizes = [size_of(variables[i]) for i in present]
             shares = kernels.fractions_over(before, limits, sizes)
@@ -43,16 +44,16 @@ class _PerVariable(Clipper):
         ]
         return clipped, state, ClipStats(fractions, weights, "elements")
 
-    def _clip(self, grads, variables, hyper) -> list[Any]:
+    def _clip(self, grads, variables, hyper) -> list[Tensor]:
         """The values of the clipped gradients; the rescale "alpha" is done here as well."""
         raise NotImplementedError
 
-    def _limit(self, gradient, variable, hyper) -> Any:
+    def _limit(self, gradient, variable, hyper) -> Tensor:
         """The threshold of one gradient's elements: a scalar, or of the shape of its values."""
         raise NotImplementedError
 
 
-def rescaled(mode: str | None, before: Any, after: Any) -> Any:
+def rescaled(mode: str | None, before: Tensor, after: Tensor) -> Tensor:
     """A clipped gradient brought back to its size: see the table of equations in the README."""
     if mode not in ("norm", "max"):
         return after
@@ -74,7 +75,7 @@ class AbsoluteClip(_PerVariable):
         ValueError: a threshold that is not above 0, or an unknown rescale.
     """
 
-    threshold: Any = parameter(
+    threshold: Threshold = parameter(
         0.1, help="c, the largest element", range=(0.01, 0.1), log=True, live=True, threshold=True
     )
     rescale: str | None = parameter(
@@ -121,8 +122,8 @@ class ExponentialClip(_PerVariable):
         ValueError: β or γ not above 0, an unknown weight mode or rescale.
     """
 
-    beta: Any = parameter(0.7, help="β, slope over the weights", range=(0.5, 1.0), live=True)
-    gamma: Any = parameter(
+    beta: Threshold = parameter(0.7, help="β, slope over the weights", range=(0.5, 1.0), live=True)
+    gamma: Threshold = parameter(
         1.0,
         help="γ, factor of the threshold; 1 rarely clips",
         range=(0.01, 0.1),
@@ -162,7 +163,7 @@ class ExponentialClip(_PerVariable):
     def _limit(self, gradient, variable, hyper):
         return hyper["gamma"] * kernels.exp_of(hyper["beta"], self._weight(variable, gradient))
 
-    def _weight(self, variable, gradient) -> Any:
+    def _weight(self, variable, gradient) -> Tensor:
         """W of the equation: of the shape of the gradient's values, or a scalar."""
         if self.weight == "elementwise":
             return kernels.matching_weight(variable, gradient)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import warnings
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import SCOPES, scope_numbers, size_of
+from keras_gradclip._types import Tensor, Threshold
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, register
 from keras_gradclip.clippers.elementwise import ALPHA_NOTE, rescaled
@@ -35,7 +36,7 @@ class NormClip(Clipper):
         ValueError: max_norm not above 0, an unknown scope or rescale.
     """
 
-    max_norm: Any = parameter(
+    max_norm: Threshold = parameter(
         1.0, help="the largest L2 norm", range=(0.1, 10.0), log=True, live=True, threshold=True
     )
     scope: str = parameter("layer", help="what one norm is taken over", choices=SCOPES)
@@ -66,8 +67,8 @@ class NormClip(Clipper):
         """Clip by the norm of each scope: see `Clipper.apply`."""
         present = [i for i, g in enumerate(grads) if g is not None]
         scopes = scope_numbers(self.scope, [variables[i] for i in present])
-        clipped: list[Any] = [None] * len(grads)
-        squares: list[Any] = [None] * len(grads)
+        clipped: list[Tensor] = [None] * len(grads)
+        squares: list[Tensor] = [None] * len(grads)
         weights = [0.0] * len(grads)
         if not present:
             return clipped, state, ClipStats(lambda: list(clipped), weights, "norms", squares)
@@ -89,7 +90,7 @@ class NormClip(Clipper):
 
         def fractions():
             hit = ops.unstack(kernels.float32(ops.stack(factors) < 1.0), num=len(factors))
-            result: list[Any] = [None] * len(grads)
+            result: list[Tensor] = [None] * len(grads)
             for i, scope in zip(present, scopes, strict=True):
                 result[i] = hit[scope]
             return result
@@ -114,7 +115,7 @@ class RMSClip(Clipper):
         ValueError: a threshold that is not above 0.
     """
 
-    threshold: Any = parameter(
+    threshold: Threshold = parameter(
         1.0,
         help="c, the largest root mean square",
         range=(0.001, 1.0),
@@ -132,9 +133,9 @@ class RMSClip(Clipper):
 
     def apply(self, grads, variables, state, hyper):
         """Clip by the root mean square: see `Clipper.apply`."""
-        clipped: list[Any] = []
-        squares: list[Any] = []
-        factors: list[Any] = []
+        clipped: list[Tensor] = []
+        squares: list[Tensor] = []
+        factors: list[Tensor] = []
         for g, variable in zip(grads, variables, strict=True):
             if g is None:
                 clipped.append(None)

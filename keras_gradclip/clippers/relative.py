@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import keras
 from keras import ops
@@ -13,6 +13,7 @@ from keras import ops
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import layers_of, path_of
+from keras_gradclip._types import Gradient, Model, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, register, shown
 
@@ -58,7 +59,7 @@ class AdaptiveClip(Clipper):
         ValueError: λ or ε not above 0, or axes that a variable does not have.
     """
 
-    clip_factor: Any = parameter(
+    clip_factor: Threshold = parameter(
         0.01,
         help="λ, the largest share of its weights' norm that a unit's gradient may have",
         range=(0.01, 0.16),
@@ -67,7 +68,7 @@ class AdaptiveClip(Clipper):
         threshold=True,
     )
     eps: float = parameter(1e-3, help="ε, floor of a unit's weight norm")
-    axes: Any = parameter(None, help="variable path to the axes of a unit, see unit_axes")
+    axes: Threshold = parameter(None, help="variable path to the axes of a unit, see unit_axes")
     measures: ClassVar[str | None] = "unit_ratio"
     card: ClassVar[Card | None] = Card(
         "each unit's norm at most λ·max(‖W‖, ε)",
@@ -103,9 +104,9 @@ class AdaptiveClip(Clipper):
 
     def apply(self, grads, variables, state, hyper):
         """Clip unit by unit: see `Clipper.apply`."""
-        clipped: list[Any] = []
-        squares: list[Any] = []
-        norms: list[Any] = []
+        clipped: list[Tensor] = []
+        squares: list[Tensor] = []
+        norms: list[Tensor] = []
         units: list[float] = []
         for g, variable in zip(grads, variables, strict=True):
             axes = self._axes_of(variable)
@@ -139,7 +140,7 @@ class AdaptiveClip(Clipper):
 
         return clipped, state, ClipStats(fractions, units, "norms", squares)
 
-    def _axes_of(self, variable: Any) -> tuple[int, ...]:
+    def _axes_of(self, variable: Variable) -> tuple[int, ...]:
         known = dict(self.axes or ()).get(path_of(variable))
         return default_unit_axes(variable) if known is None else known
 
@@ -155,7 +156,7 @@ class AdaptiveClip(Clipper):
         return f"AdaptiveClip(clip_factor={shown(self.clip_factor)}, eps={self.eps:g}{axes})"
 
 
-def unit_squares(x: Any, axes: Sequence[int]) -> Any:
+def unit_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
     """The sum of x² over `axes`, which stay as dimensions of 1; float32."""
     square = ops.square(kernels.float32(x))
     if len(axes) == len(x.shape) - 1 and tuple(axes) == tuple(range(len(axes))):
@@ -163,7 +164,7 @@ def unit_squares(x: Any, axes: Sequence[int]) -> Any:
     return ops.sum(square, axis=tuple(axes), keepdims=True) if axes else square
 
 
-def default_unit_axes(variable: Any) -> tuple[int, ...]:
+def default_unit_axes(variable: Variable) -> tuple[int, ...]:
     """The axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
     shape = tuple(int(d) for d in variable.shape)
     rank = len(shape)
@@ -182,7 +183,7 @@ def default_unit_axes(variable: Any) -> tuple[int, ...]:
     return tuple(range(rank - 1))
 
 
-def unit_axes(model: Any) -> dict[str, tuple[int, ...]]:
+def unit_axes(model: Model) -> dict[str, tuple[int, ...]]:
     """For each kernel of a model, the axes that one unit spans, asked of the layers.
 
     Args:
@@ -263,7 +264,7 @@ class UpdateRatioClip(Clipper):
         ValueError: κ or ε not above 0, or an unknown scope.
     """
 
-    max_ratio: Any = parameter(
+    max_ratio: Threshold = parameter(
         2e-3,
         help="κ, the largest share of its weights' norm that a step may move",
         range=(5e-4, 1e-2),
@@ -290,7 +291,7 @@ class UpdateRatioClip(Clipper):
         axes = {i: self._axes_of(variables[i]) for i in bounded}
         steps = {i: unit_squares(kernels.values(grads[i]), axes[i]) for i in bounded}
         weights = {i: unit_squares(_weight(variables[i], grads[i], axes[i]), axes[i]) for i in axes}
-        squares: list[Any] = [None] * len(grads)
+        squares: list[Tensor] = [None] * len(grads)
         shares = [0.0] * len(grads)
         for i in bounded:
             squares[i] = ops.sum(steps[i])
@@ -304,7 +305,7 @@ class UpdateRatioClip(Clipper):
                 shares = [1.0 / len(members) if i in members else s for i, s in enumerate(shares)]
 
         clipped = list(grads)
-        pairs: list[Any] = [None] * len(grads)
+        pairs: list[Tensor] = [None] * len(grads)
         for i in bounded:
             norm, limit = ops.sqrt(steps[i]), factor * ops.maximum(ops.sqrt(weights[i]), self.eps)
             y = kernels.scale(kernels.values(grads[i]), kernels.clip_factor(norm, limit))
@@ -319,24 +320,24 @@ class UpdateRatioClip(Clipper):
 
         return clipped, state, ClipStats(fractions, shares, "norms", squares)
 
-    def _axes_of(self, variable: Any) -> tuple[int, ...]:
+    def _axes_of(self, variable: Variable) -> tuple[int, ...]:
         whole = tuple(range(len(variable.shape)))
         return default_unit_axes(variable) if self.scope == "unit" else whole
 
 
-def is_vector(variable: Any) -> bool:
+def is_vector(variable: Variable) -> bool:
     """Whether a variable is a bias or a scale: of one dimension at most, or called so."""
     return len(variable.shape) <= 1 or "bias" in path_of(variable).rpartition("/")[2]
 
 
-def _weight(variable: Any, gradient: Any, axes: Sequence[int]) -> Any:
+def _weight(variable: Variable, gradient: Gradient, axes: Sequence[int]) -> Tensor:
     """The weights of the units in `gradient`; a sparse one's rows are units unless 0 is in axes."""
     if 0 in axes:
         return ops.convert_to_tensor(variable)
     return kernels.matching_weight(variable, gradient)
 
 
-def _members(variables: Sequence[Any], of: Sequence[int]) -> list[list[int]]:
+def _members(variables: Sequence[Variable], of: Sequence[int]) -> list[list[int]]:
     """The positions `of` variables, layer by layer."""
     layers: dict[str, list[int]] = {}
     for i, layer in enumerate(layers_of(variables)):

@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import SCOPES, scope_numbers
+from keras_gradclip._types import Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, register
 
@@ -34,7 +35,9 @@ class _FromNorms(Clipper):
 
     scope: str
 
-    def _limits(self, norms: Any, usable: Any, state: Any, hyper: Any) -> tuple[Any, Any]:
+    def _limits(
+        self, norms: Tensor, usable: Tensor, state: Tensor, hyper: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The thresholds of this step and the new state.
 
         Args:
@@ -45,7 +48,7 @@ class _FromNorms(Clipper):
         """
         raise NotImplementedError
 
-    def _number(self, variables: Sequence[Any]) -> int:
+    def _number(self, variables: Sequence[Variable]) -> int:
         return max(scope_numbers(self.scope, variables), default=-1) + 1
 
     def apply(self, grads, variables, state, hyper):
@@ -55,7 +58,7 @@ class _FromNorms(Clipper):
         zero = ops.zeros((), "float32")
         squares = [None if g is None else kernels.sum_of_squares(kernels.values(g)) for g in grads]
         if all(g is None for g in grads):
-            nothing: list[Any] = [None] * len(grads)
+            nothing: list[Tensor] = [None] * len(grads)
             return nothing, state, ClipStats(lambda: nothing, [0.0] * len(grads), "norms", squares)
         stacked = ops.stack([zero if s is None else s for s in squares])
         norms = ops.sqrt(
@@ -74,7 +77,7 @@ class _FromNorms(Clipper):
         limits = ops.clip(limits, SMALLEST, NO_LIMIT)
         factors = kernels.clip_factor(norms, limits)
         factor_of = ops.unstack(factors, num=number)
-        clipped: list[Any] = [
+        clipped: list[Tensor] = [
             None if g is None else kernels.with_values(g, kernels.scale(kernels.values(g), f))
             for g, f in zip(grads, (factor_of[s] for s in scopes), strict=True)
         ]
@@ -117,7 +120,7 @@ class PercentileClip(_FromNorms):
         ValueError: p not in 0..100, a window below 1, an unknown scope.
     """
 
-    percentile: Any = parameter(
+    percentile: Threshold = parameter(
         10.0,
         help="p in 0..100: clips about 1 − p/100 of the steps",
         range=(10.0, 95.0),
@@ -205,7 +208,7 @@ class ZScoreClip(_FromNorms):
         ValueError: an argument out of its range.
     """
 
-    z_threshold: Any = parameter(
+    z_threshold: Threshold = parameter(
         2.5,
         help="deviations from the mean beyond which a norm is clipped",
         range=(1.5, 4.0),
@@ -298,14 +301,16 @@ class AdaClip(_FromNorms):
         ValueError: an argument out of its range.
     """
 
-    lambda_rel: Any = parameter(
+    lambda_rel: Threshold = parameter(
         1.05,
         help="λ_rel, the norm at most so many times its running average",
         range=(1.01, 1.5),
         live=True,
         threshold=True,
     )
-    lambda_abs: Any = parameter(1.0, help="λ_abs, the global norm during the warm-up", live=True)
+    lambda_abs: Threshold = parameter(
+        1.0, help="λ_abs, the global norm during the warm-up", live=True
+    )
     beta: float = parameter(0.98, help="β, memory of the running average", below=1.0)
     warmup_steps: int = parameter(100, help="updates under the global norm clip")
     scope: str = parameter("variable", help="what one norm is taken over", choices=SCOPES)

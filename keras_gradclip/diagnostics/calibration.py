@@ -19,7 +19,7 @@ from keras import ops
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip._names import layers_of, path_of
-from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
+from keras_gradclip._types import Gradient, Gradients, Model, Tensor, Variable
 from keras_gradclip.clippers._declaration import MEASURES, parameters
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
@@ -189,7 +189,7 @@ class Calibration:
             rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
         return ClipMap(rules)
 
-    def _threshold(self, kind: str, layers: Sequence[str], segments: int) -> Any:
+    def _threshold(self, kind: str, layers: Sequence[str], segments: int) -> Tensor:
         """The largest threshold of some layers: a number, a schedule, or None."""
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
         if not known:
@@ -354,7 +354,7 @@ class _Watch(keras.callbacks.Callback):
 
 
 def calibrate(
-    model: Any,
+    model: Model,
     data: Any,
     steps: int = 100,
     percentile: float = 90.0,
