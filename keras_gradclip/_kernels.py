@@ -413,16 +413,14 @@ def divided(gradients: Sequence[Gradient], divisor: Tensor) -> list[Tensor]:
     """
     if isinstance(divisor, (int, float)) and divisor == 1:
         return list(gradients)
-    result: list[Tensor] = []
-    for gradient in gradients:
-        if gradient is None:
-            result.append(None)
-            continue
+
+    def one(gradient: Gradient) -> Gradient:
         x = values(gradient)
         wide = "float64" if backend.standardize_dtype(x.dtype) == "float64" else "float32"
         quotient = ops.cast(x, wide) / ops.cast(divisor, wide)
-        result.append(with_values(gradient, ops.cast(quotient, x.dtype)))
-    return result
+        return with_values(gradient, ops.cast(quotient, x.dtype))
+
+    return [None if g is None else one(g) for g in gradients]
 
 
 def ratio(before: Tensor, after: Tensor) -> Tensor:

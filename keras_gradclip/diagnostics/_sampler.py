@@ -1,0 +1,91 @@
+"""The part of `calibrate` that runs on the device: a watcher that keeps every update's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
+from keras_gradclip.clippers.relative import default_unit_axes, unit_squares
+from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
+from keras_gradclip.optimizer._hyperparameters import to_numpy
+from keras_gradclip.optimizer._watcher import ClippedUpdate
+from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
+
+
+class Sampler:
+    """A watcher that keeps four figures a variable of each update."""
+
+    def __init__(self, optimizer: ClippedOptimizer, capacity: int, beta: float, eps: float) -> None:
+        self.optimizer, self.beta, self.eps = optimizer, beta, eps
+        self.variables = list(optimizer._trainable_variables)
+        self.samples: list[np.ndarray] = []
+        with strategy_scope(optimizer):
+            self._buffer = RingBuffer("calibrate", capacity, [(4, len(self.variables))])
+            self._skipped = counter("skipped")
+
+    @property
+    def state(self) -> Sequence[Variable]:
+        """What the two methods below write."""
+        return [*self._buffer.state, self._skipped]
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out."""
+        return int(to_numpy(self._skipped))
+
+    def fetch(self) -> int:
+        """Bring what is new to the host; the number of updates so far, skipped ones included."""
+        self.samples += [figures for _, (figures,) in self._buffer.fetch()]
+        return len(self.samples) + self._buffer.lost + self.skipped
+
+    def on_skip(self, gradients: Gradients) -> None:
+        """Count it."""
+        del gradients
+        self._skipped.assign(self._skipped + 1)
+
+    def on_update(self, update: ClippedUpdate) -> None:
+        """Keep its figures."""
+        columns = [self._of(g, v) for g, v in zip(update.gradients, self.variables, strict=True)]
+        figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
+        self._buffer.write(self.optimizer.inner_optimizer.iterations, figures)
+
+    def _of(self, gradient: Gradient, variable: Variable) -> list[Tensor]:
+        """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio."""
+        if gradient is None:
+            return [ops.zeros((), "float32")] * 4
+        x = kernels.float32(kernels.values(gradient))
+        weight = kernels.float32(kernels.matching_weight(variable, gradient))
+        axes = default_unit_axes(variable)
+        whole = kernels.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
+        unit = ops.sqrt(unit_squares(x, axes))
+        floor = ops.maximum(ops.sqrt(unit_squares(whole, axes)), self.eps)
+        return [
+            kernels.sum_of_squares(x),
+            kernels.max_abs(x),
+            kernels.max_abs(ops.abs(x) / kernels.exp_of(self.beta, weight)),
+            kernels.max_abs(unit / floor),
+        ]
+
+
+class Watch(keras.callbacks.Callback):
+    """Attaches the sampler, fetches after each batch, ends training after a number of updates."""
+
+    def __init__(self, sampler: Sampler, updates: int) -> None:
+        super().__init__()
+        self.sampler, self.updates = sampler, updates
+
+    def on_train_begin(self, logs: object = None) -> None:
+        """The step must be traced with the watcher."""
+        self.sampler.optimizer.watch(self.sampler)
+        self.model.make_train_function(force=True)
+
+    def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+        """Look at the counters."""
+        sync(self.model)
+        if self.sampler.fetch() >= self.updates:
+            self.model.stop_training = True
