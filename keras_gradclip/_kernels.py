@@ -407,10 +407,7 @@ def clip_factor(norm: Tensor, max_norm: Tensor) -> Tensor:
 
 
 def divided(gradients: Sequence[Gradient], divisor: Tensor) -> list[Tensor]:
-    """Each gradient over a scalar, in its own dtype; None entries stay None.
-
-    In half precision a loss scale may be above the largest number: the division is in float32.
-    """
+    """Each gradient over a scalar, in its dtype; float16 in float32, as a scale may exceed it."""
     if isinstance(divisor, (int, float)) and divisor == 1:
         return list(gradients)
 
