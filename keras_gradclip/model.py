@@ -330,10 +330,9 @@ class ClippedModel(ClippedTrainStep, keras.Model):
 class ClippedFunctional(ClippedModel, _compat.Functional):
     """What `ClippedModel(inputs, outputs)` is."""
 
-    def __init__(
-        self, inputs: Tensor, outputs: Tensor, name: str | None = None, **kwargs: Any
-    ) -> None:
-        _compat.Functional.__init__(self, inputs, outputs, name=name, **kwargs)
+    # By this signature alone does Keras 3.12 know a functional model that it can save.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _compat.Functional.__init__(self, *args, **kwargs)
 
 
 def _is_functional(args: tuple, kwargs: Config) -> bool:
