@@ -36,6 +36,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 
+exclude_patterns = ["results/*.md"]  # parts of other pages
+
 html_theme = "furo"
 html_title = f"keras_gradclip {release}"
 html_static_path = ["_static"]

@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert "five_minutes" in [path.stem for path in NOTEBOOKS]
+    assert [path.stem for path in NOTEBOOKS] == ["calibrate_and_search", "five_minutes"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
