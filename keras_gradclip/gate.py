@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import keras
 from keras import ops, tree
@@ -148,7 +147,7 @@ class ActivationGate:
         def reuse(layer: Layer) -> Tensor:
             return self._insert(layer) if isinstance(layer, keras.Model) else layer
 
-        def call(layer: Layer, *args: Tensor, **kwargs: Any) -> Tensor:
+        def call(layer: Layer, *args: Tensor, **kwargs: Tensor) -> Tensor:
             if self.selects(layer):
                 n = calls[layer.name] = calls.get(layer.name, 0) + 1
                 name = f"{layer.name}_gate" + (f"_{n}" if n > 1 else "")
@@ -186,7 +185,7 @@ class GatedInput(keras.layers.Layer):
     Input and output: a tensor of any shape and dtype; integers pass without a gate.
     """
 
-    def __init__(self, gate: ActivationGate, **kwargs: Any) -> None:
+    def __init__(self, gate: ActivationGate, **kwargs: Tensor) -> None:
         super().__init__(**kwargs)
         if isinstance(gate, Mapping):
             gate = keras.saving.deserialize_keras_object(dict(gate))
@@ -266,7 +265,7 @@ class _GatedCall:
         self.always: ActivationGate | None = None
         functools.update_wrapper(self, layer.call)
 
-    def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         gate = _ACTIVE.get() or self.always
         if gate is None or not gate.selects(self._layer):
             return self._call(*args, **kwargs)

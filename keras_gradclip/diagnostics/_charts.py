@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
+from keras_gradclip._types import Tensor
 from keras_gradclip.diagnostics._run_files import Run
 from keras_gradclip.diagnostics.findings import over_samples
 
@@ -62,7 +62,7 @@ class Chart:
         legend = [name for name in series if name]
         if not values.size:
             return cls(title, legend, [], [], [])
-        scale: Callable[[Any], Any] = np.log10 if log else (lambda v: v)
+        scale: Callable[[Tensor], Tensor] = np.log10 if log else (lambda v: v)
         low = float(scale(values.min() if floor is None else min(values.min(), floor)))
         high = float(scale(values.max()))
         if high - low < 1e-9 * max(1.0, abs(high)):
@@ -71,10 +71,10 @@ class Chart:
         x0 = min(int(x.min()) for x, _ in points)
         x1 = max(x0 + 1, *(int(x.max()) for x, _ in points))
 
-        def at_x(x: Any) -> Any:
+        def at_x(x: Tensor) -> Tensor:
             return cls.LEFT + (cls.RIGHT - cls.LEFT) * (x - x0) / (x1 - x0)
 
-        def at_y(y: Any) -> Any:
+        def at_y(y: Tensor) -> Tensor:
             return cls.TOP + (cls.BOTTOM - cls.TOP) * (high - y) / (high - low)
 
         return cls(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -56,7 +55,7 @@ def _variables(model: Model, optimizer: ClippedOptimizer) -> list[Variable]:
 
 def _optimizers(model: Model) -> list[Optimizer]:
     """The model's optimizer and all others among its attributes, in lists and dicts as well."""
-    result: list[Any] = [model.optimizer]
+    result: list[Optimizer] = [model.optimizer]
     for value in vars(model).values():
         leaves = list(value.values()) if isinstance(value, dict) else [value]
         leaves = list(value) if isinstance(value, (list, tuple)) else leaves

@@ -8,11 +8,11 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from keras_gradclip._files import read_json
+from keras_gradclip._types import Config
 from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV, MONITOR_JSON, THRESHOLDS_CSV
 from keras_gradclip.diagnostics._recorder import FIELDS
 
@@ -46,7 +46,7 @@ class Run:
     partial: np.ndarray
     measured: np.ndarray
     thresholds: dict[str, tuple[np.ndarray, np.ndarray]]
-    description: dict[str, Any]
+    description: Config
     problems: tuple[str, ...] = ()
 
     @property
@@ -84,7 +84,7 @@ def read_run(run_dir: str | os.PathLike) -> Run:
     return _by_layer(steps, values, description, thresholds, tuple(problems))
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _description(path: Path) -> Config:
     remedy = "Train on with ClipMonitor, which writes it anew."
     try:
         content = read_json(path)
@@ -202,7 +202,7 @@ def _thresholds(path: Path, problems: list[str]) -> dict[str, tuple[np.ndarray, 
 def _by_layer(
     steps: np.ndarray,
     values: np.ndarray,
-    description: dict[str, Any],
+    description: Config,
     thresholds: dict[str, tuple[np.ndarray, np.ndarray]],
     problems: tuple[str, ...],
 ) -> Run:

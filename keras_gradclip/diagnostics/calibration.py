@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_gradclip import _validation as validation
 from keras_gradclip._names import layers_of, path_of
-from keras_gradclip._types import Model, Tensor
+from keras_gradclip._types import Model, Tensor, Threshold
 from keras_gradclip.clippers._declaration import MEASURES, parameters
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
@@ -137,7 +137,7 @@ class Calibration:
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
         return self._made(kind, self.thresholds[kind][layer])
 
-    def _made(self, kind: str, threshold: Any) -> Clipper | None:
+    def _made(self, kind: str, threshold: Threshold | None) -> Clipper | None:
         if threshold is None:
             return None
         cls = selectable()[kind]
@@ -334,26 +334,37 @@ def calibrate(
     # Room for the updates between two fetches.
     capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
     sampler = Sampler(optimizer, capacity, beta, eps)
-    x, y, weight = _unpack(data)
-    epochs = count * (optimizer.gradient_accumulation_steps or 1)
     hold = contextlib.nullcontext() if follow else optimizer._inner_update.held()
     with everything_put_back(model, optimizer), hold:
-        model.fit(
-            x,
-            y,
-            sample_weight=weight,
-            batch_size=batch_size,
-            epochs=epochs,
-            shuffle=isinstance(data, tuple),  # a data set has its own order
-            verbose=0,
-            callbacks=[Watch(sampler, count), *callbacks],
-        )
+        _fit(model, data, batch_size, [Watch(sampler, count), *callbacks], count)
         sampler.fetch()
         skipped = sampler.skipped
     return _suggest(sampler, count, skipped, percentile)
 
 
-def _percentile(value: Any) -> float:
+def _fit(
+    model: Model,
+    data: Any,
+    batch_size: int | None,
+    callbacks: list[keras.callbacks.Callback],
+    updates: int,
+) -> None:
+    """Train until a callback stops it, at most as many epochs as `updates` can need."""
+    optimizer = wrapped_optimizer("calibrate", model)
+    x, y, weight = _unpack(data)
+    model.fit(
+        x,
+        y,
+        sample_weight=weight,
+        batch_size=batch_size,
+        epochs=updates * (optimizer.gradient_accumulation_steps or 1),
+        shuffle=isinstance(data, tuple),  # a data set has its own order
+        verbose=0,
+        callbacks=callbacks,
+    )
+
+
+def _percentile(value: object) -> float:
     percentile = validation.positive("calibrate", "percentile", value)
     if percentile > 100:
         raise ValueError(f"calibrate: `percentile` must be at most 100, but is {percentile!r}.")

@@ -287,7 +287,9 @@ def _spikes(run: Run, is_finite: np.ndarray, is_off: bool) -> list[Finding]:
     return [Finding("note", f"{text}; after the clip {after[top] / around[top]:.1f} times.")]
 
 
-def over_samples(function: Callable[..., Any], values: np.ndarray, axis: int = 0) -> np.ndarray:
+def over_samples(
+    function: Callable[..., np.ndarray], values: np.ndarray, axis: int = 0
+) -> np.ndarray:
     """A nan-function of NumPy along an axis; NaN, without a warning, where there is no number."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # "All-NaN slice": that is what we want

@@ -9,11 +9,11 @@ import functools
 import html
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from keras_gradclip._files import write_text
+from keras_gradclip._types import Config
 from keras_gradclip.diagnostics._charts import Chart, HeatMap, number
 from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV
 from keras_gradclip.diagnostics._run_files import Run, read_run
@@ -73,7 +73,7 @@ def _name(folder: Path) -> str:
     return folder.parent.name if folder.name.startswith("monitor") else folder.name
 
 
-def _context(run: Run, name: str) -> dict[str, Any]:
+def _context(run: Run, name: str) -> Config:
     """What the template shows."""
     is_turned = float(np.nanmax(run.figures["angle"], initial=0.0)) >= STRAIGHT
     is_clipped = bool(run.clipped.any())
@@ -91,7 +91,7 @@ def _context(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def _clipper(description: dict[str, Any]) -> str:
+def _clipper(description: Config) -> str:
     """The clipper in a line: a map of many rules by their number and kinds."""
     text = description["clipper_text"]
     if len(text) <= 160:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 from keras import backend
@@ -22,7 +21,7 @@ from keras_gradclip._types import Gradient, Optimizer, Scalar, Strategy, Tensor
 from keras_gradclip.clippers.base import path_of
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
-Kernel = Callable[..., Any]
+Kernel = Callable[..., Tensor]
 #: (optimizer, learning rate, number of the step from 1 on): scalars of the variables' dtype.
 MakeKernel = Callable[[Optimizer, Tensor, Tensor], Kernel]
 
