@@ -104,8 +104,8 @@ def _frame(cells: list[str], columns: dict[str, int], folder: Path, row: int) ->
         steering = math.nan
     if not math.isfinite(steering):
         raise DataError(f"steering={text!r} is not a finite number")
-    images = [_find_image(cells[columns[name]], folder) for name in COLUMNS[:3]]
-    return Frame(*images, steering=steering, row=row)
+    center, left, right = (_find_image(cells[columns[name]], folder) for name in COLUMNS[:3])
+    return Frame(center, left, right, steering=steering, row=row)
 
 
 def _find_image(text: str, folder: Path) -> Path:

@@ -89,7 +89,7 @@ def run_cell(recipe, values: dict, folder: Path) -> dict:
     resume = (folder / "config.json").exists()
     options = dataclasses.replace(recipe.options(**values), resume=resume)
     started = time.monotonic()
-    row = dict.fromkeys(COLUMNS, "")
+    row: dict[str, object] = dict.fromkeys(COLUMNS, "")
     try:
         result = run(recipe, options, folder)
     except TrainingDiverged as error:
@@ -98,6 +98,8 @@ def run_cell(recipe, values: dict, folder: Path) -> dict:
         row |= {"status": "diverged", "val_accuracy": best, "diverged_step": error.step}
         row |= {"clip_fraction": _mean(float(r["clip_fraction"]) for r in history)}
         return row | {"epochs": len(history), "seconds": round(time.monotonic() - started, 1)}
+    if result is None:  # a worker of a cluster, which writes nothing
+        return row
     guess = 1 / result.data.num_outputs
     return row | {
         "status": "learned" if result.best >= 2 * guess else "at chance",

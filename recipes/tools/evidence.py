@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -288,11 +289,11 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     for number, (clipper, of_clipper) in enumerate(by_cell(rows).items()):
         rates = sorted(of_clipper)
         scores = [[accuracy_of(row) for row in of_clipper[rate]] for rate in rates]
-        style = {"color": "black" if clipper == NONE else f"C{number % 10}"}
+        color = "black" if clipper == NONE else f"C{number % 10}"
         line = "--" if clipper == NONE else "-"
-        axis.plot(rates, [statistics.fmean(s) for s in scores], line, label=clipper, **style)
+        axis.plot(rates, [statistics.fmean(s) for s in scores], line, label=clipper, color=color)
         low, high = [min(s) for s in scores], [max(s) for s in scores]
-        axis.fill_between(rates, low, high, alpha=0.12, linewidth=0, **style)
+        axis.fill_between(rates, low, high, alpha=0.12, linewidth=0, color=color)
     axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %", title=title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="x-small")
@@ -334,7 +335,7 @@ FIELD = (
 )
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SEEDS = (1, 2, 3)
-CIFAR = {"network": "small_vgg", "data": "cifar10@16", "seeds": SEEDS, "epochs": 4}
+CIFAR: dict[str, Any] = {"network": "small_vgg", "data": "cifar10@16", "seeds": SEEDS, "epochs": 4}
 MAIN = (
     *(NONE, UNIT[1], FIELD[0], KERNEL[1], FIELD[4], FIELD[2], FIELD[3]),
     *(UNIT[0], UNIT[2], KERNEL[0], KERNEL[2], FIELD[1], *FIELD[5:]),

@@ -64,7 +64,7 @@ class Option:
             raise self._wrong(value, f"a value of type {self.kind.__name__}")
         if self.choices and value not in self.choices:
             raise self._wrong(value, f"one of {', '.join(self.choices)}")
-        if self.kind in (int, float):
+        if self.kind in (int, float) and isinstance(value, (int, float)):
             if not math.isfinite(value):
                 raise self._wrong(value, "a finite number")
             if self.low is not None and value < self.low:

@@ -143,7 +143,7 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
         for name in ("gate_clip_value", "gate_gamma"):
             if merged[name] is not None:
                 raise RecipeError(f"{known[name].flag} needs --activation-gate")
-    fixed = {option.name: merged[option.name] for option in OPTIONS}
+    fixed: dict[str, Any] = {option.name: merged[option.name] for option in OPTIONS}
     extra = {option.name: merged[option.name] for option in recipe.extra_options}
     return Options(**fixed, clipping=clipping, extra=extra)
 
