@@ -60,3 +60,82 @@ def update_ratio(grads, weights, axes, groups, max_ratio, rate, eps=1e-3):
         size = norm(grads, group, i)
         result.append(g * np.minimum(1.0, limit / np.where(size > 0, size, np.inf)))
     return result
+
+
+def agc(g, w, axes, factor, eps=1e-3):
+    """Equation 3 of arXiv 2102.06171, unit by unit."""
+    g_norm = np.sqrt(np.sum(g**2, axis=axes, keepdims=True))
+    limit = factor * np.maximum(np.sqrt(np.sum(w**2, axis=axes, keepdims=True)), eps)
+    return np.where(g_norm > limit, g * limit / np.where(g_norm > 0, g_norm, 1.0), g)
+
+
+def rms_clip(g, threshold):
+    return g / max(1.0, np.sqrt(np.mean(g**2)) / threshold)
+
+
+class PercentileOracle:
+    def __init__(self, percentile, window):
+        self.percentile, self.window, self.history = percentile, window, {}
+
+    def __call__(self, norms):
+        limits = {}
+        for s, n in norms.items():
+            past = self.history.setdefault(s, [])
+            past.append(n)
+            limits[s] = np.percentile(past[-self.window :], self.percentile)
+        return limits
+
+
+class ZScoreOracle:
+    """The reference code of arXiv 2504.02507, mode "zscore", without its bound of 1."""
+
+    def __init__(self, threshold, alpha, warmup, option, eps=1e-6):
+        self.threshold, self.alpha, self.warmup = threshold, alpha, warmup
+        self.option, self.eps = option, eps
+        self.buffer, self.moments = {}, {}
+
+    def __call__(self, norms):
+        limits = {}
+        for s, n in norms.items():
+            limits[s] = np.inf
+            if s not in self.moments:
+                buffer = self.buffer.setdefault(s, [])
+                buffer.append(n)
+                if len(buffer) >= self.warmup:
+                    self.moments[s] = (np.mean(buffer), np.var(buffer))
+                continue
+            mean, var = self.moments[s]
+            z = (n - mean) / (np.sqrt(var) + self.eps)
+            if z > self.threshold:
+                eta = z / self.threshold
+                adaptive = mean + self.threshold * np.sqrt(var) / eta
+                n = limits[s] = mean if self.option == "mean" else adaptive
+            mean = self.alpha * mean + (1 - self.alpha) * n
+            var = self.alpha * var + (1 - self.alpha) * (n - mean) ** 2
+            self.moments[s] = (mean, var)
+        return limits
+
+
+class AdaOracle:
+    """Algorithm 1 of arXiv 2502.11034, except that a norm of 0 is not remembered."""
+
+    def __init__(self, rel, absolute, beta, warmup):
+        self.rel, self.abs, self.beta, self.warmup = rel, absolute, beta, warmup
+        self.gamma, self.step = {}, 0
+
+    def __call__(self, norms):
+        limits = {}
+        total = np.sqrt(sum(n**2 for n in norms.values()))
+        for s, n in norms.items():
+            known = self.gamma.get(s, np.inf)
+            if self.step < self.warmup:
+                limits[s] = n * min(1.0, self.abs / max(total, 1e-30))
+                new = min(known, limits[s])
+            else:
+                limits[s] = min(n, self.rel * known)
+                new = self.beta * known + (1 - self.beta) * limits[s]
+                new = limits[s] if known == np.inf else new
+            if n > 0:
+                self.gamma[s] = new
+        self.step += 1
+        return limits

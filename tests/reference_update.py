@@ -9,8 +9,6 @@ import dataclasses
 import numpy as np
 import oracles
 
-GROWTH_STEPS = 2000  # LossScaleOptimizer's `dynamic_growth_steps`
-
 
 def dense(gradient, shape):
     """A float64 array of `shape`; a sparse gradient is a tuple (rows, values)."""
@@ -33,16 +31,18 @@ def adam(weight, g, slot, step, learning_rate=0.1, beta_1=0.9, beta_2=0.999, eps
     return weight - alpha * slot["m"] / (np.sqrt(slot["v"]) + epsilon)
 
 
-#: Clippers: name to a function of (gradients, weights, layers), gradients without None.
+#: Functions of (gradients, weights, paths, number of updates before); gradients without None.
 CLIPS = {
-    "none": lambda grads, weights, layers: grads,
-    "absolute": lambda grads, weights, layers: [oracles.absolute(g, None, 0.3) for g in grads],
-    "exponential": lambda grads, weights, layers: [
+    "none": lambda grads, weights, paths, step: grads,
+    "absolute": lambda grads, weights, paths, step: [oracles.absolute(g, None, 0.3) for g in grads],
+    "exponential": lambda grads, weights, paths, step: [
         oracles.exponential(g, w, 0.7, 0.2, "elementwise")
         for g, w in zip(grads, weights, strict=True)
     ],
-    "layer norm": lambda grads, weights, layers: oracles.norm(grads, layers, 0.5),
-    "global norm": lambda grads, weights, layers: oracles.norm(grads, [0] * len(grads), 0.5),
+    "layer norm": lambda grads, weights, paths, step: oracles.norm(
+        grads, [p.rpartition("/")[0] for p in paths], 0.5
+    ),
+    "global norm": lambda grads, weights, paths, step: oracles.norm(grads, [0] * len(grads), 0.5),
 }
 
 
@@ -52,28 +52,34 @@ class ReferenceUpdate:
 
     Attributes:
         weights: list of float64 arrays, changed in place.
-        layers: the layer of each weight.
-        clip: a key of `CLIPS`.
+        paths: the path of each weight.
+        clip: a function as in `CLIPS`.
         inner: `sgd` or `adam`.
         micro_steps: calls that make one update.
         skip: leave out an update that is not finite.
         scale: the loss scale that the gradients come with, or None.
         dynamic: skip what is not finite and adapt the scale.
+        growth_steps: finite updates after which the scale doubles.
+        spikes: (σ, window): leave out what stands out of the last norms; or None.
+        is_close: a spike was so nearly none, or the reverse, that rounding decides.
     """
 
     weights: list
-    layers: list
-    clip: str = "none"
+    paths: list
+    clip: object = CLIPS["none"]
     inner: object = sgd
     micro_steps: int = 1
     skip: bool = False
     scale: float | None = None
     dynamic: bool = False
+    growth_steps: int = 2000
+    spikes: tuple | None = None
+    is_close: bool = False
 
     def __post_init__(self):
         self.slots = [{} for _ in self.weights]
         self.sums = [None] * len(self.weights)
-        self.touched = set()
+        self.touched, self.norms = set(), []
         self.calls = self.updates = self.skipped = self.finite_steps = 0
 
     def call(self, replicas):
@@ -99,18 +105,35 @@ class ReferenceUpdate:
         divisor = self.micro_steps * (self.scale or 1.0)
         present = [i for i, s in enumerate(self.sums) if s is not None]
         grads = [self.sums[i] / divisor for i in present]
-        if (self.skip or self.dynamic) and not all(np.isfinite(g).all() for g in grads):
+        is_finite = all(np.isfinite(g).all() for g in grads)
+        is_spike = is_finite and self.spikes is not None and self._is_spike(grads)
+        if is_spike or (not is_finite and (self.skip or self.dynamic or self.spikes)):
             self.skipped += 1
-            self.finite_steps = 0
-            if self.dynamic:
-                self.scale *= 0.5
+            if not is_finite:
+                self.finite_steps = 0
+                if self.dynamic:
+                    self.scale *= 0.5
             return
         weights = [self.weights[i] for i in present]
-        clipped = CLIPS[self.clip](grads, weights, [self.layers[i] for i in present])
+        clipped = self.clip(grads, weights, [self.paths[i] for i in present], self.updates)
         self.updates += 1
-        for i, g in zip(present, clipped, strict=True):
-            self.weights[i] = self.inner(self.weights[i], g, self.slots[i], self.updates)
+        self._apply(present, clipped)
         if self.dynamic:
             self.finite_steps += 1
-            if self.finite_steps == GROWTH_STEPS:
+            if self.finite_steps == self.growth_steps:
                 self.scale, self.finite_steps = self.scale * 2.0, 0
+
+    def _is_spike(self, grads):
+        sigmas, window = self.spikes
+        norm = np.sqrt(sum(np.sum(g * g) for g in grads))
+        last = self.norms[-window:]
+        self.norms.append(norm)
+        if len(last) < window // 2:
+            return False
+        limit = np.mean(last) + sigmas * np.std(last)
+        self.is_close |= bool(abs(norm - limit) <= 1e-3 * limit)
+        return norm > limit
+
+    def _apply(self, present, clipped):
+        for i, g in zip(present, clipped, strict=True):
+            self.weights[i] = self.inner(self.weights[i], g, self.slots[i], self.updates)

@@ -7,22 +7,11 @@ import numpy as np
 import pytest
 from helpers import DTYPES, RTOL, gradients, net, to64, train, variables
 from keras import ops
+from oracles import agc, rms_clip
 from references import timm_agc
 
 import keras_gradclip as kgc
 from keras_gradclip.clippers.relative import default_unit_axes
-
-
-def agc(g, w, axes, factor, eps=1e-3):
-    """Equation 3 of arXiv 2102.06171, unit by unit."""
-    g_norm = np.sqrt(np.sum(g**2, axis=axes, keepdims=True))
-    limit = factor * np.maximum(np.sqrt(np.sum(w**2, axis=axes, keepdims=True)), eps)
-    return np.where(g_norm > limit, g * limit / np.where(g_norm > 0, g_norm, 1.0), g)
-
-
-def rms_clip(g, threshold):
-    return g / max(1.0, np.sqrt(np.mean(g**2)) / threshold)
-
 
 AXES = [(0, 1, 2), (0,), (0,), (0,), (0,)]  # of helpers.variables()
 

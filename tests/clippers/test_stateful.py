@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import gradients, to64, train, variables, weights
 from keras import ops
+from oracles import AdaOracle, PercentileOracle, ZScoreOracle
 
 import keras_gradclip as kgc
 from keras_gradclip._names import path_of
@@ -28,69 +29,6 @@ def norms_of(grads, scopes):
     for g, s in zip(grads, scopes, strict=True):
         total[s] = total.get(s, 0.0) + np.sum(g**2)
     return {s: np.sqrt(t) for s, t in total.items()}
-
-
-class PercentileOracle:
-    def __init__(self, percentile, window):
-        self.percentile, self.window, self.history = percentile, window, {}
-
-    def __call__(self, norms):
-        limits = {}
-        for s, n in norms.items():
-            past = self.history.setdefault(s, [])
-            past.append(n)
-            limits[s] = np.percentile(past[-self.window :], self.percentile)
-        return limits
-
-
-class ZScoreOracle:
-    """The reference code of arXiv 2504.02507, mode "zscore", without its bound of 1."""
-
-    def __init__(self, threshold, alpha, warmup, option):
-        self.threshold, self.alpha, self.warmup, self.option = threshold, alpha, warmup, option
-        self.buffer, self.moments = {}, {}
-
-    def __call__(self, norms):
-        limits = {}
-        for s, n in norms.items():
-            limits[s] = np.inf
-            if s not in self.moments:
-                buffer = self.buffer.setdefault(s, [])
-                buffer.append(n)
-                if len(buffer) >= self.warmup:
-                    self.moments[s] = (np.mean(buffer), np.var(buffer))
-                continue
-            mean, var = self.moments[s]
-            z = (n - mean) / (np.sqrt(var) + 1e-6)
-            if z > self.threshold:
-                eta = z / self.threshold
-                adaptive = mean + self.threshold * np.sqrt(var) / eta
-                n = limits[s] = mean if self.option == "mean" else adaptive
-            mean = self.alpha * mean + (1 - self.alpha) * n
-            var = self.alpha * var + (1 - self.alpha) * (n - mean) ** 2
-            self.moments[s] = (mean, var)
-        return limits
-
-
-class AdaOracle:
-    """Algorithm 1 of arXiv 2502.11034."""
-
-    def __init__(self, rel, absolute, beta, warmup):
-        self.rel, self.abs, self.beta, self.warmup = rel, absolute, beta, warmup
-        self.gamma, self.step = {}, 0
-
-    def __call__(self, norms):
-        limits = {}
-        total = np.sqrt(sum(n**2 for n in norms.values()))
-        for s, n in norms.items():
-            if self.step < self.warmup:
-                limits[s] = n * min(1.0, self.abs / total)
-                self.gamma[s] = min(self.gamma.get(s, np.inf), limits[s])
-            else:
-                limits[s] = min(n, self.rel * self.gamma[s])
-                self.gamma[s] = self.beta * self.gamma[s] + (1 - self.beta) * limits[s]
-        self.step += 1
-        return limits
 
 
 CASES = {

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import strategy
-from reference_update import ReferenceUpdate, adam, sgd
+from reference_update import CLIPS, ReferenceUpdate, adam, sgd
 
 import keras_gradclip as kgc
 
@@ -149,8 +149,8 @@ def test_update(mode):
         outer.build(variables)
     reference = ReferenceUpdate(
         [np.array(first_copy(v), "float64") for v in variables],
-        [path.split("/")[0] for path in SHAPES],
-        clip=mode["clip"],
+        list(SHAPES),
+        clip=CLIPS[mode["clip"]],
         inner={"sgd": sgd, "adam": adam}[mode["inner"]],
         micro_steps=mode["micro_steps"],
         skip=mode["skip"],

@@ -1,0 +1,164 @@
+"""For every clipper of the registry what it does, in float64 NumPy, with its memory."""
+
+import re
+
+import numpy as np
+import oracles
+
+import keras_gradclip as kgc
+from keras_gradclip.clippers.relative import default_unit_axes, is_vector
+
+
+class Variable:
+    """What the table of axes asks of a variable."""
+
+    def __init__(self, path, shape):
+        self.path, self.shape = path, shape
+
+
+def scopes(scope, paths):
+    return {
+        "layer": [p.rpartition("/")[0] for p in paths],
+        "variable": list(paths),
+        "global": [0] * len(paths),
+    }[scope]
+
+
+def now(value, step):
+    """A hyper-parameter at the update after `step` others."""
+    return float(value(step)) if callable(value) else float(value)
+
+
+def elementwise(clipper, grads, weights, paths, step, rate):
+    threshold = now(clipper.threshold, step)
+    return [oracles.absolute(g, None, threshold, clipper.rescale) for g in grads]
+
+
+def exponential(clipper, grads, weights, paths, step, rate):
+    beta, gamma = now(clipper.beta, step), now(clipper.gamma, step)
+    return [
+        oracles.exponential(g, w, beta, gamma, clipper.weight, clipper.rescale)
+        for g, w in zip(grads, weights, strict=True)
+    ]
+
+
+def norm(clipper, grads, weights, paths, step, rate):
+    clipped = oracles.norm(grads, scopes(clipper.scope, paths), now(clipper.max_norm, step))
+    return [oracles.rescale(clipper.rescale, g, c) for g, c in zip(grads, clipped, strict=True)]
+
+
+def rms(clipper, grads, weights, paths, step, rate):
+    return [oracles.rms_clip(g, now(clipper.threshold, step)) for g in grads]
+
+
+def adaptive(clipper, grads, weights, paths, step, rate):
+    factor = now(clipper.clip_factor, step)
+    return [
+        oracles.agc(g, w, default_unit_axes(Variable(p, g.shape)), factor, clipper.eps)
+        for g, w, p in zip(grads, weights, paths, strict=True)
+    ]
+
+
+def update_ratio(clipper, grads, weights, paths, step, rate):
+    axes, groups = [], []
+    for g, path in zip(grads, paths, strict=True):
+        variable = Variable(path, g.shape)
+        unit = default_unit_axes(variable) if clipper.scope == "unit" else tuple(range(g.ndim))
+        axes.append(None if is_vector(variable) else unit)
+        groups.append(path.rpartition("/")[0] if clipper.scope == "layer" else None)
+    ratio = now(clipper.max_ratio, step)
+    return oracles.update_ratio(grads, weights, axes, groups, ratio, rate, clipper.eps)
+
+
+class Remembering:
+    """A clipper whose limits follow from the norms of the updates before."""
+
+    def __init__(self, memory, tell):
+        self.memory, self.tell = memory, tell
+
+    def __call__(self, clipper, grads, weights, paths, step, rate):
+        own = scopes(clipper.scope, paths)
+        norms = {}
+        for g, s in zip(grads, own, strict=True):
+            norms[s] = norms.get(s, 0.0) + np.sum(g**2)
+        norms = {s: np.sqrt(n) for s, n in norms.items()}
+        self.tell(self.memory, clipper, step)
+        limits = self.memory(norms)
+        return [
+            g * min(1.0, limits[s] / norms[s]) if norms[s] > 0 else g
+            for g, s in zip(grads, own, strict=True)
+        ]
+
+
+def percentile(clipper):
+    def tell(memory, clipper, step):
+        memory.percentile = now(clipper.percentile, step)
+
+    return Remembering(oracles.PercentileOracle(None, clipper.window), tell)
+
+
+def zscore(clipper):
+    def tell(memory, clipper, step):
+        memory.threshold = now(clipper.z_threshold, step)
+
+    memory = oracles.ZScoreOracle(
+        None, clipper.alpha, clipper.warmup_steps, clipper.option, clipper.eps
+    )
+    return Remembering(memory, tell)
+
+
+def ada(clipper):
+    def tell(memory, clipper, step):
+        memory.rel, memory.abs = now(clipper.lambda_rel, step), now(clipper.lambda_abs, step)
+
+    return Remembering(oracles.AdaOracle(None, None, clipper.beta, clipper.warmup_steps), tell)
+
+
+#: A new clipper needs a line here: the fuzz test asks for every name in the registry.
+STATELESS = {
+    kgc.AbsoluteClip: elementwise,
+    kgc.ExponentialClip: exponential,
+    kgc.NormClip: norm,
+    kgc.RMSClip: rms,
+    kgc.AdaptiveClip: adaptive,
+    kgc.UpdateRatioClip: update_ratio,
+}
+STATEFUL = {kgc.PercentileClip: percentile, kgc.ZScoreClip: zscore, kgc.AdaClip: ada}
+
+
+class Clip:
+    """The twin of one clipper, also of a nested one; `rate` is a function of the updates before."""
+
+    def __init__(self, clipper, rate):
+        self.clipper, self.rate = clipper, rate
+        if isinstance(clipper, kgc.Chain):
+            self.parts = [Clip(c, rate) for c in clipper.clippers]
+        elif isinstance(clipper, kgc.ClipMap):
+            self.parts = {}
+        elif clipper is not None:
+            make = STATEFUL.get(type(clipper))
+            self.own = make(clipper) if make else STATELESS[type(clipper)]
+
+    def __call__(self, grads, weights, paths, step):
+        if self.clipper is None or not grads:
+            return grads
+        if isinstance(self.clipper, kgc.Chain):
+            for part in self.parts:
+                grads = part(grads, weights, paths, step)
+            return grads
+        if isinstance(self.clipper, kgc.ClipMap):
+            return self._by_rule(grads, weights, paths, step)
+        return self.own(self.clipper, grads, weights, paths, step, self.rate(step))
+
+    def _by_rule(self, grads, weights, paths, step):
+        """The first rule that matches has a variable; its norms are over its own variables."""
+        rules = [*self.clipper.rules, (".*", self.clipper.default)]
+        rule_of = [next(r for r, _ in rules if re.fullmatch(r, path)) for path in paths]
+        result = list(grads)
+        for rule, clipper in rules:
+            part = self.parts.setdefault(rule, Clip(clipper, self.rate))
+            chosen = [i for i, name in enumerate(rule_of) if name == rule]
+            lists = ([values[i] for i in chosen] for values in (grads, weights, paths))
+            for i, g in zip(chosen, part(*lists, step), strict=True):
+                result[i] = g
+        return result

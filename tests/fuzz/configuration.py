@@ -1,0 +1,183 @@
+"""Random configurations of an optimizer and of the gradients that come to it."""
+
+import dataclasses
+import warnings
+
+import keras
+from hypothesis import strategies as st
+
+import keras_gradclip as kgc
+from keras_gradclip.clippers import parameters, selectable
+
+KERNELS = ("kernel", "embeddings", "depthwise_kernel", "gamma")
+LAYERS = ("dense", "conv2d_transpose", "query")
+RATE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One example.
+
+    Attributes:
+        seed: of weights and gradients.
+        shapes: path to shape.
+        kinds: for each variable "dense", "sparse" (rows), "sometimes" (missing in some calls) or
+            "frozen" (never there).
+        omit: what is missing is left out of the lists, and is not a None in them.
+        dtype: of the variables.
+        clipper: a clipper or None.
+        inner: a key of `INNER`.
+        rate_falls: the learning rate is a schedule.
+        replicas: 0 without a strategy.
+        micro_steps: calls that make an update.
+        scaling: of the loss: "none", "fixed" or "dynamic".
+        skip: leave out what is not finite.
+        spikes: σ or None.
+        bad: (call, replica, number): an infinity or a NaN in a gradient, or None.
+        compiled: as in `ClippedOptimizer`.
+        graph: each call runs in one `tf.function`.
+        telemetry: as in `ClippedOptimizer`.
+        calls: how many calls of `apply`.
+        saved_at: the call before which the state is saved, and loaded into a new optimizer.
+        by: "store" (what `.keras` files do) or "checkpoint".
+    """
+
+    seed: int
+    shapes: dict
+    kinds: tuple
+    omit: bool
+    dtype: str
+    clipper: object
+    inner: str
+    rate_falls: bool
+    replicas: int
+    micro_steps: int
+    scaling: str
+    skip: bool
+    spikes: float | None
+    bad: tuple | None
+    compiled: object
+    graph: bool
+    telemetry: object
+    calls: int
+    saved_at: int
+    by: str
+
+
+def falling(start):
+    """A number that halves every 2 updates."""
+    return keras.optimizers.schedules.ExponentialDecay(start, 2, 0.5)
+
+
+#: Name to a function of the learning rate.
+INNER = {
+    "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9),
+    "adam": lambda rate: keras.optimizers.Adam(rate),
+    "plain sgd": lambda rate: keras.optimizers.SGD(rate),
+    "nesterov": lambda rate: keras.optimizers.SGD(rate, momentum=0.8, nesterov=True),
+    "amsgrad": lambda rate: keras.optimizers.Adam(rate, amsgrad=True),
+    "adamw": lambda rate: keras.optimizers.AdamW(rate, weight_decay=0.1),
+    "ema": lambda rate: keras.optimizers.SGD(
+        rate, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
+    ),
+    "rmsprop": lambda rate: keras.optimizers.RMSprop(rate),
+    "adagrad": lambda rate: keras.optimizers.Adagrad(rate),
+    "adamax": lambda rate: keras.optimizers.Adamax(rate),
+    "nadam": lambda rate: keras.optimizers.Nadam(rate),
+    "adadelta": lambda rate: keras.optimizers.Adadelta(rate),
+    "lion": lambda rate: keras.optimizers.Lion(rate),
+    "ftrl": lambda rate: keras.optimizers.Ftrl(rate),
+}
+
+
+@st.composite
+def clippers(draw):
+    """Any clipper of the registry, by its declared parameters."""
+    cls = draw(st.sampled_from(list(selectable().values())))
+    values = {}
+    for p in parameters(cls):
+        if p.kind == "word":
+            values[p.name] = draw(st.sampled_from(p.choices))
+        elif p.kind == "count":
+            values[p.name] = draw(st.integers(1, 4))
+        elif p.kind == "number":
+            low, high = p.range or (p.default * 0.5, p.default if p.below else p.default * 2)
+            value = low + (high - low) * draw(st.integers(0, 8)) / 8
+            values[p.name] = falling(value) if p.live and draw(st.integers(0, 4)) == 4 else value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a norm clip that is undone
+        return cls(**values)
+
+
+@st.composite
+def composites(draw, shapes):
+    """None, a clipper, a chain or a map by layer."""
+    kind = draw(st.sampled_from(("one", "one", "one", "none", "chain", "map")))
+    if kind == "none":
+        return None
+    if kind == "chain":
+        return kgc.Chain([draw(clippers()), draw(clippers())])
+    if kind == "map":
+        layer = next(iter(shapes)).rpartition("/")[0]
+        rules = [(f"{layer}/.*", draw(st.none() | clippers())), (".*/bias", draw(clippers()))]
+        return kgc.ClipMap(rules, draw(st.none() | clippers()), allow_unmatched=True)
+    return draw(clippers())
+
+
+@st.composite
+def variables(draw):
+    """Path to shape: one to three layers, a kernel and perhaps a bias in each."""
+    shapes = {}
+    for i in range(draw(st.integers(1, 3))):
+        layer = f"{draw(st.sampled_from(LAYERS))}_{i}"
+        shape = tuple(draw(st.lists(st.integers(1, 4), max_size=4)))
+        shapes[f"{layer}/{draw(st.sampled_from(KERNELS))}"] = shape
+        if draw(st.booleans()):
+            shapes[f"{layer}/bias"] = shape[-1:]
+    return shapes
+
+
+@st.composite
+def configurations(draw):
+    """See `Configuration`."""
+    shapes = draw(variables())
+    kinds = ["dense"]
+    for path, shape in list(shapes.items())[1:]:
+        del path
+        known = ("dense", "sometimes", "frozen", *(["sparse"] if len(shape) > 1 else []))
+        kinds.append(draw(st.sampled_from(known)))
+    if len(next(iter(shapes.values()))) > 1 and draw(st.booleans()):
+        kinds[0] = "sparse"
+    dtype = draw(st.sampled_from(("float32", "float32", "float32", "float64", "bfloat16")))
+    replicas = draw(st.sampled_from((0,) * 8 + (1, 2, 4)))
+    scaling = draw(st.sampled_from(("none", "none", "fixed", "dynamic")))
+    skip, calls = draw(st.booleans()), draw(st.integers(1, 5))
+    spikes = draw(st.sampled_from((None, None, 0.5, 2.0)))
+    is_checked = skip or spikes or scaling == "dynamic"
+    bad = None
+    if is_checked and draw(st.booleans()):
+        bad = (draw(st.integers(0, calls - 1)), draw(st.integers(0, max(replicas - 1, 0))))
+        bad = (*bad, draw(st.sampled_from((float("inf"), float("-inf"), float("nan")))))
+    return Configuration(
+        seed=draw(st.integers(0, 2**16)),
+        shapes=shapes,
+        kinds=tuple(kinds),
+        omit=draw(st.booleans()),
+        dtype=dtype,
+        clipper=draw(composites(shapes)),
+        # Rounding to 8 bits is all that the quotients of the others would show.
+        inner="plain sgd" if dtype == "bfloat16" else draw(st.sampled_from(list(INNER))),
+        rate_falls=draw(st.integers(0, 4)) == 4,
+        replicas=replicas,
+        micro_steps=draw(st.integers(1, 3)),
+        scaling=scaling,
+        skip=skip,
+        spikes=spikes,
+        bad=bad,
+        compiled=draw(st.sampled_from(("auto", False))),
+        graph=draw(st.sampled_from((False,) * 14 + (True,))),
+        telemetry=draw(st.sampled_from((False, True, 2))),
+        calls=calls,
+        saved_at=draw(st.integers(0, calls - 1)),
+        by=draw(st.sampled_from(("store", "checkpoint"))),
+    )

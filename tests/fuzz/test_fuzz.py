@@ -1,0 +1,271 @@
+"""Random configurations against one update in NumPy, and against themselves saved and resumed.
+
+FUZZ_EXAMPLES and FUZZ_SEED say how many and which: `make fuzz`.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import warnings
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+from clip_oracles import STATEFUL, STATELESS, Clip
+from configuration import INNER, RATE, configurations, falling
+from helpers import strategy
+from reference_update import ReferenceUpdate, adam, sgd
+
+import keras_gradclip as kgc
+from keras_gradclip.clippers import selectable
+from keras_gradclip.optimizer import _skips
+
+tf = pytest.importorskip("tensorflow")
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 200))
+SEED = int(os.environ.get("FUZZ_SEED", 0))
+PARTS = 2
+WINDOW = 4  # of the norms that a spike is measured by
+GROWTH_STEPS = 2
+SCALES = {"none": None, "fixed": 8.0, "dynamic": 64.0}
+
+cached_strategy = functools.cache(strategy)
+
+
+class KerasUpdate(ReferenceUpdate):
+    """The reference around a stock optimizer on float64 variables."""
+
+    optimizer: object = None
+
+    def _apply(self, present, clipped):
+        if self.optimizer is None:
+            self.optimizer = self.inner
+            self.variables = [keras.Variable(w, dtype="float64") for w in self.weights]
+            self.optimizer.build(self.variables)
+        variables = [self.variables[i] for i in present]
+        self.optimizer.apply([tf.constant(g, "float64") for g in clipped], variables)
+        self.weights = [v.numpy() for v in self.variables]
+
+
+def rate_of(c):
+    return falling(RATE) if c.rate_falls else RATE
+
+
+def make_reference(c, weights):
+    def rate(step):
+        return float(falling(RATE)(step)) if c.rate_falls else RATE
+
+    numpy_inner = {"sgd": sgd, "adam": adam}.get(c.inner)
+    if numpy_inner is None:
+        cls, inner = KerasUpdate, INNER[c.inner](rate_of(c))
+    else:
+        cls = ReferenceUpdate
+
+        def inner(weight, g, slot, step):
+            return numpy_inner(weight, g, slot, step, learning_rate=rate(step - 1))
+
+    return cls(
+        [np.array(w, "float64") for w in weights],
+        list(c.shapes),
+        clip=Clip(c.clipper, rate),
+        inner=inner,
+        micro_steps=c.micro_steps,
+        skip=c.skip,
+        scale=SCALES[c.scaling],
+        dynamic=c.scaling == "dynamic",
+        growth_steps=GROWTH_STEPS,
+        spikes=(c.spikes, WINDOW) if c.spikes else None,
+    )
+
+
+def quarters(rng, shape):
+    """Sums of these are exact, also in bfloat16: what cancels, cancels."""
+    return np.round(4 * rng.normal(size=shape)) / 4
+
+
+def make_gradients(c):
+    """For each call and each replica a list of gradients: array, (rows, values) or None."""
+    rng = np.random.default_rng(c.seed + 1)
+    calls = []
+    for call in range(c.calls):
+        size = rng.choice([0.25, 1.0, 1.0, 4.0])
+        missing = rng.random(len(c.kinds)) < 0.5
+        replicas = []
+        for replica in range(max(c.replicas, 1)):
+            grads = []
+            for kind, gone, shape in zip(c.kinds, missing, c.shapes.values(), strict=True):
+                g = size * quarters(rng, shape)
+                if kind == "sparse":
+                    rows = rng.integers(0, shape[0], size=3)
+                    g = (rows, size * quarters(rng, (3, *shape[1:])))
+                grads.append(None if kind == "frozen" or (kind == "sometimes" and gone) else g)
+            if c.bad and c.bad[:2] == (call, replica):
+                first = grads[0][1] if isinstance(grads[0], tuple) else grads[0]
+                first[(0,) * first.ndim] = c.bad[2]
+            replicas.append(grads)
+        calls.append(replicas)
+    return calls
+
+
+class Subject:
+    """The optimizer of a configuration, its variables, and one call of it."""
+
+    def __init__(self, c, config=None):
+        self.c, self.strategy = c, cached_strategy(c.replicas)
+        rng = np.random.default_rng(c.seed)
+        with self.strategy.scope() if self.strategy else contextlib.nullcontext():
+            self.variables = []
+            for path, shape in c.shapes.items():
+                scope, _, name = path.rpartition("/")
+                with keras.name_scope(scope):
+                    value = quarters(rng, shape).astype("float32")
+                    self.variables.append(keras.Variable(value, dtype=c.dtype, name=name))
+                assert self.variables[-1].path == path
+            self.outer = keras.optimizers.deserialize(config) if config else self._make()
+            self.outer.build(self.variables)
+        self.optimizer = getattr(self.outer, "inner_optimizer", self.outer)
+        if not isinstance(self.optimizer, kgc.ClippedOptimizer):
+            self.optimizer = self.outer
+        self._step = tf.function(self._in_replicas, autograph=False) if c.graph else None
+
+    def _make(self):
+        c = self.c
+        inner = INNER[c.inner](rate_of(c))
+        if c.scaling == "fixed":
+            inner.loss_scale_factor = SCALES["fixed"]
+        optimizer = kgc.ClippedOptimizer(
+            inner,
+            c.clipper,
+            gradient_accumulation_steps=c.micro_steps if c.micro_steps > 1 else None,
+            skip_nonfinite=c.skip,
+            telemetry=c.telemetry,
+            compiled=c.compiled,
+            skip_spikes=c.spikes,
+        )
+        if c.scaling == "dynamic":
+            return keras.optimizers.LossScaleOptimizer(
+                optimizer, initial_scale=SCALES["dynamic"], dynamic_growth_steps=GROWTH_STEPS
+            )
+        return optimizer
+
+    def call(self, replicas):
+        (self._step or self._in_replicas)(replicas)
+
+    def _in_replicas(self, replicas):
+        def replica():
+            index = 0
+            if self.strategy:
+                index = tf.distribute.get_replica_context().replica_id_in_sync_group
+                index = index if isinstance(index, int) else int(tf.get_static_value(index))
+            scale = SCALES[self.c.scaling] or 1.0
+            if self.c.scaling == "dynamic":
+                scale = tf.convert_to_tensor(self.outer.dynamic_scale.value)
+            grads = [
+                self._tensor(g, v, scale)
+                for g, v in zip(replicas[index], self.variables, strict=True)
+            ]
+            pairs = list(zip(grads, self.variables, strict=True))
+            if self.c.omit:
+                pairs = [pair for pair in pairs if pair[0] is not None]
+            self.outer.apply([g for g, _ in pairs], [v for _, v in pairs])
+
+        self.strategy.run(replica) if self.strategy else replica()
+
+    def _tensor(self, g, variable, scale):
+        if g is None:
+            return None
+        scale = tf.cast(scale, self.c.dtype)
+        if not isinstance(g, tuple):
+            return tf.cast(g, self.c.dtype) * scale
+        values = tf.cast(g[1], self.c.dtype) * scale
+        return tf.IndexedSlices(values, tf.convert_to_tensor(g[0]), tf.constant(variable.shape))
+
+    def copies(self):
+        """For each variable its copy on each replica, float64."""
+        return [
+            [np.array(tf.cast(x, "float64")) for x in getattr(v.value, "values", [v.value])]
+            for v in self.variables
+        ]
+
+    def resumed(self, folder):
+        """What a process that begins anew makes of this one's files."""
+        config = json.loads(json.dumps(keras.optimizers.serialize(self.outer)))
+        other = Subject(self.c, config)
+        for a, b in zip(self.variables, other.variables, strict=True):
+            b.assign(a)
+        if self.c.by == "checkpoint":
+            path = tf.train.Checkpoint(optimizer=self.outer).save(str(folder / "c"))
+            tf.train.Checkpoint(optimizer=other.outer).restore(path)
+            return other
+        mine, yours = self.outer, other.outer
+        while mine is not None:
+            store = {}
+            mine.save_own_variables(store)
+            yours.load_own_variables(store)
+            mine, yours = (getattr(o, "inner_optimizer", None) for o in (mine, yours))
+        return other
+
+
+def scaled(g, scale):
+    if g is None:
+        return None
+    return (g[0], g[1] * scale) if isinstance(g, tuple) else g * scale
+
+
+def check(folder, c):
+    calls = make_gradients(c)
+    subject, resumed = Subject(c), None
+    reference = make_reference(c, [copies[0] for copies in subject.copies()])
+    for i, replicas in enumerate(calls):
+        if i == c.saved_at:
+            resumed = subject.resumed(folder)
+        for each in filter(None, (subject, resumed)):
+            each.call(replicas)
+        scale = reference.scale or 1.0
+        reference.call([[scaled(g, scale) for g in grads] for grads in replicas])
+    hypothesis.assume(not reference.is_close)
+    # bfloat16 rounds the weight and the gradient in every update.
+    rtol, atol = (1e-4, 1e-4) if c.dtype != "bfloat16" else (0.02, 0.05 * c.calls)
+    for path, copies, again, want in zip(
+        c.shapes, subject.copies(), resumed.copies(), reference.weights, strict=True
+    ):
+        for copy in copies:
+            np.testing.assert_allclose(copy, want, rtol=rtol, atol=atol, err_msg=path)
+        np.testing.assert_array_equal(again, copies, err_msg=f"{path}, saved and resumed")
+    for each in (subject, resumed):
+        assert each.optimizer.skipped_steps == reference.skipped
+        assert int(each.optimizer.iterations.numpy()) == reference.updates
+        if c.scaling == "dynamic":
+            assert float(each.outer.dynamic_scale.numpy()) == reference.scale
+    if c.telemetry:
+        seen = subject.optimizer.read_telemetry()
+        assert (seen["updates"], seen["skipped"]) == (reference.updates, reference.skipped)
+
+
+def test_every_clipper_has_an_oracle():
+    assert {*selectable().values()} == {*STATELESS, *STATEFUL}
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_configurations(part, monkeypatch, tmp_path):
+    monkeypatch.setattr(_skips, "WINDOW", WINDOW)
+
+    @hypothesis.seed(SEED * PARTS + part)
+    @hypothesis.settings(
+        max_examples=EXAMPLES // PARTS,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(configurations())
+    def run(configuration):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # norm clips that are undone, say so
+            check(tmp_path, configuration)
+
+    run()
