@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import keras
+import numpy as np
 from keras import backend, ops
 
 from keras_gradclip._types import Gradient, Gradients, Model, Scalar, Strategy, Tensor, Variable
@@ -28,6 +29,19 @@ def _is_traced_by_jax(x: Tensor) -> bool:
     import jax
 
     return isinstance(x, jax.core.Tracer)
+
+
+def concrete_value(variable: Variable) -> np.ndarray | None:
+    """What `variable` holds now, also while a step is traced; None where JAX traces it."""
+    value = variable.value
+    if _is_traced_by_jax(value):
+        return None
+    if not is_tensorflow():
+        return ops.convert_to_numpy(value)
+    import tensorflow as tf
+
+    with tf.init_scope():
+        return getattr(value, "values", [value])[0].numpy()
 
 
 def current_strategy() -> Strategy:

@@ -332,7 +332,8 @@ def _figures(
         counts = [int(np.prod(lists[0][i].shape)) for i in group]
         flat = [_flat([tensors[i] for i in group], counts) for tensors in lists]
         ids = np.repeat(np.arange(len(group), dtype="int32"), counts)
-        totals = ops.segment_sum(fn(*flat), ops.convert_to_tensor(ids), num_segments=len(group))
+        figures = ops.broadcast_to(fn(*flat), (len(ids),))  # what comes of scalars is one
+        totals = ops.segment_sum(figures, ops.convert_to_tensor(ids), num_segments=len(group))
         for i, total in zip(group, ops.unstack(totals, num=len(group)), strict=True):
             result[i] = total
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
@@ -17,6 +18,7 @@ class Accumulation:
     Attributes:
         steps: the number of calls that make an update.
         sums: the variables that hold them.
+        flags: float32 `[2, variables]`, above 0 in the first row: has ever had a gradient.
     """
 
     def __init__(self, steps: int) -> None:
@@ -26,9 +28,12 @@ class Accumulation:
         # that has ever had one is part of every update from then on, with what its sum is.
         self._touched: set[int] = set()
 
-    def build(self, variables: Sequence[Variable], track: Callable[[Variable], None]) -> None:
+    def build(
+        self, variables: Sequence[Variable], flags: Variable, track: Callable[[Variable], None]
+    ) -> None:
         """Create the sums for `variables`; `track` makes each one known to the optimizer."""
         self._variables = list(variables)
+        self.flags = flags
         for i, variable in enumerate(variables):
             total = aggregation.local_variable(variable.shape, variable.dtype, f"accumulator_{i}")
             track(total)
@@ -40,6 +45,7 @@ class Accumulation:
 
     def add(self, gradients: Gradients) -> None:
         """Add one micro-batch; sparse gradients become dense."""
+        self._remember()
         for i, gradient in enumerate(gradients):
             if gradient is None:
                 continue
@@ -51,6 +57,26 @@ class Accumulation:
                 total.assign(ops.maximum(total, gradient))
             else:
                 total.assign_add(ops.cast(gradient, total.dtype))
+        marks = np.zeros(self.flags.shape, "float32")
+        marks[0, self.touched] = 1.0
+        self.flags.assign(ops.maximum(kernels.read(self.flags), marks))
+
+    def _remember(self) -> None:
+        """Learn from the flags, which may come from a file, what has had a gradient.
+
+        When a step is traced, that is; a value that JAX traces tells nothing, but there no
+        gradient is ever missing.
+        """
+        if len(self._touched) < len(self.sums):
+            flags = aggregation.concrete_value(self.flags)
+            if flags is not None:
+                self._touched.update(np.flatnonzero(flags[0] > 0).tolist())
+
+    def mark_from_sums(self) -> None:
+        """Set the flags where there is a sum, for files that do not have them."""
+        marks = np.zeros(self.flags.shape, "float32")
+        marks[0] = [np.any(ops.convert_to_numpy(kernels.read(total))) for total in self.sums]
+        self.flags.assign(marks)
 
     @property
     def touched(self) -> list[int]:

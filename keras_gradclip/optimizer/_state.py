@@ -113,9 +113,9 @@ class HasState(HasThresholds):
         self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
         if self._accumulation is not None:
             # A checkpoint names variables by their place: 0.1 had its telemetry before the sums.
-            for shape in ((2, len(variables)), (4,)):
-                self.add_variable(shape, "zeros", "float32", "none", name="reserved")
-            self._accumulation.build(variables, self._track_variable)
+            flags = self.add_variable((2, len(variables)), "zeros", "float32", "none", name="flags")
+            self.add_variable((4,), "zeros", "float32", "none", name="reserved")
+            self._accumulation.build(variables, flags, self._track_variable)
         if self._spikes is not None:
             self._spikes.build(self.add_variable)
         self._first_nonfinite = FirstNonfinite()
@@ -130,8 +130,10 @@ class HasState(HasThresholds):
             named.update({f"state:{k}": v for k, v in self._clip_state.items()})
             if self._spikes is not None:
                 named |= {"spikes:norms": self._spikes.norms, "spikes:seen": self._spikes.seen}
-            sums = self._accumulation.sums if self._accumulation else []
-            named.update({f"accumulator:{i}": v for i, v in enumerate(sums)})
+            if self._accumulation is not None:
+                sums = self._accumulation.sums
+                named.update({f"accumulator:{i}": v for i, v in enumerate(sums)})
+                named["touched"] = self._accumulation.flags
         return {name.replace("/", "|"): v for name, v in named.items()}
 
     def save_own_variables(self, store: dict[str, Tensor]) -> None:
@@ -149,6 +151,9 @@ class HasState(HasThresholds):
         ]
         for name in fitting:
             own[name].assign(saved[name])
+        if self.built and self._accumulation is not None and "touched" not in saved:
+            self._accumulation.mark_from_sums()  # of 0.1
+            del own["touched"]
         missing = sorted({*own, *saved} - {*fitting})
         if missing:
             warnings.warn(
