@@ -32,7 +32,10 @@ def _is_traced_by_jax(x: Tensor) -> bool:
 
 
 def concrete_value(variable: Variable) -> np.ndarray | None:
-    """What `variable` holds now, also while a step is traced; None where JAX traces it."""
+    """What `variable` holds now, also while a step is traced.
+
+    None where JAX traces it, and before TensorFlow has run the trace in which it was created.
+    """
     value = variable.value
     if _is_traced_by_jax(value):
         return None
@@ -41,7 +44,8 @@ def concrete_value(variable: Variable) -> np.ndarray | None:
     import tensorflow as tf
 
     with tf.init_scope():
-        return getattr(value, "values", [value])[0].numpy()
+        first = getattr(value, "values", [value])[0]
+        return first.numpy() if first.is_initialized() else None
 
 
 def current_strategy() -> Strategy:
