@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: help venv resnet50 zoo compare evidence calibrate cluster replicas search bench bench-jax test test-slow test-backends \
-        test-matrix fuzz docs dist venv-jax venv-torch lint format clean
+        test-matrix fuzz host-tests docs dist venv-jax venv-torch lint format clean
 
 help:
 	@echo "make venv       set up .venv (the first step of every other target)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-backends  the core tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-matrix  the core tests on Keras 3.12 to nightly, TensorFlow 2.19 to 2.22"
 	@echo "make fuzz       FUZZ_EXAMPLES=10000 random configurations against NumPy, from FUZZ_SEED on"
+	@echo "make host-tests  Keras's own tests with every optimizer wrapped"
 	@echo "make docs       build the site in build/docs, warnings are errors"
 	@echo "make dist       build the wheel and the source distribution in dist/"
 	@echo "make lint       ruff and mypy alone;  make format rewrites with ruff"
@@ -116,6 +117,9 @@ FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
 fuzz: venv
 	@echo "FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED)"
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
+
+host-tests: venv
+	$(BIN)/python tests/host/run.py $(ARGS)
 
 docs: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -39,7 +39,7 @@ def collect(
             f"ClippedOptimizer: {len(grads)} gradients came for {len(variables)} variables."
         )
     if all(g is None for g in grads):
-        raise ValueError("ClippedOptimizer: no gradients provided for any variable.")
+        raise ValueError("ClippedOptimizer: No gradients provided for any variable.")
     indices = [_index(optimizer, v) for v in variables]
     gradients: Gradients = [None] * len(optimizer._trainable_variables)
     for i, g in zip(indices, grads, strict=True):
