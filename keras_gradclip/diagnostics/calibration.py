@@ -287,13 +287,10 @@ def calibrate(
 
     Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
     clipper bounds: a threshold at the 90th percentile clips about one update in ten, as long as
-    the gradients stay as they were. (More than half clipped is too much: the threshold then acts
-    as a learning rate.) Compile the model without the clip that the thresholds are to replace: a
-    clip changes the norms. The norms of most networks drift, often by a hundredfold in the first
-    epoch: watch as many updates as the run will have, or as many as one can afford, and look at
-    when the thresholds would clip; `clip_map(segments=8)` makes schedules of them, and
-    `PercentileClip` with a short window follows the drift by itself. Afterwards weights,
-    optimizer, metrics and random states are what they were before, bit for bit.
+    the gradients stay as they were. Compile the model without the clip that the thresholds are
+    to replace: a clip changes the norms. The norms of most networks drift: watch as many updates
+    as the run will have, or make schedules with `clip_map(segments=8)`. Afterwards the model,
+    its optimizers and random states are what they were before, bit for bit.
 
     ```python
     found = kgc.calibrate(model, dataset, steps=200)
@@ -305,8 +302,8 @@ def calibrate(
     Args:
         model: compiled with a `ClippedOptimizer` (or a `ClippedModel`), `clipper=None` or not:
             the gradients are watched before the clip.
-        data: what `fit` takes as x: a `tf.data.Dataset`, a `PyDataset`, a generator; or a tuple
-            (x, y) or (x, y, sample_weight). It is repeated as needed, unless it is a generator.
+        data: what `fit` takes as x, repeated as needed unless it is a generator; or a tuple
+            (x, y) or (x, y, sample_weight).
         steps: the number of updates to watch.
         percentile: in 0..100, as `numpy.percentile`.
         follow: True trains while it watches, and puts everything back at the end, so that the
@@ -315,7 +312,7 @@ def calibrate(
         batch_size: for (x, y) arrays, as in `fit`.
         beta: β for the exponential clipper's γ.
         eps: ε of the adaptive clipper.
-        callbacks: more Keras callbacks for the watched `fit`, e.g. one that shows how far it is.
+        callbacks: more Keras callbacks for the watched `fit`.
 
     Returns:
         A `Calibration`; print it for a table.

@@ -72,6 +72,16 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
     return result
 
 
+def _check_varied(varied: Mapping[str, Sequence], known: Mapping[str, Mapping]) -> None:
+    names = {n for alias, ps in known.items() for p in ps for n in (p, f"{alias}/{p}")}
+    for name in varied:
+        if name not in names:
+            raise ValueError(
+                f"clip_hyperparameters: no clipper has a parameter {name!r}"
+                f"{did_you_mean(name, sorted(names))}."
+            )
+
+
 def clip_hyperparameters(
     hp,
     clippers: Sequence[str] = CLIPPERS,
@@ -113,13 +123,7 @@ def clip_hyperparameters(
     declare = _Declaration(hp, points)
     known = searchable()
     _check_words("clippers", clippers, (NONE, *known))
-    for name in varied:
-        names = {n for alias, ps in known.items() for p in ps for n in (p, f"{alias}/{p}")}
-        if name not in names:
-            raise ValueError(
-                f"clip_hyperparameters: no clipper has a parameter {name!r}"
-                f"{did_you_mean(name, sorted(names))}."
-            )
+    _check_varied(varied, known)
     declare.word("clipper", clippers)
     for alias in clippers:
         if alias == NONE:
