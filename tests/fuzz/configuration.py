@@ -149,7 +149,7 @@ def configurations(draw):
     if len(next(iter(shapes.values()))) > 1 and draw(st.booleans()):
         kinds[0] = "sparse"
     dtype = draw(st.sampled_from(("float32", "float32", "float32", "float64", "bfloat16")))
-    replicas = draw(st.sampled_from((0,) * 8 + (1, 2, 4)))
+    replicas = draw(st.sampled_from((0,) * 14 + (1, 2, 4)))
     scaling = draw(st.sampled_from(("none", "none", "fixed", "dynamic")))
     skip, calls = draw(st.booleans()), draw(st.integers(1, 5))
     spikes = draw(st.sampled_from((None, None, 0.5, 2.0)))

@@ -152,7 +152,7 @@ def test_accumulation_is_bit_equal_to_keras_on_one_device():
     _, _, ours = train(
         0,
         lambda: kgc.ClippedOptimizer(
-            keras.optimizers.Adam(1e-2), None, gradient_accumulation_steps=2
+            keras.optimizers.Adam(1e-2), None, gradient_accumulation_steps=2, compiled=False
         ),
         model_class=keras.Model,
     )
