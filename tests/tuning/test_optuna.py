@@ -70,7 +70,7 @@ def search(recipe, folder, *more):
 
 @pytest.mark.parametrize("tuner", ["hyperband", "grid"])
 def test_every_tuner_gives_the_same_files(tuner, tmp_path, fake_run, recipe, read_trials, capsys):
-    # Which trials Hyperband ends early follows from the name of the study, and that from the folder's.
+    # Which trials Hyperband ends early follows from the study's name, and that from the folder's.
     folder = tmp_path / "fast"
     argv = ["--tuner", tuner, "--max-trials", "5", "--clippers", "absolute", "--points", "2"]
     argv += ["--confirm-runs", "4", "--epochs", "3"]
