@@ -17,6 +17,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_leaves_its_table(tmp_path):
     done = run(
         *("--tiny", "--rounds", "2", "--frameworks", "tensorflow", "--out", str(tmp_path)),

@@ -81,6 +81,7 @@ def test_every_way_of_building_trains_and_logs(way):
     assert model.predict(x, verbose=0).shape == (16, CLASSES)
 
 
+@pytest.mark.slow
 def test_keras_applications_body():
     model = application(kgc.ClippedModel)
     assert isinstance(model, kgc.ClippedModel)

@@ -85,6 +85,7 @@ def test_mixed_precision_keeps_its_loss_scale():
     assert math.isfinite(history.history["loss"][-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["random", "hyperband"])
 def test_the_stock_tuners_rank_a_diverged_trial_last(tuner, tmp_path):
     """At this learning rate val_accuracy alone would let the diverged trial win."""
