@@ -7,13 +7,15 @@ The network that the driving task is known for, trained as `driving_resnet50.py`
 split, loss, clip and optimizer. docs/driving.md has the errors of both.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.training import Recipe, main, steering
+from recipes import driving_resnet50
+from recipes.training import main, steering
 
 
 def build(num_outputs, image_size, model_class, options):
@@ -23,16 +25,11 @@ def build(num_outputs, image_size, model_class, options):
     return pilotnet(num_outputs, (image_size, options.image_width), model_class)
 
 
-RECIPE = Recipe(
+RECIPE = dataclasses.replace(
+    driving_resnet50.RECIPE,
     name="driving_pilotnet",
     description=__doc__,
     build=build,
-    load_data=steering.load,
-    loss=steering.huber,
-    metrics=steering.metrics,
-    monitor="val_mae",
-    mode="min",
-    report=steering.report,
     settings={**steering.SETTINGS, "image_size": 66},
     extra_options=steering.options(image_width=200),
 )

@@ -286,17 +286,14 @@ def calibrate(
     """Suggest a threshold for each layer and each clipper, from the model's own gradients.
 
     Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
-    clipper bounds: a threshold at the 90th percentile clips about one update in ten, as long as
-    the gradients stay as they were. Compile the model without the clip that the thresholds are
-    to replace: a clip changes the norms. The norms of most networks drift: watch as many updates
-    as the run will have, or make schedules with `clip_map(segments=8)`. Afterwards the model,
-    its optimizers and random states are what they were before, bit for bit.
+    clipper bounds: the 90th clips about one update in ten while the gradients stay as they were.
+    Compile without the clip to be replaced: it changes the norms. Most networks' norms drift:
+    watch as many updates as the run will have, or use `clip_map(segments=8)`. Afterwards model,
+    optimizers and random states are what they were before, bit for bit.
 
     ```python
     found = kgc.calibrate(model, dataset, steps=200)
-    print(found)
     model.compile("adamw", loss, clipper=found.clip_map("norm"))
-    found.save("clip.json")                       # recipes: --clip-config clip.json
     ```
 
     Args:
@@ -306,9 +303,8 @@ def calibrate(
             (x, y) or (x, y, sample_weight).
         steps: the number of updates to watch.
         percentile: in 0..100, as `numpy.percentile`.
-        follow: True trains while it watches, and puts everything back at the end, so that the
-            figures are those of the first `steps` updates of a run. False stays at the present
-            weights.
+        follow: True trains while it watches: the figures are those of the first `steps` updates
+            of a run. False stays at the present weights.
         batch_size: for (x, y) arrays, as in `fit`.
         beta: β for the exponential clipper's γ.
         eps: ε of the adaptive clipper.

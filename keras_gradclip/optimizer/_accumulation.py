@@ -51,8 +51,7 @@ class Accumulation:
                 continue
             self._touched.add(i)
             total = self.sums[i]
-            if kernels.is_sparse(gradient):
-                gradient = ops.convert_to_tensor(gradient, sparse=False)
+            gradient = kernels.dense(gradient)
             if is_overwritten(self._variables[i]):
                 total.assign(ops.maximum(total, gradient))
             else:

@@ -17,8 +17,8 @@ from keras import backend
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
+from keras_gradclip._names import path_of
 from keras_gradclip._types import Gradient, Optimizer, Scalar, Strategy, Tensor
-from keras_gradclip.clippers.base import path_of
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
 Kernel = Callable[..., Tensor]
@@ -271,6 +271,7 @@ class CompiledUpdate:
                 raise ValueError(_cannot(reason))
             self._reason = reason
             return list(pairs)
+        self._reason = None  # an eager step before this one may have had one
         function(gradients, rate)
         return [pair for pair in pairs if pair[1].shape.num_elements() < least]
 

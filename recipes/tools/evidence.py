@@ -29,6 +29,9 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
 import numpy as np
 
 import keras_gradclip as kgc
+from keras_gradclip._files import append_csv
+from recipes.command_line import exit_status
+from recipes.errors import DataError
 
 COLUMNS = (
     "study",
@@ -147,7 +150,7 @@ def load_images(name: str, side: int, data_dir: str) -> tuple[np.ndarray, ...]:
     the training images' mean and deviation; labels are int64 `[n]`.
 
     Raises:
-        FileNotFoundError: `data_dir` does not hold the set.
+        DataError: `data_dir` does not hold the set.
     """
     import tensorflow_datasets as tfds
 
@@ -163,7 +166,7 @@ def load_images(name: str, side: int, data_dir: str) -> tuple[np.ndarray, ...]:
             )
             builder.as_dataset(split=splits[0])
         except (AssertionError, tfds.core.DatasetNotFoundError) as error:
-            raise FileNotFoundError(
+            raise DataError(
                 f"--data-dir {data_dir} holds no prepared {name}: name the folder that does"
             ) from error
     train, test = (
@@ -234,12 +237,7 @@ def read(path: Path) -> list[dict]:
 
 def append(path: Path, row: dict) -> None:
     """One row more, on the disk before the next run begins."""
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    append_csv(path, COLUMNS, [[row[column] for column in COLUMNS]])
 
 
 def accuracy_of(row: dict) -> float:
@@ -400,8 +398,13 @@ def parse(argv) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    """The exit status: 0, 2 for missing data, 130 after Ctrl-C."""
+    """The exit status: see `recipes.command_line.exit_status`."""
     arguments = parse(argv)
+    more = "; the same command goes on from here"
+    return exit_status(lambda: _studies(arguments), interrupted=more)
+
+
+def _studies(arguments: argparse.Namespace) -> None:
     studies = PRESETS[arguments.preset]
     if arguments.threads:
         import tensorflow as tf
@@ -410,21 +413,13 @@ def main(argv=None) -> int:
         tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "evidence.csv"
-    try:
-        for study in () if arguments.tables else studies:
-            if arguments.studies is None or study.name in arguments.studies:
-                if arguments.seeds:
-                    study = dataclasses.replace(study, seeds=tuple(arguments.seeds))
-                train(study, path, arguments.data_dir)
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    for study in () if arguments.tables else studies:
+        if arguments.studies is None or study.name in arguments.studies:
+            if arguments.seeds:
+                study = dataclasses.replace(study, seeds=tuple(arguments.seeds))
+            train(study, path, arguments.data_dir)
     report(studies, read(path), arguments.output)
     print(f"results in {path} and {arguments.output / 'evidence.md'}")
-    return 0
 
 
 def train(study: Study, path: Path, data_dir: str) -> None:
