@@ -11,6 +11,7 @@ rows (`merge_duplicate_rows`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import keras
@@ -247,17 +248,26 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return ops.sum(ops.square(x))
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """The sum over all axes but the last, which stay as dimensions of 1."""
-    columns = x.shape[-1]
-    if _runs_on_tensorflow_cpu() and None not in tuple(x.shape):
+def column_squares(x: Tensor) -> Tensor:
+    """The sum of x² over all axes but the last, which stay as dimensions of 1; float32."""
+    x, shape = float32(x), tuple(x.shape)
+    if _runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla() and all(shape):
         import tensorflow as tf
 
-        # Half the time of a reduction: TensorFlow adds columns up slowly, and XLA more so.
-        rows = tf.reshape(x, (-1, columns))
-        sums = tf.linalg.matvec(rows, tf.ones(rows.shape[0], x.dtype), transpose_a=True)
-        return tf.reshape(sums, (*[1] * (len(x.shape) - 1), columns))
-    return ops.sum(x, axis=tuple(range(len(x.shape) - 1)), keepdims=True)
+        # The gradient of a 1 × 1 depthwise filter is a sum of products, column by column: one
+        # pass without a temporary, where a square and a reduction take three times as long.
+        columns, rows = shape[-1], math.prod(shape[:-1])
+        parts = next(n for n in (8, 4, 2, 1) if rows % n == 0)  # one a thread
+        image = tf.reshape(x, (parts, rows // parts, 1, columns))
+        sums = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+            input=image,
+            filter_sizes=[1, 1, columns, 1],
+            out_backprop=image,
+            strides=[1, 1, 1, 1],
+            padding="VALID",
+        )
+        return tf.reshape(sums, (*[1] * (len(shape) - 1), columns))
+    return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
 
 
 def rms(x: Tensor) -> Tensor:

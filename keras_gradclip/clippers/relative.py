@@ -158,9 +158,11 @@ class AdaptiveClip(Clipper):
 
 def unit_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
     """The sum of x² over `axes`, which stay as dimensions of 1; float32."""
-    square = ops.square(kernels.float32(x))
     if len(axes) == len(x.shape) - 1 and tuple(axes) == tuple(range(len(axes))):
-        return kernels.column_sums(square)
+        return kernels.column_squares(x)
+    if len(axes) == len(x.shape):
+        return ops.reshape(kernels.sum_of_squares(x), (1,) * len(axes))
+    square = ops.square(kernels.float32(x))
     return ops.sum(square, axis=tuple(axes), keepdims=True) if axes else square
 
 

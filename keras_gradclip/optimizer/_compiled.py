@@ -251,15 +251,9 @@ class CompiledUpdate:
             reason = "eager execution"
         elif size < kernels.WORTH_COMPILING and self.mode == "auto":
             reason = f"{size} elements in large variables are too few to pay for XLA"
-        variables = [variable for _, variable in large]
-
-        def run(gradients: list[Tensor], rate: Scalar) -> None:
-            for gradient, variable in zip(gradients, variables, strict=True):
-                self._inner.update_step(gradient, variable, rate)
-
         gradients = [tf.ensure_shape(gradient, variable.shape) for gradient, variable in large]
         rate = tf.convert_to_tensor(kernels.read(learning_rate))
-        function = tf.function(run, jit_compile=True, autograph=False)
+        function = self._xla_function([variable for _, variable in large])
         if reason is None and not type(self._inner).__module__.startswith("keras."):
             missing = _compat.operations_without_xla(
                 function.get_concrete_function(gradients, rate)
@@ -274,6 +268,16 @@ class CompiledUpdate:
         self._reason = None  # an eager step before this one may have had one
         function(gradients, rate)
         return [pair for pair in pairs if pair[1].shape.num_elements() < least]
+
+    def _xla_function(self, variables: Sequence[Tensor]) -> Callable[[list[Tensor], Scalar], None]:
+        """The update of `variables` in one compiled program, of (gradients, learning rate)."""
+        import tensorflow as tf
+
+        def run(gradients: list[Tensor], rate: Scalar) -> None:
+            for gradient, variable in zip(gradients, variables, strict=True):
+                self._inner.update_step(gradient, variable, rate)
+
+        return tf.function(run, jit_compile=True, autograph=False)
 
 
 def _cannot(reason: str) -> str:

@@ -37,6 +37,7 @@ PARTS = (
     *("clip", "update", "compiled", "step", "monitor", "first-step", "memory"),
     *("operations", "growth", "reductions"),
 )
+STEP_SETS = ("SGD/64", "SGD/8", "Adam/64", "Adam/8")
 FIELDS = ("part", "set", "contestant", "against", "unit", "median", "low", "high", "samples")
 Row = dict[str, Any]
 
@@ -255,14 +256,14 @@ def compiled(workers: Workers, options: argparse.Namespace) -> list[Row]:
 def step(workers: Workers, options: argparse.Namespace) -> list[Row]:
     """Whole train steps, eight in a row."""
     only, rows = Workers(tensorflow=workers["tensorflow"]), []
-    for inner in ("SGD", "Adam"):
-        for batch in (64, 8):
-            which = f"{options.network}, {inner}, batch {batch}"
-            arguments = {"which": options.network, "shapes": None, "steps": 8}
-            arguments |= {"inner": inner, "batch": batch}
-            seconds = measured(which, "step", only, options.step_rounds, arguments)
-            pairs = [(name, "no clip") for name in seconds if name != "no clip"]
-            rows += ratios("step", which, seconds, pairs)
+    for chosen in options.step_sets:
+        inner, batch = chosen.split("/")
+        which = f"{options.network}, {inner}, batch {batch}"
+        arguments = {"which": options.network, "shapes": None, "steps": 8}
+        arguments |= {"inner": inner, "batch": int(batch), "only": options.contestants}
+        seconds = measured(which, "step", only, options.step_rounds, arguments)
+        pairs = [(name, "no clip") for name in seconds if name != "no clip"]
+        rows += ratios("step", which, seconds, pairs)
     return rows
 
 
@@ -295,7 +296,7 @@ def monitor(workers: Workers, options: argparse.Namespace) -> list[Row]:
 def first_step(workers: Workers, options: argparse.Namespace) -> list[Row]:
     """The first train step of a new model: trace, graph optimisation, one step."""
     worker = workers["tensorflow"]
-    names = worker.call("first_step_names")
+    names = worker.call("first_step_names", only=options.contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with Progress(transient=True) as progress:
         for _ in progress.track(range(options.first_steps), description="first train step"):
@@ -456,6 +457,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help=f"the parts to measure: {', '.join(PARTS)}")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=40, help="of clips and updates")
     parser.add_argument("--step-rounds", type=int, default=12, help="of eight train steps")
+    parser.add_argument("--step-sets", nargs="+", choices=STEP_SETS, default=list(STEP_SETS),
+                        metavar="INNER/BATCH", help=f"of {', '.join(STEP_SETS)}")  # fmt: skip
+    parser.add_argument("--contestants", nargs="+", metavar="NAME",
+                        help="of the train steps, beside 'no clip' (default: all)")  # fmt: skip
     parser.add_argument("--first-steps", type=int, default=3, help="new models of each kind")
     parser.add_argument("--frameworks", nargs="+", choices=list(PYTHONS), default=list(PYTHONS))
     parser.add_argument("--tiny", action="store_true", help="tiny networks: does it run at all?")

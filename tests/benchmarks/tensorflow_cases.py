@@ -175,8 +175,8 @@ def _model(which: str, clipped: bool):
     return (kgc.ClippedModel if clipped else keras.Model)(inputs, outputs)
 
 
-def _trainers(inner="SGD"):
-    """Name to a function that makes a compiled model."""
+def _trainers(inner="SGD", only=None):
+    """Name to a function that makes a compiled model; of those in `only`, and "no clip"."""
     loss = "sparse_categorical_crossentropy"
 
     def stock(which, **arguments):
@@ -189,7 +189,7 @@ def _trainers(inner="SGD"):
         model.compile(INNER[inner](), loss, clipper=clipper, jit_compile=False)
         return model
 
-    return {
+    trainers = {
         "no clip": stock,
         **{f"Keras {name}": functools.partial(stock, **a) for name, a in STOCK.items()},
         **{
@@ -197,6 +197,8 @@ def _trainers(inner="SGD"):
             for name in ("AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global")
         },
     }
+    chosen = trainers if only is None else ["no clip", *only]
+    return {name: trainers[name] for name in chosen}
 
 
 def _batches(size=64):
@@ -227,11 +229,12 @@ def _stepper(model, steps: int, callback=None, batch=64):
     return run
 
 
-def step(which: str, shapes, steps: int, inner: str, batch: int):
+def step(which: str, shapes, steps: int, inner: str, batch: int, only: list[str] | None = None):
     """Whole train steps, `steps` in a row: the figures of ClippedModel come every 8th."""
     del shapes
     return {
-        name: _stepper(make(which), steps, batch=batch) for name, make in _trainers(inner).items()
+        name: _stepper(make(which), steps, batch=batch)
+        for name, make in _trainers(inner, only).items()
     }
 
 
@@ -263,9 +266,9 @@ def first_step(which: str, name: str) -> float:
     return time.perf_counter() - start
 
 
-def first_step_names() -> list[str]:
+def first_step_names(only: list[str] | None = None) -> list[str]:
     """The contestants of `first_step`."""
-    return list(_trainers())
+    return list(_trainers(only=only))
 
 
 # Graphs ------------------------------------------------------------------------------------------

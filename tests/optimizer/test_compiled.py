@@ -1,6 +1,7 @@
 """The compiled update against Keras's own: weights and slots after 20 steps."""
 
 import functools
+import re
 
 import keras
 import numpy as np
@@ -189,6 +190,23 @@ def test_the_choice_is_saved_and_undone_by_the_next_wrapper():
     kgc.ClippedOptimizer(inner, "absolute", compiled=False).build([weight])
     graph = tf.function(lambda: inner.apply([tf.ones(3)])).get_concrete_function().graph
     assert not [op for op in graph.get_operations() if op.type.startswith("ResourceApply")]
+
+
+@pytest.mark.parametrize("name", BY_XLA)
+def test_xla_writes_each_large_buffer_once(name):
+    """Of the program that XLA has optimised: nothing of a variable's size but what is kept."""
+    ours = variables(((256, 300),))
+    optimizer = kgc.ClippedOptimizer(BY_XLA[name]())
+    optimizer.build(ours)
+    update = optimizer._inner_update.compiled._xla_function([v.value for v in ours])
+    program = update.experimental_get_compiler_ir([tf.ones((256, 300))], tf.constant(0.1))
+    entry = program(stage="optimized_hlo").split("ENTRY")[1]
+    written = re.findall(r"= f32\[256,300\]\S* (\w+)\(", entry)
+    states = [v for v in optimizer.inner_optimizer.variables if tuple(v.shape) == (256, 300)]
+    assert written.count("parameter") == 1 + 1 + len(states)  # the gradient, the weight, its states
+    computed = [word for word in written if word not in ("parameter", "copy")]
+    shared = name == "Ftrl"  # a sum that its two states and the weight need
+    assert computed == ["fusion"] * (1 + len(states) + shared), computed
 
 
 CLIPPERS = [name for name in sorted(kgc.clippers.base.ALIASES) if name not in ("chain", "clip_map")]
