@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import backend
@@ -269,8 +270,8 @@ class CompiledUpdate:
         function(gradients, rate)
         return [pair for pair in pairs if pair[1].shape.num_elements() < least]
 
-    def _xla_function(self, variables: Sequence[Tensor]) -> Callable[[list[Tensor], Scalar], None]:
-        """The update of `variables` in one compiled program, of (gradients, learning rate)."""
+    def _xla_function(self, variables: Sequence[Tensor]) -> Any:
+        """A tf.function of (gradients, learning rate): the update of `variables`, one program."""
         import tensorflow as tf
 
         def run(gradients: list[Tensor], rate: Scalar) -> None:
