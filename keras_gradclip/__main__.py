@@ -47,7 +47,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     for module in early.modules:  # before the flags: they register clippers
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a user's module raises
+            raise ValueError(f"--import {module}: {type(error).__name__}: {error}") from error
 
     parser = _Parser(prog="python -m keras_gradclip", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -128,7 +131,7 @@ def _load(path: str, *, compile: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the optimizer's state, which nobody needs here
             return keras.saving.load_model(path, compile=compile)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # Keras stumbles over what is no model in a dozen ways
         reason = str(error).strip().partition("\n")[0].partition(". ")[0][:200]
         raise ValueError(
             f"describe: {path} cannot be loaded as a Keras model ({reason}). Layers of your own "

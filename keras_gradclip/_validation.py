@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -20,15 +20,19 @@ def positive(owner: str, name: str, value: object) -> float:
         ValueError: it is not a number, not finite, or not above 0.
     """
     is_number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
-    if isinstance(value, bool) or not is_number:
+    result = None
+    try:
+        if is_number and not isinstance(value, bool):
+            result = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an int beyond every float
+        result = math.inf
+    except (TypeError, ValueError):  # a scalar array, but of complex numbers or dates
+        pass
+    if result is None:
         raise ValueError(
             f"{owner}: `{name}` must be a positive number, but is {value!r} of type "
             f"{type(value).__name__}. Pass a number such as 0.1."
         )
-    try:
-        result = float(value)  # type: ignore[arg-type]
-    except OverflowError:  # an int beyond every float
-        result = math.inf
     if not math.isfinite(result) or result <= 0:
         raise ValueError(
             f"{owner}: `{name}` must be a finite number above 0, but is {result!r}. "
@@ -40,7 +44,7 @@ def positive(owner: str, name: str, value: object) -> float:
 def threshold(owner: str, name: str, value: object) -> Any:
     """`value` as a float, or the schedule that it is."""
     if isinstance(value, dict) and "class_name" in value:  # a schedule from a saved config
-        value = keras.optimizers.schedules.deserialize(value)
+        value = made_of(owner, name, value, keras.optimizers.schedules.deserialize)
     if isinstance(value, LearningRateSchedule):
         return value
     if value is None:
@@ -99,6 +103,47 @@ def count(owner: str, name: str, value: object) -> int:
 def steps(owner: str, name: str, value: object) -> int | None:
     """`value` as an int of at least 1, or None, which means off."""
     return None if value is None else count(owner, name, value)
+
+
+def made_of(owner: str, name: str, value: object, make: Callable[[Any], Any]) -> Any:
+    """`make(value)`, for what Keras makes of a saved config, with errors of one line.
+
+    Raises:
+        ValueError: Keras cannot make anything of it.
+    """
+    try:
+        return make(value)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{owner}: `{name}` must be an object or its config as Keras serialises it, but "
+            f"{value!r} is none ({reason})."
+        ) from error
+
+
+def config(
+    owner: str, value: object, known: Iterable[str], needed: Iterable[str] = ()
+) -> Mapping[str, Any]:
+    """`value` if it is the config of an `owner`.
+
+    Raises:
+        ValueError: it is no dict, has an entry that is not `known`, or lacks one that is `needed`.
+    """
+    known = list(known)
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{owner}: `config` must be a dict, but is {value!r}. Pass what get_config() gave."
+        )
+    for key in value:
+        if key not in known:
+            raise ValueError(
+                f"{owner}: unknown parameter {key!r}{did_you_mean(str(key), known)}. There are "
+                f"{', '.join(known)}."
+            )
+    for key in needed:
+        if key not in value:
+            raise ValueError(f"{owner}: `config` lacks {key!r}. Pass what get_config() gave.")
+    return value
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -172,7 +172,8 @@ class ActivationGate:
     @classmethod
     def from_config(cls, config: Config) -> ActivationGate:
         """The gate that `get_config` described."""
-        return cls(**config)
+        known = [f.name for f in dataclasses.fields(cls)]
+        return cls(**validation.config(cls.__name__, config, known))
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")

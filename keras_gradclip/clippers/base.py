@@ -156,7 +156,9 @@ class Clipper:
     @classmethod
     def from_config(cls, config: Mapping[str, Threshold]) -> Clipper:
         """The clipper that `get_config` described."""
-        return cls(**{k: deserialize_value(v) for k, v in config.items()})
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        config = validation.config(cls.__name__, config, known)
+        return cls(**{k: deserialize_value(v, cls.__name__, k) for k, v in config.items()})
 
     def rule_of(self, variables: Sequence[Variable]) -> list[tuple[str, Clipper | None]]:
         """For each variable, the name of the rule that applies to it and the clipper."""
@@ -248,9 +250,9 @@ def serialize_value(value: object) -> Tensor:
     return value
 
 
-def deserialize_value(value: object) -> Tensor:
+def deserialize_value(value: object, owner: str, name: str) -> Tensor:
     if isinstance(value, Mapping) and "class_name" in value:
-        return keras.saving.deserialize_keras_object(dict(value))
+        return validation.made_of(owner, name, dict(value), keras.saving.deserialize_keras_object)
     return value
 
 
@@ -313,7 +315,9 @@ def get(identifier: object) -> Clipper | None:
                 "get: a clipper's config needs the key 'class_name', but has "
                 f"{sorted(map(str, identifier))}. For rules by path write ClipMap({{...}})."
             )
-        name = str(identifier["class_name"])
+        name = identifier["class_name"]
+        if not isinstance(name, str):
+            raise ValueError(f"get: the 'class_name' must be a string, but is {name!r}.")
         config = identifier.get("config") or {}
         if not isinstance(config, Mapping):
             raise ValueError(f"get: the 'config' of {name!r} must be a dict, but is {config!r}.")
@@ -321,7 +325,7 @@ def get(identifier: object) -> Clipper | None:
         if known is None:  # registered by somebody else, through Keras
             try:
                 result = keras.saving.deserialize_keras_object(dict(identifier))
-            except (TypeError, ValueError) as error:
+            except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(_unknown(name)) from error
             if not isinstance(result, Clipper):
                 raise ValueError(f"get: {name!r} is no clipper, but {type(result).__name__}.")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from keras import ops
 
+from keras_gradclip import _validation as validation
 from keras_gradclip._names import path_of, size_of
 from keras_gradclip._types import Config, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card
@@ -19,8 +20,6 @@ from keras_gradclip.clippers.base import (
     Clipper,
     ClipStats,
     as_clipper,
-    deserialize_value,
-    get,
     register,
     serialize_value,
 )
@@ -157,7 +156,7 @@ class ClipMap(Composite):
             )
         checked: list[tuple[str, Clipper | None]] = []
         for pair in pairs:
-            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            if not _is_pair(pair):
                 raise ValueError(
                     f"ClipMap: each rule must be a (regex, clipper) pair, not {pair!r}."
                 )
@@ -304,17 +303,23 @@ class ClipMap(Composite):
     @classmethod
     def from_config(cls, config):
         """The map that `get_config` described."""
+        known = ("rules", "default", "allow_unmatched", "ordered")
+        config = validation.config(cls.__name__, config, known, needed=("rules",))
         rules = config["rules"]
-        if isinstance(rules, Mapping):  # written by hand
-            rules = {name: get(clipper) for name, clipper in rules.items()}
-        else:
-            pairs = [(name, get(clipper)) for name, clipper in rules]
-            rules = pairs if config.get("ordered", True) else dict(pairs)
-        return cls(rules, get(config.get("default")), config.get("allow_unmatched", False))
+        # Whatever is no list of pairs, which a dict written by hand is not, the constructor checks.
+        if isinstance(rules, Sequence) and all(
+            _is_pair(rule) and isinstance(rule[0], str) for rule in rules
+        ):
+            rules = rules if config.get("ordered", True) else dict(rules)
+        return cls(rules, config.get("default"), config.get("allow_unmatched", False))
 
     def __str__(self) -> str:
         rules = ", ".join(f"{name!r}: {clipper or 'off'}" for name, clipper in self.rules)
         return f"ClipMap({{{rules}}}, default={self.default or 'off'})"
+
+
+def _is_pair(rule: object) -> bool:
+    return isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
 
 
 @register("chain")
@@ -410,7 +415,8 @@ class Chain(Composite):
     @classmethod
     def from_config(cls, config):
         """The chain that `get_config` described."""
-        return cls([deserialize_value(c) for c in config["clippers"]])
+        config = validation.config(cls.__name__, config, ("clippers",), needed=("clippers",))
+        return cls(config["clippers"])
 
     def __str__(self) -> str:
         return " → ".join(str(c) for c in self.clippers)

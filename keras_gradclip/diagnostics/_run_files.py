@@ -94,7 +94,8 @@ def _description(path: Path) -> Config:
     is_whole = (
         isinstance(variables, list)
         and variables
-        and {"clipper", "clipper_text"} <= content.keys()
+        and "clipper" in content
+        and isinstance(content.get("clipper_text"), str)
         and all(
             isinstance(v, dict) and all(isinstance(v.get(k), t) for k, t in _VARIABLE.items())
             for v in variables
@@ -151,9 +152,9 @@ def _samples(
     sampled: set[str] = set()
     for line, row in _rows(path, ("step", "variable", *FIELDS), problems):
         try:
-            step, name = int(row["step"]), row["variable"]
+            step, name = int(np.int64(row["step"])), row["variable"]
             values = [float(row[field]) for field in FIELDS]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             problems.append(f"line {line} of {path.name}: {error}")
             continue
         if name not in index:
@@ -187,8 +188,9 @@ def _thresholds(path: Path, problems: list[str]) -> dict[str, tuple[np.ndarray, 
     try:
         for line, row in _rows(path, ("step", "name", "value"), problems):
             try:
-                pairs.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
-            except ValueError as error:
+                point = int(np.int64(row["step"])), float(row["value"])
+                pairs.setdefault(row["name"], []).append(point)
+            except (ValueError, OverflowError) as error:
                 problems.append(f"line {line} of {path.name}: {error}")
     except ValueError as error:  # the page does without its curve of thresholds
         problems.append(str(error).removeprefix("report: "))

@@ -64,6 +64,11 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
         folder /= "monitor"
     page = render("report.html.j2", **_context(read_run(folder), _name(folder.resolve())))
     path = Report(folder / "report.html" if output is None else output)
+    if not path.name or "\0" in path.name or path.is_dir():
+        raise ValueError(
+            f"report: `output` ({str(output)!r}) is not the name of a file. Give one, such as "
+            "'report.html'."
+        )
     write_text(path, page)
     return path
 

@@ -13,6 +13,7 @@ from keras import ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
+from keras_gradclip import _validation as validation
 from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variable
 from keras_gradclip.optimizer._accumulation import is_overwritten
 from keras_gradclip.optimizer._compiled import CompiledUpdate
@@ -29,7 +30,7 @@ def check_inner(inner: object, wrapper: type) -> Optimizer:
         ValueError: it clips, accumulates or scales by itself, or is no optimizer.
     """
     if isinstance(inner, (str, dict)):
-        inner = keras.optimizers.get(inner)
+        inner = validation.made_of(wrapper.__name__, "inner_optimizer", inner, keras.optimizers.get)
     remedy = None
     if isinstance(inner, keras.optimizers.LossScaleOptimizer):
         remedy = (

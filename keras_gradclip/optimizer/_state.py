@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,6 +13,7 @@ import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
 from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.optimizer._accumulation import Accumulation
@@ -203,11 +205,19 @@ class HasState(HasThresholds):
     @classmethod
     def from_config(cls, config: Config, custom_objects: Config | None = None) -> Optimizer:
         """The optimizer that `get_config` described, without its state."""
+        owner = cls.__name__
+        arguments = inspect.signature(cls).parameters
+        takes_all = any(a.kind is a.VAR_KEYWORD for a in arguments.values())  # a subclass may
+        known = (*arguments, *(config if takes_all else ()))
+        validation.config(owner, config, known, needed=("inner_optimizer",))
         config = copy.deepcopy(dict(config))  # Keras writes into the config that it reads
-        config["inner_optimizer"] = keras.saving.deserialize_keras_object(
-            config["inner_optimizer"], custom_objects=custom_objects
+        config["inner_optimizer"] = validation.made_of(
+            owner,
+            "inner_optimizer",
+            config["inner_optimizer"],
+            functools.partial(keras.saving.deserialize_keras_object, custom_objects=custom_objects),
         )
-        config["clipper"] = deserialize_value(config.get("clipper"))
+        config["clipper"] = deserialize_value(config.get("clipper"), owner, "clipper")
         return cls(**config)
 
 
