@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
 
@@ -27,6 +27,7 @@ COLUMNS = ("center", "left", "right", "steering", "throttle", "brake", "speed")
 _CROP_TOP, _CROP_BOTTOM = 0.35, 0.1
 _GAP = 10  # frames between two parts of the split, one to two seconds
 _FOLDS, _RIDGE = 5, 0.03
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
     frames, problems = [], []
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         columns = dict(zip(COLUMNS, range(len(COLUMNS)), strict=True))
-        for row, cells in enumerate(csv.reader(file, skipinitialspace=True), start=1):
+        for row, cells in enumerate(_rows(path, file), start=1):
             cells = [cell.strip() for cell in cells]
             if row == 1 and "steering" in [cell.lower() for cell in cells]:
                 columns = {cell.lower(): i for i, cell in enumerate(cells)}
@@ -93,6 +94,14 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
     return good
 
 
+def _rows(path: Path, file: Iterable[str]) -> Iterator[list[str]]:
+    reader = csv.reader(file, skipinitialspace=True)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}, row {reader.line_num}: {error}; it is no log") from None
+
+
 def _frame(cells: list[str], columns: dict[str, int], folder: Path, row: int) -> Frame:
     needed = max(columns[name] for name in COLUMNS[:4])
     if len(cells) <= needed:
@@ -102,7 +111,7 @@ def _frame(cells: list[str], columns: dict[str, int], folder: Path, row: int) ->
         steering = float(text)
     except ValueError:
         steering = math.nan
-    if not math.isfinite(steering):
+    if not abs(steering) <= _LARGEST:
         raise DataError(f"steering={text!r} is not a finite number")
     center, left, right = (_find_image(cells[columns[name]], folder) for name in COLUMNS[:3])
     return Frame(center, left, right, steering=steering, row=row)
@@ -113,7 +122,10 @@ def _find_image(text: str, folder: Path) -> Path:
         raise DataError("an image path is empty")
     name = PureWindowsPath(text).name  # splits at slashes and backslashes alike
     candidates = [folder / text.replace("\\", "/"), folder / "IMG" / name, folder / name]
-    found = next((path for path in candidates if path.is_file()), None)
+    try:
+        found = next((path for path in candidates if path.is_file()), None)
+    except OSError as error:  # such as a name that is too long
+        raise DataError(f"image {text!r}: {error.strerror}") from None
     if found is None:
         raise DataError(f"image {text!r} is neither there, nor in IMG/, nor beside the log")
     return found

@@ -13,9 +13,10 @@ from pathlib import Path
 import tensorflow as tf
 
 from recipes.data.sets import Split
-from recipes.errors import DataError
+from recipes.errors import DataError, first_line
 
 IMAGE_FOLDER = "image_folder"  # the name of the set
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
 Row = tuple[str, int]
 _SHOWN = 10  # problems listed one by one; the rest are counted
@@ -27,11 +28,14 @@ def image_problem(path: str | Path) -> str | None:
 
     try:
         with Image.open(path) as image:
+            if image.format not in _FORMATS:  # PIL knows more of them than TensorFlow
+                wanted = ", ".join(_FORMATS)
+                return f"is {image.format} by its content, and must be one of {wanted}"
             image.load()
     except FileNotFoundError:
         return "no such file"
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for bad PNGs
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # PIL's decoders raise whatever they stumble over
+        return first_line(error)
     return None
 
 
@@ -122,6 +126,12 @@ def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split]
     else:
         validation, train = _every_tenth(train)
     test = checked("test") if (base / "test").is_dir() else validation
+    empty = set(range(len(classes))) - {label for _, label in (*train, *validation)}
+    if len(empty) < len(classes) and empty:
+        raise DataError(
+            f"the class {classes[min(empty)]!r} of {base / 'train'} holds no images: add some, or "
+            "remove its folder"
+        )
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if not part:
             raise DataError(f"{base}: no images for the {name} split")

@@ -27,15 +27,22 @@ def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
     if data_dir is not None and not Path(data_dir).is_dir() and not download:
         raise DataError(f"data-dir={data_dir!r} is not a folder: give the one that holds {dataset}")
     if dataset == EMBEDDED:
-        return prepared_builder(data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_CACHE)
+        folder = data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_CACHE
+        try:
+            return prepared_builder(folder)
+        except OSError:
+            raise
+        except Exception as error:  # TFDS's parsers, over files that are damaged
+            raise DataError(
+                f"dataset={dataset!r} in {folder} is damaged: {first_line(error)}; delete it there "
+                "to have it made again"
+            ) from error
     try:
         builder = tfds.builder(dataset, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
-        names = [EMBEDDED, IMAGE_FOLDER, *tfds.list_builders(with_community_datasets=False)]
-        close = difflib.get_close_matches(dataset, names, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
-        raise DataError(f"dataset={dataset!r} is not a TFDS name: {hint}") from None
     except Exception as error:  # TFDS raises a dozen kinds for a bad version or config
+        no_name = isinstance(error, tfds.core.DatasetNotFoundError)
+        if no_name or first_line(error).startswith("Parsing builder name"):
+            raise DataError(f"dataset={dataset!r} is not a TFDS name: {_hint(dataset)}") from None
         raise DataError(f"dataset={dataset!r}: {first_line(error)}") from error
     if download:
         try:
@@ -45,6 +52,12 @@ def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
                 f"dataset={dataset!r} could not be downloaded: {first_line(error)}"
             ) from error
     return builder
+
+
+def _hint(dataset: str) -> str:
+    names = [EMBEDDED, IMAGE_FOLDER, *tfds.list_builders(with_community_datasets=False)]
+    close = difflib.get_close_matches(dataset, names, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
 
 
 def features_of(builder: Any) -> tuple[str, str, int, bool]:
@@ -115,13 +128,13 @@ def _split(builder: Any, name: str, image_key: str, label_key: str, data_dir: st
             shuffle_files=False,
             read_config=config,
         )
-    except AssertionError:
-        folder = data_dir or str(Path(builder.data_dir).parent.parent)
-        raise DataError(
-            f"dataset={builder.name!r} is not prepared in {folder}: point --data-dir at a folder "
-            "that holds it, or add --download"
-        ) from None
-    except (ValueError, KeyError) as error:
+    except (AssertionError, ValueError, KeyError) as error:
+        if isinstance(error, AssertionError) or not builder.info.splits:
+            folder = data_dir or str(Path(builder.data_dir).parent.parent)
+            raise DataError(
+                f"dataset={builder.name!r} is not prepared in {folder}: point --data-dir at a "
+                "folder that holds it, or add --download"
+            ) from None
         raise DataError(f"dataset={builder.name!r}, split {name!r}: {first_line(error)}") from None
     size = int(dataset.cardinality())
     return Split(dataset.map(lambda example: (example[image_key], example[label_key])), size)

@@ -115,8 +115,15 @@ def save_backup(path: PathLike, model: Any, step: int, seconds: float, writes: b
     replace_file(path, write)
 
 
+# What NumPy and `zipfile` raise over a file that is cut, or another one.
+_NO_BACKUP = (
+    *(AttributeError, IsADirectoryError, EOFError, KeyError, NotImplementedError),
+    *(TypeError, ValueError, zipfile.BadZipFile, zlib.error),
+)
+
+
 def load_backup(path: PathLike) -> dict[str, Any]:
-    """The content of a backup: "step", "seconds", "paths", and "values", a list of arrays.
+    """The content of a backup: "step", "seconds", "paths", "values", a list of arrays; its "path".
 
     Raises:
         ValueError: the file is not a backup.
@@ -125,7 +132,9 @@ def load_backup(path: PathLike) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             head = json.loads(str(file["head"]))
             head["values"] = [file[f"v{i}"] for i in range(len(head["paths"]))]
-    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            head |= {"step": int(head["step"]), "seconds": float(head["seconds"])}
+            head["path"] = str(path)
+    except _NO_BACKUP as error:
         raise ValueError(f"{path} is not a backup of a recipe: {error}") from error
     return head
 
@@ -140,8 +149,8 @@ def matched(model: Any, backup: Mapping[str, Any]) -> list[Any]:
     shapes = [tuple(v.shape) for v in variables]
     if shapes != [value.shape for value in backup["values"]]:
         raise ValueError(
-            f"the backup holds {len(backup['values'])} variables, the model {len(variables)} or "
-            "other shapes: it belongs to another network or optimizer"
+            f"{backup['path']} holds {len(backup['values'])} variables, the model "
+            f"{len(variables)} or other shapes: it belongs to another network or optimizer"
         )
     return variables
 
@@ -225,6 +234,12 @@ class Selection:
     rule: str
     monitor: str
     mode: str
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The metrics that it looks at."""
+        test = "test_" + self.monitor.removeprefix("val_")
+        return (self.monitor, *([test] if self.rule == "beats-test" else ()))
 
     @property
     def sign(self) -> float:

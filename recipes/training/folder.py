@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,26 @@ _FREE_ON_RESUME = {
 }
 
 
+def folder_named(name: str, flag: str = "--output") -> Path:
+    """The folder that a flag names, which may not exist yet.
+
+    Raises:
+        RecipeError: no folder can have this name, or there is a file in its place.
+    """
+    if "\0" in name:
+        raise RecipeError(f"{flag} {name!r}: a NUL character cannot be in a name")
+    if not name:
+        raise RecipeError(f"{flag} {name!r}: is no name; leave {flag} out for the usual folder")
+    folder = Path(name)
+    try:
+        there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    except OSError as error:  # such as a name that is too long
+        raise RecipeError(f"{flag} {name}: {error.strerror}; name another folder") from None
+    if not there.is_dir():
+        raise RecipeError(f"{flag} {name}: {there} is a file, and not an empty folder")
+    return folder
+
+
 def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     """The options and the folder of a new or resumed run.
 
@@ -46,8 +66,8 @@ def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     newest default folder, or that of `--output`.
     """
     options = parsed.options
-    if "\0" in (options.output or ""):
-        raise RecipeError(f"--output {options.output!r}: a NUL character cannot be in a name")
+    if options.output is not None:
+        folder_named(options.output)
     if options.resume:
         return _reopen(recipe, parsed)
     if options.strategy == "multiworker" and not multiworker.read_cluster().is_chief:
@@ -174,6 +194,26 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if rows and rows[0]["epoch"] == 0:
         rows = [{**row, "epoch": row["epoch"] + 1} for row in rows]
     return rows
+
+
+def check_tables(folder: Path, needed: Sequence[str]) -> None:
+    """Looks whether a run can go on with its tables, before anything is written.
+
+    Args:
+        folder: of the run.
+        needed: columns of the history that must hold numbers.
+
+    Raises:
+        RecipeError: it cannot; names the file and the line.
+    """
+    for name, columns in ((HISTORY, needed), (LAYERS, ("grad_norm", "clip_fraction"))):
+        for line, row in enumerate(read_history(folder / name), 2):
+            wrong = next((c for c in columns if not isinstance(row.get(c), float)), None)
+            if wrong:
+                raise RecipeError(
+                    f"{folder / name}, line {line}: no number of {wrong!r}; it is no table of "
+                    "this run: put that back, or start a new run"
+                )
 
 
 def keep_epochs(path: Path, last: int) -> None:

@@ -71,7 +71,7 @@ def read_cluster(environment: Mapping[str, str] = os.environ) -> Cluster:
         )
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(f"is not JSON ({error})") from None
     cluster = _part(config, "cluster", "an object of jobs")
     task = _part(config, "task", "an object with 'type' and 'index'")
@@ -98,7 +98,7 @@ def read_cluster(environment: Mapping[str, str] = os.environ) -> Cluster:
     if twice:
         raise _wrong(f"gives the address {twice!r} to two workers")
     kind, index = task.get("type"), task.get("index")
-    if kind not in cluster:
+    if not isinstance(kind, str) or kind not in cluster:
         raise _wrong(f"['task']['type'] is {kind!r}, and must be one of {sorted(cluster)}")
     count = len(cluster[kind])
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from recipes.errors import RecipeError
 from recipes.training.clipper_options import flag_of
 
+_LARGEST = 2**31 - 1  # what TensorFlow counts elements with
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:
@@ -62,15 +64,18 @@ class Option:
             value = float(value)
         if (self.kind is int and isinstance(value, bool)) or not isinstance(value, self.kind):
             raise self._wrong(value, f"a value of type {self.kind.__name__}")
+        if value == "" and not self.choices:
+            raise self._wrong(value, "a name of one character or more")
         if self.choices and value not in self.choices:
             raise self._wrong(value, f"one of {', '.join(self.choices)}")
         if self.kind in (int, float) and isinstance(value, (int, float)):
             if not math.isfinite(value):
                 raise self._wrong(value, "a finite number")
+            high = _LARGEST if self.high is None and self.kind is int else self.high
             if self.low is not None and value < self.low:
                 raise self._wrong(value, f"{self.low:g} or more")
-            if self.high is not None and value > self.high:
-                raise self._wrong(value, f"{self.high:g} or less")
+            if high is not None and value > high:
+                raise self._wrong(value, f"{high:.10g} or less")
             if self.above is not None and value <= self.above:
                 raise self._wrong(value, f"more than {self.above:g}")
         return value
@@ -128,7 +133,7 @@ class Options:
     batch_size: int = option(64, "global batch, over all devices", low=1)
     accumulate: int = option(1, "micro-batches added up before an update", low=1)
     skip_nonfinite: bool = option(False, "skip updates whose gradients are not finite")
-    seed: int = option(0, "order, augmentation, initial weights and dropout", low=0)
+    seed: int = option(0, "order, augmentation, initial weights and dropout", low=0, high=2**32 - 1)
     limit_steps: int | None = option(
         None, "at most so many batches an epoch and in each evaluation", low=1
     )
@@ -146,7 +151,7 @@ class Options:
         None, "train,validation,test in TFDS's slicing language", group="data"
     )
     download: bool = option(False, "let TFDS download and prepare the data set", group="data")
-    image_size: int = option(224, "side of the images in pixels", group="data", low=8)
+    image_size: int = option(224, "side of the images in pixels", group="data", low=8, high=16_384)
     augment: str = option(
         "auto",
         "imagenet: random crop in scale and aspect; shift: by up to an eighth",
@@ -179,6 +184,7 @@ class Options:
         "GPUs (of each worker), or logical CPU devices where there are none",
         group="machine",
         low=1,
+        high=1024,
     )
     strategy: str = option(
         "auto",

@@ -107,7 +107,7 @@ def parse(recipe, argv=None) -> Parsed:
     early.add_argument("--config")
     first = vars(early.parse_known_args(argv)[0])
     import_modules(first["import"])
-    config = read_config(first["config"], recipe) if first["config"] else {}
+    config = read_config(first["config"], recipe) if first["config"] is not None else {}
     parser = build_parser(recipe.name, recipe.description, recipe.settings, recipe.extra_options)
     given = vars(parser.parse_args(argv))
     given.pop("config", None)
@@ -154,6 +154,8 @@ def read_json(path: str | os.PathLike) -> object:
     Raises:
         RecipeError: no such file, or not JSON; names the file and the line.
     """
+    if not str(path):
+        raise RecipeError(f"{path!r} is not the name of a file")
     try:
         return _files.read_json(path)
     except OSError as error:

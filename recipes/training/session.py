@@ -142,6 +142,8 @@ class Session:
         resume = self.options.resume
         restored = self._restored() if resume else None
         finished = resume and restored is None and (self.folder / folders.RESULT).exists()
+        if resume:
+            folders.check_tables(self.folder, self.selection.needs)
         start, elapsed = (restored["step"], restored["seconds"]) if restored else (0, 0.0)
         if finished:
             start, elapsed = self._end_of_finished_run()

@@ -85,9 +85,9 @@ def test_a_recipe_is_named_as_a_folder_can_be(name):
         Recipe(name=name)
 
 
-@pytest.mark.parametrize(("name", "status"), [("x\0y", 2), ("x" * 4_000, 1)])
-def test_output_that_cannot_be_a_folder(tmp_path, capsys, name, status):
-    assert main(RECIPE, ["--output", str(tmp_path / name)]) == status
+@pytest.mark.parametrize("name", ["x\0y", "x" * 4_000])
+def test_output_that_cannot_be_a_folder(tmp_path, capsys, name):
+    assert main(RECIPE, ["--output", str(tmp_path / name)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 1_100
 
