@@ -13,7 +13,7 @@ from keras_gradclip.tuning._kerastuner import BaseTuner, mark_for_reload
 from keras_gradclip.tuning.hypermodel import as_objective
 from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, make_oracle, product_size
 from keras_gradclip.tuning.space import clip_hyperparameters, ranges
-from recipes.errors import RecipeError
+from recipes.errors import RecipeError, first_line
 from tuning import workers
 from tuning.rows import PROJECT, TrialRow, ranked
 from tuning.trial_runner import TrialRunner, trial_row
@@ -75,7 +75,14 @@ class KerasTunerEngine:
         return oracle
 
     def _tuner(self, oracle) -> "RecipeTuner":
-        return RecipeTuner(self.session.runner(), oracle, self.session.folder, PROJECT)
+        folder = self.session.folder
+        try:
+            return RecipeTuner(self.session.runner(), oracle, folder, PROJECT)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RecipeError(
+                f"{folder / PROJECT}: what the search wrote there is damaged "
+                f"({type(error).__name__}: {first_line(error)}); give another --output"
+            ) from error
 
     def work(self) -> None:
         """Runs the trials that the chief hands out."""

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import shlex
 import sys
@@ -17,6 +18,7 @@ from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import Recipe
 from recipes.training import options as opts
+from recipes.training.folder import folder_named
 from recipes.training.quiet import import_tensorflow
 from tuning.rows import PROJECT, TrialRow, best_row, describe, formatter
 
@@ -75,8 +77,14 @@ class Session:
 
     def __init__(self, args: Namespace, rest: Sequence[str], argv: Sequence[str]):
         self.args, self.argv = args, list(argv)
-        if min(args.workers, args.executions - 1, args.confirm_runs) < 0:
-            raise RecipeError("--workers, --executions and --confirm-runs take positive numbers")
+        for name, least in (("workers", 0), ("executions", 1), ("confirm_runs", 0)):
+            if getattr(args, name) < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise RecipeError(f"{flag} {getattr(args, name)}: must be {least} or more")
+        if not 0 < args.worker_timeout < math.inf:
+            raise RecipeError(
+                f"--worker-timeout {args.worker_timeout:g}: must be a finite number above 0"
+            )
         if args.max_trials is not None and args.max_trials < 2:
             raise RecipeError(
                 f"--max-trials {args.max_trials}: at least 2, one of which is the baseline"
@@ -89,10 +97,12 @@ class Session:
         self.engine: Engine
 
     def _folder(self) -> Path:
-        output = self.args.output or str(Path("runs") / f"search-{self.recipe.name}")
-        if "\0" in output or self.recipe.name != Path(self.recipe.name).name:
-            raise RecipeError(f"--output {output!r}: no folder can have this name")
-        return Path(output)
+        output = self.args.output
+        if output is None:
+            output = str(Path("runs") / f"search-{self.recipe.name}")
+            if self.recipe.name != Path(self.recipe.name).name:
+                raise RecipeError(f"--output {output!r}: no folder can have this name")
+        return folder_named(output)
 
     def _engine(self) -> Engine:
         if self.args.engine == "optuna":
@@ -370,7 +380,7 @@ def load_recipe(name: str):
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(f"--recipe {name}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "RECIPE"):
         raise RecipeError(f"--recipe {name}: defines no RECIPE")

@@ -54,7 +54,11 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
     """
     try:
         thresholds = json.loads(Path(path).read_text())["calibration"]["thresholds"]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        known = {
+            alias: [x for x in of_layer.values() if x and 0 < x < math.inf]
+            for alias, of_layer in thresholds.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"calibration {str(path)!r} is no file that keras_gradclip.calibrate(...).save() "
             f"wrote: {type(error).__name__}: {error}."
@@ -63,7 +67,7 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
     names: set[str] = set()
     for alias, cls in selectable().items():
         name = threshold_name(cls)
-        figures = [x for x in thresholds.get(alias, {}).values() if x and 0 < x < math.inf]
+        figures = known.get(alias, [])
         if figures and name is not None:
             centre = statistics.median(figures)
             key = f"{alias}/{name}" if name in names else name

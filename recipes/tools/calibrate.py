@@ -56,7 +56,7 @@ from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
 from recipes.training import prepared
 from recipes.training.callbacks import NonFinite, StopAtNonFinite
-from recipes.training.folder import RUNS
+from recipes.training.folder import RUNS, folder_named
 from recipes.training.option_table import Options
 
 SEGMENTS = 8
@@ -195,6 +195,12 @@ def save_watched(path: Path, found) -> None:
     replace_file(path, write)
 
 
+_NO_SAMPLES = (
+    *(AttributeError, EOFError, KeyError, OSError, TypeError, ValueError),
+    zipfile.BadZipFile,
+)
+
+
 def load_watched(path: Path, percentile: float):
     """The `Calibration` of saved samples, at a percentile.
 
@@ -209,7 +215,7 @@ def load_watched(path: Path, percentile: float):
         return kgc.Calibration.of_samples(
             rest.pop("layers"), rest.pop("kernels"), samples, percentile=percentile, **rest
         )
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except _NO_SAMPLES as error:
         raise RecipeError(f"{path}: cannot be read ({error}); delete it to watch again") from error
 
 
@@ -428,8 +434,6 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
         raise RecipeError(
             f"{output} holds what was watched with other options: name another --output"
         )
-    if output.exists() and not output.is_dir():
-        raise RecipeError(f"--output {output} is not a folder")
     if watched.exists():
         print(f"using what was watched before: {watched}")
         found = load_watched(watched, percentile)
@@ -479,7 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         arguments, rest = parser.parse_known_args(argv)
-        output = Path(arguments.output or RUNS / f"calibration-{arguments.recipe}")
+        usual = str(RUNS / f"calibration-{arguments.recipe}")
+        output = folder_named(usual if arguments.output is None else arguments.output)
         found, found_choices = calibrate(
             find_recipe(arguments.recipe),
             rest,

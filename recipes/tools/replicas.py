@@ -24,6 +24,7 @@ from rich.table import Table
 import keras_gradclip as kgc
 from keras_gradclip._files import write_csv
 from recipes.command_line import Parser, exit_status
+from recipes.training.folder import file_named
 
 REPLICAS = (1, 2, 4)
 THRESHOLD = 0.1
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", default="runs/replicas.csv", help="the table's file (default: %(default)s)"
     )
-    return exit_status(lambda: measure(Path(parser.parse_args(argv).output)))
+    return exit_status(lambda: measure(file_named(parser.parse_args(argv).output)))
 
 
 if __name__ == "__main__":

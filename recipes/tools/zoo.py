@@ -28,10 +28,11 @@ from rich.table import Table
 
 from keras_gradclip._files import read_csv, write_csv
 from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, first_line
+from recipes.errors import RecipeError, first_line, plain_errors
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
 from recipes.training import run
+from recipes.training.folder import folder_named
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -45,6 +46,8 @@ COLUMNS = (
     "seconds",
     "error",
 )
+
+_NUMBERS = ("parameters", "best", "clip_fraction", "seconds")  # of a row that is finished
 
 
 def train(name: str, folder: str, argv: list[str]) -> Row:
@@ -87,7 +90,12 @@ def train_apart(name: str, folder: str, argv: list[str]) -> Row:
 
 def finished_rows(path: Path) -> dict[str, Row]:
     """The rows of a `zoo.csv` that hold a result, by recipe."""
-    return {row["recipe"]: row for row in read_csv(path) if not row["error"]}
+    with plain_errors():
+        rows = read_csv(path)
+    if rows and not rows[0].keys() >= set(COLUMNS):
+        raise RecipeError(f"{path}: is not a table of the zoo: name another --output")
+    whole = [row for row in rows if all(isinstance(row[name], float) for name in _NUMBERS)]
+    return {row["recipe"]: row for row in whole if not row["error"]}
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -134,8 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_all(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Trains the recipes that have no row yet; 1 where one failed."""
-    output = Path(arguments.output)
+    output = folder_named(arguments.output)
     names = [name.strip() for name in arguments.only.split(",") if name.strip()]
+    if not names:
+        raise RecipeError(f"--only {arguments.only!r}: names no recipe")
     for name in names:
         opts.parse(find_recipe(name), rest)  # a misspelt flag must not fail each in turn
     if output.exists() and any(output.iterdir()) and not arguments.resume:

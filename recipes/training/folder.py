@@ -43,18 +43,37 @@ def folder_named(name: str, flag: str = "--output") -> Path:
     Raises:
         RecipeError: no folder can have this name, or there is a file in its place.
     """
+    there = _nearest(name, flag)
+    if not there.is_dir():
+        raise RecipeError(f"{flag} {name}: {there} is a file, and not an empty folder")
+    return Path(name)
+
+
+def file_named(name: str, flag: str = "--output") -> Path:
+    """The file that a flag names, which may be written anew.
+
+    Raises:
+        RecipeError: no file can have this name, or there is a folder in its place.
+    """
+    path, there = Path(name), _nearest(name, flag)
+    if path.is_dir():
+        raise RecipeError(f"{flag} {name}: is a folder, and not a file")
+    if path != there and not there.is_dir():
+        raise RecipeError(f"{flag} {name}: {there} is a file, and not a folder")
+    return path
+
+
+def _nearest(name: str, flag: str) -> Path:
+    """The path of that name, or the nearest above it that exists."""
     if "\0" in name:
         raise RecipeError(f"{flag} {name!r}: a NUL character cannot be in a name")
     if not name:
-        raise RecipeError(f"{flag} {name!r}: is no name; leave {flag} out for the usual folder")
-    folder = Path(name)
+        raise RecipeError(f"{flag} {name!r}: is no name; without {flag} it is chosen for you")
+    path = Path(name)
     try:
-        there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+        return next((p for p in (path, *path.parents) if p.exists()), Path())
     except OSError as error:  # such as a name that is too long
-        raise RecipeError(f"{flag} {name}: {error.strerror}; name another folder") from None
-    if not there.is_dir():
-        raise RecipeError(f"{flag} {name}: {there} is a file, and not an empty folder")
-    return folder
+        raise RecipeError(f"{flag} {name}: {error.strerror}; choose another") from None
 
 
 def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:

@@ -122,7 +122,7 @@ def test_a_damaged_study_is_one_line(search, fake_run, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--output", "a\0b"], "no folder can have this name"),
+        (["--output", "a\0b"], "a NUL character cannot be in a name"),
         (["--output", "x" * 4000], "File name too long"),
         (["--recipe", "../../nowhere.py"], "no such file"),
         (["--recipe", "a\0.py"], "no such file"),
