@@ -27,12 +27,7 @@ AUXILIARY_AFTER = {"4a": "aux1", "4d": "aux2"}
 
 
 def googlenet(
-    inputs,
-    num_classes,
-    dropout=0.4,
-    aux_dropout=0.7,
-    aux_heads=True,
-    initializer="glorot_uniform",
+    inputs, num_classes, dropout=0.4, aux_dropout=0.7, aux_heads=True, initializer="glorot_uniform"
 ):
     """GoogLeNet, 6,998,552 parameters at 1000 classes, 13,378,280 with the auxiliary heads.
 
@@ -53,15 +48,8 @@ def googlenet(
     """
 
     def conv(x, filters, kernel, name, strides=1):
-        return layers.Conv2D(
-            filters,
-            kernel,
-            strides,
-            padding="same",
-            activation="relu",
-            kernel_initializer=initializer,
-            name=name,
-        )(x)
+        options = {"activation": "relu", "kernel_initializer": initializer, "name": name}
+        return layers.Conv2D(filters, kernel, strides, "same", **options)(x)
 
     def max_pool(x, name, strides=2):
         return layers.MaxPooling2D(3, strides, padding="same", name=name)(x)
@@ -77,18 +65,6 @@ def googlenet(
         ]
         return layers.Concatenate(name=f"{name}_output")(branches)
 
-    def auxiliary(x, name):
-        # 5x5/3 takes the 14x14 maps of 224-pixel images to 4x4; other sizes get that grid too.
-        if x.shape[1:3] == (14, 14):
-            x = layers.AveragePooling2D(5, 3, name=f"{name}_pool")(x)
-        else:
-            x = AdaptiveAveragePooling2D(4, name=f"{name}_pool")(x)
-        x = conv(x, 128, 1, f"{name}_conv")
-        x = layers.Flatten(name=f"{name}_flatten")(x)
-        x = layers.Dense(1024, "relu", kernel_initializer=initializer, name=f"{name}_fc")(x)
-        x = layers.Dropout(aux_dropout, name=f"{name}_dropout")(x)
-        return classifier(x, num_classes, name=f"{name}_predictions")
-
     x = conv(inputs, 64, 7, "conv1_7x7", strides=2)
     x = max_pool(x, "pool1")
     x = LocalResponseNormalization(name="norm1")(x)
@@ -102,11 +78,25 @@ def googlenet(
             x = max_pool(x, POOL_BEFORE[name])
         x = inception(x, name, widths)
         if aux_heads and name in AUXILIARY_AFTER:
-            heads.append(auxiliary(x, AUXILIARY_AFTER[name]))
+            head = AUXILIARY_AFTER[name]
+            heads.append(_auxiliary(x, head, conv, num_classes, aux_dropout, initializer))
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     x = layers.Dropout(dropout, name="dropout")(x)
     main = classifier(x, num_classes)
     return [main, *heads] if heads else main
+
+
+def _auxiliary(x, name, conv, num_classes, dropout, initializer):
+    # 5x5/3 takes the 14x14 maps of 224-pixel images to 4x4; other sizes get that grid too.
+    if x.shape[1:3] == (14, 14):
+        x = layers.AveragePooling2D(5, 3, name=f"{name}_pool")(x)
+    else:
+        x = AdaptiveAveragePooling2D(4, name=f"{name}_pool")(x)
+    x = conv(x, 128, 1, f"{name}_conv")
+    x = layers.Flatten(name=f"{name}_flatten")(x)
+    x = layers.Dense(1024, "relu", kernel_initializer=initializer, name=f"{name}_fc")(x)
+    x = layers.Dropout(dropout, name=f"{name}_dropout")(x)
+    return classifier(x, num_classes, name=f"{name}_predictions")
 
 
 @cache

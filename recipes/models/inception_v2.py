@@ -40,15 +40,8 @@ def inception_v2(inputs, num_classes, dropout=0.0, initializer="glorot_uniform")
     """
 
     def conv(x, filters, kernel, name, strides=1):
-        x = layers.Conv2D(
-            filters,
-            kernel,
-            strides,
-            padding="same",
-            use_bias=False,
-            kernel_initializer=initializer,
-            name=name,
-        )(x)
+        options = {"use_bias": False, "kernel_initializer": initializer, "name": name}
+        x = layers.Conv2D(filters, kernel, strides, "same", **options)(x)
         x = layers.BatchNormalization(name=f"{name}_bn")(x)
         return layers.Activation("relu", name=f"{name}_relu")(x)
 
