@@ -56,38 +56,30 @@ def load(
     Raises:
         DataError: the data set is unknown, not prepared, or has no images with labels.
     """
-    if dataset == IMAGE_FOLDER:
-        parts, num_classes = image_folder_splits(data_dir, on_bad_data)
-        train, validation, test = parts
-        read, small = tf.io.read_file, False
+    if files := dataset == IMAGE_FOLDER:
+        (parts, num_classes), small = image_folder_splits(data_dir, on_bad_data), False
     else:
         builder = tfds.open_builder(dataset, data_dir, download)
         image_key, label_key, num_classes, small = tfds.features_of(builder)
-        train, validation, test = tfds.splits_of(builder, image_key, label_key, splits, data_dir)
-        read = None
+        parts = tfds.splits_of(builder, image_key, label_key, splits, data_dir)
+    read = tf.io.read_file if files else tf.identity
     if augment == "auto":
         augment = "shift" if small else "imagenet"
     if flip is None:
-        lower = dataset.lower()
-        flip = augment != "none" and not any(word in lower for word in _NEVER_FLIPPED)
+        flip = augment != "none" and not any(word in dataset.lower() for word in _NEVER_FLIPPED)
 
     def preprocess_train(element: Any, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         encoded, label = element
-        encoded = read(encoded) if read else encoded
-        image = images.decode_train(encoded, seed, image_size, augment, flip)
-        return normalise(image), label
+        return normalise(images.decode_train(read(encoded), seed, image_size, augment, flip)), label
 
     def preprocess_eval(encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        encoded = read(encoded) if read else encoded
-        return normalise(images.decode_eval(encoded, image_size, augment)), label
+        return normalise(images.decode_eval(read(encoded), image_size, augment)), label
 
     return Data(
-        train=train,
-        validation=validation,
-        test=test,
+        *parts,
         preprocess_train=preprocess_train,
         preprocess_eval=preprocess_eval,
         num_outputs=num_classes,
         name=dataset,
-        shuffle_buffer=SMALL_SHUFFLE_BUFFER if small or read else LARGE_SHUFFLE_BUFFER,
+        shuffle_buffer=SMALL_SHUFFLE_BUFFER if small or files else LARGE_SHUFFLE_BUFFER,
     )

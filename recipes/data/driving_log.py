@@ -8,6 +8,7 @@ positive to the right.
 
 import csv
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -206,30 +207,29 @@ def load(
     ]
     splits = [_as_split(train)]
     splits += [_as_split([(f.center, f.steering) for f in part]) for part in parts[1:]]
-
-    def preprocess_train(element, seed):
-        path, angle = element
-        x = _road(path, image_shape)
-        flip_seed, light_seed = tf.unstack(tf.random.split(seed, 2))
-        mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
-        x = tf.where(mirrored, tf.reverse(x, [1]), x)
-        light = tf.random.stateless_uniform([], light_seed, -0.2, 0.2)
-        return tf.clip_by_value(x + light, -1.0, 1.0), tf.where(mirrored, -angle, angle)[None]
-
-    def preprocess_eval(path, angle):
-        return _road(path, image_shape), angle[None]
-
     return Drive(
         train=splits[0],
         validation=splits[1],
         test=splits[2],
-        preprocess_train=preprocess_train,
-        preprocess_eval=preprocess_eval,
+        preprocess_train=functools.partial(_training_example, image_shape=image_shape),
+        preprocess_eval=lambda path, angle: (_road(path, image_shape), angle[None]),
         num_outputs=1,
         name=f"drive ({Path(data_dir).name})",
         parts=parts,
         correction=correction,
     )
+
+
+def _training_example(
+    element: tuple[tf.Tensor, tf.Tensor], seed: tf.Tensor, image_shape: tuple[int, int]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    path, angle = element
+    x = _road(path, image_shape)
+    flip_seed, light_seed = tf.unstack(tf.random.split(seed, 2))
+    mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
+    x = tf.where(mirrored, tf.reverse(x, [1]), x)
+    light = tf.random.stateless_uniform([], light_seed, -0.2, 0.2)
+    return tf.clip_by_value(x + light, -1.0, 1.0), tf.where(mirrored, -angle, angle)[None]
 
 
 def _road(path: tf.Tensor, image_shape: tuple[int, int]) -> tf.Tensor:
