@@ -317,9 +317,7 @@ def calibrate(
         ValueError: an argument out of its range, a model without a `ClippedOptimizer`, or no
             update with finite gradients.
     """
-    count = validation.steps("calibrate", "steps", steps)
-    if count is None:
-        raise ValueError("calibrate: `steps` must be a whole number of at least 1, not None.")
+    count = validation.count("calibrate", "steps", steps)
     percentile = _percentile(percentile)
     beta = validation.positive("calibrate", "beta", beta)
     eps = validation.positive("calibrate", "eps", eps)
