@@ -235,6 +235,18 @@ def check_tables(folder: Path, needed: Sequence[str]) -> None:
                 )
 
 
+def read_seconds(path: Path) -> float:
+    """How long the run of a `result.json` took.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    content = opts.read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("seconds"), (int, float)):
+        raise RecipeError(f"{path}: has no number 'seconds'; delete it to have it made again")
+    return float(content["seconds"])
+
+
 def keep_epochs(path: Path, last: int) -> None:
     """Drops the rows of epochs after `last`, which a resumed run writes again."""
     rows = [row for row in read_history(path) if row["epoch"] <= last]

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import tensorflow as tf
 
 import keras_gradclip as kgc
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip._files import read_json, write_json
-from recipes.data import Data, Part, Split, eval_batches, steps_per_epoch, train_stream
+from keras_gradclip._files import write_json
+from recipes.data import Data
 from recipes.errors import RecipeError, TrainingDiverged, plain_errors
 from recipes.models import inference_model
 from recipes.training import callbacks as cb
@@ -31,6 +31,7 @@ from recipes.training.build import (
 )
 from recipes.training.devices import dtype_policy, make_strategy, named_losses
 from recipes.training.diagnose import replay
+from recipes.training.feed import Feed
 from recipes.training.option_table import Options
 from recipes.training.recipe import Recipe, Result
 
@@ -122,7 +123,8 @@ class Session:
         self.writes = cluster is None or cluster.is_chief
         self.recipe, self.options, self.folder, self.data = recipe, options, folder, data
         self.clipper, self.strategy, self.started = clipper, strategy, started
-        self.steps = steps_per_epoch(data.train, options.batch_size, options.limit_steps)
+        self.feed = Feed(data, options, strategy if cluster else None)
+        self.steps = self.feed.steps
         self.selection = checkpoint.Selection(options.select_best, recipe.monitor, recipe.mode)
         self.monitor_folder: Path | None = None
         # Now, and not only at the start: preparing data may have drawn random numbers.
@@ -150,7 +152,7 @@ class Session:
         first_epoch, first_step = divmod(start, self.steps)
         self._check_start(start)
         self._announce(start)
-        validation = self._shared_eval_batches(self.data.validation)
+        validation = self.feed.shared(self.feed.evaluation, self.data.validation)
         self.create_state()
         if restored is not None:
             with plain_errors():
@@ -197,7 +199,7 @@ class Session:
         )
         try:
             self.model.fit(
-                self._shared_stream(start),
+                self.feed.shared(self.feed.training, start),
                 initial_epoch=first_epoch,
                 epochs=self.options.epochs,
                 steps_per_epoch=self.steps,
@@ -241,10 +243,8 @@ class Session:
         path = self.folder / folders.BACKUP
         if not path.exists():
             return None
-        try:
+        with plain_errors():
             return checkpoint.load_backup(path)
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
 
     def _end_of_finished_run(self) -> tuple[int, float]:
         """The steps and seconds of a run that ended and whose backup is gone."""
@@ -255,15 +255,7 @@ class Session:
                 "backup is gone: start a new run with more --epochs (and --keep-backup, to go on "
                 "after its end)"
             )
-        return self.options.epochs * self.steps, self._saved_seconds()
-
-    def _saved_seconds(self) -> float:
-        path = self.folder / folders.RESULT
-        with plain_errors():
-            content = read_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("seconds"), (int, float)):
-            raise RecipeError(f"{path}: has no number 'seconds'; delete it to have it made again")
-        return float(content["seconds"])
+        return self.options.epochs * self.steps, folders.read_seconds(self.folder / folders.RESULT)
 
     def _verbosity(self) -> int:
         if not self.writes:
@@ -272,51 +264,15 @@ class Session:
             return 1 if sys.stdout.isatty() else 2
         return {"quiet": 0, "bar": 1, "line": 2}[self.options.verbose]
 
-    # ------------------------------------------------------------------------------------- data
-
     def create_state(self) -> None:
         """Makes the variables of the optimizer and the metrics, before the first step does."""
         with self._scope(), plain_errors():
             self.model.optimizer.build(self.model.trainable_variables)
-        self.model.evaluate(self._eval_batches(self.data.validation), steps=1, verbose=0)
+        self.model.evaluate(self.feed.evaluation(self.data.validation), steps=1, verbose=0)
 
     def stream(self, start: int) -> tf.data.Dataset:
         """Endless training batches, from global step `start` on."""
-        return train_stream(
-            self.data, self.options.batch_size, self.options.seed, start, self.steps
-        )
-
-    def _shared_stream(self, start: int) -> Any:
-        """The stream, of which each worker of several prepares its part alone."""
-        batch, seed = self.options.batch_size, self.options.seed
-        return self._shared(
-            lambda part: train_stream(self.data, batch, seed, start, self.steps, part),
-            lambda: self.stream(start),
-        )
-
-    def _shared_eval_batches(self, split: Split) -> Any:
-        return self._shared(
-            lambda part: self._eval_batches(split, part), lambda: self._eval_batches(split)
-        )
-
-    def _shared(self, make_part: Callable[[Part], Any], make_whole: Callable[[], Any]) -> Any:
-        if self.cluster is None:
-            return make_whole()
-
-        def make(context: Any) -> Any:
-            return make_part(
-                Part(
-                    context.input_pipeline_id,
-                    context.num_input_pipelines,
-                    context.num_replicas_in_sync,
-                )
-            )
-
-        return self.strategy.distribute_datasets_from_function(make)
-
-    def _eval_batches(self, split: Split, *part: Part) -> tf.data.Dataset:
-        batches = eval_batches(self.data, split, self.options.batch_size, *part)
-        return batches.take(self.options.limit_steps) if self.options.limit_steps else batches
+        return self.feed.training(start)
 
     # -------------------------------------------------------------------------------- callbacks
 
@@ -325,7 +281,7 @@ class Session:
         if first_step:
             chain.append(cb.PartialEpoch(self.steps - first_step))
         if self.options.select_best == "beats-test":
-            chain.append(cb.TestScore(self._shared_eval_batches(self.data.test)))
+            chain.append(cb.TestScore(self.feed.shared(self.feed.evaluation, self.data.test)))
         if self.cluster is not None:
             chain.append(cb.AverageStatistics())
         chain.append(cb.Telemetry(self.folder / folders.LAYERS, self.writes))
@@ -371,11 +327,10 @@ class Session:
         plots.draw_from_files(self.folder, f"{self.recipe.name} on {self.data.name}", metric)
         if self.monitor_folder is not None:
             print(f"Gradient report: {kgc.report(self.monitor_folder)}")
-        kept = self.selection.kept(rows)
+        kept, sign = self.selection.kept(rows), self.selection.sign
         place = kept
         if place is None:
-            scores = [self.selection.sign * row[self.recipe.monitor] for row in rows]
-            place = scores.index(max(scores))
+            place = max(range(len(rows)), key=lambda i: sign * rows[i][self.recipe.monitor])
         fractions = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
         return Result(
             recipe=self.recipe.name,
@@ -400,7 +355,7 @@ class Session:
             metrics=build_metrics(self.recipe),
             jit_compile=False,
         )
-        return model.evaluate(self._eval_batches(self.data.test), verbose=0, return_dict=True)
+        return model.evaluate(self.feed.evaluation(self.data.test), verbose=0, return_dict=True)
 
 
 def _summary(result: Result) -> dict[str, object]:
