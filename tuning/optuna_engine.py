@@ -15,29 +15,30 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from keras_gradclip.tuning.optuna_space import grid, suggest
 from recipes.errors import RecipeError
 from tuning import workers
-from tuning.rows import TrialRow, best_of_each, ranked
-from tuning.trial_runner import trial_row
+from tuning.optuna_trials import (
+    BASELINE,
+    CONFIRMS,
+    ERROR,
+    METRICS,
+    MOST_LOSSES,
+    SURPLUS,
+    VALUES,
+    Trials,
+    name_of,
+    origin,
+)
+from tuning.rows import TrialRow, best_of_each
 
 if TYPE_CHECKING:
     from tuning.session import Session
 
 TRIALS = 10  # where nothing else is said
-MOST_LOSSES = MOST_FAILURES = 3
-_BASELINE, _CONFIRMS, _METRICS = "baseline", "confirms", "metrics"
-_VALUES, _ERROR, _SURPLUS = "values", "error", "surplus"
-_STATES = {
-    TrialState.COMPLETE: "completed",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "running",
-}
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,12 @@ class OptunaEngine:
         """Runs the search, in this process or in workers of this machine; then confirms."""
         with _no_experimental_warnings():
             try:
-                self.study = self._open()
+                self.trials = Trials(self._open())
             except SQLAlchemyError as error:  # without the URL, which may hold a password
                 text = getattr(error, "orig", None) or type(error).__name__
                 raise RecipeError(f"the study cannot be opened: {text}") from error
             self._enqueue_first()
-            done = [name for name, trial in self._trials().items() if trial.state.is_finished()]
+            done = self.trials.finished()
             self._told = {(name, event) for name in done for event in ("begin", "end")}
             self.session.introduce(f"at most {self._limit()} trials", len(done))
             self._work_here_or_in_workers()
@@ -169,11 +170,11 @@ class OptunaEngine:
             first = plain[0]
         elif "learning_rate" in space:
             first["learning_rate"] = space["default_learning_rate"]
-        known = self.study.get_trials(deepcopy=False)
-        if not any(_BASELINE in trial.user_attrs for trial in known):
-            self.study.enqueue_trial(first, user_attrs={_BASELINE: True})
+        study = self.trials.study
+        if not any(BASELINE in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
+            study.enqueue_trial(first, user_attrs={BASELINE: True})
         for combination in combinations[: self._limit()]:
-            self.study.enqueue_trial(combination, skip_if_exists=True)
+            study.enqueue_trial(combination, skip_if_exists=True)
 
     def _enqueue_confirmations(self) -> None:
         rows = self.rows()
@@ -183,9 +184,9 @@ class OptunaEngine:
             return
         for row in sorted(filter(None, best_of_each(own)), key=own.index):
             if row.trial not in confirmed:
-                again = {_CONFIRMS: row.trial}
-                params = self._trials()[row.trial].params
-                self.study.enqueue_trial(params, user_attrs=again)
+                again = {CONFIRMS: row.trial}
+                params = self.trials.by_name()[row.trial].params
+                self.trials.study.enqueue_trial(params, user_attrs=again)
 
     def _limit(self) -> int:
         """Trials of the search itself."""
@@ -222,34 +223,34 @@ class OptunaEngine:
         if not (folder / "search.json").exists():
             raise RecipeError(f"{folder}: no search runs here to --join")
         with _no_experimental_warnings(), workers.heartbeat(folder):
-            self.study = self._open()
+            self.trials = Trials(self._open())
             self._take_trials()
 
     def _take_trials(self) -> None:
         """Runs trials until there are none to run, nor any that may come back."""
         while True:
-            fail_stale_trials(self.study)
-            trials = self._trials().values()
+            fail_stale_trials(self.trials.study)
+            trials = self.trials.by_name().values()
             states = [trial.state for trial in trials]
-            own = sum(_CONFIRMS not in trial.user_attrs for trial in trials)
+            own = sum(CONFIRMS not in trial.user_attrs for trial in trials)
             if TrialState.WAITING in states or own < self._limit():
                 catch = (_SurplusTrial, _FailedTrial)
-                self.study.optimize(self._run_trial, n_trials=1, catch=catch)
+                self.trials.study.optimize(self._run_trial, n_trials=1, catch=catch)
                 self._tell()
-                self._check_failures()
+                self.trials.check_failures()
             elif TrialState.RUNNING in states:
                 time.sleep(1)
             else:
                 return
 
     def _run_trial(self, trial: optuna.Trial) -> float:
-        own = [t for t in self._trials().values() if _CONFIRMS not in t.user_attrs]
-        before = sum(_origin(other) < trial.number for other in own)
-        again = _origin(self._frozen(trial)) != trial.number
-        if before >= self._limit() and not again and _CONFIRMS not in trial.user_attrs:
-            trial.set_user_attr(_SURPLUS, True)
+        own = [t for t in self.trials.by_name().values() if CONFIRMS not in t.user_attrs]
+        before = sum(origin(other) < trial.number for other in own)
+        again = origin(self.trials.frozen(trial)) != trial.number
+        if before >= self._limit() and not again and CONFIRMS not in trial.user_attrs:
+            trial.set_user_attr(SURPLUS, True)
             raise _SurplusTrial
-        trial.set_user_attr(_VALUES, suggest(trial, **self.session.space))
+        trial.set_user_attr(VALUES, suggest(trial, **self.session.space))
         self._tell()
         try:
             return self._train(trial)
@@ -257,15 +258,14 @@ class OptunaEngine:
             raise
         except (RecipeError, OSError, KeyboardInterrupt):
             # The end of this process, or the same in every trial, as a full disk: try it again.
-            self._again(self.study, self._frozen(trial))
+            self._again(self.trials.study, self.trials.frozen(trial))
             raise
         except Exception as error:
-            trial.set_user_attr(_ERROR, f"{type(error).__name__}: {error}")
+            trial.set_user_attr(ERROR, f"{type(error).__name__}: {error}")
             raise _FailedTrial from error
 
     def _train(self, trial: optuna.Trial) -> float:
-        name = self.objective.name
-        prunable = not {_CONFIRMS, _BASELINE} & trial.user_attrs.keys()
+        prunable = not {CONFIRMS, BASELINE} & trial.user_attrs.keys()
         seen: set[int] = set()
         pruned = False
 
@@ -278,42 +278,24 @@ class OptunaEngine:
             return pruned
 
         metrics = self.session.runner().run(
-            trial.user_attrs[_VALUES],
-            self.session.folder / "trials" / f"trial_{_name(self._frozen(trial))}",
-            confirms=_CONFIRMS in trial.user_attrs,
+            trial.user_attrs[VALUES],
+            self.session.folder / "trials" / f"trial_{name_of(self.trials.frozen(trial))}",
+            confirms=CONFIRMS in trial.user_attrs,
             on_epoch=on_epoch,
         )
-        trial.set_user_attr(_METRICS, metrics)
+        trial.set_user_attr(METRICS, metrics)
         if pruned:
             raise optuna.TrialPruned
-        return metrics[name]
-
-    def _check_failures(self) -> None:
-        """Three failures in a row end a search, as with KerasTuner."""
-        ended = [trial for trial in self._trials().values() if trial.datetime_complete]
-        ended.sort(key=lambda trial: str(trial.datetime_complete))
-        errors = [trial.user_attrs.get(_ERROR) for trial in ended[-MOST_FAILURES:]]
-        if len(errors) == MOST_FAILURES and all(errors):
-            raise RuntimeError(f"{MOST_FAILURES} trials in a row failed; the last: {errors[-1]}")
-
-    # ---------------------------------------------------------------------------------- the trials
-
-    def _trials(self) -> dict[str, FrozenTrial]:
-        """By name; of a trial that was run again, the last."""
-        trials = self.study.get_trials(deepcopy=False)
-        return {_name(t): t for t in trials if _SURPLUS not in t.user_attrs}
-
-    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[trial.number]
+        return metrics[self.objective.name]
 
     def _tell(self) -> None:
         """Says which trials began and ended since last time."""
-        for name, trial in self._trials().items():
+        for name, trial in self.trials.by_name().items():
             attributes = trial.user_attrs
-            if _VALUES in attributes and (name, "begin") not in self._told:
+            if VALUES in attributes and (name, "begin") not in self._told:
                 self._told.add((name, "begin"))
-                values = attributes[_VALUES]
-                self.session.trial_begins(name, values, attributes.get(_CONFIRMS, ""))
+                values = attributes[VALUES]
+                self.session.trial_begins(name, values, attributes.get(CONFIRMS, ""))
             if trial.state.is_finished() and (name, "end") not in self._told:
                 self._told.add((name, "end"))
                 if not self.joins:  # whose search it is writes the files
@@ -321,45 +303,11 @@ class OptunaEngine:
 
     def rows(self) -> list[TrialRow]:
         """The study's trials."""
-        rows = []
-        for name, trial in self._trials().items():
-            attributes = trial.user_attrs
-            rows.append(
-                trial_row(
-                    name,
-                    _STATES[trial.state],
-                    attributes.get(_VALUES, trial.params),
-                    math.nan if trial.value is None else trial.value,
-                    attributes.get(_METRICS, {}),
-                    baseline=_BASELINE in attributes,
-                    confirms=attributes.get(_CONFIRMS, ""),
-                    message=attributes.get(_ERROR, f"{MOST_LOSSES} workers were lost in it"),
-                )
-            )
-        return ranked(rows, self.objective.direction)
+        return self.trials.rows(self.objective.direction)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Of the numbers that were suggested."""
-        result = {}
-        for trial in self._trials().values():
-            for name, distribution in trial.distributions.items():
-                low, high = getattr(distribution, "low", None), getattr(distribution, "high", None)
-                choices = getattr(distribution, "choices", ())
-                if choices and all(isinstance(choice, float) for choice in choices):
-                    low, high = min(choices), max(choices)
-                if low is not None and high is not None:
-                    result[name] = (low, high)
-        return result
-
-
-def _origin(trial: FrozenTrial) -> int:
-    """The number of the trial that this one runs again, else its own."""
-    first = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
-    return trial.number if first is None else first
-
-
-def _name(trial: FrozenTrial) -> str:
-    return f"{_origin(trial):04d}"
+        return self.trials.ranges()
 
 
 @contextlib.contextmanager
