@@ -32,3 +32,8 @@ def find_recipe(name: str) -> "Recipe":
         raise RecipeError(f"{name!r} is not a recipe: choose from {', '.join(RECIPES)}")
     module, attribute = RECIPES[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def script_of(name: str) -> str:
+    """The file that runs a recipe of `RECIPES`, from the folder above recipes/."""
+    return RECIPES[name][0].replace(".", "/") + ".py"

@@ -23,7 +23,7 @@ if not __package__:  # run as a script: the folder above tuning/ holds its packa
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError, RunFailed, first_line
 from recipes.registry import RECIPES
-from recipes.training.clipper_options import clippers, import_modules
+from recipes.training.clipper_options import import_modules
 from tuning.session import SMALL, Session
 from tuning.space_flags import add_flags
 from tuning.verdict import LEAST_RUNS
@@ -79,31 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--storage", metavar="URL", help="optuna: its database (a file in the output folder)")
     add("--join", action="store_true", help="optuna: one more process for a search that runs")
     add("--traceback", action="store_true", help="errors with their traceback")
-
-    add = parser.add_argument_group("search space").add_argument
-    add(
-        "--clippers",
-        nargs="+",
-        metavar="NAME",
-        default=["absolute", "exponential", "norm"],
-        help=f"of {', '.join(clippers())}; none is always there (%(default)s)",
-    )
-    add(
-        "--calibration",
-        metavar="FILE",
-        help="centre the thresholds' ranges on what keras_gradclip.calibrate saved there",
-    )
-    add("--search-gate", action="store_true", help="also search the activation gate")
-    add("--groups", action="store_true", help="a threshold each for stem, stages and head")
-    add(
-        "--learning-rate-range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="log (a third to three times the recipe's)",
-    )
-    add("--fix-learning-rate", action="store_true", help="search at the recipe's alone")
-    add("--points", type=int, default=4, help="grid: values a number (%(default)s)")
     add_flags(parser)
     return parser
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from keras_gradclip._files import read_json, write_json
 from recipes.errors import RecipeError
-from recipes.registry import RECIPES, find_recipe
+from recipes.registry import find_recipe, script_of
 from recipes.training import Recipe
 from recipes.training import options as opts
 from recipes.training.folder import folder_named
 from recipes.training.quiet import import_tensorflow
 from tuning.rows import PROJECT, TrialRow, best_row, describe, formatter
+from tuning.space_flags import replacements, search_space
 
 SEARCH = "search.json"
 # Enough to tell thresholds apart, little enough for minutes on two cores. Explicit options win.
@@ -114,8 +115,6 @@ class Session:
         return KerasTunerEngine(self)
 
     def _recipe_options(self, rest: Sequence[str]) -> dict[str, Any]:
-        from tuning.space_flags import replacements
-
         parsed = opts.parse(self.recipe, rest)
         given = {**parsed.config, **parsed.given}
         self.searched = {**_SEARCHED, **dict(replacements())}
@@ -130,55 +129,6 @@ class Session:
         given = {**small, **quiet, **given}
         self.recipe.options(**given)  # the check
         return given
-
-    # ---------------------------------------------------------------------------- what is searched
-
-    def search_space(self) -> dict[str, Any]:
-        """Arguments of `clip_hyperparameters`."""
-        from keras_gradclip.tuning.space import calibrated_ranges
-        from tuning.space_flags import varied
-
-        args = self.args
-        clippers = ["none", *(name for name in args.clippers if name != "none")]
-        centred = calibrated_ranges(args.calibration) if args.calibration else {}
-        space = {
-            "clippers": clippers,
-            **centred,
-            **varied(args, clippers),
-            "activation_gate": args.search_gate,
-            "points": args.points if args.tuner == "grid" else None,
-            "groups": self._groups() if args.groups else None,
-        }
-        if args.fix_learning_rate:
-            if args.learning_rate_range:
-                raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
-            return space
-        rate = self.recipe.options(**self.given).learning_rate
-        low, high = args.learning_rate_range or (rate / 3, rate * 3)
-        if not low <= rate <= high:
-            raise RecipeError(
-                f"--learning-rate-range {low:g} {high:g}: must hold the baseline's learning rate, "
-                f"{rate:g}; set that with --learning-rate"
-            )
-        return {**space, "learning_rate": (low, high), "default_learning_rate": rate}
-
-    def _groups(self) -> dict[str, str]:
-        import keras_gradclip as kgc
-        from keras_gradclip.tuning.space import layer_groups
-        from recipes import models
-
-        options = self.recipe.options(**self.given)
-        if self.recipe.build:
-            model = self.recipe.build(10, options.image_size, kgc.ClippedModel, options)
-        else:
-            model = models.build(
-                self.recipe.network,
-                num_classes=10,
-                image_size=options.image_size,
-                model_class=kgc.ClippedModel,
-                **self.recipe.network_options,
-            )
-        return layer_groups(model)
 
     def objective_named(self) -> tuple[str, str | None]:
         """The objective's name, and its direction where the command line or the recipe tells."""
@@ -209,7 +159,7 @@ class Session:
         """Runs the search, or serves one; returns the exit status."""
         import_tensorflow()
         self.engine = self._engine()
-        self.space = self.search_space()
+        self.space = search_space(self.args, self.recipe, self.given)
         self.engine.prepare()
         if self.engine.joins:
             self.engine.work()
@@ -347,20 +297,14 @@ class Session:
         from tuning.trial_runner import trial_settings
 
         settings = trial_settings(self.given, self.space, best["values"])
+        for name in ("clipper", "clip_config", "tensorboard", "verbose"):
+            settings.pop(name, None)
+        settings = {n: v for n, v in settings.items() if n not in SMALL or v != SMALL[n]}
         program = self.args.recipe
         if not program.endswith(".py"):
-            program = f"{RECIPES[program][0].replace('.', '/')}.py"
+            program = script_of(program)
         words = ["python", program, "--clip-config", str(self.folder / "best.json")]
-        known = opts.table(self.recipe.extra_options)
-        for name, value in settings.items():
-            hidden = ("clipper", "clip_config", "tensorboard", "verbose")
-            if name in hidden or (name in SMALL and value == SMALL[name]):
-                continue
-            if known[name].kind is bool:
-                words.append(known[name].flag if value else f"--no-{name.replace('_', '-')}")
-            else:
-                words += [known[name].flag, str(value)]
-        return shlex.join(words)
+        return shlex.join([*words, *opts.as_words(self.recipe, settings)])
 
 
 def load_recipe(name: str):

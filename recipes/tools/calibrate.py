@@ -30,7 +30,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shlex
 import sys
 import zipfile
@@ -52,7 +51,7 @@ import keras_gradclip as kgc
 from keras_gradclip._files import replace_file, write_csv, write_json
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError
-from recipes.registry import RECIPES, find_recipe
+from recipes.registry import RECIPES, find_recipe, script_of
 from recipes.training import options as opts
 from recipes.training import prepared
 from recipes.training.callbacks import NonFinite, StopAtNonFinite
@@ -452,19 +451,10 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
 def training_command(name: str, rest: list[str]) -> str:
     """The command that trains the recipe with the same options, but for the clipper's."""
     recipe = find_recipe(name)
-    known = opts.table(recipe.extra_options)
-    words = ["python", RECIPES[name][0].replace(".", os.sep) + ".py"]
-    given = dict(opts.parse(recipe, rest).given)
+    given = {n: v for n, v in opts.parse(recipe, rest).given.items() if n not in clipping_options()}
     if "task" in recipe.settings:  # two recipes of one script
         given = {"task": recipe.settings["task"]} | given
-    for option, value in given.items():
-        if option in clipping_options():
-            continue
-        if isinstance(value, bool):
-            words.append(known[option].flag if value else f"--no-{known[option].flag[2:]}")
-        else:
-            words += [known[option].flag, str(value)]
-    return shlex.join(words)
+    return shlex.join(["python", script_of(name), *opts.as_words(recipe, given)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -209,5 +209,17 @@ def saved_options(recipe, options: Options) -> dict:
     }
 
 
+def as_words(recipe, values: Mapping) -> list[str]:
+    """The command line that gives these values, those that are None left out."""
+    known, words = table(recipe.extra_options), []
+    for name, value in values.items():
+        flag = known[name].flag
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            words += [flag, str(value)]
+    return words
+
+
 def _unknown(name: str, known, source: str) -> str:
     return f"{source}: unknown option {name!r}{did_you_mean(name, known)}"
