@@ -184,9 +184,8 @@ class OptunaEngine:
             return
         for row in sorted(filter(None, best_of_each(own)), key=own.index):
             if row.trial not in confirmed:
-                again = {CONFIRMS: row.trial}
                 params = self.trials.by_name()[row.trial].params
-                self.trials.study.enqueue_trial(params, user_attrs=again)
+                self.trials.study.enqueue_trial(params, user_attrs={CONFIRMS: row.trial})
 
     def _limit(self) -> int:
         """Trials of the search itself."""
