@@ -26,14 +26,14 @@ the 90th percentile clips nearly every early update and none later: a guard for 
 schedule and the percentile clipper clip about evenly throughout.
 """
 
-import dataclasses
-import functools
+import contextlib
+import itertools
 import json
 import math
 import shlex
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 import keras_gradclip as kgc
-from keras_gradclip._files import replace_file, write_csv, write_json
+from keras_gradclip._files import replace_file, write_json
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe, script_of
+from recipes.tools._choices import WINDOW, Choice, choices, draw, steady, write_table
 from recipes.training import options as opts
 from recipes.training import prepared
 from recipes.training.callbacks import NonFinite, StopAtNonFinite
@@ -61,32 +62,7 @@ from recipes.training.option_table import Options
 SEGMENTS = 8
 #: Updates that a part of the run must have for a percentile of its own.
 LEAST = 20
-#: What `PercentileClip` remembers: few enough to keep up with norms that fall in the first epoch.
-WINDOW = 20
-EIGHTHS = 8
-#: More or less than this share of an eighth of the run, and a clip is called uneven.
-FITS = (0.02, 0.3)
 WATCHED = "watched.npz"
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A file for `--clip-config`, and what it would have clipped of the updates watched.
-
-    Attributes:
-        name: the file's name.
-        shares: share of (layer, update) pairs clipped, for each eighth of the run, in 0..1.
-        overall: the same over the whole run.
-    """
-
-    name: str
-    shares: list[float]
-    overall: float
-
-    @property
-    def fits(self) -> bool:
-        """Whether it clips at all times, and at no time too much."""
-        return FITS[0] <= min(self.shares) and max(self.shares) <= FITS[1]
 
 
 # ------------------------------------------------------------------------------------- watching
@@ -120,16 +96,16 @@ def watch(recipe, options: Options, steps: int | None, folder: Path, percentile:
         beta = {}
         if options.clipper == "exponential" and "beta" in options.clipping:
             beta = {"beta": options.clipping["beta"]}
-        progress = _progress(count * options.accumulate, options.verbose)
         try:
-            return kgc.calibrate(
-                run.model,
-                run.stream(0),
-                steps=count,
-                percentile=percentile,
-                callbacks=[Stop(skips=options.skip_nonfinite), progress],
-                **beta,
-            )
+            with _progress(count * options.accumulate, options.verbose) as progress:
+                return kgc.calibrate(
+                    run.model,
+                    run.stream(0),
+                    steps=count,
+                    percentile=percentile,
+                    callbacks=[Stop(skips=options.skip_nonfinite), progress],
+                    **beta,
+                )
         except NonFinite as error:
             raise RecipeError(
                 f"training diverged at step {error.step}: there is nothing to take thresholds "
@@ -137,44 +113,23 @@ def watch(recipe, options: Options, steps: int | None, folder: Path, percentile:
             ) from None
         except ValueError as error:
             raise RecipeError(str(error)) from error
-        finally:
-            progress.close()
 
 
-def _progress(batches: int, verbose: str):
-    """A Keras callback: a bar on a terminal, else a line every tenth of the way."""
+@contextlib.contextmanager
+def _progress(batches: int, verbose: str) -> Iterator[keras.callbacks.Callback]:
+    """A bar on a terminal, else a line every tenth of the way."""
+    shown = sys.stdout.isatty() if verbose == "auto" else verbose == "bar"
+    columns = ("watching", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
+    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as bar:
+        task, numbers = bar.add_task("", total=batches, loss=""), itertools.count(1)
 
-    class Show(keras.callbacks.Callback):
-        def __init__(self):
-            super().__init__()
-            self.done, self.loss = 0, float("nan")
-            bar = sys.stdout.isatty() if verbose == "auto" else verbose == "bar"
-            self.bar = None
-            if bar:
-                columns = ("watching", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
-                self.bar = Progress(*columns, TimeRemainingColumn())
-                self.task = self.bar.add_task("", total=batches, loss="")
+        def tell(batch, logs=None):
+            done, loss = next(numbers), f"loss {(logs or {}).get('loss', math.nan):.3f}"
+            bar.update(task, completed=done, loss=loss)
+            if not shown and verbose != "quiet" and done % max(1, batches // 10) == 0:
+                print(f"watched {done} of {batches} steps, {loss}", flush=True)
 
-        def on_train_begin(self, logs=None):
-            if self.bar:
-                self.bar.start()
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.done += 1
-            loss = f"loss {(logs or {}).get('loss', float('nan')):.3f}"
-            if self.bar:
-                self.bar.update(self.task, completed=self.done, loss=loss)
-            elif verbose != "quiet" and self.done % max(1, batches // 10) == 0:
-                print(f"watched {self.done} of {batches} steps, {loss}", flush=True)
-
-        def on_train_end(self, logs=None):
-            self.close()
-
-        def close(self):
-            if self.bar:
-                self.bar.stop()
-
-    return Show()
+        yield keras.callbacks.LambdaCallback(on_train_batch_end=tell)
 
 
 def save_watched(path: Path, found) -> None:
@@ -218,153 +173,17 @@ def load_watched(path: Path, percentile: float):
         raise RecipeError(f"{path}: cannot be read ({error}); delete it to watch again") from error
 
 
-# -------------------------------------------------------------------------------------- results
-
-
 def parts_of(found, segments: int) -> int:
     """As many parts of the updates watched as have enough of them, at most `segments`."""
     return max(1, min(segments, found.updates // LEAST))
 
 
-def choices(found, segments: int, output: Path) -> list[Choice]:
-    """Writes the files for `--clip-config` and tells what each would have clipped."""
-    result = []
-    kinds = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
-    for kind in kinds:
-        name = f"clip-{kind}.json"
-        replace_file(output / name, functools.partial(found.save, kind=kind))
-        result.append(_choice(name, clipped(found, kind, 1)))
-    for kind in kinds if segments > 1 else ():
-        name = f"clip-{kind}-schedule.json"
-        replace_file(output / name, functools.partial(found.save, kind=kind, segments=segments))
-        result.append(_choice(name, clipped(found, kind, segments)))
-    follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
-    write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
-    hit = clipped_by_percentile(found.samples["norm"], found.percentile)
-    result.append(_choice("clip-percentile.json", hit))
-    return result
-
-
-def _choice(name: str, hit: np.ndarray) -> Choice:
-    parts = [part for part in np.array_split(hit, EIGHTHS) if len(part)]
-    return Choice(name, [float(np.nanmean(p)) for p in parts], float(np.nanmean(hit)))
-
-
-def clipped(found, kind: str, segments: int) -> np.ndarray:
-    """Which samples lie above their threshold: `[updates, layers]`; NaN where none applies."""
-    parts = []
-    for part in np.array_split(found.samples[kind], segments):
-        if segments == 1:
-            known = [found.thresholds[kind][layer] for layer in found.layers]
-            limits = np.array([np.nan if t is None else t for t in known])
-        else:
-            limits = np.percentile(part, found.percentile, axis=0)
-        parts.append(np.where(np.isnan(part) | np.isnan(limits), np.nan, part > limits))
-    return np.concatenate(parts)
-
-
-def clipped_by_percentile(norms: np.ndarray, percentile: float, window: int = WINDOW):
-    """What `PercentileClip` would clip of norms `[updates, layers]`."""
-    hit = np.zeros(norms.shape)
-    for i, row in enumerate(norms):
-        hit[i] = row > np.percentile(norms[max(0, i - window + 1) : i + 1], percentile, axis=0)
-    return hit
-
-
-def steady(found_choices: list[Choice]) -> Choice:
-    """The simplest of norm's three that clips at all times; else the percentile clipper."""
-    by_name = {c.name: c for c in found_choices}
-    for name in ("clip-norm.json", "clip-norm-schedule.json"):
-        if name in by_name and by_name[name].fits:
-            return by_name[name]
-    return by_name["clip-percentile.json"]
-
-
-def write_table(path: Path, found) -> None:
-    """A row a layer: the spread of its norm, and the threshold of each clipper."""
-    spread = {"norm_min": 0, "norm_p10": 10, "norm_median": 50, "norm_p90": 90, "norm_max": 100}
-    columns = ("layer", *spread, *found.thresholds)
-    rows = []
-    for k, layer in enumerate(found.layers):
-        norms = found.samples["norm"][:, k]
-        values = {name: np.percentile(norms, q) for name, q in spread.items()}
-        values |= {kind: of_layer[layer] for kind, of_layer in found.thresholds.items()}
-        rows.append(
-            {"layer": layer} | {n: "" if v is None else f"{v:.6g}" for n, v in values.items()}
-        )
-
-    write_csv(path, columns, rows)
-
-
-def draw(path: Path, found, segments: int, title: str) -> None:
-    """Each layer's spread of norms and its threshold; norms, and what is clipped, over the run."""
-    from matplotlib.figure import Figure
-
-    norms = found.samples["norm"]
-    count = len(found.layers)
-    figure = Figure(figsize=(13, max(6.5, min(2 + 0.11 * count, 26))), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1])
-    layers = figure.add_subplot(grid[:, 0])
-    at = np.arange(count)
-    low, median, high = np.percentile(norms, (10, 50, 90), axis=0)
-    layers.hlines(at, np.maximum(low, 1e-30), high, color="C0", alpha=0.5, label="10 to 90 %")
-    layers.scatter(median, at, s=9, color="C0", label="median")
-    limits = [found.thresholds["norm"][layer] or np.nan for layer in found.layers]
-    label = f"threshold ({found.percentile:g}th percentile)"
-    layers.scatter(limits, at, s=14, color="C3", marker="|", label=label)
-    every = -(-count // 120)
-    layers.set_yticks(at[::every], found.layers[::every], fontsize=6 if count > 40 else 9)
-    layers.set(ylim=(count - 0.5, -0.5), xlabel="norm of the layer's gradient")
-    layers.legend(loc="best", fontsize="small")
-
-    over = figure.add_subplot(grid[0, 1])
-    steps = np.arange(1, len(norms) + 1)
-    alive = np.where(norms > 0, norms, np.nan)
-    over.fill_between(
-        steps, *np.nanpercentile(alive, (10, 90), axis=1), alpha=0.25, label="layers, 10 to 90 %"
-    )
-    over.plot(steps, np.nanmedian(alive, axis=1), lw=0.8, label="median layer")
-    over.plot(steps, found.samples["global"], lw=0.8, color="black", label="all layers")
-    over.set(ylabel="norm of the gradient", xlabel="update")
-    over.legend(fontsize="small")
-    layers.set_xscale("log")
-    over.set_yscale("log")
-
-    share = figure.add_subplot(grid[1, 1])
-    lines = {"one threshold a layer": clipped(found, "norm", 1)}
-    if segments > 1:
-        lines[f"{segments} thresholds in a row"] = clipped(found, "norm", segments)
-    lines[f"PercentileClip of the last {WINDOW}"] = clipped_by_percentile(norms, found.percentile)
-    smooth = max(1, len(norms) // 40)
-    for name, hit in lines.items():
-        means = [100 * np.nanmean(hit[i : i + smooth]) for i in range(0, len(hit), smooth)]
-        share.plot(steps[::smooth], means, label=name)
-    share.axhspan(5, 15, color="grey", alpha=0.15)
-    share.set(ylabel="layers clipped, % (grey: 5 to 15)", xlabel="update", ylim=(-3, 103))
-    share.legend(fontsize="small")
-    for axis in (layers, over, share):
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+# -------------------------------------------------------------------------------------- command
 
 
 def show(found, found_choices: list[Choice], segments: int, output: Path, command: str) -> None:
     """The tables on the terminal, and the command that trains with the result."""
-    console = Console()
-    left_out = f", {found.nonfinite} left out as not finite" if found.nonfinite else ""
-    table = Table(
-        title=f"thresholds: percentile {found.percentile:g} of {found.updates} updates{left_out}",
-        caption=f"exponential: gamma at beta={found.beta:g}; all layers together: norm "
-        f"{found.global_norm or 0:.3g} (--clipper norm --scope global --max-norm)",
-    )
-    table.add_column("layer", overflow="fold")
-    for kind in found.thresholds:
-        table.add_column(kind, justify="right")
-    for layer in found.layers:
-        values = (found.thresholds[kind][layer] for kind in found.thresholds)
-        table.add_row(layer, *("–" if v is None else f"{v:.3g}" for v in values))
-    console.print(table)
-
+    print(found)
     table = Table(
         title="what each would have clipped of the (layer, update) pairs watched",
         caption=f"KIND: one threshold a layer; KIND-schedule: {segments} in a row; "
@@ -376,7 +195,7 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
     for choice in found_choices:
         eighths = " ".join(f"{100 * s:.0f}" for s in choice.shares) + " %"
         table.add_row(choice.name, f"{100 * choice.overall:.1f} %", eighths)
-    console.print(table)
+    Console().print(table)
     constant = next((c for c in found_choices if c.name == "clip-norm.json"), None)
     even = steady(found_choices)
     if constant is not None and constant is not even:
@@ -392,20 +211,12 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
         print(f"  {command} --clip-config {output / name}")
 
 
-# -------------------------------------------------------------------------------------- command
-
-
 def watched_options(recipe, rest: list[str]) -> Options:
     """The recipe's options, unclipped unless `rest` names a clipper or a threshold."""
     parsed = opts.parse(recipe, rest)
-    if clipping_options() & set(parsed.given):
+    if opts.clipping_names() & set(parsed.given):
         return parsed.options
     return opts.resolve(recipe, parsed.config, {**parsed.given, "clipper": "none"})
-
-
-def clipping_options() -> set[str]:
-    """The options that choose a clipper."""
-    return opts.clipping_names()
 
 
 def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, output: Path):
@@ -451,7 +262,8 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
 def training_command(name: str, rest: list[str]) -> str:
     """The command that trains the recipe with the same options, but for the clipper's."""
     recipe = find_recipe(name)
-    given = {n: v for n, v in opts.parse(recipe, rest).given.items() if n not in clipping_options()}
+    clipping = opts.clipping_names()
+    given = {n: v for n, v in opts.parse(recipe, rest).given.items() if n not in clipping}
     if "task" in recipe.settings:  # two recipes of one script
         given = {"task": recipe.settings["task"]} | given
     return shlex.join(["python", script_of(name), *opts.as_words(recipe, given)])
