@@ -94,8 +94,8 @@ def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[o
         writer.writerows([columns, *rows] if fresh else rows)
 
 
-def read_csv(path: PathLike) -> list[dict[str, Any]]:
-    """The rows of a CSV file with numbers as floats; [] where there is no file.
+def read_csv(path: PathLike, numbers: bool = True) -> list[dict[str, Any]]:
+    """The rows of a CSV file, with `numbers` as floats; [] where there is no file.
 
     A last line that was cut off by a kill is left out.
 
@@ -119,7 +119,8 @@ def read_csv(path: PathLike) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}, line {number}: {len(row)} fields, and {len(head)} in the first line"
             )
-    return [{name: _number(value) for name, value in zip(head, row, strict=True)} for row in rows]
+    read: Callable[[str], float | str] = _number if numbers else str
+    return [{name: read(value) for name, value in zip(head, row, strict=True)} for row in rows]
 
 
 def _number(text: str) -> float | str:

@@ -14,21 +14,21 @@ loss or weights became NaN or infinite, `at chance` when its best validation acc
 twice that of guessing, else `learned`.
 """
 
-import argparse
-import csv
 import dataclasses
 import itertools
 import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
 
-from keras_gradclip._files import replace_file, write_csv, write_json
+from keras_gradclip._files import read_csv, replace_file, write_csv, write_json
+from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError, TrainingDiverged
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
@@ -93,10 +93,10 @@ def run_cell(recipe, values: dict, folder: Path) -> dict:
     try:
         result = run(recipe, options, folder)
     except TrainingDiverged as error:
-        history = _history(folder)
-        best = max((float(r["val_accuracy"]) for r in history), default=math.nan)
+        history = read_csv(folder / "history.csv")
+        best = max((r["val_accuracy"] for r in history), default=math.nan)
         row |= {"status": "diverged", "val_accuracy": best, "diverged_step": error.step}
-        row |= {"clip_fraction": _mean(float(r["clip_fraction"]) for r in history)}
+        row |= {"clip_fraction": _mean(r["clip_fraction"] for r in history)}
         return row | {"epochs": len(history), "seconds": round(time.monotonic() - started, 1)}
     if result is None:  # a worker of a cluster, which writes nothing
         return row
@@ -111,14 +111,6 @@ def run_cell(recipe, values: dict, folder: Path) -> dict:
     }
 
 
-def _history(folder: Path) -> list[dict]:
-    path = folder / "history.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _mean(values) -> float:
     values = list(values)
     return statistics.fmean(values) if values else math.nan
@@ -126,11 +118,8 @@ def _mean(values) -> float:
 
 def read(path: Path) -> list[dict]:
     """The rows of a `compare.csv`, numbers as numbers."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     numbers = {"learning_rate": float, "seed": int, "val_accuracy": float, "clip_fraction": float}
+    rows = read_csv(path, numbers=False)
     return [row | {name: kind(row[name]) for name, kind in numbers.items()} for row in rows]
 
 
@@ -281,39 +270,24 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     return [row for row in rows if key(row) in wanted]
 
 
-def main(argv=None) -> int:
-    """The exit status: 0, 2 for a mistake in the flags, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: see `recipes.command_line.exit_status`."""
+    parser = Parser(prog="compare", description=__doc__)
     parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clippers", nargs="+", default=[OWN, "none"])
     parser.add_argument("--output", help="folder (default: runs/compare-RECIPE)")
-    arguments, rest = parser.parse_known_args(argv)
-    output = Path(arguments.output or f"runs/compare-{arguments.recipe}")
-    try:
-        rows = compare(
-            find_recipe(arguments.recipe),
-            rest,
-            arguments.clippers,
-            arguments.learning_rates,
-            arguments.seeds,
-            output,
-        )
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    show(rows, arguments.recipe)
-    print(f"results in {output / 'compare.csv'} and {output / 'compare.png'}")
-    return 0
+
+    def work() -> None:
+        given, rest = parser.parse_known_args(argv)
+        output = Path(given.output or f"runs/compare-{given.recipe}")
+        recipe, rates = find_recipe(given.recipe), given.learning_rates
+        rows = compare(recipe, rest, given.clippers, rates, given.seeds, output)
+        show(rows, given.recipe)
+        print(f"results in {output / 'compare.csv'} and {output / 'compare.png'}")
+
+    return exit_status(work, interrupted="; the same command goes on from here")
 
 
 if __name__ == "__main__":

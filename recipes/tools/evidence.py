@@ -12,7 +12,6 @@ means it counts as guessing.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import math
@@ -29,8 +28,8 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
 import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip._files import append_csv
-from recipes.command_line import exit_status
+from keras_gradclip._files import append_csv, read_csv
+from recipes.command_line import Parser, exit_status
 from recipes.errors import DataError
 
 COLUMNS = (
@@ -160,10 +159,8 @@ def load_images(name: str, side: int, data_dir: str) -> tuple[np.ndarray, ...]:
         builder, splits = prepared_builder(data_dir), ("train", "validation+test")
     else:
         try:
-            builder, splits = (
-                tfds.builder(name, data_dir=data_dir, try_gcs=False),
-                ("train", "test"),
-            )
+            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+            splits = ("train", "test")
             builder.as_dataset(split=splits[0])
         except (AssertionError, tfds.core.DatasetNotFoundError) as error:
             raise DataError(
@@ -225,19 +222,6 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
         "clip_fraction": f"{optimizer.read_telemetry()['clip_fraction']:.4f}",
         "seconds": f"{time.monotonic() - started:.1f}",
     }
-
-
-def read(path: Path) -> list[dict]:
-    """The rows of an `evidence.csv`, as text; none if there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict) -> None:
-    """One row more, on the disk before the next run begins."""
-    append_csv(path, COLUMNS, [[row[column] for column in COLUMNS]])
 
 
 def accuracy_of(row: dict) -> float:
@@ -383,9 +367,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="evidence", description=__doc__)
     names = sorted({study.name for studies in PRESETS.values() for study in studies})
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
     parser.add_argument("--studies", nargs="+", choices=names, help="some of the preset's alone")
@@ -399,9 +381,8 @@ def parse(argv) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     """The exit status: see `recipes.command_line.exit_status`."""
-    arguments = parse(argv)
     more = "; the same command goes on from here"
-    return exit_status(lambda: _studies(arguments), interrupted=more)
+    return exit_status(lambda: _studies(parse(argv)), interrupted=more)
 
 
 def _studies(arguments: argparse.Namespace) -> None:
@@ -418,13 +399,13 @@ def _studies(arguments: argparse.Namespace) -> None:
             if arguments.seeds:
                 study = dataclasses.replace(study, seeds=tuple(arguments.seeds))
             train(study, path, arguments.data_dir)
-    report(studies, read(path), arguments.output)
+    report(studies, read_csv(path, numbers=False), arguments.output)
     print(f"results in {path} and {arguments.output / 'evidence.md'}")
 
 
 def train(study: Study, path: Path, data_dir: str) -> None:
     """The runs of a study that have no row yet."""
-    done = {tuple(row[k] for k in KEY) for row in read(path)}
+    done = {tuple(row[k] for k in KEY) for row in read_csv(path, numbers=False)}
     missing = [(key, c) for key, c in study.runs() if tuple(key[k] for k in KEY) not in done]
     if not missing:
         return
@@ -433,7 +414,7 @@ def train(study: Study, path: Path, data_dir: str) -> None:
     for key, clipper in missing:
         rate, seed = float(key["learning_rate"]), int(key["seed"])
         row = key | run(study, clipper, rate, seed, images)
-        append(path, row)
+        append_csv(path, COLUMNS, [[row[column] for column in COLUMNS]])
         print(*(row[k] for k in ("study", "clipper", "learning_rate", "seed")), end=": ")
         print(f"{row['status']}, {row['test_accuracy']}, {row['seconds']} s", flush=True)
 
