@@ -50,6 +50,7 @@ def test_bad_number(make, name, value):
         (lambda: kgc.Chain([]), "empty"),
         (lambda: kgc.Chain([None]), "clippers[0]"),
         (lambda: kgc.Chain(kgc.AbsoluteClip()), "list"),
+        (lambda: kgc.Chain(kgc.AbsoluteClip(), kgc.NormClip()), "Chain([first, second])"),
         (lambda: kgc.ActivationGate(layers="("), "regular expression"),
         (lambda: kgc.ActivationGate(layers=[]), "layers"),
         (lambda: kgc.serialize(3), "3"),

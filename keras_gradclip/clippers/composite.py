@@ -345,6 +345,16 @@ class Chain(Composite):
     )
     clippers: Any = ()
 
+    def __new__(cls, clippers: Any = (), *more: Any) -> Chain:
+        """Refuse `Chain(first, second)` in better words than Python's."""
+        del clippers
+        if more:
+            raise ValueError(
+                f"Chain: `clippers` must be a list of clippers, but {1 + len(more)} arguments "
+                "came. Write Chain([first, second])."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.clippers, (Clipper, str, Mapping)) or not isinstance(
             self.clippers, Sequence
