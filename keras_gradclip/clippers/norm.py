@@ -133,23 +133,16 @@ class RMSClip(Clipper):
 
     def apply(self, grads, variables, state, hyper):
         """Clip by the root mean square: see `Clipper.apply`."""
-        clipped: list[Tensor] = []
-        squares: list[Tensor] = []
-        factors: list[Tensor] = []
-        for g, variable in zip(grads, variables, strict=True):
+        clipped, squares, factors = ([None] * len(grads) for _ in range(3))
+        for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
             if g is None:
-                clipped.append(None)
-                squares.append(None)
-                factors.append(None)
                 continue
             x = kernels.values(g)
             square = kernels.sum_of_squares(x)
             # A sparse gradient is zero in the rows that it does not hold: they count.
             rms = ops.sqrt(square / max(size_of(variable), 1))
-            factor = kernels.clip_factor(rms, hyper["threshold"])
-            clipped.append(kernels.with_values(g, kernels.scale(x, factor)))
-            squares.append(square)
-            factors.append(factor)
+            squares[i], factors[i] = square, kernels.clip_factor(rms, hyper["threshold"])
+            clipped[i] = kernels.with_values(g, kernels.scale(x, factors[i]))
 
         def fractions():
             return [None if f is None else kernels.float32(f < 1.0) for f in factors]

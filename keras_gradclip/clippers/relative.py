@@ -104,18 +104,13 @@ class AdaptiveClip(Clipper):
 
     def apply(self, grads, variables, state, hyper):
         """Clip unit by unit: see `Clipper.apply`."""
-        clipped: list[Tensor] = []
-        squares: list[Tensor] = []
-        norms: list[Tensor] = []
+        clipped, squares, norms = ([None] * len(grads) for _ in range(3))
         units: list[float] = []
-        for g, variable in zip(grads, variables, strict=True):
+        for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
             axes = self._axes_of(variable)
-            kept = [int(d) for i, d in enumerate(variable.shape) if i not in axes]
+            kept = [int(d) for axis, d in enumerate(variable.shape) if axis not in axes]
             units.append(float(math.prod(kept)))
             if g is None:
-                clipped.append(None)
-                squares.append(None)
-                norms.append(None)
                 continue
             x = kernels.values(g)
             weight = (  # a sparse gradient's rows are whole units unless axis 0 is reduced
@@ -128,9 +123,8 @@ class AdaptiveClip(Clipper):
             floor = ops.maximum(ops.sqrt(unit_squares(weight, axes)), self.eps)
             limit = hyper["clip_factor"] * floor
             y = kernels.scale(x, kernels.clip_factor(norm, limit))
-            clipped.append(kernels.with_values(g, y))
-            squares.append(ops.sum(square))
-            norms.append((norm, limit))
+            clipped[i] = kernels.with_values(g, y)
+            squares[i], norms[i] = ops.sum(square), (norm, limit)
 
         def fractions():
             return [

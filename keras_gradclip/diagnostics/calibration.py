@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_gradclip import _validation as validation
+from keras_gradclip._files import write_json
 from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Model, Tensor, Threshold
 from keras_gradclip.clippers._declaration import MEASURES, parameters
@@ -254,10 +253,7 @@ class Calibration:
             "clipper": serialize(self.clip_map(kind, segments)),
             "calibration": {"kind": kind, "segments": segments, **figures},
         }
-        path = Path(path)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(json.dumps(content, indent=1))
-        scratch.replace(path)
+        write_json(path, content)
 
 
 def _pattern(layer: str) -> str:

@@ -91,13 +91,10 @@ class ClipMonitor(keras.callbacks.Callback):
         log: Log | Sequence[Log] = (),
     ) -> None:
         super().__init__()
-        steps = validation.steps("ClipMonitor", "every", every)
-        if steps is None:
-            raise ValueError("ClipMonitor: `every` must be a whole number of at least 1, not None.")
         if tensorboard and run_dir is None:
             raise ValueError("ClipMonitor: `tensorboard=True` needs a `run_dir` to write to.")
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.every = steps
+        self.every = validation.count("ClipMonitor", "every", every)
         self.tensorboard = tensorboard
         self.logs: list[Log] = [*log] if isinstance(log, Sequence) else [log]
         for function in self.logs:

@@ -39,16 +39,18 @@ def _sgd(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     )
 
 
+def _betas(inner: Optimizer, lr: Tensor, step: Tensor) -> dict[str, Tensor]:
+    import tensorflow as tf
+
+    named = {"beta1": inner.beta_1, "beta2": inner.beta_2, "epsilon": inner.epsilon}
+    constants = {name: tf.cast(value, lr.dtype) for name, value in named.items()}
+    return {**constants, "lr": lr, "beta1_power": tf.pow(constants["beta1"], step)}
+
+
 def _adam(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     import tensorflow as tf
 
-    constants = {
-        "beta1": tf.cast(inner.beta_1, lr.dtype),
-        "beta2": tf.cast(inner.beta_2, lr.dtype),
-        "epsilon": tf.cast(inner.epsilon, lr.dtype),
-        "lr": lr * _rounding_of_beta_2(inner.beta_2, step),
-    }
-    constants["beta1_power"] = tf.pow(constants["beta1"], step)
+    constants = _betas(inner, lr * _rounding_of_beta_2(inner.beta_2, step), step)
     constants["beta2_power"] = tf.pow(constants["beta2"], step)
     if inner.amsgrad:
         return lambda v, g, m, s, top: tf.raw_ops.ResourceApplyAdamWithAmsgrad(
@@ -79,13 +81,7 @@ def _rounding_of_beta_2(beta_2: float, step: Tensor) -> Tensor:
 def _adamax(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     import tensorflow as tf
 
-    constants = {
-        "beta1": tf.cast(inner.beta_1, lr.dtype),
-        "beta2": tf.cast(inner.beta_2, lr.dtype),
-        "epsilon": tf.cast(inner.epsilon, lr.dtype),
-        "lr": lr,
-    }
-    constants["beta1_power"] = tf.pow(constants["beta1"], step)
+    constants = _betas(inner, lr, step)
     return lambda v, g, m, u: tf.raw_ops.ResourceApplyAdaMax(var=v, m=m, v=u, grad=g, **constants)
 
 

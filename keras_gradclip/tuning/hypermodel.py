@@ -7,6 +7,7 @@ import keras
 import keras_tuner as kt
 
 import keras_gradclip as kgc
+from keras_gradclip.optimizer.clipped_optimizer import find
 from keras_gradclip.tuning._kerastuner import infer_metric_direction
 from keras_gradclip.tuning.divergence import DIVERGED, exploded, worst_score
 from keras_gradclip.tuning.space import clip_hyperparameters, to_clipper, to_gate
@@ -111,7 +112,7 @@ class _Watch(keras.callbacks.Callback):
         self.model.stop_training = True
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._optimizer = _find(self.model.optimizer)
+        self._optimizer = find(self.model.optimizer)
         self._optimizer.reset_telemetry()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -124,12 +125,6 @@ class _Watch(keras.callbacks.Callback):
             logs[name] = float(seen[name])
         if exploded(self.model):
             self._stop()
-
-
-def _find(optimizer):
-    while not isinstance(optimizer, kgc.ClippedOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
 
 
 def _without_clipping(optimizer):

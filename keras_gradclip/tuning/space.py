@@ -140,10 +140,10 @@ def clip_hyperparameters(
     if activation_gate:
         declare.flag("activation_gate")
         with hp.conditional_scope("activation_gate", [True]):
-            declare.log("gate/clip_value", (0.01, 1.0))
-            declare.log("gate/gamma", (0.01, 1.0))
+            declare.number("gate/clip_value", (0.01, 1.0))
+            declare.number("gate/gamma", (0.01, 1.0))
     if learning_rate is not None:
-        declare.log("learning_rate", learning_rate, default_learning_rate)
+        declare.number("learning_rate", learning_rate, default_learning_rate)
     return declare.values
 
 
@@ -172,9 +172,10 @@ def _declare(declare, alias: str, p: Parameter, given: Sequence | None, groups) 
         return
     p.check(alias, _bounds(name, limits)[1])
     for each in _threshold_names(alias, p.name, groups) if p.threshold else [name]:
-        (declare.count if p.kind == "count" else declare.log if p.log else declare.linear)(
-            each, limits
-        )
+        if p.kind == "count":
+            declare.count(each, limits)
+        else:
+            declare.number(each, limits, log=p.log)
 
 
 class _Declaration:
@@ -197,33 +198,25 @@ class _Declaration:
     def flag(self, name):
         self._keep(name, self.hp.Boolean(name, default=False))
 
-    def log(self, name, bounds, default=None):
-        low, high = _bounds(name, bounds)
-        if low == 0:
-            low = _LEAST_OF_ZERO * high
-        self._number(name, low, high, default or math.sqrt(low * high), "log")
-
     def count(self, name, bounds):
         low, high = (round(bound) for bound in _bounds(name, bounds))
         self._keep(name, self.hp.Int(name, max(low, 1), high, default=round((low + high) / 2)))
 
-    def linear(self, name, bounds):
+    def number(self, name, bounds, default=None, log=True):
         low, high = _bounds(name, bounds)
-        if low == 0:
-            low = _LEAST_OF_ZERO * high
-        self._number(name, low, high, (low + high) / 2, "linear")
-
-    def _number(self, name, low, high, default, sampling):
+        low = low or _LEAST_OF_ZERO * high
+        default = default or (math.sqrt(low * high) if log else (low + high) / 2)
         if not low <= default <= high:
             raise ValueError(
                 f"clip_hyperparameters: the default of {name!r}, {default:g}, is not within "
                 f"{low:g} to {high:g}."
             )
         if self.points is None:
+            sampling = "log" if log else "linear"
             value = self.hp.Float(name, low, high, sampling=sampling, default=default)
         else:
             shares = [i / (self.points - 1) for i in range(self.points)]
-            if sampling == "log":
+            if log:
                 grid = [low * (high / low) ** share for share in shares]
             else:
                 grid = [low + (high - low) * share for share in shares]

@@ -1,7 +1,6 @@
 """What would each threshold have clipped of the updates watched? Files, figures, a picture."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +41,11 @@ def choices(found, segments: int, output: Path) -> list[Choice]:
     kinds = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
     for kind in kinds:
         name = f"clip-{kind}.json"
-        replace_file(output / name, functools.partial(found.save, kind=kind))
+        found.save(output / name, kind)
         result.append(_choice(name, clipped(found, kind, 1)))
     for kind in kinds if segments > 1 else ():
         name = f"clip-{kind}-schedule.json"
-        replace_file(output / name, functools.partial(found.save, kind=kind, segments=segments))
+        found.save(output / name, kind, segments)
         result.append(_choice(name, clipped(found, kind, segments)))
     follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
     write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_gradclip._files import PathLike, append_csv
+from keras_gradclip.optimizer.clipped_optimizer import find
 from recipes.training.checkpoint import all_finite, average_statistics
 
 _LOSS_SCALE_SKIPS = 20  # from 2^15 down to 2^-5: no loss scale needs more
@@ -26,10 +27,7 @@ class NonFinite(Exception):
 
 def clipped_optimizer(model: Any) -> Any:
     """The optimizer that clips, from under a LossScaleOptimizer where there is one."""
-    optimizer = model.optimizer
-    while not hasattr(optimizer, "read_telemetry") and hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
+    return find(model.optimizer)
 
 
 class PartialEpoch(keras.callbacks.Callback):

@@ -13,14 +13,10 @@ from typing import Any
 
 from keras_gradclip import _files
 from keras_gradclip._validation import did_you_mean
+from recipes.command_line import Parser
 from recipes.errors import RecipeError
 from recipes.training.clipper_options import NONE, Flags, choose, clippers, import_modules
 from recipes.training.option_table import OPTIONS, Option, Options
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise RecipeError(f"{message} (see --help)")
 
 
 def table(extra=()) -> dict[str, Option]:
@@ -46,18 +42,12 @@ def clipping_names(extra=()) -> set[str]:
     return {"clipper", "clip_config", *clipper_flags(extra).names()}
 
 
-def build_parser(name: str, description: str, settings: Mapping, extra=()) -> _Parser:
+def build_parser(name: str, description: str, settings: Mapping, extra=()) -> Parser:
     """The command line of a recipe; what it does not give is absent from the namespace."""
     flags = clipper_flags(extra)
     chosen = settings.get("clipper", Options.clipper)
-    parser = _Parser(
-        prog=name,
-        description=description,
-        epilog=flags.help(chosen, settings),
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    epilog = flags.help(chosen, settings)
+    parser = Parser(name, description, epilog=epilog, argument_default=argparse.SUPPRESS)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in table(extra).values():
         if option.group not in groups:
@@ -102,7 +92,7 @@ def parse(recipe, argv=None) -> Parsed:
     """
     argv = sys.argv[1:] if argv is None else argv
     # First of all, and from the file too: which clippers, and so which flags, are there.
-    early = _Parser(add_help=False, allow_abbrev=False)
+    early = Parser(recipe.name, None, add_help=False)
     early.add_argument("--import")
     early.add_argument("--config")
     first = vars(early.parse_known_args(argv)[0])

@@ -214,18 +214,7 @@ class Session:
     def _announce(self, start: int) -> None:
         if not self.writes or self.options.verbose == "quiet":
             return
-        lines = summary.opening_lines(
-            self.recipe,
-            self.options,
-            self.folder,
-            self.data,
-            self.clipper,
-            parameters=self.exported.count_params(),
-            steps=self.steps,
-            replicas=self.strategy.num_replicas_in_sync if self.strategy else 1,
-            start=start,
-        )
-        print("\n".join(lines), flush=True)
+        print("\n".join(summary.opening_lines(self, start)), flush=True)
 
     def _check_start(self, start: int) -> None:
         """Whether all workers begin at the same step: each read the backup by itself."""

@@ -3,43 +3,28 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from recipes.data import Data
 from recipes.training import build, devices
 from recipes.training.option_table import Options
 from recipes.training.recipe import Recipe, Result
 
+if TYPE_CHECKING:
+    from recipes.training.session import Session
 
-def opening_lines(
-    recipe: Recipe,
-    options: Options,
-    folder: Path,
-    data: Data,
-    clipper: Any,
-    *,
-    parameters: int,
-    steps: int,
-    replicas: int,
-    start: int,
-) -> list[str]:
+
+def opening_lines(run: "Session", start: int) -> list[str]:
     """A few lines: folder, network, clipper, data, devices, precision, what is resumed.
 
     Args:
-        recipe: `Recipe`.
-        options: the run's options.
-        folder: of the results.
-        data: `Data`.
-        clipper: None or the clipper.
-        parameters: int, of the network that is kept.
-        steps: int, batches an epoch.
-        replicas: int, devices over all workers.
+        run: that begins.
         start: int, steps that are done already.
     """
+    options, data, clipper, steps = run.options, run.data, run.clipper, run.steps
+    replicas = run.strategy.num_replicas_in_sync if run.strategy else 1
     warmup = build.warmup_updates(options, steps)
     clip = "no clipping" if clipper is None else textwrap.shorten(repr(clipper), 160)
     gate = ", activation gate" if options.activation_gate else ""
@@ -48,12 +33,12 @@ def opening_lines(
     schedule = f"warm-up of {warmup} updates, then cosine" if warmup else "cosine"
     sizes = (data.train.size, data.validation.size, data.test.size)
     lines = [
-        f"{recipe.name}: {parameters:,} parameters, {clip}{gate}",
+        f"{run.recipe.name}: {run.exported.count_params():,} parameters, {clip}{gate}",
         f"  {options.optimizer} at {options.learning_rate:g} ({schedule}), {options.epochs} epochs "
         f"of {steps} steps, batch {options.batch_size}, seed {options.seed}",
         f"  {data.name}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test "
         f"examples; on {replicas} {kind} in {precision}",
-        f"  results in {folder}",
+        f"  results in {run.folder}",
     ]
     if start:
         epoch, step = divmod(start, steps)
