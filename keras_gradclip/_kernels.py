@@ -19,6 +19,7 @@ import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _compat
+from keras_gradclip._names import size_of
 from keras_gradclip._types import Gradient, Tensor, Variable
 
 # exp(80) = 5.5e34 still fits float32: a larger exponent would turn a zero gradient into
@@ -272,10 +273,7 @@ def column_squares(x: Tensor) -> Tensor:
 
 def rms(x: Tensor) -> Tensor:
     """The root mean square of `x`, a float32 scalar."""
-    size = 1
-    for dim in x.shape:
-        size *= int(dim)
-    return ops.sqrt(sum_of_squares(x) / max(size, 1))
+    return ops.sqrt(sum_of_squares(x) / max(size_of(x), 1))
 
 
 def max_abs(x: Tensor) -> Tensor:

@@ -108,8 +108,7 @@ class AdaptiveClip(Clipper):
         units: list[float] = []
         for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
             axes = self._axes_of(variable)
-            kept = [int(d) for axis, d in enumerate(variable.shape) if axis not in axes]
-            units.append(float(math.prod(kept)))
+            units.append(_number_of_units(variable, axes))
             if g is None:
                 continue
             x = kernels.values(g)
@@ -148,6 +147,10 @@ class AdaptiveClip(Clipper):
     def __str__(self) -> str:
         axes = "" if self.axes is None else f", axes of {len(self.axes)} variables"
         return f"AdaptiveClip(clip_factor={shown(self.clip_factor)}, eps={self.eps:g}{axes})"
+
+
+def _number_of_units(variable: Variable, axes: Sequence[int]) -> float:
+    return float(math.prod(int(d) for axis, d in enumerate(variable.shape) if axis not in axes))
 
 
 def unit_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -291,8 +294,7 @@ class UpdateRatioClip(Clipper):
         shares = [0.0] * len(grads)
         for i in bounded:
             squares[i] = ops.sum(steps[i])
-            kept = [int(d) for axis, d in enumerate(variables[i].shape) if axis not in axes[i]]
-            shares[i] = float(math.prod(kept))
+            shares[i] = _number_of_units(variables[i], axes[i])
         if self.scope == "layer":
             for members in _members(variables, bounded):
                 for squares_of in (steps, weights):

@@ -7,8 +7,6 @@ into 4,000 training, 500 validation and 500 test images, always the same ones.
 import contextlib
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+
+from recipes.data.sets import made_once
 
 _PER_CLASS = {"train": 400, "validation": 50, "test": 50}
 _SPLIT_SEED = 20160524  # fixed for good: another value would be another data set
@@ -79,29 +79,18 @@ def split_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def prepared_builder(data_dir: str | os.PathLike[str]) -> MnistEmbedded:
-    """The builder, its files written under `data_dir` on the first call.
-
-    Several processes may call this at once: each writes a folder of its own and the first to
-    finish moves it into place.
-    """
+    """The builder, its files written under `data_dir` on the first call: see `made_once`."""
     with _quiet():
         builder = MnistEmbedded(data_dir=data_dir)
         if builder.is_prepared():
             return builder
-        os.makedirs(data_dir, exist_ok=True)
-        scratch = tempfile.mkdtemp(prefix=".mnist_embedded-", dir=data_dir)
-        try:
-            fresh = MnistEmbedded(data_dir=scratch)
+
+        def make(folder: Path) -> None:
+            fresh = MnistEmbedded(data_dir=folder.parent)
             fresh.download_and_prepare()
-            target = Path(builder.data_path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.rename(fresh.data_path, target)
-            except OSError:
-                if not MnistEmbedded(data_dir=data_dir).is_prepared():
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            os.rename(fresh.data_path, folder)
+
+        made_once(Path(builder.data_path), make)
         return MnistEmbedded(data_dir=data_dir)
 
 

@@ -3,20 +3,15 @@
 Each is drawn on the first call into the recipes' cache. Same arguments, same files.
 """
 
-import contextlib
 import csv
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from recipes.data.driving_log import COLUMNS
-from recipes.data.sets import DEFAULT_CACHE
-from recipes.errors import DataError
+from recipes.data.sets import DEFAULT_CACHE, made_once
 
 # What the driver adds for what a side camera sees, in the log's units.
 SIDE_CORRECTION = 0.2
@@ -100,7 +95,7 @@ def _scene(metres, curvature, offset, heading, light, rng) -> np.ndarray:
 
 def rendered_drive() -> Path:
     """The folder of the embedded drive, rendered on the first call."""
-    return _once("driving_rendered-1", render_drive)
+    return made_once(DEFAULT_CACHE / "driving_rendered-1", render_drive)
 
 
 SIGNS = (
@@ -193,22 +188,4 @@ def _draw_sign(sign: str, rng) -> Image.Image:
 
 def rendered_signs() -> Path:
     """The folder of the embedded signs, rendered on the first call."""
-    return _once("signs_rendered-1", render_signs)
-
-
-def _once(name: str, render: Callable[[Path], object]) -> Path:
-    # Several processes may start at once: each renders aside, the first to finish moves it here.
-    target = DEFAULT_CACHE / name
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    try:
-        render(scratch / name)
-        with contextlib.suppress(OSError):  # another process was first
-            os.rename(scratch / name, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if not target.is_dir():
-        raise DataError(f"{target} cannot be written: free some space, or give --data-dir")
-    return target
+    return made_once(DEFAULT_CACHE / "signs_rendered-1", render_signs)

@@ -1,11 +1,17 @@
 """Which examples are there? A split, and the three splits with what makes a batch of them."""
 
+import contextlib
 import dataclasses
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+
+from recipes.errors import DataError
 
 # Beside the runs, out of version control; safe to delete.
 DEFAULT_CACHE = Path(__file__).resolve().parents[2] / "runs" / "data"
@@ -49,6 +55,29 @@ class Data:
     num_outputs: int
     name: str
     shuffle_buffer: int = SMALL_SHUFFLE_BUFFER
+
+
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
+    """The folder `target`, which `make` fills on the first call, under its name but elsewhere.
+
+    Several processes may call this at once: the first to finish moves its own into place.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        make(scratch / target.name)
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(scratch / target.name, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not target.is_dir():
+        raise DataError(f"{target} cannot be written: free some space, or give --data-dir")
+    return target
 
 
 def normalise(image: tf.Tensor) -> tf.Tensor:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_gradclip._names import layer_of
 from recipes.training.callbacks import clipped_optimizer
 from recipes.training.checkpoint import all_finite, restore, state_variables
 
@@ -26,11 +27,6 @@ class Finding:
     layer: str | None
     output_of: str | None
     message: str
-
-
-def layer_of(variable) -> str:
-    """The part of `variable.path` before the last slash."""
-    return variable.path.rpartition("/")[0] or variable.path
 
 
 def replay(model, backup: dict, batches, failed_step: int) -> Finding:
