@@ -39,14 +39,11 @@ def choices(found, segments: int, output: Path) -> list[Choice]:
     """Writes the files for `--clip-config` and tells what each would have clipped."""
     result = []
     kinds = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
-    for kind in kinds:
-        name = f"clip-{kind}.json"
-        found.save(output / name, kind)
-        result.append(_choice(name, clipped(found, kind, 1)))
-    for kind in kinds if segments > 1 else ():
-        name = f"clip-{kind}-schedule.json"
-        found.save(output / name, kind, segments)
-        result.append(_choice(name, clipped(found, kind, segments)))
+    for parts in dict.fromkeys((1, segments)):
+        for kind in kinds:
+            name = f"clip-{kind}{'-schedule' if parts > 1 else ''}.json"
+            found.save(output / name, kind, parts)
+            result.append(_choice(name, clipped(found, kind, parts)))
     follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
     write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
     hit = clipped_by_percentile(found.samples["norm"], found.percentile)
