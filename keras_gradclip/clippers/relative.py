@@ -104,7 +104,8 @@ class AdaptiveClip(Clipper):
 
     def apply(self, grads, variables, state, hyper):
         """Clip unit by unit: see `Clipper.apply`."""
-        clipped, squares, norms = ([None] * len(grads) for _ in range(3))
+        clipped, squares = ([None] * len(grads) for _ in range(2))
+        norms: list[Tensor] = [None] * len(grads)
         units: list[float] = []
         for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
             axes = self._axes_of(variable)

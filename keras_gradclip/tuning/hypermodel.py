@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import keras
 import keras_tuner as kt
@@ -112,7 +113,7 @@ class _Watch(keras.callbacks.Callback):
         self.model.stop_training = True
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._optimizer = find(self.model.optimizer)
+        self._optimizer = cast(kgc.ClippedOptimizer, find(self.model.optimizer))
         self._optimizer.reset_telemetry()
 
     def on_train_batch_end(self, batch, logs=None):

@@ -57,7 +57,8 @@ def load(
         DataError: the data set is unknown, not prepared, or has no images with labels.
     """
     if files := dataset == IMAGE_FOLDER:
-        (parts, num_classes), small = image_folder_splits(data_dir, on_bad_data), False
+        parts, num_classes = image_folder_splits(data_dir, on_bad_data)
+        small = False
     else:
         builder = tfds.open_builder(dataset, data_dir, download)
         image_key, label_key, num_classes, small = tfds.features_of(builder)
@@ -75,11 +76,8 @@ def load(
     def preprocess_eval(encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return normalise(images.decode_eval(read(encoded), image_size, augment)), label
 
+    train, validation, test = parts
+    buffer = SMALL_SHUFFLE_BUFFER if small or files else LARGE_SHUFFLE_BUFFER
     return Data(
-        *parts,
-        preprocess_train=preprocess_train,
-        preprocess_eval=preprocess_eval,
-        num_outputs=num_classes,
-        name=dataset,
-        shuffle_buffer=SMALL_SHUFFLE_BUFFER if small or files else LARGE_SHUFFLE_BUFFER,
+        train, validation, test, preprocess_train, preprocess_eval, num_classes, dataset, buffer
     )
