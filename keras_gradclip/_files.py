@@ -94,13 +94,16 @@ def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[o
         writer.writerows([columns, *rows] if fresh else rows)
 
 
-def read_csv(path: PathLike, numbers: bool = True) -> list[dict[str, Any]]:
+def read_csv(
+    path: PathLike, numbers: bool = True, needs: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The rows of a CSV file, with `numbers` as floats; [] where there is no file.
 
     A last line that was cut off by a kill is left out.
 
     Raises:
-        ValueError: it is not text, or a line has more or fewer fields than the head.
+        ValueError: it is not text, lacks one of the columns that the caller `needs`, or a line has
+            more or fewer fields than the head.
     """
     if not Path(path).exists():
         return []
@@ -112,6 +115,9 @@ def read_csv(path: PathLike, numbers: bool = True) -> list[dict[str, Any]]:
     if not lines:
         return []
     head, *rows = lines
+    missing = [name for name in needs if name not in head]
+    if missing:
+        raise ValueError(f"{path}: the first line has no column {missing[0]!r}")
     if rows and len(rows[-1]) < len(head):
         rows.pop()
     for number, row in enumerate(rows, 2):

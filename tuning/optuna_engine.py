@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from keras_gradclip.tuning.optuna_space import grid, suggest
-from recipes.errors import RecipeError
+from recipes.errors import RecipeError, first_line
 from tuning import workers
 from tuning.optuna_trials import (
     BASELINE,
@@ -38,6 +39,7 @@ from tuning.rows import TrialRow, best_of_each
 if TYPE_CHECKING:
     from tuning.session import Session
 
+DATABASE = "optuna.db"
 TRIALS = 10  # where nothing else is said
 
 
@@ -87,6 +89,9 @@ class OptunaEngine:
         if direction not in ("max", "min"):
             raise RecipeError(f"--objective {name}: large or small? Say --direction max or min")
         self.objective = Objective(name, direction)
+        if self.session.args.storage:
+            with self._named_errors():
+                make_url(self.session.args.storage).get_dialect()
         # The check; in memory.
         suggest(optuna.create_study().ask(), **self.session.space)
 
@@ -96,9 +101,24 @@ class OptunaEngine:
 
     # ---------------------------------------------------------------------------------- the study
 
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Errors of the database, without its URL, which may hold a password."""
+        own = self.session.folder / DATABASE
+        try:
+            yield
+        except (ImportError, SQLAlchemyError) as error:
+            what = "--storage" if self.session.args.storage else str(own)
+            text = getattr(error, "orig", None) or first_line(error)
+            raise RecipeError(f"{what}: the study cannot be opened: {text}") from error
+
     def _open(self) -> optuna.Study:
+        with self._named_errors():
+            return self._study()
+
+    def _study(self) -> optuna.Study:
         args, folder = self.session.args, self.session.folder
-        url = args.storage or f"sqlite:///{folder.resolve() / 'optuna.db'}"
+        url = args.storage or f"sqlite:///{folder.resolve() / DATABASE}"
         storage = RDBStorage(
             url,
             # SQLite: wait for another process's write instead of giving up.
@@ -142,11 +162,7 @@ class OptunaEngine:
     def run(self) -> None:
         """Runs the search, in this process or in workers of this machine; then confirms."""
         with _no_experimental_warnings():
-            try:
-                self.trials = Trials(self._open())
-            except SQLAlchemyError as error:  # without the URL, which may hold a password
-                text = getattr(error, "orig", None) or type(error).__name__
-                raise RecipeError(f"the study cannot be opened: {text}") from error
+            self.trials = Trials(self._open())
             self._enqueue_first()
             done = self.trials.finished()
             self._told = {(name, event) for name in done for event in ("begin", "end")}
@@ -221,9 +237,10 @@ class OptunaEngine:
         folder = self.session.folder
         if not (folder / "search.json").exists():
             raise RecipeError(f"{folder}: no search runs here to --join")
-        with _no_experimental_warnings(), workers.heartbeat(folder):
+        with _no_experimental_warnings():
             self.trials = Trials(self._open())
-            self._take_trials()
+            with workers.heartbeat(folder):
+                self._take_trials()
 
     def _take_trials(self) -> None:
         """Runs trials until there are none to run, nor any that may come back."""

@@ -29,9 +29,10 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
 
 from keras_gradclip._files import read_csv, replace_file, write_csv, write_json
 from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, TrainingDiverged
+from recipes.errors import RecipeError, TrainingDiverged, plain_errors
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
+from recipes.training.folder import folder_named
 
 COLUMNS = (
     "recipe",
@@ -119,8 +120,12 @@ def _mean(values) -> float:
 def read(path: Path) -> list[dict]:
     """The rows of a `compare.csv`, numbers as numbers."""
     numbers = {"learning_rate": float, "seed": int, "val_accuracy": float, "clip_fraction": float}
-    rows = read_csv(path, numbers=False)
-    return [row | {name: kind(row[name]) for name, kind in numbers.items()} for row in rows]
+    with plain_errors():
+        rows = read_csv(path, numbers=False, needs=COLUMNS)
+    try:
+        return [row | {name: kind(row[name]) for name, kind in numbers.items()} for row in rows]
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}; mend it, or name another --output") from None
 
 
 def key(row: dict) -> tuple:
@@ -249,9 +254,9 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     settings = output / "compare.json"
     if settings.exists() and opts.read_json(settings) != common:
         raise RecipeError(f"{output} was begun with other options: name another --output")
-    write_json(settings, common)
     path = output / "compare.csv"
     rows = read(path)
+    write_json(settings, common)
     for cell, values in cells:
         if key(cell) in {key(row) for row in rows}:
             continue
@@ -281,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         given, rest = parser.parse_known_args(argv)
-        output = Path(given.output or f"runs/compare-{given.recipe}")
+        usual = f"runs/compare-{given.recipe}"
+        output = folder_named(usual if given.output is None else given.output)
         recipe, rates = find_recipe(given.recipe), given.learning_rates
         rows = compare(recipe, rest, given.clippers, rates, given.seeds, output)
         show(rows, given.recipe)

@@ -30,7 +30,8 @@ import numpy as np
 import keras_gradclip as kgc
 from keras_gradclip._files import append_csv, read_csv
 from recipes.command_line import Parser, exit_status
-from recipes.errors import DataError
+from recipes.errors import DataError, RecipeError, plain_errors
+from recipes.training.folder import folder_named
 
 COLUMNS = (
     "study",
@@ -224,6 +225,22 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     }
 
 
+def read(path: Path) -> list[dict]:
+    """The rows of an `evidence.csv`, as text; none if there is none.
+
+    Raises:
+        RecipeError: it is another table, or damaged.
+    """
+    with plain_errors():
+        rows = read_csv(path, numbers=False, needs=COLUMNS)
+    try:
+        for row in rows:
+            float(row["learning_rate"]), float(row["test_accuracy"]), int(row["seed"])
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}; mend it, or name another --output") from None
+    return rows
+
+
 def accuracy_of(row: dict) -> float:
     """Test accuracy in %; guessing where the run diverged."""
     return 100 / CLASSES if row["status"] == "diverged" else 100 * float(row["test_accuracy"])
@@ -387,6 +404,11 @@ def main(argv=None) -> int:
 
 def _studies(arguments: argparse.Namespace) -> None:
     studies = PRESETS[arguments.preset]
+    for flag, values, least in (("seeds", arguments.seeds, 0), ("threads", arguments.threads, 1)):
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                raise RecipeError(f"--{flag} {value}: must be {least} or more")
+    folder_named(str(arguments.output))
     if arguments.threads:
         import tensorflow as tf
 
@@ -399,13 +421,13 @@ def _studies(arguments: argparse.Namespace) -> None:
             if arguments.seeds:
                 study = dataclasses.replace(study, seeds=tuple(arguments.seeds))
             train(study, path, arguments.data_dir)
-    report(studies, read_csv(path, numbers=False), arguments.output)
+    report(studies, read(path), arguments.output)
     print(f"results in {path} and {arguments.output / 'evidence.md'}")
 
 
 def train(study: Study, path: Path, data_dir: str) -> None:
     """The runs of a study that have no row yet."""
-    done = {tuple(row[k] for k in KEY) for row in read_csv(path, numbers=False)}
+    done = {tuple(row[k] for k in KEY) for row in read(path)}
     missing = [(key, c) for key, c in study.runs() if tuple(key[k] for k in KEY) not in done]
     if not missing:
         return
