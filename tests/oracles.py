@@ -62,6 +62,18 @@ def update_ratio(grads, weights, axes, groups, max_ratio, rate, eps=1e-3):
     return result
 
 
+def bounded_biases(grads, weights, owners, max_ratio, rate, eps=1e-3):
+    """`owners`: for each bias the kernel of its units, which are the last axis; None: no bias."""
+    result = []
+    for g, owner in zip(grads, owners, strict=True):
+        if owner is not None:
+            rows = weights[owner].reshape(-1, weights[owner].shape[-1])
+            limit = max_ratio * np.maximum(np.sqrt(np.sum(rows**2, axis=0)), eps) / rate
+            g = np.clip(g, -limit, limit)
+        result.append(g)
+    return result
+
+
 def agc(g, w, axes, factor, eps=1e-3):
     """Equation 3 of arXiv 2102.06171, unit by unit."""
     g_norm = np.sqrt(np.sum(g**2, axis=axes, keepdims=True))

@@ -241,7 +241,9 @@ class UpdateRatioClip(Clipper):
     """No step moves a unit by more than a share of its own norm, at any learning rate.
 
     g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. Vectors
-    (biases, γ, β of a normalisation) are left alone.
+    (biases, γ, β of a normalisation) are left alone; with `biases="unit"`, a bias b_u may move by
+    what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its layer's kernel. Biases
+    without a kernel of as many units in their layer are left alone.
 
     When to use it: SGD, with or without momentum, where the learning rate is not known well or the
     network has no batch normalisation: κ has no dimension and stays as it is when η changes. Not
@@ -259,9 +261,11 @@ class UpdateRatioClip(Clipper):
         eps: ε, the floor of the weight's norm, so that zero-initialised weights can move.
         scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has it
             (its table of axes); "variable", a kernel; "layer", all kernels of a layer.
+        biases: None leaves them alone; "unit" bounds them, too. At ten times the largest learning
+            rate that plain training survives, free biases are what fails (docs/evidence.md).
 
     Raises:
-        ValueError: κ or ε not above 0, or an unknown scope.
+        ValueError: κ or ε not above 0, or an unknown scope or word for the biases.
     """
 
     max_ratio: Threshold = parameter(
@@ -275,6 +279,9 @@ class UpdateRatioClip(Clipper):
     eps: float = parameter(1e-3, help="ε, floor of the weights' norm")
     scope: str = parameter(
         "unit", help="what one norm is taken over", choices=("unit", "variable", "layer")
+    )
+    biases: str | None = parameter(
+        None, help="unit: a bias moves no further than its unit may", choices=(None, "unit")
     )
     needs_learning_rate = True
     card: ClassVar[Card | None] = Card(
@@ -305,6 +312,12 @@ class UpdateRatioClip(Clipper):
 
         clipped = list(grads)
         pairs: list[Tensor] = [None] * len(grads)
+        if self.biases == "unit":
+            for i, kernel in _kernels_of_biases(grads, variables):
+                unit = default_unit_axes(variables[kernel])
+                norm = ops.sqrt(unit_squares(ops.convert_to_tensor(variables[kernel]), unit))
+                limit = ops.reshape(factor * ops.maximum(norm, self.eps), variables[i].shape)
+                clipped[i] = kernels.clip_symmetric(grads[i], limit)
         for i in bounded:
             norm, limit = ops.sqrt(steps[i]), factor * ops.maximum(ops.sqrt(weights[i]), self.eps)
             y = kernels.scale(kernels.values(grads[i]), kernels.clip_factor(norm, limit))
@@ -327,6 +340,25 @@ class UpdateRatioClip(Clipper):
 def is_vector(variable: Variable) -> bool:
     """Whether a variable is a bias or a scale: of one dimension at most, or called so."""
     return len(variable.shape) <= 1 or "bias" in path_of(variable).rpartition("/")[2]
+
+
+def _kernels_of_biases(
+    grads: Sequence[Gradient], variables: Sequence[Variable]
+) -> list[tuple[int, int]]:
+    """Positions of biases, each with that of the last kernel in its layer with as many units."""
+    found: dict[int, int | None] = {}
+    for layer in _members(variables, range(len(variables))):
+        units = {
+            i: _number_of_units(variables[i], default_unit_axes(variables[i]))
+            for i in layer
+            if not is_vector(variables[i])
+        }
+        for i in layer:
+            g = grads[i]
+            if i not in units and g is not None and not kernels.is_sparse(g):
+                size = math.prod(int(d) for d in variables[i].shape)
+                found[i] = next((k for k, n in reversed(units.items()) if n == size), None)
+    return [(i, kernel) for i, kernel in found.items() if kernel is not None]
 
 
 def _weight(variable: Variable, gradient: Gradient, axes: Sequence[int]) -> Tensor:

@@ -40,9 +40,9 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
         )
     if any(_is_of_normalisation(v) for v in variables):
         return guard, "a network with normalisation survives high learning rates: a guard"
-    return UpdateRatioClip(), (
-        "SGD and no normalisation: no step moves a unit by more than κ of its norm, at any "
-        "learning rate"
+    return UpdateRatioClip(biases="unit"), (
+        "SGD and no normalisation: no step moves a unit, or its bias, by more than κ of its norm, "
+        "at any learning rate"
     )
 
 

@@ -194,7 +194,8 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     model = NETWORKS[study.network](*x.shape[2:])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if clipper == CALIBRATED:
-        model.compile(make_optimizer(study.optimizer, rate), loss)
+        plain = kgc.ClippedOptimizer(make_optimizer(study.optimizer, rate), None)
+        model.compile(plain, loss, jit_compile=False)
         found = kgc.calibrate(model, (x, y), steps=79, batch_size=study.batch_size)
         clipper = found.clip_map("norm")
     steps = study.epochs * -(-len(x) // study.batch_size)
@@ -321,6 +322,7 @@ def report(studies: tuple[Study, ...], rows: list[dict], output: Path) -> None:
 
 RATIOS = (1e-3, 2e-3, 5e-3)
 UNIT = tuple(kgc.UpdateRatioClip(ratio) for ratio in RATIOS)
+BIASES = kgc.UpdateRatioClip(biases="unit")
 KERNEL = tuple(kgc.UpdateRatioClip(ratio, scope="variable") for ratio in RATIOS)
 FIELD = (
     kgc.NormClip(1.0, scope="global"),
@@ -336,7 +338,7 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SEEDS = (1, 2, 3)
 CIFAR: dict[str, Any] = {"network": "small_vgg", "data": "cifar10@16", "seeds": SEEDS, "epochs": 4}
 MAIN = (
-    *(NONE, UNIT[1], FIELD[0], KERNEL[1], FIELD[4], FIELD[2], FIELD[3]),
+    *(NONE, UNIT[1], BIASES, FIELD[0], KERNEL[1], FIELD[4], FIELD[2], FIELD[3]),
     *(UNIT[0], UNIT[2], KERNEL[0], KERNEL[2], FIELD[1], *FIELD[5:]),
 )
 #: Momentum adds steps of one direction up to ten times: does the best κ know it?
@@ -347,7 +349,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
             "digits",
             "small_vgg",
             "mnist_embedded@14",
-            (NONE, UNIT[1], KERNEL[1], FIELD[0]),
+            (NONE, UNIT[1], BIASES, FIELD[0]),
             (0.01, 0.1, 0.3),
             SEEDS,
             2,

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from helpers import DTYPES, RTOL, data, gradients, loss, net, to64, train, variables
 from keras import ops
-from oracles import update_ratio
+from oracles import bounded_biases, update_ratio
 
 import keras_gradclip as kgc
 
 UNITS = [(0, 1, 2), None, None, (0,), None]  # of helpers.variables()
 KERNELS = [(0, 1, 2, 3), None, None, (0, 1), None]
 LAYERS = ["conv", None, None, "dense", None]
+BIASES = [None, 0, None, None, 3]  # whose units they belong to
 
 
 def clip(clipper, gs, vs, rate):
@@ -39,6 +40,37 @@ def test_against_the_oracle(scope, dtype):
         assert shares == [0.0, 0.0] if rate < 1e-4 else len(shares) == 2 and max(shares) > 0
         if rate == 1.0:
             assert shares == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scope", ["unit", "layer"])
+def test_biases_against_the_oracle(scope, dtype):
+    vs = variables(6)
+    gs, g64 = gradients(vs, 6, dtype)
+    free = kgc.UpdateRatioClip(0.01, scope=scope)
+    bound = kgc.UpdateRatioClip(0.01, scope=scope, biases="unit")
+    for rate in (1e-5, 0.012, 1.0):
+        got, _, _ = clip(bound, gs, vs, rate)
+        kept, _, _ = clip(free, gs, vs, rate)
+        want = bounded_biases(g64, [to64(v) for v in vs], BIASES, 0.01, rate)
+        for i in (1, 2, 4):
+            assert got[i].dtype == gs[i].dtype
+            np.testing.assert_allclose(to64(got[i]), want[i], rtol=RTOL[dtype], atol=1e-6)
+        for i in (0, 3):
+            np.testing.assert_array_equal(to64(got[i]), to64(kept[i]))
+        assert rate < 1 or not np.array_equal(to64(got[1]), g64[1])
+
+
+def test_a_bias_without_units_of_its_own_is_left_alone():
+    with keras.name_scope("gru"):
+        vs = [
+            keras.Variable(np.ones(shape, "float32"), name=name)
+            for shape, name in (((2, 6), "kernel"), ((2, 6), "bias"), ((3,), "gamma"), ((), "t"))
+        ]
+    gs = [100 * ops.ones(v.shape) for v in vs]
+    got = kgc.UpdateRatioClip(biases="unit")(gs, vs)
+    for a, b in zip(got[1:], gs[1:], strict=True):
+        np.testing.assert_array_equal(to64(a), to64(b))
 
 
 def test_one_layer_of_two_kernels_shares_a_norm():

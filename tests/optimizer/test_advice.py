@@ -23,7 +23,7 @@ def normalised():
 @pytest.mark.parametrize(
     "make, inner, want",
     [
-        (net, "sgd", kgc.UpdateRatioClip()),
+        (net, "sgd", kgc.UpdateRatioClip(biases="unit")),
         (normalised, "sgd", GUARD),
         (net, "adamw", GUARD),
     ],
@@ -48,7 +48,7 @@ def test_a_model_takes_auto():
     model = net()
     model.compile("sgd", loss(), clipper="auto")
     model.optimizer.build(model.trainable_variables)
-    assert model.optimizer.clipper == kgc.UpdateRatioClip()
+    assert model.optimizer.clipper == kgc.UpdateRatioClip(biases="unit")
 
 
 def moved(clipper, scale):
