@@ -357,6 +357,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
     ),
     "full": (
         Study("cifar", clippers=MAIN, rates=RATES, **CIFAR),
+        Study("high-rates", clippers=(NONE, UNIT[0], UNIT[1], BIASES), rates=(1.0, 3.0), **CIFAR),
         Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1,), optimizer="sgd", **CIFAR),
         Study(
             "adamw",
