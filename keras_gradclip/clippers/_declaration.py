@@ -7,7 +7,8 @@ registry; there is no other list of clippers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from keras_gradclip import _validation as validation
@@ -137,10 +138,15 @@ class Measure(NamedTuple):
     Attributes:
         text: what it is.
         needs: parameters of the clipper that the figure depends on.
+        up_to_default: the threshold's default is what holds at any learning rate: a figure above
+            it says that the learning rate is too high, not that so much is wanted.
+        given: other parameters of the clipper that is suggested.
     """
 
     text: str
     needs: tuple[str, ...] = ()
+    up_to_default: bool = False
+    given: Mapping[str, object] = MappingProxyType({})
 
 
 #: What `calibrate` can measure; a clipper names one in `measures`.
@@ -150,6 +156,12 @@ MEASURES = {
     "largest_scaled_element": Measure("largest |g|·exp(−β·W)", ("beta",)),
     "unit_ratio": Measure(
         "largest ratio of a kernel's unit's gradient norm to its weight norm", ("eps",)
+    ),
+    "unit_step": Measure(
+        "largest share of its weights' norm that a step would move a kernel's unit",
+        ("eps",),
+        up_to_default=True,
+        given=MappingProxyType({"biases": "unit"}),
     ),
     "largest_rms": Measure("largest root mean square of a variable's gradient"),
 }

@@ -284,6 +284,7 @@ class UpdateRatioClip(Clipper):
         None, help="unit: a bias moves no further than its unit may", choices=(None, "unit")
     )
     needs_learning_rate = True
+    measures: ClassVar[str | None] = "unit_step"
     card: ClassVar[Card | None] = Card(
         "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",
         "SGD at a learning rate that is not known well, no batch normalisation",

@@ -18,14 +18,14 @@ from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 
 class Sampler:
-    """A watcher that keeps four figures a variable of each update."""
+    """A watcher that keeps five figures a variable of each update."""
 
     def __init__(self, optimizer: ClippedOptimizer, capacity: int, beta: float, eps: float) -> None:
         self.optimizer, self.beta, self.eps = optimizer, beta, eps
         self.variables = list(optimizer._trainable_variables)
         self.samples: list[np.ndarray] = []
         with strategy_scope(optimizer):
-            self._buffer = RingBuffer("calibrate", capacity, [(4, len(self.variables))])
+            self._buffer = RingBuffer("calibrate", capacity, [(5, len(self.variables))])
             self._skipped = counter("skipped")
 
     @property
@@ -55,21 +55,28 @@ class Sampler:
         self._buffer.write(self.optimizer.inner_optimizer.iterations, figures)
 
     def _of(self, gradient: Gradient, variable: Variable) -> list[Tensor]:
-        """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio."""
+        """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio, and that · η."""
         if gradient is None:
-            return [ops.zeros((), "float32")] * 4
+            return [ops.zeros((), "float32")] * 5
         x = kernels.float32(kernels.values(gradient))
         weight = kernels.float32(kernels.matching_weight(variable, gradient))
         axes = default_unit_axes(variable)
         whole = kernels.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
         unit = ops.sqrt(unit_squares(x, axes))
         floor = ops.maximum(ops.sqrt(unit_squares(whole, axes)), self.eps)
+        ratio = kernels.max_abs(unit / floor)
         return [
             kernels.sum_of_squares(x),
             kernels.max_abs(x),
             kernels.max_abs(ops.abs(x) / kernels.exp_of(self.beta, weight)),
-            kernels.max_abs(unit / floor),
+            ratio,
+            ratio * self._learning_rate(),
         ]
+
+    def _learning_rate(self) -> Tensor:
+        """At this step; 0 of an optimizer that has none."""
+        rate = getattr(self.optimizer.inner_optimizer, "learning_rate", None)
+        return kernels.float32(0.0 if rate is None else kernels.read(rate))
 
 
 class Watch(keras.callbacks.Callback):

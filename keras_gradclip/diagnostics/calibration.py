@@ -41,7 +41,15 @@ def kinds() -> dict[str, str]:
 
 def _counts_units(kind: str) -> bool:
     """Whether the figure is of a kernel's units, which vectors do not have."""
-    return selectable()[kind].measures == "unit_ratio"
+    return selectable()[kind].measures in ("unit_ratio", "unit_step")
+
+
+def _most(kind: str) -> float:
+    """The largest threshold that is suggested."""
+    cls = selectable()[kind]
+    if not MEASURES[cls.measures or ""].up_to_default:
+        return math.inf
+    return next(p.default for p in parameters(cls) if p.name == threshold_of(cls))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +58,12 @@ class Calibration:
 
     Attributes:
         layers: the layers, in the model's order.
-        thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "rms") and
-            layer the suggested threshold; None for a layer whose gradient is zero or missing. The
+        thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "update_ratio",
+            "rms") and layer the percentile; None for a layer whose gradient is zero or missing. The
             adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
-            their ratio says nothing, and its map leaves them alone.
+            their ratio says nothing, and its map leaves them alone. "update_ratio", too, is of
+            kernels, at the learning rate that was watched; its map takes at most κ's default,
+            and bounds biases with their units.
         kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
         updates: the number of updates that the figures rest on.
@@ -134,15 +144,16 @@ class Calibration:
     def clipper(self, kind: str, layer: str) -> Clipper | None:
         """The clipper suggested for a layer, or None where there is nothing to clip."""
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
-        return self._made(kind, self.thresholds[kind][layer])
+        return self._made(kind, self._threshold(kind, [layer], 1))
 
     def _made(self, kind: str, threshold: Threshold | None) -> Clipper | None:
         if threshold is None:
             return None
         cls = selectable()[kind]
-        needs = MEASURES[cls.measures or ""].needs
+        measure = MEASURES[cls.measures or ""]
+        same = {**{name: getattr(self, name) for name in measure.needs}, **measure.given}
         names = {p.name for p in parameters(cls)}
-        same = {name: getattr(self, name) for name in needs if name in names}
+        same = {name: value for name, value in same.items() if name in names}
         return cls(**{threshold_of(cls) or "": threshold, **same})
 
     def clip_map(self, kind: str = "norm", segments: int = 1) -> ClipMap:
@@ -152,7 +163,7 @@ class Calibration:
         the largest of their thresholds.
 
         Args:
-            kind: "norm", "absolute", "exponential", "adaptive" or "rms".
+            kind: "norm", "absolute", "exponential", "adaptive", "update_ratio" or "rms".
             segments: cut the updates watched into so many parts of equal length, each with a
                 percentile of its own; the thresholds then are `PiecewiseConstantDecay` schedules
                 over the updates from step 0 on. Norms that fall or rise during training are so
@@ -174,7 +185,7 @@ class Calibration:
         rules = []
         for path, layers in together.items():
             pattern = _pattern(path)
-            if _counts_units(kind):
+            if selectable()[kind].measures == "unit_ratio":  # the other leaves vectors alone itself
                 names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
                 pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
             rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
@@ -185,13 +196,14 @@ class Calibration:
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
         if not known:
             return None
+        most = _most(kind)
         if segments == 1:
-            return max(known)
+            return min(max(known), most)
         values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
         parts = np.array_split(values, segments)
         levels = [float(np.nanpercentile(part, self.percentile, axis=0).max()) for part in parts]
         # A part without any gradient has no figure of its own.
-        levels = [level if level > 0 else max(known) for level in levels]
+        levels = [min(level if level > 0 else max(known), most) for level in levels]
         lengths = np.cumsum([len(part) for part in parts])[:-1]
         return keras.optimizers.schedules.PiecewiseConstantDecay(
             # The schedule keeps a value up to and including its boundary.
@@ -381,7 +393,7 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
             f"calibrate: none of {len(fetched) + skipped} updates had finite gradients. Lower the "
             "learning rate, or look at the data; ClipMonitor names the layer."
         )
-    square, largest, scaled, ratio = (kept[:, i] for i in range(4))
+    square, largest, scaled, ratio, step = (kept[:, i] for i in range(5))
     sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
     owners = layers_of(variables)
     layers = list(dict.fromkeys(owners))
@@ -396,6 +408,7 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
         whole = [i for i in mine if len(default_unit_axes(variables[i])) < len(variables[i].shape)]
         if whole:
             samples["adaptive"][:, k] = ratio[:, whole].max(axis=1)
+            samples["update_ratio"][:, k] = step[:, whole].max(axis=1)
             kernels_of[layer] = [path_of(variables[i]).rpartition("/")[2] for i in whole]
     first: dict[str | None, str] = {}  # clippers that bound the same figure share it
     for kind in kinds():

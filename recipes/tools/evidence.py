@@ -55,6 +55,7 @@ COLUMNS = (
 KEY = COLUMNS[: COLUMNS.index("status")]
 NONE = "none"
 CALIBRATED = "calibrate"
+CALIBRATED_RATIO = "calibrate update_ratio"
 CLASSES = 10
 
 
@@ -66,7 +67,7 @@ class Study:
         name: of the table.
         network: a key of `NETWORKS`.
         data: `NAME@SIDE`: `cifar10` or `mnist_embedded`, and the side of the images in pixels.
-        clippers: clippers, or `NONE`, or `CALIBRATED` (what `calibrate` finds on this network).
+        clippers: clippers, or `NONE`, `CALIBRATED` or `CALIBRATED_RATIO` (what `calibrate` finds).
         rates: learning rates.
         seeds: of weights, order and noise.
         epochs: passes over the training images.
@@ -193,11 +194,11 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     y = np.where(noisy, rng.integers(0, CLASSES, len(y)), y)
     model = NETWORKS[study.network](*x.shape[2:])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    if clipper == CALIBRATED:
+    if clipper in (CALIBRATED, CALIBRATED_RATIO):
         plain = kgc.ClippedOptimizer(make_optimizer(study.optimizer, rate), None)
         model.compile(plain, loss, jit_compile=False)
         found = kgc.calibrate(model, (x, y), steps=79, batch_size=study.batch_size)
-        clipper = found.clip_map("norm")
+        clipper = found.clip_map("norm" if clipper == CALIBRATED else "update_ratio")
     steps = study.epochs * -(-len(x) // study.batch_size)
     schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
     inner = make_optimizer(study.optimizer, schedule if study.schedule == "cosine" else rate)
@@ -333,6 +334,7 @@ FIELD = (
     kgc.AbsoluteClip(0.01),
     kgc.ZScoreClip(),
     CALIBRATED,
+    CALIBRATED_RATIO,
 )
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SEEDS = (1, 2, 3)

@@ -60,6 +60,7 @@ def by_hand(follow, percentile, beta=0.7, eps=1e-3):
                 for g, w, a in arrays
                 if len(a) < g.ndim
             )
+            row["update_ratio", layer] = float(adam.learning_rate) * row["adaptive", layer]
             row["rms", layer] = max(np.sqrt((g**2).mean()) for g, _, _ in arrays)
         row["global", ""] = np.sqrt(sum((np.asarray(g, "float64") ** 2).sum() for g in grads))
         rows.append(row)
@@ -139,6 +140,23 @@ def test_the_thresholds_clip_as_often_as_they_say(kind):
     for layer in found.layers:
         mine = [i for i, path in enumerate(monitor.variables) if path.startswith(layer)]
         assert np.mean((fractions[:, mine] > 0).any(axis=1)) == pytest.approx(0.25, abs=0.051)
+
+
+def test_the_ratio_of_updates_is_that_of_the_learning_rate_and_at_most_the_default():
+    small, large = (
+        kgc.calibrate(
+            compiled(optimizer=keras.optimizers.SGD(rate)), dataset(), steps=STEPS, follow=False
+        )
+        for rate in (1e-6, 10.0)
+    )
+    for layer in small.layers:
+        wanted = 1e-6 * small.thresholds["adaptive"][layer]
+        assert small.thresholds["update_ratio"][layer] == pytest.approx(wanted, rel=1e-5)
+        assert small.clipper("update_ratio", layer).max_ratio == pytest.approx(wanted, rel=1e-5)
+        assert large.thresholds["update_ratio"][layer] > 2e-3
+        assert large.clipper("update_ratio", layer) == kgc.UpdateRatioClip(biases="unit")
+    rules = large.clip_map("update_ratio").rule_of(compiled().trainable_variables)
+    assert {clipper for _, clipper in rules} == {kgc.UpdateRatioClip(biases="unit")}
 
 
 def test_map_table_and_file(tmp_path):
@@ -287,15 +305,19 @@ def drifting(updates=40):
     norms = np.stack([np.linspace(8, 1, updates), np.linspace(80, 10, updates)], axis=1)
     norms = np.concatenate([norms, np.zeros((updates, 1))], axis=1)
     samples = dict.fromkeys(("norm", "absolute", "exponential", "adaptive", "rms"), norms)
+    samples["update_ratio"] = norms * 1e-5
     samples["global"] = np.sqrt((norms**2).sum(axis=1))
     layers = ["stem", "body", "dead"]
     kernels = {layer: ["kernel"] for layer in layers}
     return kgc.Calibration.of_samples(layers, kernels, samples, percentile=90.0), norms
 
 
-@pytest.mark.parametrize("kind", ["norm", "absolute", "exponential", "adaptive", "rms"])
+@pytest.mark.parametrize(
+    "kind", ["norm", "absolute", "exponential", "adaptive", "update_ratio", "rms"]
+)
 def test_segments_are_schedules(kind, tmp_path):
-    found, norms = drifting()
+    found, _ = drifting()
+    norms = found.samples[kind]
     found.save(tmp_path / "clip.json", kind, segments=4)
     clipper = kgc.get(json.loads((tmp_path / "clip.json").read_text())["clipper"])
     assert str(clipper) == str(found.clip_map(kind, segments=4))
