@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import re
 import statistics
 import sys
 import time
@@ -285,19 +286,24 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     """Accuracy over learning rate: a line (the mean) and a band (the seeds) a clipper."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    cells = by_cell(rows)
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     axis = figure.subplots()
-    for number, (clipper, of_clipper) in enumerate(by_cell(rows).items()):
+    colours = iter([f"C{k}" for k in range(10) if k != 7] * len(cells))
+    for number, (clipper, of_clipper) in enumerate(cells.items()):
         rates = sorted(of_clipper)
         scores = [[accuracy_of(row) for row in of_clipper[rate]] for rate in rates]
-        color = "black" if clipper == NONE else f"C{number % 10}"
-        line = "--" if clipper == NONE else "-"
-        axis.plot(rates, [statistics.fmean(s) for s in scores], line, label=clipper, color=color)
+        color = "black" if clipper == NONE else next(colours)
+        style = "--" if clipper == NONE else ("-", ":")[number > 9]
+        label = re.sub(r", (eps|alpha|warmup_steps|option)=[^,)]*", "", clipper)
+        means = [statistics.fmean(s) for s in scores]
+        axis.plot(rates, means, style, marker="o", markersize=3, label=label, color=color)
         low, high = [min(s) for s in scores], [max(s) for s in scores]
-        axis.fill_between(rates, low, high, alpha=0.12, linewidth=0, color=color)
-    axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %", title=title)
+        axis.fill_between(rates, low, high, alpha=0.08, linewidth=0, color=color)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %")
+    figure.suptitle(title, fontsize="medium")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="x-small")
+    figure.legend(loc="outside right upper", fontsize="x-small")
     figure.savefig(path, dpi=110)
 
 
@@ -305,7 +311,9 @@ def report(studies: tuple[Study, ...], rows: list[dict], output: Path) -> None:
     """`evidence.md` and a picture for each study that has rows."""
     parts = []
     for study in studies:
+        order = {str(clipper): k for k, clipper in enumerate(study.clippers)}
         mine = [row for row in rows if row["study"] == study.name]
+        mine.sort(key=lambda row: order.get(row["clipper"], len(order)))
         if not mine:
             continue
         seeds = sorted({int(row["seed"]) for row in mine})
