@@ -13,6 +13,21 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Relative tolerances: about four units in the last place.
 RTOL = {"float32": 2e-6, "float64": 2e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
+#: One of each kind, with thresholds that clip the gradients of `net`.
+CLIPPERS = {
+    "absolute": kgc.AbsoluteClip(0.05),
+    "absolute-norm": kgc.AbsoluteClip(0.05, "norm"),
+    "absolute-max": kgc.AbsoluteClip(0.05, "max"),
+    "exponential": kgc.ExponentialClip(gamma=0.05),
+    "exponential-rms-alpha": kgc.ExponentialClip(gamma=0.05, weight="rms", rescale="alpha"),
+    "exponential-none": kgc.ExponentialClip(gamma=0.05, weight="none"),
+    "norm-layer": kgc.NormClip(0.5),
+    "norm-variable": kgc.NormClip(0.5, "variable"),
+    "norm-global": kgc.NormClip(0.5, "global"),
+    "map": kgc.ClipMap({"stem/.*": kgc.NormClip(0.5), "body/bias": None}, kgc.AbsoluteClip(0.05)),
+    "chain": kgc.Chain([kgc.AbsoluteClip(0.1), kgc.NormClip(0.5, "global")]),
+}
+
 
 def variables(seed=0, dtype="float32"):
     """Variables of three layers, as Keras names them, with shapes of rank 1 to 4."""

@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import keras
 import numpy as np
 import tensorflow as tf
-from helpers import CLASSES, data, loss, net, weights
-from test_distribution import CLIPPERS
+from helpers import CLASSES, CLIPPERS, data, loss, net, weights
 
 import keras_gradclip as kgc
 

@@ -9,25 +9,12 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import CLASSES, data, loss, net, strategy, train, weights
+from helpers import CLASSES, CLIPPERS, data, loss, net, strategy, train, weights
 
 import keras_gradclip as kgc
 
 tf = pytest.importorskip("tensorflow")
 
-CLIPPERS = {
-    "absolute": kgc.AbsoluteClip(0.05),
-    "absolute-norm": kgc.AbsoluteClip(0.05, "norm"),
-    "absolute-max": kgc.AbsoluteClip(0.05, "max"),
-    "exponential": kgc.ExponentialClip(gamma=0.05),
-    "exponential-rms-alpha": kgc.ExponentialClip(gamma=0.05, weight="rms", rescale="alpha"),
-    "exponential-none": kgc.ExponentialClip(gamma=0.05, weight="none"),
-    "norm-layer": kgc.NormClip(0.5),
-    "norm-variable": kgc.NormClip(0.5, "variable"),
-    "norm-global": kgc.NormClip(0.5, "global"),
-    "map": kgc.ClipMap({"stem/.*": kgc.NormClip(0.5), "body/bias": None}, kgc.AbsoluteClip(0.05)),
-    "chain": kgc.Chain([kgc.AbsoluteClip(0.1), kgc.NormClip(0.5, "global")]),
-}
 OPTIMIZERS = {
     "momentum": functools.partial(keras.optimizers.SGD, 0.02, momentum=0.9),
     "adam": functools.partial(keras.optimizers.Adam, 1e-2),
