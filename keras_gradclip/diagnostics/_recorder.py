@@ -57,7 +57,7 @@ class Recorder:
     def on_update(self, update: ClippedUpdate) -> None:
         """Take a sample, if it is this update's turn."""
         self.updates.assign(self.updates + 1.0)
-        iterations = self.optimizer.inner_optimizer.iterations
+        iterations = kernels.read(self.optimizer.inner_optimizer.iterations)
         is_due = ops.logical_or(ops.equal(iterations % self.every, 0), self.force > 0)
         aggregation.local_cond(
             is_due,
@@ -66,7 +66,7 @@ class Recorder:
             self.optimizer._trainable_variables,
         )
 
-    def _sample(self, iterations: Variable, update: ClippedUpdate) -> None:
+    def _sample(self, iterations: Tensor, update: ClippedUpdate) -> None:
         zero = ops.zeros((), "float32")
         count = len(update.gradients)
         fractions = update.stats.fractions() if update.stats else [None] * count

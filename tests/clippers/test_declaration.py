@@ -74,6 +74,8 @@ def test_complex_variables_are_refused_and_can_be_excluded():
 def test_float64_is_exact_where_nothing_is_clipped_and_finite_where_it_is_huge(alias):
     cls = selectable()[alias]
     far = 100.0 if alias == "percentile" else 1e6
+    if keras.backend.standardize_dtype(keras.ops.ones((), "float64").dtype) != "float64":
+        pytest.skip("JAX holds no float64 unless it is told to")
     v = keras.Variable(np.ones(2), dtype="float64", name="v")
     for values in ([1 / 3, 2 / 3], [1e200, 1.0]):
         (got,) = cls(**{threshold_of(cls): far})(

@@ -139,7 +139,8 @@ def test_the_learning_rate_is_read_at_every_step_without_a_retrace():
             np.testing.assert_allclose(got, [0.001, 0.004, 0.001], rtol=1e-3)
         else:
             assert got.max() < 1e-4
-    assert len(traces) <= 2  # JAX traces once more for its own purposes
+    # JAX traces once more for its own purposes; PyTorch runs every step.
+    assert len(traces) <= (3 if keras.backend.backend() == "torch" else 2)
 
 
 def test_schedule_and_live_ratio():
