@@ -6,6 +6,7 @@ around it. What a ClippedOptimizer refuses (clipnorm and its kin, accumulation i
 """
 
 import functools
+import threading
 
 import keras
 from keras.src.optimizers.optimizer import Optimizer
@@ -16,7 +17,16 @@ import keras_gradclip as kgc
 FAR = 1e30
 wrapped = {"compile": 0, "apply": 0, "bare": 0}
 _wrappers: dict[int, tuple] = {}  # the optimizer is kept, so that its id stays its own
-_inside: list[int] = []
+
+
+class _Inside(threading.local):
+    """The optimizers in whose `apply` this thread is: every replica has a thread of its own."""
+
+    def __init__(self):
+        self.ids = set()
+
+
+_inside = _Inside()
 
 
 def wrap(optimizer):
@@ -34,6 +44,7 @@ def wrap_compiled(compile):
         optimizer = keras.optimizers.get(optimizer)
         if not isinstance(optimizer, (kgc.ClippedOptimizer, type(None))):
             wrapper = wrap(optimizer)
+            _wrappers[id(optimizer)] = (optimizer, None)  # it has one: `apply` needs no other
             wrapped["compile"] += wrapper is not None
             optimizer = wrapper or optimizer
         return compile(self, optimizer, *args, **kwargs)
@@ -44,7 +55,7 @@ def wrap_compiled(compile):
 def wrap_applied(apply):
     @functools.wraps(apply)
     def replaced(self, grads, trainable_variables=None):
-        is_own = isinstance(self, kgc.ClippedOptimizer) or id(self) in _inside
+        is_own = isinstance(self, kgc.ClippedOptimizer) or id(self) in _inside.ids
         if is_own or keras.src.backend.backend() != "tensorflow":
             return apply(self, grads, trainable_variables)
         if id(self) not in _wrappers:
@@ -53,14 +64,14 @@ def wrap_applied(apply):
         if wrapper is None:
             return apply(self, grads, trainable_variables)
         wrapped["apply"] += 1
-        _inside.append(id(self))
+        _inside.ids.add(id(self))
         try:
             if not wrapper.built:
                 known = self._trainable_variables if self.built else trainable_variables
                 wrapper.build(list(known))
             return wrapper.apply(grads, trainable_variables)
         finally:
-            _inside.remove(id(self))
+            _inside.ids.discard(id(self))
 
     return replaced
 
