@@ -143,45 +143,35 @@ def clip_exponential(
         The clipped tensors, in the dtypes of `xs`.
     """
     compiled = _worth_compiling(xs)
-    plain = sorted({*range(len(xs))} - {*compiled})
-    result: list[Tensor] = [None] * len(xs)
-    for fn, chosen in ((_exponential, plain), (_compiled_exponential, compiled)):
-        clipped = fn([xs[i] for i in chosen], [weights[i] for i in chosen], beta, gamma, rescale)
-        for i, y in zip(chosen, clipped, strict=True):
-            result[i] = y
-    return result
+    chosen = [xs[i] for i in compiled], [weights[i] for i in compiled]
+    result = dict(zip(compiled, _compiled_exponential(*chosen, beta, gamma, rescale), strict=True))
+    for i in {*range(len(xs))} - {*compiled}:
+        result[i] = _exponential(xs[i], weights[i], beta, gamma, rescale)
+    return [result[i] for i in range(len(xs))]
 
 
-def _exponential(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], beta: Tensor, gamma: Tensor, rescale: bool
-) -> list[Tensor]:
-    result = []
-    for x, weight in zip(xs, weights, strict=True):
-        factor = exp_of(beta, weight)
-        y = clip_symmetric(x, gamma * factor)
-        result.append(scale(y, factor) if rescale else y)
-    return result
+def _exponential(x: Tensor, weight: Tensor, beta: Tensor, gamma: Tensor, rescale: bool) -> Tensor:
+    factor = exp_of(beta, weight)
+    y = clip_symmetric(x, gamma * factor)
+    return scale(y, factor) if rescale else y
 
 
 def _compiled_exponential(
     xs: Sequence[Tensor], weights: Sequence[Tensor], beta: Tensor, gamma: Tensor, rescale: bool
 ) -> list[Tensor]:
     """`_exponential` by XLA, in one pass: TensorFlow's operations would write every step out."""
-    if not xs:
-        return []
     groups, pieces = _group_small(xs, weights)
-    results = _xla_exponential()(
-        [_joined([xs[i] for i in g]) for g in groups],
-        [_joined([weights[i] for i in g]) for g in groups],
-        beta,
-        gamma,
-        rescale,
-    )
+    # A call for each large tensor: they run side by side, and those of one shape share a program.
+    results = []
+    for group in groups:
+        x, weight = _joined([xs[i] for i in group]), _joined([weights[i] for i in group])
+        run = _xla_exponential(tuple(x.shape), x.dtype)
+        results.append(run(x, weight, beta, gamma, rescale))
     return pieces(results)
 
 
 @functools.cache
-def _xla_exponential() -> Callable[..., list[Tensor]]:
+def _xla_exponential(shape: tuple[int, ...], dtype: Tensor) -> Callable[..., Tensor]:
     import tensorflow as tf
 
     return tf.function(_exponential, jit_compile=True, autograph=False)
@@ -257,17 +247,16 @@ def column_squares(x: Tensor) -> Tensor:
 
         # The gradient of a 1 × 1 depthwise filter is a sum of products, column by column: one
         # pass without a temporary, where a square and a reduction take three times as long.
-        columns, rows = shape[-1], math.prod(shape[:-1])
-        parts = next(n for n in (8, 4, 2, 1) if rows % n == 0)  # one a thread
-        image = tf.reshape(x, (parts, rows // parts, 1, columns))
+        parts = math.gcd(math.prod(shape[:-1]), 8)  # one a thread
+        image = tf.reshape(x, (parts, -1, 1, shape[-1]))
         sums = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
             input=image,
-            filter_sizes=[1, 1, columns, 1],
+            filter_sizes=[1, 1, shape[-1], 1],
             out_backprop=image,
             strides=[1, 1, 1, 1],
             padding="VALID",
         )
-        return tf.reshape(sums, (*[1] * (len(shape) - 1), columns))
+        return tf.reshape(sums, (*[1] * (len(shape) - 1), shape[-1]))
     return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
 
 

@@ -47,7 +47,10 @@ def cases():
         shared = {key: value for key, value in content.items() if key != "case"}
         for number, case in enumerate(content["case"], 1):
             words = "".join(c for c in case["line"][:40] if c.isprintable() and c.isascii())
-            yield pytest.param(shared | case, id=f"{path.stem}-{number}-{words}")
+            # Four in five of the commands' take minutes together: `make test-slow` has them.
+            is_slow = "argv" in case and number % 5
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(shared | case, id=f"{path.stem}-{number}-{words}", marks=marks)
 
 
 CASES = list(cases())

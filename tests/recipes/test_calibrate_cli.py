@@ -56,7 +56,7 @@ def test_it_watches_the_run_that_the_recipe_would_train(calibrated, tmp_path):
 
 def test_the_files(calibrated):
     folder, found, choices = calibrated
-    kinds = ("norm", "absolute", "exponential", "adaptive", "rms")
+    kinds = ("norm", "absolute", "exponential", "adaptive", "update_ratio", "rms")
     names = {f"clip-{kind}.json" for kind in kinds} | {"clip-percentile.json"}
     assert {c.name for c in choices} == names  # 24 updates are too few for schedules
     assert {p.name for p in folder.iterdir()} == names | {
