@@ -172,6 +172,7 @@ def _compiled_exponential(
 
 @functools.cache
 def _xla_exponential(shape: tuple[int, ...], dtype: Tensor) -> Callable[..., Tensor]:
+    del shape, dtype  # one function for each: TensorFlow warns of one that is traced for many
     import tensorflow as tf
 
     return tf.function(_exponential, jit_compile=True, autograph=False)

@@ -130,34 +130,12 @@ class OptunaEngine:
         study = optuna.create_study(
             study_name=f"{self.session.recipe.name}: {folder.name}",
             storage=storage,
-            pruner=self._pruner(),
+            pruner=_pruner(self.session),
             direction="maximize" if self.objective.direction == "max" else "minimize",
             load_if_exists=True,
         )
-        study.sampler = self._sampler(len(study.get_trials(deepcopy=False)))
+        study.sampler = _sampler(self.session, self._limit(), len(study.get_trials(deepcopy=False)))
         return study
-
-    def _sampler(self, trials: int) -> optuna.samplers.BaseSampler:
-        """The sampler; seeded by the number of trials, so that a resumed one repeats none."""
-        args = self.session.args
-        seed = self.session.recipe.options(**self.session.given).seed + trials
-        if args.workers or self.joins:
-            seed = None  # each process its own
-        if args.tuner in ("random", "grid"):
-            return optuna.samplers.RandomSampler(seed)
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=max(3, self._limit() // 3),
-            multivariate=True,
-            group=True,
-            constant_liar=True,  # trials that run elsewhere count as bad, so none is tried twice
-        )
-
-    def _pruner(self) -> optuna.pruners.BasePruner:
-        if self.session.args.tuner != "hyperband":
-            return optuna.pruners.NopPruner()
-        epochs = self.session.recipe.options(**self.session.given).epochs
-        return optuna.pruners.HyperbandPruner(1, epochs, 3)
 
     def run(self) -> None:
         """Runs the search, in this process or in workers of this machine; then confirms."""
@@ -324,6 +302,30 @@ class OptunaEngine:
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Of the numbers that were suggested."""
         return self.trials.ranges()
+
+
+def _sampler(session: "Session", limit: int, trials: int) -> optuna.samplers.BaseSampler:
+    """The sampler; seeded by the number of trials, so that a resumed one repeats none."""
+    args = session.args
+    seed = session.recipe.options(**session.given).seed + trials
+    if args.workers or args.join:
+        seed = None  # each process its own
+    if args.tuner in ("random", "grid"):
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=max(3, limit // 3),
+        multivariate=True,
+        group=True,
+        constant_liar=True,  # trials that run elsewhere count as bad, so none is tried twice
+    )
+
+
+def _pruner(session: "Session") -> optuna.pruners.BasePruner:
+    if session.args.tuner != "hyperband":
+        return optuna.pruners.NopPruner()
+    epochs = session.recipe.options(**session.given).epochs
+    return optuna.pruners.HyperbandPruner(1, epochs, 3)
 
 
 @contextlib.contextmanager

@@ -315,10 +315,16 @@ class UpdateRatioClip(Clipper):
         pairs: list[Tensor] = [None] * len(grads)
         if self.biases == "unit":
             for i, kernel in _kernels_of_biases(grads, variables):
-                unit = default_unit_axes(variables[kernel])
-                norm = ops.sqrt(unit_squares(ops.convert_to_tensor(variables[kernel]), unit))
-                limit = ops.reshape(factor * ops.maximum(norm, self.eps), variables[i].shape)
+                if self.scope == "unit" and kernel in weights:  # known already
+                    square = weights[kernel]
+                else:
+                    axes_of = default_unit_axes(variables[kernel])
+                    square = unit_squares(ops.convert_to_tensor(variables[kernel]), axes_of)
+                limit = factor * ops.maximum(ops.sqrt(square), self.eps)
+                limit = ops.reshape(limit, variables[i].shape)
                 clipped[i] = kernels.clip_symmetric(grads[i], limit)
+                pairs[i] = (ops.abs(kernels.float32(grads[i])), limit)
+                shares[i] = _number_of_units(variables[i], ()) if self.scope == "unit" else 1.0
         for i in bounded:
             norm, limit = ops.sqrt(steps[i]), factor * ops.maximum(ops.sqrt(weights[i]), self.eps)
             y = kernels.scale(kernels.values(grads[i]), kernels.clip_factor(norm, limit))
@@ -352,7 +358,7 @@ def _kernels_of_biases(
         units = {
             i: _number_of_units(variables[i], default_unit_axes(variables[i]))
             for i in layer
-            if not is_vector(variables[i])
+            if not is_vector(variables[i]) and not kernels.is_sparse(grads[i])
         }
         for i in layer:
             g = grads[i]

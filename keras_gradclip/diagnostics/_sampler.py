@@ -50,11 +50,13 @@ class Sampler:
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Keep its figures."""
-        columns = [self._of(g, v) for g, v in zip(update.gradients, self.variables, strict=True)]
+        rate = self._learning_rate()
+        pairs = zip(update.gradients, self.variables, strict=True)
+        columns = [self._of(g, v, rate) for g, v in pairs]
         figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
         self._buffer.write(self.optimizer.inner_optimizer.iterations, figures)
 
-    def _of(self, gradient: Gradient, variable: Variable) -> list[Tensor]:
+    def _of(self, gradient: Gradient, variable: Variable, rate: Tensor) -> list[Tensor]:
         """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio, and that · η."""
         if gradient is None:
             return [ops.zeros((), "float32")] * 5
@@ -70,7 +72,7 @@ class Sampler:
             kernels.max_abs(x),
             kernels.max_abs(ops.abs(x) / kernels.exp_of(self.beta, weight)),
             ratio,
-            ratio * self._learning_rate(),
+            ratio * rate,
         ]
 
     def _learning_rate(self) -> Tensor:
