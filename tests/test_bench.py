@@ -21,7 +21,7 @@ def run(*arguments):
 def test_the_benchmark_runs_and_leaves_its_table(tmp_path):
     done = run(
         *("--tiny", "--rounds", "2", "--frameworks", "tensorflow", "--out", str(tmp_path)),
-        *("--only", "clip", "operations", "reductions"),
+        *("--only", "clip", "operations", "reductions", "devices", "processes"),
     )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "bench.csv").read_text().splitlines()
@@ -35,7 +35,25 @@ def test_the_benchmark_runs_and_leaves_its_table(tmp_path):
     assert float(operations["AbsoluteClip"]["median"]) <= 2
     reductions = [r for r in rows if r["part"] == "reductions"]
     assert reductions and all(float(r["median"]) == 1 for r in reductions)
+    for part in ("devices", "processes"):
+        found = {(r["set"], r["contestant"]): float(r["median"]) for r in rows if r["part"] == part}
+        assert found[f"2 {part}", "NormClip global"] > 0
+        assert ("exponent", "AbsoluteClip") in found
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_chief_of_simulated_workers_is_measured(tmp_path):
+    script, table = BENCH.with_name("search_scale.py"), tmp_path / "scale.csv"
+    command = [sys.executable, str(script), "--workers", "4", "--trials", "20", "--seconds", "0.2"]
+    done = subprocess.run(
+        [*command, "--out", str(table)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and rows[-1]["trials"] == "19 to 20"
+    assert all(float(row["trials an hour"]) > 0 for row in rows)
 
 
 def test_an_unknown_part_is_named():

@@ -3,8 +3,9 @@
     python tests/version_matrix.py [--only 3.12 ...] [--quick] [--again]
 
 Prints a table and writes docs/results/versions.csv after each pair; a pair that the file has for
-this version of keras_gradclip is not run again. Needs a `python3.x` on the PATH for each Python
-named below, 3 GB of disk, and a quarter of an hour a pair; with --quick, a few minutes.
+this version of keras_gradclip is not run again. Needs 3 GB of disk and a quarter of an hour a
+pair; with --quick, a few minutes. A Python named below that is not on the PATH as `python3.x` is
+replaced by the one that runs this; the table says which Python it was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -63,6 +65,13 @@ print(json.dumps({"python": platform.python_version(), "keras": keras.__version_
     "tensorflow": tensorflow.__version__, "numpy": numpy.__version__,
     "keras_tuner": m.version("keras-tuner"), "keras_gradclip": keras_gradclip.__version__}))
 """
+
+
+def available(pair: tuple[str, ...]) -> tuple[str, ...]:
+    """The pair, with a Python that is there."""
+    if shutil.which(f"python{pair[0]}"):
+        return pair
+    return ("{}.{}".format(*sys.version_info), *pair[1:])
 
 
 def install(python: str, keras: str, tensorflow: str, numpy: str, keras_tuner: str) -> Path:
@@ -146,8 +155,8 @@ def key(row: dict[str, str]) -> tuple[str, ...]:
 def write(rows: list[dict[str, str]]) -> None:
     """Write the table, the pairs in the order of `PAIRS`."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    order = {pair[:3]: place for place, pair in enumerate(PAIRS)}
-    rows.sort(key=lambda row: order.get(key(row), len(order)))
+    order = {pair[1:3]: place for place, pair in enumerate(PAIRS)}
+    rows.sort(key=lambda row: order.get(key(row)[1:], len(order)))
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -170,7 +179,7 @@ def main() -> int:
     ).stdout.strip()
     bad = 0
     tests = QUICK if options.quick else TESTS
-    for pair in PAIRS:
+    for pair in map(available, PAIRS):
         rows = finished()
         known = {key(row) for row in rows if row["keras_gradclip"] == version[1]}
         if options.only and not pair[1].startswith(tuple(options.only)):

@@ -1,6 +1,7 @@
-"""What a search leaves: a table, `trials.csv`, `best.json`."""
+"""What a search leaves: a table, `trials.csv`, `best.json`, TensorBoard's HParams."""
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,36 @@ def write_best(rows: Sequence[TrialRow], path: Path, objective, groups, recipe: 
     }
     write_json(path, content)
     return content
+
+
+def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
+    """For TensorBoard's page HParams: a run for each trial that ended; what is there stays.
+
+    `folder` gets a folder a trial, with its values, its score, clip fraction and gradient norm.
+    """
+    import tensorflow as tf
+    from tensorboard.plugins.hparams import api
+
+    for row in rows:
+        target = folder / row.trial
+        if row.status == "running" or target.exists():
+            continue
+        figures = {
+            objective.name: row.score,
+            "clip_fraction": row.clip_fraction,
+            "grad_norm": row.grad_norm,
+        }
+        partial = folder.parent / "tensorboard.partial"  # a kill leaves no half of a run
+        shutil.rmtree(partial, ignore_errors=True)
+        writer = tf.summary.create_file_writer(str(partial))
+        with writer.as_default(step=0):
+            api.hparams(dict(row.values), trial_id=row.trial)
+            for name, value in figures.items():
+                if math.isfinite(value):
+                    tf.summary.scalar(name, value)
+        writer.close()
+        folder.mkdir(exist_ok=True)
+        partial.rename(target)
 
 
 def print_table(rows: Sequence[TrialRow], objective, title: str, console) -> None:

@@ -267,6 +267,7 @@ class Session:
         from tuning import results
 
         results.write_trials(rows, self.folder / "trials.csv")
+        results.write_hparams(rows, self.folder / "tensorboard", self.engine.objective)
         groups = self.space["groups"]
         path = self.folder / "best.json"
         return results.write_best(rows, path, self.engine.objective, groups, self.recipe.name)
@@ -287,6 +288,7 @@ class Session:
                 self.say(f"{number} of {len(rows)} trials {what}")
         self.say(verdict(rows, objective).text, style="bold", markup=False)
         self.say(f"picture: {self.folder}/search.png, table: {self.folder}/trials.csv")
+        self.say(f"TensorBoard's HParams: tensorboard --logdir {self.folder}/tensorboard")
         if best is None:
             raise RuntimeError("no trial ended well")
         self.say(f"train with it: {self._command(best)}", markup=False)

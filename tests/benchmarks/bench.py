@@ -10,10 +10,12 @@ runs/bench/bench.csv and, for the ratios of a clip, runs/bench/bench.png.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -35,7 +37,7 @@ PYTHONS = {
 }
 PARTS = (
     *("clip", "update", "compiled", "step", "monitor", "first-step", "memory"),
-    *("operations", "growth", "reductions"),
+    *("operations", "growth", "reductions", "devices", "processes"),
 )
 STEP_SETS = ("SGD/64", "SGD/8", "Adam/64", "Adam/8")
 FIELDS = ("part", "set", "contestant", "against", "unit", "median", "low", "high", "samples")
@@ -89,12 +91,13 @@ TARGETS = [
 class Worker:
     """A framework's process: see `worker.py`."""
 
-    def __init__(self, framework: str) -> None:
+    def __init__(self, framework: str, **variables: str) -> None:
         self.framework = framework
         environment = {
             # Threads that wait must not spin: the next contestant needs the core.
             **{"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TF_CPP_MIN_LOG_LEVEL": "3"},
             **os.environ,
+            **variables,
             "CUDA_VISIBLE_DEVICES": "-1",
         }
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -113,12 +116,19 @@ class Worker:
         Raises:
             RuntimeError: the process ended; with what it wrote last.
         """
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        self.send(do, **order)
+        return self.answer()
+
+    def send(self, do: str, **order: Any) -> None:
+        """Send one order."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `answer` says why
             print(json.dumps({"do": do, **order}), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer to the last order; raises as `ask` does."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
             raise RuntimeError(f"{self.framework}: {self.errors.read()[-3000:]}")
@@ -379,6 +389,60 @@ def reductions(workers: Workers, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def devices(workers: Workers, options: argparse.Namespace) -> list[Row]:
+    """Processor time of an update on each of 1 to 8 logical devices."""
+    del workers
+    of_each = {}
+    for replicas in options.replicas:
+        with Workers(tensorflow=Worker("tensorflow")) as fresh:  # it makes its own devices
+            of_each[replicas] = fresh["tensorflow"].call(
+                "on_devices", which=options.network, replicas=replicas, rounds=options.rounds
+            )
+    return _scaling("devices", of_each)
+
+
+def processes(workers: Workers, options: argparse.Namespace) -> list[Row]:
+    """Processor time of an update in each of 1 to 3 processes over the loopback interface."""
+    del workers
+    of_each = {}
+    for number in options.processes:
+        with contextlib.ExitStack() as ports:  # each is free until all are chosen
+            probes = [ports.enter_context(socket.socket()) for _ in range(number)]
+            for probe in probes:
+                probe.bind(("127.0.0.1", 0))
+            addresses = [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
+        configs = [
+            {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": k}}
+            for k in range(number)
+        ]
+        group = [Worker("tensorflow", TF_CONFIG=json.dumps(config)) for config in configs]
+        with Workers({str(k): worker for k, worker in enumerate(group)}):
+            arguments = {"which": options.network, "rounds": options.rounds}
+            for worker in group:  # all before the first answer: they wait for one another
+                worker.send("as_worker", arguments=arguments)
+            answers = [worker.answer()["result"] for worker in group]
+        of_each[number] = {
+            name: [statistics.fmean(each) for each in zip(*(a[name] for a in answers), strict=True)]
+            for name in answers[0]
+        }
+    return _scaling("processes", of_each)
+
+
+def _scaling(part: str, of_each: dict[int, dict[str, list[float]]]) -> list[Row]:
+    """Ratios to the update without a clip for each number, and the growth with the number."""
+    import numpy as np
+
+    rows = []
+    for number, seconds in of_each.items():
+        pairs = [(name, "no clip") for name in seconds if name != "no clip"]
+        rows += ratios(part, f"{number} {part}", seconds, pairs)
+    for name in next(iter(of_each.values())):
+        medians = [statistics.median(seconds[name]) for seconds in of_each.values()]
+        slope = np.polyfit(np.log(list(of_each)), np.log(medians), 1)[0]
+        rows.append(row(part, "exponent", name, "number", "exponent", quartiles([float(slope)])))
+    return rows
+
+
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows of one part; how each size grew is in the CSV alone."""
     result = Table(title=title, title_justify="left")
@@ -470,6 +534,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--rounds, --step-rounds and --first-steps must be at least 1")
     options.sets = ["tiny"] if options.tiny else ["resnet50", "thousand"]
     options.network = "tiny" if options.tiny else "resnet50"
+    options.replicas = [1, 2] if options.tiny else [1, 2, 4, 8]
+    options.processes = [1, 2] if options.tiny else [1, 2, 3]
     options.growth = [10, 20] if options.tiny else [10, 30, 100, 300, 1000, 3000]
 
     console = Console(width=None if sys.stdout.isatty() else 130)

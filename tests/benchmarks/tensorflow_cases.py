@@ -321,16 +321,70 @@ def growth_names() -> list[str]:
     return ["Keras clipvalue", "AbsoluteClip", "Keras clipnorm", "NormClip layer"]
 
 
+def _logical_devices(replicas: int):
+    """A strategy over parts of this machine's processor."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
+    )
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+
+
+def on_devices(which: str, replicas: int, rounds: int) -> dict[str, list[float]]:
+    """Processor seconds of an update on each of some logical devices, round by round.
+
+    Must be the first call in a process: the logical devices are made here.
+    """
+    return _updates(_logical_devices(replicas), which, rounds)
+
+
+def as_worker(which: str, rounds: int) -> dict[str, list[float]]:
+    """The same of this process, one of those that its TF_CONFIG names."""
+    return _updates(tf.distribute.MultiWorkerMirroredStrategy(), which, rounds)
+
+
+def _updates(strategy, which: str, rounds: int) -> dict[str, list[float]]:
+    """Processor time, for the devices share the cores: a replica's is this process's part of it."""
+    makers = {
+        "no clip": _sgd,
+        "Keras clipnorm": functools.partial(_sgd, clipnorm=MAX_NORM),
+        "AbsoluteClip": lambda: _wrapped(OURS["AbsoluteClip"]()),
+        "NormClip global": lambda: _wrapped(OURS["NormClip global"]()),
+    }
+    with strategy.scope():
+        variables = _model(which, clipped=False).trainable_variables
+        gradients = [
+            keras.Variable("random_normal", v.shape, trainable=False, dtype=v.dtype)
+            for v in variables
+        ]
+
+        def updater(make):
+            optimizer = make()
+            optimizer.build(variables)
+
+            def update():
+                optimizer.apply([tf.convert_to_tensor(g.value) for g in gradients], variables)
+
+            return tf.function(lambda: strategy.run(update), autograph=False)
+
+        updates = {name: updater(make) for name, make in makers.items()}
+    replicas = len(strategy.extended.worker_devices)  # in this process
+    seconds: dict[str, list[float]] = {name: [] for name in updates}
+    for k in range(rounds + 2):  # the first two trace, and fill the caches
+        for name, update in updates.items():
+            start = time.process_time()
+            update()
+            if k >= 2:
+                seconds[name].append((time.process_time() - start) / replicas)
+    return seconds
+
+
 def reductions(which: str, replicas: int, accumulate: int) -> dict[str, dict]:
     """All-reduces and bytes that one update asks for on some replicas.
 
     Must be the first call in a process: the logical devices are made here.
     """
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
-    )
-    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    strategy = _logical_devices(replicas)
     original, calls = tf.distribute.ReplicaContext.all_reduce, []
 
     def counting(self, op, value, *args, **kwargs):

@@ -164,6 +164,27 @@ def test_best_json_holds_the_better_of_the_confirmed(tmp_path):
     assert not (tmp_path / "none.json").exists()
 
 
+def test_hparams_has_a_run_for_each_trial_that_ended(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    folder = tmp_path / "tensorboard"
+    rows = [row("0", 0.8), row("1", 0.9, 0.02), row("2", math.nan, 0.1, status="running")]
+    results.write_hparams(rows, folder, ACCURACY)
+    results.write_hparams(rows, folder, ACCURACY)  # once more: as at the end of the next trial
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+
+    [events] = (folder / "1").iterdir()
+    read = EventAccumulator(str(events)).Reload()
+    [score] = read.Tensors("val_accuracy")
+    assert score.tensor_proto.float_val[0] == np.float32(0.9)
+    data = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    info = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info
+    assert info.hparams["absolute/threshold"].number_value == 0.02
+    assert info.hparams["clipper"].string_value == "absolute"
+
+
 def test_trials_csv_has_a_column_a_hyperparameter(tmp_path):
     path = tmp_path / "trials.csv"
     results.write_trials([row("1", 0.9, 0.02), row("0", math.nan, status="failed")], path)
