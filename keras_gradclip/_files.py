@@ -87,11 +87,35 @@ def write_csv(
 
 
 def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Adds lines to a CSV file, and the head to a new one."""
-    fresh = not Path(path).exists()
+    """Adds lines to a CSV file, and the head to a new one.
+
+    A last line that a kill or a full disk has cut off goes first.
+    """
+    _end_last_line(path)
+    fresh = not Path(path).exists() or not Path(path).stat().st_size
     with open(path, "a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([columns, *rows] if fresh else rows)
+
+
+def _end_last_line(path: PathLike) -> None:
+    """Half a last line goes; a whole one, as an editor leaves it, is ended."""
+    if not Path(path).exists():
+        return
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read() in (b"", b"\n"):
+            return
+        file.seek(0)
+        lines = file.read().splitlines(keepends=True)
+        head, last = (
+            next(csv.reader([line.decode(errors="replace")])) for line in (lines[0], lines[-1])
+        )
+        if len(lines) > 1 and len(last) == len(head):
+            file.write(b"\r\n")
+        else:
+            file.truncate(size - len(lines[-1]))
 
 
 def read_csv(

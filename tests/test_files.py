@@ -57,3 +57,21 @@ def test_damaged_files_are_named_with_their_line(tmp_path):
 def test_did_you_mean():
     assert did_you_mean("absolut", ["norm", "absolute"]) == ", did you mean 'absolute'?"
     assert did_you_mean("xyz", ["norm"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("left", "want"),
+    [
+        ("", ["a,b", "3,4"]),
+        ("a,", ["a,b", "3,4"]),
+        ("a,b\r\n1", ["a,b", "3,4"]),
+        ("a,b\r\n1,2\r\n1", ["a,b", "1,2", "3,4"]),
+        ("a,b\r\n1,2", ["a,b", "1,2", "3,4"]),
+        ("a,b\r\n1,2\r\n", ["a,b", "1,2", "3,4"]),
+    ],
+)
+def test_a_line_is_not_added_to_half_of_one(left, want, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text(left, newline="")
+    _files.append_csv(table, ["a", "b"], [[3, 4]])
+    assert table.read_text().split() == want
