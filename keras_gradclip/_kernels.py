@@ -36,6 +36,9 @@ SMALL = 1 << 16
 # Elements. Below, an XLA compilation (about a second) is not worth its while.
 WORTH_COMPILING = 1 << 20
 
+# Elements. Below, a square and a sum take less than the 0.1 ms that a convolution starts with.
+WORTH_CONVOLVING = 1 << 20
+
 
 def is_sparse(gradient: Gradient) -> bool:
     """Whether `gradient` is a `tf.IndexedSlices` (told by its fields: TensorFlow may be absent)."""
@@ -161,12 +164,15 @@ def _compiled_exponential(
 ) -> list[Tensor]:
     """`_exponential` by XLA, in one pass: TensorFlow's operations would write every step out."""
     groups, pieces = _group_small(xs, weights)
-    # A call for each large tensor: they run side by side, and those of one shape share a program.
+    # A call for each large tensor: they run side by side, and those of one size share a program.
     results = []
     for group in groups:
         x, weight = _joined([xs[i] for i in group]), _joined([weights[i] for i in group])
+        size, shape = x.shape.num_elements(), x.shape
+        if weight.shape == shape:  # flat, so that more of them share a program
+            x, weight = ops.reshape(x, (size,)), ops.reshape(weight, (size,))
         run = _xla_exponential(tuple(x.shape), x.dtype)
-        results.append(run(x, weight, beta, gamma, rescale))
+        results.append(ops.reshape(run(x, weight, beta, gamma, rescale), shape))
     return pieces(results)
 
 
@@ -243,21 +249,26 @@ def sum_of_squares(x: Tensor) -> Tensor:
 def column_squares(x: Tensor) -> Tensor:
     """The sum of x² over all axes but the last, which stay as dimensions of 1; float32."""
     x, shape = float32(x), tuple(x.shape)
-    if _runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla() and all(shape):
+    is_large = all(shape) and math.prod(shape) >= WORTH_CONVOLVING
+    if is_large and _runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla():
         import tensorflow as tf
 
         # The gradient of a 1 × 1 depthwise filter is a sum of products, column by column: one
-        # pass without a temporary, where a square and a reduction take three times as long.
-        parts = math.gcd(math.prod(shape[:-1]), 8)  # one a thread
-        image = tf.reshape(x, (parts, -1, 1, shape[-1]))
+        # pass without a temporary, where a square and a sum take up to three times as long. Rows
+        # side by side make each sum one of few numbers, whose rounding does not add up.
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        most = max((1 << 15) // columns, 1)
+        width = math.gcd(rows, 1 << (most.bit_length() - 1)) * columns
+        image = tf.reshape(x, (1, -1, 1, width))
         sums = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
             input=image,
-            filter_sizes=[1, 1, shape[-1], 1],
+            filter_sizes=[1, 1, width, 1],
             out_backprop=image,
             strides=[1, 1, 1, 1],
             padding="VALID",
         )
-        return tf.reshape(sums, (*[1] * (len(shape) - 1), shape[-1]))
+        sums = tf.reduce_sum(tf.reshape(sums, (-1, columns)), axis=0)
+        return tf.reshape(sums, (*[1] * (len(shape) - 1), columns))
     return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
 
 

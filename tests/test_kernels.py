@@ -186,3 +186,19 @@ def test_compiled_on_replicas(replicas):
 
 def test_worth_compiling_is_about_this_size():
     assert kernels.SMALL < 300 * 256 < kernels.WORTH_COMPILING <= 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (3, 3, 16, 32), (5, 1), (999, 1050), (2**17, 8), (16, 2**16)]
+)
+def test_column_squares(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    traced = tf.function(kernels.column_squares, autograph=False).get_concrete_function(
+        tf.TensorSpec(shape)
+    )
+    axes = tuple(range(len(shape) - 1))
+    expected = np.square(x.astype("float64")).sum(axis=axes, keepdims=True)
+    np.testing.assert_allclose(traced(tf.constant(x)), expected, rtol=2e-6)
+    # A convolution of a small tensor takes eight times as long as a square and a sum.
+    convolutions = [op for op in traced.graph.get_operations() if "Depthwise" in op.type]
+    assert bool(convolutions) == (x.size >= kernels.WORTH_CONVOLVING)
