@@ -240,6 +240,28 @@ def all_reduce_sum(grads: Sequence[Gradient]) -> Gradients:
     return grads
 
 
+def assign_each(variables: Sequence[Variable], values: Sequence[Tensor]) -> None:
+    """Assign, in replica context, each replica's value to its own copy, and reduce nothing."""
+    if not is_tensorflow():
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        return
+    import tensorflow as tf
+
+    def merged(strategy: Strategy, natives: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for native, value in zip(natives, values, strict=True):
+            strategy.extended.update(native, _assign, args=(value,), group=False)
+
+    natives = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+    tf.__internal__.distribute.interim.maybe_merge_call(
+        merged, tf.distribute.get_strategy(), natives, list(values)
+    )
+
+
+def _assign(native: Tensor, value: Tensor) -> None:
+    native.assign(value)
+
+
 def cond(
     flag: Scalar,
     true_fn: Callable[..., object],

@@ -158,6 +158,19 @@ def replace_updates(optimizer: Optimizer, update: Callable[..., None] | None) ->
         optimizer._apply_weight_decay = functools.partial(_decay_weights, optimizer)
 
 
+def wrap_update(optimizer: Optimizer, update: Callable[..., None]) -> None:
+    """Let `update(default, gradients, variables, learning rate)` update the variables.
+
+    Every backend calls `_backend_update_step` in replica context, between decoupled weight decay
+    and the moving averages; Keras has no public name for this moment. `default` is that method as
+    the class has it.
+    """
+    if "_backend_update_step" in vars(optimizer):  # of a wrapper before
+        del optimizer._backend_update_step
+    default = optimizer._backend_update_step
+    optimizer._backend_update_step = functools.partial(update, default)
+
+
 def _decay_weights(optimizer: Optimizer, variables: Sequence[Variable]) -> None:
     if optimizer.weight_decay is None:
         return

@@ -2,6 +2,7 @@
 
 add up micro-batches → sum over replicas → (sparse rows merged) → unscale →
 anything not finite? skip, and the loss scale falls → clip → SGD with momentum, or Adam
+(→ where a clipper bounds what is applied: the change of the weights, clipped)
 """
 
 import dataclasses
@@ -54,6 +55,7 @@ class ReferenceUpdate:
         weights: list of float64 arrays, changed in place.
         paths: the path of each weight.
         clip: a function as in `CLIPS`.
+        bound: the same, of the steps in the place of the gradients; or None.
         inner: `sgd` or `adam`.
         micro_steps: calls that make one update.
         skip: leave out an update that is not finite.
@@ -67,6 +69,7 @@ class ReferenceUpdate:
     weights: list
     paths: list
     clip: object = CLIPS["none"]
+    bound: object = None
     inner: object = sgd
     micro_steps: int = 1
     skip: bool = False
@@ -135,5 +138,15 @@ class ReferenceUpdate:
         return norm > limit
 
     def _apply(self, present, clipped):
+        before = [self.weights[i] for i in present]
         for i, g in zip(present, clipped, strict=True):
             self.weights[i] = self.inner(self.weights[i], g, self.slots[i], self.updates)
+        self._bound_steps(present, before)
+
+    def _bound_steps(self, present, before):
+        if self.bound is None:
+            return
+        steps = [self.weights[i] - w for i, w in zip(present, before, strict=True)]
+        steps = self.bound(steps, before, [self.paths[i] for i in present], self.updates - 1)
+        for i, w, step in zip(present, before, steps, strict=True):
+            self.weights[i] = w + step

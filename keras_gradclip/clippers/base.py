@@ -30,6 +30,10 @@ from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
 
 #: The key of `hyper` under which a clipper finds the optimizer's learning rate.
 LEARNING_RATE = "learning_rate"
+#: The key of `hyper` that says which of two passes this is, where an update has two: `GRADIENTS`,
+#: then `STEPS`, by which the inner optimizer is about to change the weights.
+PASS = "pass"
+GRADIENTS, STEPS = "gradients", "steps"
 
 
 class ClipStats(NamedTuple):
@@ -66,6 +70,9 @@ class Clipper:
     selectable: ClassVar[bool] = True
     #: Whether `apply` wants `hyper["learning_rate"]`, the optimizer's at this step.
     needs_learning_rate: ClassVar[bool] = False
+    #: Whether it bounds steps, η·g. Where the inner optimizer ignores a gradient's scale, `apply`
+    #: gets the steps themselves in the place of the gradients, and a learning rate of 1.
+    bounds_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for declared in parameters(self):
@@ -112,6 +119,15 @@ class Clipper:
             The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
         """
         raise NotImplementedError
+
+    def in_its_pass(
+        self, grads: Sequence[Gradient], variables: Sequence[Variable], state: State, hyper: Hyper
+    ) -> tuple[list[Tensor], State, ClipStats]:
+        """`apply`; in the pass that is not this clipper's, what came, as it came."""
+        if PASS not in hyper or self.bounds_steps == (hyper[PASS] == STEPS):
+            return self.apply(grads, variables, state, hyper)
+        count = len(grads)
+        return list(grads), state, ClipStats(lambda: [None] * count, [0.0] * count, "norms")
 
     def __call__(self, grads: Sequence[Gradient], variables: Sequence[Variable]) -> list[Tensor]:
         """The clipped gradients, from a fresh state and with schedules at step 0.

@@ -17,6 +17,7 @@ from keras_gradclip._types import Config, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card
 from keras_gradclip.clippers.base import (
     LEARNING_RATE,
+    PASS,
     Clipper,
     ClipStats,
     as_clipper,
@@ -42,6 +43,15 @@ class Composite(Clipper):
     def needs_learning_rate(self) -> bool:  # type: ignore[override]
         """Whether one of the parts does."""
         return any(clipper.needs_learning_rate for _, clipper in self._parts())
+
+    @property
+    def bounds_steps(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(clipper.bounds_steps for _, clipper in self._parts())
+
+    def in_its_pass(self, grads, variables, state, hyper):
+        """Both passes: each part knows its own."""
+        return self.apply(grads, variables, state, hyper)
 
     def hyperparameters(self) -> Config:
         """The parts' live hyper-parameters, as `part/name`."""
@@ -70,7 +80,7 @@ class Composite(Clipper):
 
         One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
         """
-        shared = {k: v for k, v in mapping.items() if k == LEARNING_RATE}
+        shared = {k: v for k, v in mapping.items() if k in (LEARNING_RATE, PASS)}
         parts: dict[str, Config] = {name: dict(shared) for name, _ in self._parts()}
         for key, value in mapping.items():
             owners = [name for name in parts if key.startswith(f"{name}/")]
@@ -262,7 +272,7 @@ class ClipMap(Composite):
         squares: list[Tensor] = [None] * len(variables)
         states, hypers = self._split(state), self._split(hyper)
         for name, clipper, members in self._groups(variables):
-            part, part_state, stats = clipper.apply(
+            part, part_state, stats = clipper.in_its_pass(
                 [grads[i] for i in members],
                 [variables[i] for i in members],
                 states[name],
@@ -397,26 +407,13 @@ class Chain(Composite):
         stats: list[ClipStats] = []
         states, hypers = self._split(state), self._split(hyper)
         for part, clipper in self._parts():
-            grads, part_state, part_stats = clipper.apply(
+            grads, part_state, part_stats = clipper.in_its_pass(
                 grads, variables, states[part], hypers[part]
             )
             new_state.update({f"{part}/{k}": v for k, v in part_state.items()})
             stats.append(part_stats)
 
-        def fractions():
-            per_clipper = [s.fractions() for s in stats]
-            result = []
-            for of_variable in zip(*per_clipper, strict=True):
-                known = [f for f in of_variable if f is not None]
-                largest = known[0] if known else None
-                for f in known[1:]:
-                    largest = ops.maximum(largest, f)
-                result.append(largest)
-            return result
-
-        unit, weights = _common_unit(stats, variables)
-        first = stats[0].square_norms
-        return list(grads), new_state, ClipStats(fractions, weights, unit, first)
+        return list(grads), new_state, combined(stats, variables)
 
     def get_config(self):
         """The clippers, JSON-able."""
@@ -430,6 +427,24 @@ class Chain(Composite):
 
     def __str__(self) -> str:
         return " → ".join(str(c) for c in self.clippers)
+
+
+def combined(stats: Sequence[ClipStats], variables: Sequence[Variable]) -> ClipStats:
+    """What several clips of the same variables, one after the other, did together."""
+
+    def fractions():
+        per_clipper = [s.fractions() for s in stats]
+        result = []
+        for of_variable in zip(*per_clipper, strict=True):
+            known = [f for f in of_variable if f is not None]
+            largest = known[0] if known else None
+            for f in known[1:]:
+                largest = ops.maximum(largest, f)
+            result.append(largest)
+        return result
+
+    unit, weights = _common_unit(stats, variables)
+    return ClipStats(fractions, weights, unit, stats[0].square_norms)
 
 
 def _common_unit(

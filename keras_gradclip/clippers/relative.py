@@ -284,6 +284,7 @@ class UpdateRatioClip(Clipper):
         None, help="unit: a bias moves no further than its unit may", choices=(None, "unit")
     )
     needs_learning_rate = True
+    bounds_steps = True
     measures: ClassVar[str | None] = "unit_step"
     card: ClassVar[Card | None] = Card(
         "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",

@@ -71,7 +71,7 @@ def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variabl
     clipped = {
         path_of(v)
         for v, (_, rule) in zip(variables, clipper.rule_of(variables), strict=True)
-        if rule is not None
+        if rule is not None and not rule.bounds_steps
     }
     matrices = [path for path in muon_matrices(inner, variables) if path in clipped]
     if matrices:

@@ -17,6 +17,7 @@ from keras_gradclip import _validation as validation
 from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variable
 from keras_gradclip.optimizer._accumulation import is_overwritten
 from keras_gradclip.optimizer._compiled import CompiledUpdate
+from keras_gradclip.optimizer._steps import Bound, BoundedSteps
 
 # The `ema_overwrite_frequency` of inner optimizers, which we took from them. An optimizer that
 # is compiled a second time is wrapped a second time.
@@ -109,6 +110,7 @@ class InnerUpdate:
             inner.ema_overwrite_frequency = None
         _compat.make_reduce_identity(inner)
         self.compiled = CompiledUpdate(inner, compiled)
+        self._steps = BoundedSteps(inner)
 
     def __call__(
         self,
@@ -116,6 +118,7 @@ class InnerUpdate:
         overwriting: Gradients,
         variables: Sequence[Variable],
         indices: Sequence[int],
+        bound: Bound | None = None,
     ) -> None:
         """Apply.
 
@@ -124,6 +127,7 @@ class InnerUpdate:
             overwriting: new values, see `split_overwriting`.
             variables: all that the optimizer was built with.
             indices: the variables that this update is about.
+            bound: what the steps go through before they stay.
         """
         if self._is_held:
             return
@@ -132,7 +136,8 @@ class InnerUpdate:
             gradients = [None if g is None else kernels.dense(g) for g in gradients]
             gradients = kernels.divided(gradients, 1.0 / factor)
         merged = [g if o is None else o for g, o in zip(gradients, overwriting, strict=True)]
-        self._inner.apply([merged[i] for i in indices], [variables[i] for i in indices])
+        with self._steps.by(bound):
+            self._inner.apply([merged[i] for i in indices], [variables[i] for i in indices])
         if self.ema_overwrite_frequency:
             aggregation.cond(
                 ops.equal(self._inner.iterations % self.ema_overwrite_frequency, 0),

@@ -17,8 +17,16 @@ from keras import ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Gradient, Gradients, Optimizer, Variable
-from keras_gradclip.clippers.base import Clipper, as_clipper
+from keras_gradclip._types import Gradient, Gradients, Optimizer, State, Tensor, Variable
+from keras_gradclip.clippers.base import (
+    GRADIENTS,
+    LEARNING_RATE,
+    PASS,
+    STEPS,
+    Clipper,
+    as_clipper,
+)
+from keras_gradclip.clippers.composite import combined
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._advice import AUTO
 from keras_gradclip.optimizer._call import Call, collect
@@ -31,6 +39,7 @@ from keras_gradclip.optimizer._inner import (
 from keras_gradclip.optimizer._loss_scale import FixedLossScale, KnowsLossScale, LossScale
 from keras_gradclip.optimizer._skips import ReportsSkips, SpikeWindow
 from keras_gradclip.optimizer._state import HasState
+from keras_gradclip.optimizer._steps import ignores_scale
 from keras_gradclip.optimizer._telemetry import ReportsTelemetry, Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watched, Watcher
 
@@ -222,10 +231,34 @@ class ClippedOptimizer(
     def _step(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
         """Clip, show, apply."""
         update = self._clip(gradients)
+        bound = functools.partial(self._bound, update) if self._bounds_steps else None
+        if bound is None:
+            self._show(update)
+        self._inner_update(
+            update.clipped, overwriting, self._trainable_variables, call.indices, bound
+        )
+        call.scale.on_finite()
+
+    def _bound(
+        self, update: ClippedUpdate, variables: Sequence[Variable], steps: list[Tensor]
+    ) -> list[Tensor]:
+        """Clip the steps that the inner optimizer is about to take, and show what was clipped."""
+        assert self._clipper is not None and update.stats is not None
+        indices = [self._get_variable_index(v) for v in variables]
+        everything: Gradients = [None] * len(self._trainable_variables)
+        for i, step in zip(indices, steps, strict=True):
+            everything[i] = step
+        hyper = {**update.hyper, LEARNING_RATE: ops.ones((), "float32"), PASS: STEPS}
+        clipped, _, stats = self._clipper.in_its_pass(
+            everything, self._trainable_variables, self._read_clip_state(), hyper
+        )
+        both = combined([update.stats, stats], self._trainable_variables)
+        self._show(dataclasses.replace(update, stats=both))
+        return [clipped[i] for i in indices]
+
+    def _show(self, update: ClippedUpdate) -> None:
         for watcher in self._all_watchers:
             watcher.on_update(update)
-        self._inner_update(update.clipped, overwriting, self._trainable_variables, call.indices)
-        call.scale.on_finite()
 
     def _skip(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
         """Leave the update out on every replica: not finite, or a spike."""
@@ -240,14 +273,24 @@ class ClippedOptimizer(
         if self._clipper is None:
             return ClippedUpdate(gradients, gradients, None, {})
         hyper = self.clip_hyperparameters.at_this_step()
-        state = {key: kernels.read(v) for key, v in self._clip_state.items()}
         told = {**hyper, **self._told_learning_rate()}
-        clipped, state, stats = self._clipper.apply(
-            gradients, self._trainable_variables, state, told
+        if self._bounds_steps:
+            told[PASS] = GRADIENTS
+        clipped, state, stats = self._clipper.in_its_pass(
+            gradients, self._trainable_variables, self._read_clip_state(), told
         )
         for key, value in state.items():
             self._clip_state[key].assign(value)
         return ClippedUpdate(gradients, clipped, stats, hyper)
+
+    @property
+    def _bounds_steps(self) -> bool:
+        """Whether the clip has a second pass, over what the inner optimizer wants to apply."""
+        is_bound = self._clipper is not None and self._clipper.bounds_steps
+        return is_bound and ignores_scale(self.inner_optimizer)
+
+    def _read_clip_state(self) -> State:
+        return {key: kernels.read(v) for key, v in self._clip_state.items()}
 
     @property
     def _all_watchers(self) -> list[Watcher]:

@@ -32,6 +32,7 @@ import keras_gradclip as kgc
 from keras_gradclip._files import append_csv, read_csv
 from recipes.command_line import Parser, exit_status
 from recipes.errors import DataError, RecipeError, plain_errors
+from recipes.tools._yardstick import TRIALS, searched
 from recipes.training.folder import folder_named
 
 COLUMNS = (
@@ -57,6 +58,7 @@ KEY = COLUMNS[: COLUMNS.index("status")]
 NONE = "none"
 CALIBRATED = "calibrate"
 CALIBRATED_RATIO = "calibrate update_ratio"
+SEARCHED = f"best of {TRIALS} trials"
 CLASSES = 10
 
 
@@ -68,7 +70,8 @@ class Study:
         name: of the table.
         network: a key of `NETWORKS`.
         data: `NAME@SIDE`: `cifar10` or `mnist_embedded`, and the side of the images in pixels.
-        clippers: clippers, or `NONE`, `CALIBRATED` or `CALIBRATED_RATIO` (what `calibrate` finds).
+        clippers: clippers, or `NONE`, `CALIBRATED` or `CALIBRATED_RATIO` (what `calibrate` finds),
+            or `SEARCHED` (what a search finds at each learning rate, with the first seed).
         rates: learning rates.
         seeds: of weights, order and noise.
         epochs: passes over the training images.
@@ -367,6 +370,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
     ),
     "full": (
         Study("cifar", clippers=MAIN, rates=RATES, **CIFAR),
+        Study("yardstick", clippers=(SEARCHED,), rates=RATES, **CIFAR),
         Study("high-rates", clippers=(NONE, UNIT[0], UNIT[1], BIASES), rates=(1.0, 3.0), **CIFAR),
         Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1,), optimizer="sgd", **CIFAR),
         Study(
@@ -438,6 +442,23 @@ def _studies(arguments: argparse.Namespace) -> None:
     print(f"results in {path} and {arguments.output / 'evidence.md'}")
 
 
+def _searched(study: Study, rate: float, images, file: Path):
+    import keras
+
+    keras.utils.set_random_seed(study.seeds[0])
+
+    def make_model():
+        keras.backend.clear_session()
+        model = NETWORKS[study.network](*images[0].shape[2:])
+        optimizer = make_optimizer(study.optimizer, rate)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+        return model
+
+    key, of_trials = f"{study.name}, {rate:g}", (study.epochs, study.batch_size)
+    return searched(file, key, make_model, images[:2], *of_trials) or NONE
+
+
 def train(study: Study, path: Path, data_dir: str) -> None:
     """The runs of a study that have no row yet."""
     done = {tuple(row[k] for k in KEY) for row in read(path)}
@@ -448,6 +469,8 @@ def train(study: Study, path: Path, data_dir: str) -> None:
     images = load_images(name, int(side), data_dir)
     for key, clipper in missing:
         rate, seed = float(key["learning_rate"]), int(key["seed"])
+        if clipper == SEARCHED:
+            clipper = _searched(study, rate, images, path.with_name("evidence-search.json"))
         row = key | run(study, clipper, rate, seed, images)
         append_csv(path, COLUMNS, [[row[column] for column in COLUMNS]])
         print(*(row[k] for k in ("study", "clipper", "learning_rate", "seed")), end=": ")

@@ -45,8 +45,13 @@ class KerasUpdate(ReferenceUpdate):
             self.variables = [keras.Variable(w, dtype="float64") for w in self.weights]
             self.optimizer.build(self.variables)
         variables = [self.variables[i] for i in present]
+        decay = (self.optimizer.weight_decay or 0.0) * float(self.optimizer.learning_rate)
+        before = [(1.0 - decay) * v.numpy() for v in variables]
         self.optimizer.apply([tf.constant(g, "float64") for g in clipped], variables)
         self.weights = [v.numpy() for v in self.variables]
+        self._bound_steps(present, before)
+        for variable, weight in zip(self.variables, self.weights, strict=True):
+            variable.assign(weight)
 
 
 def rate_of(c):
@@ -66,10 +71,13 @@ def make_reference(c, weights):
         def inner(weight, g, slot, step):
             return numpy_inner(weight, g, slot, step, learning_rate=rate(step - 1))
 
+    bounds = getattr(c.clipper, "bounds_steps", False)
+    has_two = bounds and not isinstance(INNER[c.inner](RATE), keras.optimizers.SGD)
     return cls(
         [np.array(w, "float64") for w in weights],
         list(c.shapes),
-        clip=Clip(c.clipper, rate),
+        clip=Clip(c.clipper, rate, False if has_two else None),
+        bound=Clip(c.clipper, lambda step: 1.0, True) if has_two else None,
         inner=inner,
         micro_steps=c.micro_steps,
         skip=c.skip,

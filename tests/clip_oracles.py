@@ -127,12 +127,18 @@ STATEFUL = {kgc.PercentileClip: percentile, kgc.ZScoreClip: zscore, kgc.AdaClip:
 
 
 class Clip:
-    """The twin of one clipper, also of a nested one; `rate` is a function of the updates before."""
+    """The twin of one clipper, also of a nested one.
 
-    def __init__(self, clipper, rate):
-        self.clipper, self.rate = clipper, rate
+    Args:
+        clipper: the clipper.
+        rate: a function of the number of updates before.
+        steps: where an update has two passes, whether this is the one over steps.
+    """
+
+    def __init__(self, clipper, rate, steps=None):
+        self.clipper, self.rate, self.steps = clipper, rate, steps
         if isinstance(clipper, kgc.Chain):
-            self.parts = [Clip(c, rate) for c in clipper.clippers]
+            self.parts = [Clip(c, rate, steps) for c in clipper.clippers]
         elif isinstance(clipper, kgc.ClipMap):
             self.parts = {}
         elif clipper is not None:
@@ -148,6 +154,8 @@ class Clip:
             return grads
         if isinstance(self.clipper, kgc.ClipMap):
             return self._by_rule(grads, weights, paths, step)
+        if self.steps is not None and self.steps != self.clipper.bounds_steps:
+            return grads
         return self.own(self.clipper, grads, weights, paths, step, self.rate(step))
 
     def _by_rule(self, grads, weights, paths, step):
@@ -156,7 +164,7 @@ class Clip:
         rule_of = [next(r for r, _ in rules if re.fullmatch(r, path)) for path in paths]
         result = list(grads)
         for rule, clipper in rules:
-            part = self.parts.setdefault(rule, Clip(clipper, self.rate))
+            part = self.parts.setdefault(rule, Clip(clipper, self.rate, self.steps))
             chosen = [i for i, name in enumerate(rule_of) if name == rule]
             lists = ([values[i] for i in chosen] for values in (grads, weights, paths))
             for i, g in zip(chosen, part(*lists, step), strict=True):

@@ -1,0 +1,75 @@
+"""What the inner optimizer is about to change, to be bounded before it stays.
+
+Adam and its kin divide by the gradient's size: no clip of a gradient bounds their steps. A clipper
+that bounds steps (`Clipper.bounds_steps`) then gets the steps themselves: what the update, after
+decoupled weight decay and before moving averages and constraints, would add to the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import keras
+from keras import ops
+
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _compat
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._types import Gradients, Optimizer, Scalar, Tensor, Variable
+
+#: From the steps of some variables to what is applied.
+Bound = Callable[[Sequence[Variable], list[Tensor]], Sequence[Tensor]]
+
+
+def ignores_scale(inner: Optimizer) -> bool:
+    """Whether a smaller gradient makes no smaller step; of somebody's own it is not known."""
+    return not isinstance(inner, keras.optimizers.SGD)
+
+
+class BoundedSteps:
+    """Stands around the update of an inner optimizer.
+
+    Args:
+        inner: a Keras optimizer; the way it updates its variables is replaced.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._bound: Bound | None = None
+        _compat.wrap_update(inner, self._update)
+
+    @contextlib.contextmanager
+    def by(self, bound: Bound | None) -> Iterator[None]:
+        """Inside, each update's steps go through `bound`, which sees the weights of before."""
+        self._bound = bound
+        try:
+            yield
+        finally:
+            self._bound = None
+
+    def _update(
+        self,
+        default: Callable[..., None],
+        gradients: Gradients,
+        variables: Sequence[Variable],
+        learning_rate: Scalar,
+    ) -> None:
+        if self._bound is None:
+            default(gradients, variables, learning_rate)
+            return
+        before = [ops.copy(kernels.read(v)) for v in variables]
+        default(gradients, variables, learning_rate)
+        after = [kernels.read(v) for v in variables]
+        if keras.backend.backend() == "torch":  # which writes into the tensor that was read
+            after = [ops.copy(x) for x in after]
+        aggregation.assign_each(variables, before)
+        steps = [b - a for a, b in zip(before, after, strict=True)]
+        bounded = self._bound(variables, steps)
+        aggregation.assign_each(
+            variables,
+            [
+                # To the last bit what the optimizer wanted, where nothing was clipped.
+                ops.where(ops.equal(wanted, step), new, old + step)
+                for old, new, wanted, step in zip(before, after, steps, bounded, strict=True)
+            ],
+        )

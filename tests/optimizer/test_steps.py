@@ -1,0 +1,155 @@
+"""Where the inner optimizer ignores a gradient's scale, what it applies is bounded."""
+
+import contextlib
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from clip_oracles import Clip
+from helpers import data, loss, net, strategy, to64
+from reference_update import ReferenceUpdate, adam
+
+import keras_gradclip as kgc
+
+tf = pytest.importorskip("tensorflow")
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("replicas are TensorFlow's; tests/backends has the others", allow_module_level=True)
+
+SHAPES = {"a/kernel": (4, 3), "a/bias": (3,), "b/kernel": (3, 2), "b/bias": (2,)}
+CLIPPERS = {
+    "unit": kgc.UpdateRatioClip(5e-3),
+    "layer": kgc.UpdateRatioClip(5e-3, scope="layer"),
+    "chain": kgc.Chain([kgc.AbsoluteClip(0.5), kgc.UpdateRatioClip(5e-3)]),
+    "map": kgc.ClipMap({"a/.*": kgc.UpdateRatioClip(5e-3)}, default=kgc.NormClip(0.5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "micro_steps"),
+    [
+        *(("unit", 0, 1), ("unit", 1, 2), ("unit", 2, 1), ("unit", 4, 2)),
+        *(("layer", 2, 1), ("layer", 0, 2), ("chain", 0, 1), ("chain", 2, 2)),
+        *(("map", 0, 2), ("map", 2, 1)),
+    ],
+)
+def test_against_the_reference(name, replicas, micro_steps):
+    clipper, where = CLIPPERS[name], strategy(replicas)
+    rng = np.random.default_rng(1)
+    values = [rng.normal(size=shape).astype("float32") for shape in SHAPES.values()]
+    with where.scope() if where else contextlib.nullcontext():
+        variables = [
+            keras.Variable(value, name=path.replace("/", "_"))
+            for path, value in zip(SHAPES, values, strict=True)
+        ]
+        for variable, path in zip(variables, SHAPES, strict=True):
+            variable._path = path
+        optimizer = kgc.ClippedOptimizer(
+            keras.optimizers.Adam(0.1),
+            clipper,
+            gradient_accumulation_steps=micro_steps if micro_steps > 1 else None,
+            skip_nonfinite=True,
+        )
+        optimizer.build(variables)
+    reference = ReferenceUpdate(
+        [value.astype("float64") for value in values],
+        list(SHAPES),
+        clip=Clip(clipper, lambda step: 0.1, False),
+        bound=Clip(clipper, lambda step: 1.0, True),
+        inner=adam,
+        micro_steps=micro_steps,
+        skip=True,
+    )
+
+    @tf.function(autograph=False)
+    def step(grads):
+        def replica():
+            context = tf.distribute.get_replica_context()
+            own = grads[int(tf.get_static_value(context.replica_id_in_sync_group)) if where else 0]
+            optimizer.apply(own, variables)
+
+        where.run(replica) if where else replica()
+
+    for call in range(8):
+        grads = [
+            [rng.normal(size=shape).astype("float32") for shape in SHAPES.values()]
+            for _ in range(max(replicas, 1))
+        ]
+        if call == 3:
+            grads[-1][0][0, 0] = np.inf
+        step([[tf.constant(g) for g in of_replica] for of_replica in grads])
+        reference.call(grads)
+    for variable, want in zip(variables, reference.weights, strict=True):
+        for copy in getattr(variable.value, "values", [variable.value]):
+            np.testing.assert_allclose(np.array(copy), want, rtol=2e-5, atol=2e-5)
+    assert optimizer.skipped_steps == reference.skipped == 1
+
+
+def trained(optimizer, steps=3, **compiled):
+    model = net(keras.Model)
+    model.compile(optimizer, loss(), **compiled)
+    x, y = data(16)
+    weights = [[to64(v) for v in model.trainable_variables]]
+    for _ in range(steps):
+        model.train_on_batch(x, y)
+        weights.append([to64(v) for v in model.trainable_variables])
+    return weights
+
+
+OTHERS = ("Adam", "AdamW", "Nadam", "RMSprop", "Adagrad", "Adamax", "Lion", "Lamb", "Adafactor")
+
+
+@pytest.mark.parametrize(
+    ("name", "jit"), [*((name, False) for name in OTHERS), ("Adam", True), ("RMSprop", True)]
+)
+def test_every_optimizer_is_bounded_and_out_of_reach_nothing_changes(name, jit):
+    make = getattr(keras.optimizers, name)
+    wrapped = {
+        ratio: kgc.ClippedOptimizer(make(0.1), kgc.UpdateRatioClip(ratio), telemetry=True)
+        for ratio in (2e-3, 1e6)
+    }
+    plain = trained(kgc.ClippedOptimizer(make(0.1), None), jit_compile=jit)
+    bounded, free = (trained(optimizer, jit_compile=jit) for optimizer in wrapped.values())
+    for a, b in zip(plain[-1], free[-1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5 if jit else 0, atol=1e-5 if jit else 0)
+    assert wrapped[1e6].read_telemetry()["clip_fraction"] == 0
+    assert wrapped[2e-3].read_telemetry()["clip_fraction"] > 0.9
+    decay = 0.1 * 0.004 if name == "AdamW" else 0.0
+    for before, after in itertools.pairwise(bounded):
+        for old, new in zip(before, after, strict=True):
+            if old.ndim > 1:
+                old = (1 - decay) * old  # decoupled decay is not bounded
+                moved = np.linalg.norm((new - old).reshape(-1, old.shape[-1]), axis=0)
+                size = np.linalg.norm(old.reshape(-1, old.shape[-1]), axis=0)
+                assert (moved <= 2.001e-3 * np.maximum(size, 1e-3)).all()
+                assert moved.max() > 1.99e-3 * size.min()
+
+
+def test_the_moving_average_is_of_what_was_applied():
+    optimizer = keras.optimizers.Adam(0.1, use_ema=True, ema_momentum=0.5)
+    weights = trained(kgc.ClippedOptimizer(optimizer, kgc.UpdateRatioClip()), steps=1)
+    # Keras begins with the weights after the first update.
+    for average, weight in zip(optimizer._model_variables_moving_average, weights[1], strict=True):
+        before = to64(average)
+        assert np.abs(before - weight).max() <= 0.01 * max(np.abs(weight).max(), 0.2)
+
+
+def test_a_monitor_sees_the_gradient_and_the_weights_of_before():
+    monitor = kgc.ClipMonitor(every=1)
+    model = net(keras.Model)
+    model.compile(kgc.ClippedOptimizer(keras.optimizers.Adam(0.1), kgc.UpdateRatioClip()), loss())
+    x, y = data(16)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[monitor])
+    before, after = (np.array(monitor.history[f"norm_{when}"]) for when in ("before", "after"))
+    np.testing.assert_array_equal(before, after)  # no gradient is clipped here
+    assert np.max(monitor.history["clip_fraction"]) > 0.9
+
+
+def test_wrapped_a_second_time_there_is_one_bound():
+    inner = keras.optimizers.Adam(0.1)
+    kgc.ClippedOptimizer(inner, kgc.UpdateRatioClip(1e-5))
+    weights = trained(kgc.ClippedOptimizer(inner, kgc.UpdateRatioClip(2e-3)), steps=1)
+    old, new = weights[0][0], weights[1][0]
+    moved = np.linalg.norm((new - old).reshape(-1, old.shape[-1]), axis=0)
+    size = np.linalg.norm(old.reshape(-1, old.shape[-1]), axis=0)
+    np.testing.assert_allclose((moved / size).max(), 2e-3, rtol=1e-3)
