@@ -144,3 +144,20 @@ def test_keras_still_updates_a_list_of_variables_by_these_names(name):
     setattr(optimizer, name, lambda *_: called.append(1))
     optimizer.apply([tf.ones(1)], [keras.Variable(np.zeros(1, "float32"))])
     assert called, f"Keras no longer calls {name} in apply: compiled='auto' would do nothing"
+
+
+def test_keras_still_updates_between_decay_and_averages():
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=5.0, use_ema=True)
+    weight = keras.Variable(np.ones(1, "float32"))
+    seen = []
+
+    def update(default, gradients, variables, learning_rate):
+        seen.append(float(variables[0].numpy()[0]))
+        default(gradients, variables, learning_rate)
+        variables[0].assign([7.0])
+
+    _compat.wrap_update(optimizer, update)
+    optimizer.apply([tf.ones(1)], [weight])
+    assert seen == [0.5], "Keras no longer calls _backend_update_step after decoupled weight decay"
+    average = float(optimizer._model_variables_moving_average[0].numpy()[0])
+    assert average == 7.0, "Keras no longer takes its moving averages after _backend_update_step"

@@ -245,14 +245,17 @@ class UpdateRatioClip(Clipper):
     what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its layer's kernel. Biases
     without a kernel of as many units in their layer are left alone.
 
-    When to use it: SGD, with or without momentum, where the learning rate is not known well or the
-    network has no batch normalisation: κ has no dimension and stays as it is when η changes. Not
-    in front of an optimizer that ignores a gradient's scale (Adam and its kin, RMSprop, Lion,
-    Muon): there it bounds no step. Source: this library; the clip of LARC applied by the unit,
-    with LARS's ratio as a bound (You et al., arXiv 1708.03888), or AGC (arXiv 2102.06171) with
-    λ = κ/η.
+    When to use it: where the learning rate is not known well or the network has no batch
+    normalisation: κ has no dimension and stays as it is when η changes. Source: this library; the
+    clip of LARC applied by the unit, with LARS's ratio as a bound (You et al., arXiv 1708.03888),
+    or AGC (arXiv 2102.06171) with λ = κ/η.
 
-    Momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
+    Every optimizer but SGD ignores a gradient's scale, more or less (Adam and its kin, RMSprop,
+    Lion, Muon), so that no clip of a gradient bounds its step. Around such a one the gradient
+    passes as it is, and what is applied is bounded: the change of the weights ΔW, after the
+    optimizer and before decoupled weight decay, becomes ΔW · min(1, κ·max(‖W‖, ε)/‖ΔW‖).
+
+    SGD's momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
 
     Called without an optimizer, `clipper(grads, variables)`, η is 1: the gradient is the step.
 
@@ -288,7 +291,7 @@ class UpdateRatioClip(Clipper):
     measures: ClassVar[str | None] = "unit_step"
     card: ClassVar[Card | None] = Card(
         "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",
-        "SGD at a learning rate that is not known well, no batch normalisation",
+        "a learning rate that is not known well, no batch normalisation",
         "κ = 2e-3; ε = 1e-3",
         "this library; relatives: LARC, LARS (1708.03888), AGC",
     )

@@ -33,16 +33,11 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
             "Muon's steps have one size whatever the gradient's, so its matrices are left alone; "
             "for the others a guard that clips a tenth of the updates"
         )
-    if not isinstance(inner, keras.optimizers.SGD):
-        return guard, (
-            f"a clip bounds no step of {type(inner).__name__}, which divides by the gradient's "
-            "size: a guard against spikes"
-        )
     if any(_is_of_normalisation(v) for v in variables):
         return guard, "a network with normalisation survives high learning rates: a guard"
     return UpdateRatioClip(biases="unit"), (
-        "SGD and no normalisation: no step moves a unit, or its bias, by more than κ of its norm, "
-        "at any learning rate"
+        "no normalisation: no step moves a unit, or its bias, by more than κ of its norm, at any "
+        "learning rate"
     )
 
 

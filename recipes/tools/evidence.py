@@ -335,6 +335,7 @@ def report(studies: tuple[Study, ...], rows: list[dict], output: Path) -> None:
 RATIOS = (1e-3, 2e-3, 5e-3)
 UNIT = tuple(kgc.UpdateRatioClip(ratio) for ratio in RATIOS)
 BIASES = kgc.UpdateRatioClip(biases="unit")
+WIDE_BIASES = kgc.UpdateRatioClip(5e-3, biases="unit")
 KERNEL = tuple(kgc.UpdateRatioClip(ratio, scope="variable") for ratio in RATIOS)
 FIELD = (
     kgc.NormClip(1.0, scope="global"),
@@ -375,8 +376,8 @@ PRESETS: dict[str, tuple[Study, ...]] = {
         Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1,), optimizer="sgd", **CIFAR),
         Study(
             "adamw",
-            clippers=(NONE, UNIT[1], FIELD[0], FIELD[4]),
-            rates=(1e-3, 1e-2),
+            clippers=(NONE, UNIT[1], BIASES, WIDE_BIASES, FIELD[0], FIELD[4]),
+            rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             optimizer="adamw",
             **CIFAR,
         ),

@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 import pytest
 from keras import ops
+from reference_update import adam
 
 import keras_gradclip as kgc
 from keras_gradclip import _aggregation as aggregation
@@ -363,6 +364,25 @@ def test_mixed_float16():
         np.testing.assert_allclose((w - got)[large], 0.1 * np.sign(g[large]), rtol=1e-4)
         small = np.abs(g) < 0.9e-3
         np.testing.assert_allclose((w - got)[small], 100.0 * g[small], rtol=0.02, atol=2e-4)
+
+
+def test_what_adam_applies_is_bounded():
+    model, (x, y) = model_of(), data(5)
+    ws = [w.astype("float64") for w in model.get_weights()]
+    model.compile(keras.optimizers.Adam(0.1), "mse", clipper=kgc.UpdateRatioClip(0.01))
+    model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
+    slots: list[dict] = [{} for _ in ws]
+    for i in range(5):
+        batch = slice(i * BATCH, (i + 1) * BATCH)
+        grads = gradients(ws, x[batch].astype("float64"), y[batch].astype("float64"))
+        wanted = [adam(w, g, s, i + 1) for w, g, s in zip(ws, grads, slots, strict=True)]
+        steps = [b - a for a, b in zip(ws, wanted, strict=True)]
+        axes = [(0,), None, (0,), None]  # vectors are left alone
+        bounded = oracles.update_ratio(steps, ws, axes, [None] * 4, 0.01, 1.0)
+        ws = [w + step for w, step in zip(ws, bounded, strict=True)]
+    for got, want in zip(model.get_weights(), ws, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert find(model.optimizer).read_telemetry()["clip_fraction"] > 0.9
 
 
 def test_steps_per_execution():

@@ -25,7 +25,8 @@ def normalised():
     [
         (net, "sgd", kgc.UpdateRatioClip(biases="unit")),
         (normalised, "sgd", GUARD),
-        (net, "adamw", GUARD),
+        (net, "adamw", kgc.UpdateRatioClip(biases="unit")),
+        (normalised, "adamw", GUARD),
     ],
 )
 def test_auto(make, inner, want, tmp_path, capsys):
@@ -69,6 +70,16 @@ def test_what_the_warning_says_is_so():
     for c in (1.0, 1e-4):
         assert moved(kgc.NormClip(c), 100.0) == pytest.approx(plain, rel=1e-3)
     assert abs(moved(kgc.NormClip(1e-8), 1.0) / plain - 1) > 0.05
+
+
+def test_a_bound_of_steps_bounds_muons():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to warn of
+        optimizer = kgc.ClippedOptimizer(keras.optimizers.Muon(0.01), kgc.UpdateRatioClip())
+        optimizer.build([keras.Variable(np.ones((64, 32), "float32"), name="kernel")])
+    plain, size = moved(None, 1.0), np.sqrt(64 * 32)
+    assert moved(kgc.UpdateRatioClip(1e-5), 1.0) == pytest.approx(1e-5 * size, rel=0.1)
+    assert moved(kgc.UpdateRatioClip(1e-5), 1.0) < 0.1 * plain
 
 
 def test_muon_is_warned_of_with_a_remedy_that_works():
