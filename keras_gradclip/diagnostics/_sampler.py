@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import keras
@@ -13,6 +14,7 @@ from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
 from keras_gradclip.clippers.relative import default_unit_axes, unit_squares
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
 from keras_gradclip.optimizer._hyperparameters import to_numpy
+from keras_gradclip.optimizer._steps import ignores_scale
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
@@ -57,7 +59,10 @@ class Sampler:
         self._buffer.write(self.optimizer.inner_optimizer.iterations, figures)
 
     def _of(self, gradient: Gradient, variable: Variable, rate: Tensor) -> list[Tensor]:
-        """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio, and that · η."""
+        """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio, and the step's.
+
+        A step of an optimizer that ignores a gradient's scale is taken for η an element.
+        """
         if gradient is None:
             return [ops.zeros((), "float32")] * 5
         x = kernels.float32(kernels.values(gradient))
@@ -67,12 +72,16 @@ class Sampler:
         unit = ops.sqrt(unit_squares(x, axes))
         floor = ops.maximum(ops.sqrt(unit_squares(whole, axes)), self.eps)
         ratio = kernels.max_abs(unit / floor)
+        step = ratio
+        if ignores_scale(self.optimizer.inner_optimizer):
+            size = math.prod(int(variable.shape[axis]) for axis in axes)
+            step = kernels.max_abs(math.sqrt(size) / floor)
         return [
             kernels.sum_of_squares(x),
             kernels.max_abs(x),
             kernels.max_abs(ops.abs(x) / kernels.exp_of(self.beta, weight)),
             ratio,
-            ratio * rate,
+            step * rate,
         ]
 
     def _learning_rate(self) -> Tensor:

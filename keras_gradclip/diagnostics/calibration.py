@@ -62,8 +62,9 @@ class Calibration:
             "rms") and layer the percentile; None for a layer whose gradient is zero or missing. The
             adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
             their ratio says nothing, and its map leaves them alone. "update_ratio", too, is of
-            kernels, at the learning rate that was watched; its map takes at most κ's default,
-            and bounds biases with their units.
+            kernels, at the learning rate that was watched (around an optimizer that ignores a
+            gradient's scale, for steps of η an element); its map takes at most κ's default, and
+            bounds biases with their units.
         kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
         updates: the number of updates that the figures rest on.

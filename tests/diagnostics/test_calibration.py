@@ -60,7 +60,15 @@ def by_hand(follow, percentile, beta=0.7, eps=1e-3):
                 for g, w, a in arrays
                 if len(a) < g.ndim
             )
-            row["update_ratio", layer] = float(adam.learning_rate) * row["adaptive", layer]
+            # Adam ignores the gradient's scale: η an element.
+            row["update_ratio", layer] = float(adam.learning_rate) * max(
+                (
+                    np.sqrt(g.size / np.prod([n for i, n in enumerate(g.shape) if i not in a]))
+                    / np.maximum(np.sqrt((w**2).sum(a)), eps)
+                ).max()
+                for g, w, a in arrays
+                if len(a) < g.ndim
+            )
             row["rms", layer] = max(np.sqrt((g**2).mean()) for g, _, _ in arrays)
         row["global", ""] = np.sqrt(sum((np.asarray(g, "float64") ** 2).sum() for g in grads))
         rows.append(row)
