@@ -24,7 +24,7 @@ from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import path_of
+from keras_gradclip._names import path_of, size_of
 from keras_gradclip._types import Config, Gradient, Hyper, Model, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
 
@@ -54,6 +54,38 @@ class ClipStats(NamedTuple):
     weights: list[float]
     unit: str
     square_norms: list[Tensor] | None = None
+
+
+def combined(stats: Sequence[ClipStats], variables: Sequence[Variable]) -> ClipStats:
+    """What several clips of the same variables, one after the other, did together."""
+
+    def fractions():
+        per_clipper = [s.fractions() for s in stats]
+        result = []
+        for of_variable in zip(*per_clipper, strict=True):
+            known = [f for f in of_variable if f is not None]
+            largest = known[0] if known else None
+            for f in known[1:]:
+                largest = ops.maximum(largest, f)
+            result.append(largest)
+        return result
+
+    unit, weights = _common_unit(stats, variables)
+    return ClipStats(fractions, weights, unit, stats[0].square_norms)
+
+
+def _common_unit(
+    stats: Sequence[ClipStats], variables: Sequence[Variable]
+) -> tuple[str, list[float]]:
+    """The unit and the weights of stats that speak of the same variables."""
+    if len({s.unit for s in stats}) == 1:
+        return stats[0].unit, [
+            max(of_variable) for of_variable in zip(*(s.weights for s in stats), strict=True)
+        ]
+    counted = [any(of_variable) for of_variable in zip(*(s.weights for s in stats), strict=True)]
+    return "elements", [
+        float(size_of(v)) if c else 0.0 for v, c in zip(variables, counted, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import size_of
 from keras_gradclip._types import Tensor, Threshold
 from keras_gradclip.clippers._declaration import Card, parameter
+from keras_gradclip.clippers._exponential import clip_exponential
 from keras_gradclip.clippers.base import Clipper, ClipStats, register
 
 ALPHA_NOTE = "'alpha' multiplies by exp(β·W) and belongs to ExponentialClip."
@@ -152,7 +153,7 @@ class ExponentialClip(_PerVariable):
     )
 
     def _clip(self, grads, variables, hyper):
-        return kernels.clip_exponential(
+        return clip_exponential(
             [kernels.values(g) for g in grads],
             [self._weight(v, g) for v, g in zip(variables, grads, strict=True)],
             hyper["beta"],

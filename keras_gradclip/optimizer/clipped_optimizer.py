@@ -25,8 +25,8 @@ from keras_gradclip.clippers.base import (
     STEPS,
     Clipper,
     as_clipper,
+    combined,
 )
-from keras_gradclip.clippers.composite import combined
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._advice import AUTO
 from keras_gradclip.optimizer._call import Call, collect
