@@ -1,10 +1,12 @@
 """The study: rows that are there are not trained again, and what the tables say of them."""
 
+import dataclasses
+
 import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip._files import read_csv
-from recipes.tools import evidence
+from keras_gradclip._files import read_csv, read_json
+from recipes.tools import _yardstick, evidence
 
 
 def study(**changes):
@@ -58,3 +60,23 @@ def test_missing_data_is_said(tmp_path, capsys):
     )
     assert status == 2
     assert f"--data-dir {tmp_path} holds no prepared cifar10" in capsys.readouterr().err
+
+
+def test_the_yardstick_is_searched_once(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, 14, 14, 1)).astype("float32"), rng.integers(0, 10, 80)
+    monkeypatch.setattr(evidence, "load_images", lambda *_: (x, y, x[:50], y[:50]))
+    monkeypatch.setattr(_yardstick, "TRIALS", 2)
+    path = tmp_path / "evidence.csv"
+    yardstick = study(clippers=(evidence.SEARCHED,))
+    evidence.train(yardstick, path, "")
+    [found] = read_json(tmp_path / "evidence-search.json").values()
+    assert 0 <= found["val_accuracy"] <= 1
+    assert found["clipper"] is None or kgc.get(found["clipper"]) is not None
+    # The second seed takes what was found.
+    monkeypatch.setattr(_yardstick, "_search", None)
+    evidence.train(dataclasses.replace(yardstick, seeds=(1, 2)), path, "")
+    rows = read_csv(path, numbers=False)
+    assert [row["clipper"] for row in rows] == [evidence.SEARCHED] * 2
+    assert [row["seed"] for row in rows] == ["1", "2"]
+    assert capsys.readouterr().out.count(evidence.SEARCHED) == 2
