@@ -59,7 +59,8 @@ class Fleet:
             thread.join()
 
     def _work(self, number: int) -> None:
-        from keras_tuner.distribute.oracle_client import OracleClient
+        # Private: what a worker of KerasTuner's speaks through, without the training around it.
+        from keras_tuner.src.distribute.oracle_client import OracleClient
 
         client = OracleClient(SimpleNamespace())
         name, draw = f"worker-{number}", random.Random(number)
