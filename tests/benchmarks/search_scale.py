@@ -163,8 +163,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         chief = Chief(Path(folder) / "search", options.trials)
         fleet = Fleet(options.workers, options.seconds)
-        fleet.run()
-        chief.close()
+        try:
+            fleet.run()
+            chief.close()
+        finally:
+            chief.process.kill()
     rows = table(fleet, chief)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(options.out, COLUMNS, rows)
