@@ -24,6 +24,7 @@ OURS = {
     "NormClip layer": lambda: kgc.NormClip(MAX_NORM),
     "NormClip global": lambda: kgc.NormClip(MAX_NORM, scope="global"),
     "AdaptiveClip": lambda: kgc.AdaptiveClip(0.01),
+    "UpdateRatioClip": lambda: kgc.UpdateRatioClip(),
     "RMSClip": lambda: kgc.RMSClip(SIGMA / 2),
     "PercentileClip": lambda: kgc.PercentileClip(),
     "ZScoreClip": lambda: kgc.ZScoreClip(),
@@ -90,6 +91,8 @@ def _clips(which: str):
 
     def ours(clipper):
         hyper = {k: tf.Variable(v) for k, v in clipper.hyperparameters().items()}
+        if clipper.needs_learning_rate:
+            hyper["learning_rate"] = tf.Variable(0.1)
         state = {k: tf.Variable(v) for k, v in clipper.init(variables).items()}
 
         def clip(gradients):
@@ -147,17 +150,16 @@ def update(which: str, shapes):
 def compiled(which: str, shapes):
     """The clip and the update of the common optimizers, against Keras's without any clip."""
     del shapes
+    common = ["AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global"]
+    more = {"SGD": ["AdaptiveClip", "UpdateRatioClip"], "Adam": ["UpdateRatioClip"]}
     makers = {}
     for inner, keras_own in INNER.items():
         makers[inner] = keras_own
         makers[f"{inner}, clipvalue"] = functools.partial(keras_own, **STOCK["clipvalue"])
-        for name, clipper in OURS.items():
-            if name in ("AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global") or (
-                (name, inner) == ("AdaptiveClip", "SGD")
-            ):
-                makers[f"{inner}, {name}"] = lambda clipper=clipper, inner=inner: _wrapped(
-                    clipper(), inner
-                )
+        for name in [*common, *more.get(inner, [])]:
+            makers[f"{inner}, {name}"] = lambda name=name, inner=inner: _wrapped(
+                OURS[name](), inner
+            )
     return {name: _applying(which, make) for name, make in makers.items()}
 
 
