@@ -284,7 +284,10 @@ class UpdateRatioClip(Clipper):
         "unit", help="what one norm is taken over", choices=("unit", "variable", "layer")
     )
     biases: str | None = parameter(
-        None, help="unit: a bias moves no further than its unit may", choices=(None, "unit")
+        None,
+        help="unit: a bias moves no further than its unit may",
+        choices=(None, "unit"),
+        search=True,
     )
     needs_learning_rate = True
     bounds_steps = True

@@ -25,7 +25,7 @@ from keras_gradclip.clippers import threshold_of as threshold_name
 
 NONE = "none"
 #: What is searched where nobody chooses; any of `searchable()` will do.
-CLIPPERS = (NONE, "absolute", "exponential", "norm")
+CLIPPERS = (NONE, "absolute", "exponential", "norm", "update_ratio")
 # A log scale has no 0, and a threshold of 0 would stop training.
 _LEAST_OF_ZERO = 1e-4
 

@@ -165,6 +165,7 @@ def test_best_json_holds_the_better_of_the_confirmed(tmp_path):
 
 
 def test_hparams_has_a_run_for_each_trial_that_ended(tmp_path):
+    import tensorflow as tf
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -178,7 +179,7 @@ def test_hparams_has_a_run_for_each_trial_that_ended(tmp_path):
     [events] = (folder / "1").iterdir()
     read = EventAccumulator(str(events)).Reload()
     [score] = read.Tensors("val_accuracy")
-    assert score.tensor_proto.float_val[0] == np.float32(0.9)
+    assert tf.make_ndarray(score.tensor_proto) == np.float32(0.9)
     data = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     info = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info
     assert info.hparams["absolute/threshold"].number_value == 0.02

@@ -62,6 +62,7 @@ def test_a_trial_carries_what_it_uses_and_nothing_else():
             "none": set(),
             "absolute": {"absolute/threshold", "absolute/rescale"},
             "norm": {"norm/max_norm", "norm/scope"},
+            "update_ratio": {f"update_ratio/{name}" for name in ("max_ratio", "scope", "biases")},
             "exponential": {
                 f"exponential/{name}" for name in ("gamma", "beta", "weight", "rescale")
             },
