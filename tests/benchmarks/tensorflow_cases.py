@@ -365,7 +365,8 @@ def _updates(strategy, which: str, rounds: int) -> dict[str, list[float]]:
             optimizer.build(variables)
 
             def update():
-                optimizer.apply([tf.convert_to_tensor(g.value) for g in gradients], variables)
+                # Copies: what is read of a variable knows no device, and Keras asks for it.
+                optimizer.apply([tf.identity(g.value) for g in gradients], variables)
 
             return tf.function(lambda: strategy.run(update), autograph=False)
 

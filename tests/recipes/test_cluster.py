@@ -362,8 +362,11 @@ def environment(folder):
     }
 
 
+KEEP = ["--keep-backup", "--verbose", "quiet"]
+
+
 def tiny(folder, count, *argv):
-    argv = ["--output", str(folder), "--backup-every", "3", "--verbose", "quiet", *argv]
+    argv = ["--output", str(folder), "--backup-every", "3", *KEEP, *argv]
     command = [sys.executable, str(HERE / "tiny_recipe.py"), "--strategy", "multiworker", *argv]
     return cluster.launch(
         command, count, environment=environment(folder.parent), grace=30, timeout=200
@@ -371,7 +374,7 @@ def tiny(folder, count, *argv):
 
 
 def struck(folder, count, victim, act, *argv):
-    argv = ["--output", str(folder), "--backup-every", "3", "--verbose", "quiet", *argv]
+    argv = ["--output", str(folder), "--backup-every", "3", *KEEP, *argv]
     code = STRUCK.format(
         root=str(HERE.parents[1]),
         here=str(HERE),
@@ -398,10 +401,10 @@ def test_one_set_of_files(whole):
     names = {path.name for path in whole.iterdir()}
     assert names == {
         "backup.npz", "best.keras", "config.json", "curves.png", "history.csv", "layers.csv",
-        "monitor", "tensorboard",
+        "monitor", "result.json", "tensorboard",
     }  # fmt: skip
     rows = folders.read_history(whole / folders.HISTORY)
-    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert len(list((whole / "tensorboard/train").iterdir())) == 1
     assert (whole / "monitor/report.html").exists()
     assert checkpoint.load_backup(whole / folders.BACKUP)["step"] == 24
