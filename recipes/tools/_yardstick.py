@@ -16,6 +16,8 @@ import keras_gradclip as kgc
 from keras_gradclip._files import read_json, write_json
 
 TRIALS = 20
+#: Thresholds on the gradient alone, so that the update ratio is measured by what it is not.
+CLIPPERS = ("none", "absolute", "exponential", "norm")
 
 
 def searched(
@@ -56,7 +58,7 @@ def _search(make_model, images, epochs: int, batch_size: int) -> dict[str, Any]:
     x, y = images
     held_out = len(x) // 10
     space = kt.HyperParameters()
-    clip_hyperparameters(space)
+    clip_hyperparameters(space, CLIPPERS)
     objective = kt.Objective("val_accuracy", "max")
     oracle = make_oracle("random", objective, TRIALS, seed=1, hyperparameters=space)
     hypermodel = ClipHyperModel(lambda hp: make_model(), objective)
