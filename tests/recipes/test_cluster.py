@@ -488,6 +488,7 @@ def test_a_folder_that_is_not_shared(whole, tmp_path, capfd):
 
     for i in (0, 1):
         shutil.copytree(whole, tmp_path / str(i))
+        (tmp_path / str(i) / "result.json").unlink()  # as if it had not ended
     (tmp_path / "1" / folders.BACKUP).unlink()
     code = f"""
 import json, os, sys
