@@ -95,11 +95,12 @@ class InnerUpdate:
     Attributes:
         ema_overwrite_frequency: what was taken from the inner optimizer, or None.
         compiled: how the inner optimizer's variables are updated.
+        is_held: whether it is inside `held`.
     """
 
     def __init__(self, inner: Optimizer, strategy: Strategy, compiled: bool | str) -> None:
         self._inner = inner
-        self._is_held = False
+        self.is_held = False
         self.ema_overwrite_frequency: int | None = None
         if strategy is not None and strategy.num_replicas_in_sync > 1:
             # Keras overwrites inside a cond in replica context, which fails; we do it.
@@ -129,7 +130,7 @@ class InnerUpdate:
             indices: the variables that this update is about.
             bound: what the steps go through before they stay.
         """
-        if self._is_held:
+        if self.is_held:
             return
         factor = self._inner.loss_scale_factor
         if factor:  # Keras will divide by it once more, and cannot divide a sparse gradient
@@ -149,11 +150,11 @@ class InnerUpdate:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Inside, what is traced leaves the weights as they are."""
-        self._is_held = True
+        self.is_held = True
         try:
             yield
         finally:
-            self._is_held = False
+            self.is_held = False
 
 
 class DelegatesToInner:

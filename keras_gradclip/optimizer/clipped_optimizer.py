@@ -245,9 +245,8 @@ class ClippedOptimizer(
         """Clip the steps that the inner optimizer is about to take, and show what was clipped."""
         assert self._clipper is not None and update.stats is not None
         indices = [self._get_variable_index(v) for v in variables]
-        everything: Gradients = [None] * len(self._trainable_variables)
-        for i, step in zip(indices, steps, strict=True):
-            everything[i] = step
+        known = dict(zip(indices, steps, strict=True))
+        everything = [known.get(i) for i in range(len(self._trainable_variables))]
         hyper = {**update.hyper, LEARNING_RATE: ops.ones((), "float32"), PASS: STEPS}
         clipped, _, stats = self._clipper.in_its_pass(
             everything, self._trainable_variables, self._read_clip_state(), hyper
@@ -286,8 +285,9 @@ class ClippedOptimizer(
     @property
     def _bounds_steps(self) -> bool:
         """Whether the clip has a second pass, over what the inner optimizer wants to apply."""
-        is_bound = self._clipper is not None and self._clipper.bounds_steps
-        return is_bound and ignores_scale(self.inner_optimizer)
+        if self._clipper is None or self._inner_update.is_held:
+            return False
+        return self._clipper.bounds_steps and ignores_scale(self.inner_optimizer)
 
     def _read_clip_state(self) -> State:
         return {key: kernels.read(v) for key, v in self._clip_state.items()}

@@ -152,6 +152,17 @@ def test_a_monitor_sees_the_gradient_and_the_weights_of_before():
     assert np.max(monitor.history["clip_fraction"]) > 0.9
 
 
+def test_calibrate_may_leave_the_weights_as_they_are():
+    model = net(keras.Model)
+    model.compile(kgc.ClippedOptimizer(keras.optimizers.Adam(0.1), kgc.UpdateRatioClip()), loss())
+    x, y = data(32)
+    before = [to64(v) for v in model.trainable_variables]
+    found = kgc.calibrate(model, (x, y), steps=4, batch_size=8, follow=False)
+    assert found.updates == 4 and all(found.thresholds["norm"].values())
+    for old, v in zip(before, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, to64(v))
+
+
 def test_wrapped_a_second_time_there_is_one_bound():
     inner = keras.optimizers.Adam(0.1)
     kgc.ClippedOptimizer(inner, kgc.UpdateRatioClip(1e-5))
