@@ -24,7 +24,7 @@ from keras_gradclip.optimizer import _skips
 
 tf = pytest.importorskip("tensorflow")
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 80))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 200))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 PARTS = 2
 WINDOW = 4  # of the norms that a spike is measured by
