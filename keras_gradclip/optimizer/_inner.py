@@ -102,8 +102,9 @@ class InnerUpdate:
         self._inner = inner
         self.is_held = False
         self.ema_overwrite_frequency: int | None = None
-        if strategy is not None and strategy.num_replicas_in_sync > 1:
-            # Keras overwrites inside a cond in replica context, which fails; we do it.
+        if strategy is not None:
+            # Keras overwrites inside a cond in replica context, which fails, also where there is
+            # one replica alone; we do it.
             frequency = inner.ema_overwrite_frequency or _EMA_FREQUENCIES.get(inner)
             if frequency:
                 _EMA_FREQUENCIES[inner] = frequency

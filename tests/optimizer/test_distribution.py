@@ -156,7 +156,7 @@ def test_stock_accumulation_crashes_on_two_replicas():
         )
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_ema_overwrite_frequency(replicas):
     def ema():
         return keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3)
