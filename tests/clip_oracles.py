@@ -60,6 +60,7 @@ def adaptive(clipper, grads, weights, paths, step, rate):
 
 
 def update_ratio(clipper, grads, weights, paths, step, rate):
+    """`rate`: the learning rate that the bound is divided by."""
     axes, groups = [], []
     for g, path in zip(grads, paths, strict=True):
         variable = Variable(path, g.shape)
@@ -132,11 +133,13 @@ class Clip:
     Args:
         clipper: the clipper.
         rate: a function of the number of updates before.
-        steps: where an update has two passes, whether this is the one over steps.
+        steps: where an update has two passes, whether this is the one over steps: those have the
+            learning rate in them.
     """
 
     def __init__(self, clipper, rate, steps=None):
         self.clipper, self.rate, self.steps = clipper, rate, steps
+        self.largest_rate = 0.0
         if isinstance(clipper, kgc.Chain):
             self.parts = [Clip(c, rate, steps) for c in clipper.clippers]
         elif isinstance(clipper, kgc.ClipMap):
@@ -146,6 +149,8 @@ class Clip:
             self.own = make(clipper) if make else STATELESS[type(clipper)]
 
     def __call__(self, grads, weights, paths, step):
+        rate = self.rate(step)
+        self.largest_rate = max(self.largest_rate, rate)
         if self.clipper is None or not grads:
             return grads
         if isinstance(self.clipper, kgc.Chain):
@@ -156,7 +161,10 @@ class Clip:
             return self._by_rule(grads, weights, paths, step)
         if self.steps is not None and self.steps != self.clipper.bounds_steps:
             return grads
-        return self.own(self.clipper, grads, weights, paths, step, self.rate(step))
+        divisor = self.largest_rate if getattr(self.clipper, "anneal", None) else rate
+        return self.own(
+            self.clipper, grads, weights, paths, step, divisor / rate if self.steps else divisor
+        )
 
     def _by_rule(self, grads, weights, paths, step):
         """The first rule that matches has a variable; its norms are over its own variables."""

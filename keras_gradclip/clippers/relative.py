@@ -8,14 +8,24 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import layers_of, path_of
-from keras_gradclip._types import Gradient, Model, Tensor, Threshold, Variable
+from keras_gradclip._types import Gradient, Hyper, Model, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card, parameter
-from keras_gradclip.clippers.base import Clipper, ClipStats, register, shown
+from keras_gradclip.clippers.base import (
+    GRADIENTS,
+    LEARNING_RATE,
+    PASS,
+    STEPS,
+    Clipper,
+    ClipStats,
+    register,
+    shown,
+)
 
 
 @register("adaptive")
@@ -255,6 +265,11 @@ class UpdateRatioClip(Clipper):
     passes as it is, and what is applied is bounded: the change of the weights ΔW, after the
     optimizer and before decoupled weight decay, becomes ΔW · min(1, κ·max(‖W‖, ε)/‖ΔW‖).
 
+    A learning rate that falls makes a bounded step no smaller, until the bound does not act any
+    more: a cosine schedule from ten times the usual rate never comes to rest. With
+    `anneal="learning_rate"` the bound falls with it: κ·η/η_max, η_max the largest learning rate so
+    far, whatever lowers it (a schedule, ReduceLROnPlateau, an assignment).
+
     SGD's momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
 
     Called without an optimizer, `clipper(grads, variables)`, η is 1: the gradient is the step.
@@ -266,9 +281,10 @@ class UpdateRatioClip(Clipper):
             (its table of axes); "variable", a kernel; "layer", all kernels of a layer.
         biases: None leaves them alone; "unit" bounds them, too. At ten times the largest learning
             rate that plain training survives, free biases are what fails (docs/evidence.md).
+        anneal: None leaves κ as it is; "learning_rate" lets it fall with the learning rate.
 
     Raises:
-        ValueError: κ or ε not above 0, or an unknown scope or word for the biases.
+        ValueError: κ or ε not above 0, or an unknown word.
     """
 
     max_ratio: Threshold = parameter(
@@ -289,6 +305,12 @@ class UpdateRatioClip(Clipper):
         choices=(None, "unit"),
         search=True,
     )
+    anneal: str | None = parameter(
+        None,
+        help="learning_rate: κ falls with it, from its largest value so far",
+        choices=(None, "learning_rate"),
+        search=True,
+    )
     needs_learning_rate = True
     bounds_steps = True
     measures: ClassVar[str | None] = "unit_step"
@@ -299,9 +321,33 @@ class UpdateRatioClip(Clipper):
         "this library; relatives: LARC, LARS (1708.03888), AGC",
     )
 
+    def init(self, variables):
+        """The largest learning rate so far, and the present one's share of it."""
+        if self.anneal is None:
+            return {}
+        return {"largest_rate": np.zeros((), "float32"), "share": np.ones((), "float32")}
+
+    def in_its_pass(self, grads, variables, state, hyper):
+        """See `Clipper`: the learning rate is told in the first pass alone, and kept."""
+        clipped, new, stats = super().in_its_pass(grads, variables, state, hyper)
+        return clipped, self._after(new, hyper) if hyper.get(PASS) == GRADIENTS else new, stats
+
+    def _after(self, state: State, hyper: Hyper) -> State:
+        if self.anneal is None:
+            return state
+        rate = hyper[LEARNING_RATE]
+        largest = ops.maximum(state["largest_rate"], rate)
+        share = ops.where(largest > 0, rate / ops.maximum(largest, kernels.TINY), 1.0)
+        return {"largest_rate": largest, "share": share}
+
     def apply(self, grads, variables, state, hyper):
         """Clip by the norm of each scope: see `Clipper.apply`."""
-        factor = hyper["max_ratio"] / ops.maximum(hyper["learning_rate"], kernels.TINY)
+        rate = hyper[LEARNING_RATE]
+        if hyper.get(PASS) == STEPS:
+            factor = hyper["max_ratio"] * state.get("share", 1.0)  # the rate is in the steps
+        else:
+            state = self._after(state, hyper)
+            factor = hyper["max_ratio"] / ops.maximum(state.get("largest_rate", rate), kernels.TINY)
         bounded = [i for i, g in enumerate(grads) if g is not None and not is_vector(variables[i])]
         axes = {i: self._axes_of(variables[i]) for i in bounded}
         steps = {i: unit_squares(kernels.values(grads[i]), axes[i]) for i in bounded}

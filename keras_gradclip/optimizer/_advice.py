@@ -35,9 +35,9 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
         )
     if any(_is_of_normalisation(v) for v in variables):
         return guard, "a network with normalisation survives high learning rates: a guard"
-    return UpdateRatioClip(biases="unit"), (
+    return UpdateRatioClip(biases="unit", anneal="learning_rate"), (
         "no normalisation: no step moves a unit, or its bias, by more than κ of its norm, at any "
-        "learning rate"
+        "learning rate; where the learning rate falls, so does κ"
     )
 
 

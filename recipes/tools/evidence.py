@@ -344,6 +344,7 @@ def report(studies: tuple[Study, ...], rows: list[dict], output: Path) -> None:
 RATIOS = (1e-3, 2e-3, 5e-3)
 UNIT = tuple(kgc.UpdateRatioClip(ratio) for ratio in RATIOS)
 BIASES = kgc.UpdateRatioClip(biases="unit")
+ANNEALED = kgc.UpdateRatioClip(biases="unit", anneal="learning_rate")
 WIDE_BIASES = kgc.UpdateRatioClip(5e-3, biases="unit")
 KERNEL = tuple(kgc.UpdateRatioClip(ratio, scope="variable") for ratio in RATIOS)
 FIELD = (
@@ -358,6 +359,7 @@ FIELD = (
     CALIBRATED_RATIO,
 )
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (1, 2, 3)
 CIFAR: dict[str, Any] = {"network": "small_vgg", "data": "cifar10@16", "seeds": SEEDS, "epochs": 4}
 MAIN = (
@@ -389,7 +391,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
         Study(
             "adamw",
             clippers=(NONE, UNIT[1], BIASES, WIDE_BIASES, FIELD[0], FIELD[4]),
-            rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            rates=ADAM_RATES,
             optimizer="adamw",
             **CIFAR,
         ),
@@ -407,7 +409,19 @@ PRESETS: dict[str, tuple[Study, ...]] = {
             for noise in (0.0, 0.4, 0.6)
         ),
         Study(
-            "cosine", clippers=(NONE, UNIT[1], FIELD[0]), rates=RATES, schedule="cosine", **CIFAR
+            "cosine",
+            clippers=(NONE, ANNEALED, BIASES, UNIT[1], FIELD[0], FIELD[4]),
+            rates=(*RATES, 1.0),
+            schedule="cosine",
+            **CIFAR,
+        ),
+        Study(
+            "cosine-adamw",
+            clippers=(NONE, ANNEALED, BIASES, FIELD[0]),
+            rates=ADAM_RATES,
+            optimizer="adamw",
+            schedule="cosine",
+            **CIFAR,
         ),
     ),
 }

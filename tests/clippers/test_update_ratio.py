@@ -164,6 +164,43 @@ def test_schedule_and_live_ratio():
         np.testing.assert_allclose(ratios(model, before), want, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize("by", ["schedule", "assignment"])
+def test_annealed_the_bound_falls_with_the_learning_rate(by):
+    rates = [10.0, 50.0, 25.0, 5.0, 0.0, 50.0]
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(range(5), rates)
+    model = net(keras.Model)
+    clipper = kgc.UpdateRatioClip(0.002, anneal="learning_rate")
+    inner = keras.optimizers.SGD(schedule if by == "schedule" else rates[0])
+    model.compile(kgc.ClippedOptimizer(inner, clipper), loss())
+    x, y = data(16)
+    initial = model.get_weights()
+    before = [to64(v) for v in model.trainable_variables]
+    for step, rate in enumerate(rates):
+        if by == "assignment":
+            inner.learning_rate = rate
+        model.set_weights(initial)
+        model.fit(x, y, batch_size=16, verbose=0)
+        want = 0.002 * rate / max(rates[: step + 1])
+        np.testing.assert_allclose(ratios(model, before), want, rtol=1e-3, atol=1e-8)
+
+
+def test_annealed_around_momentum_as_with_a_schedule_of_its_own():
+    decay = keras.optimizers.schedules.CosineDecay
+    results = []
+    for clipper in (
+        kgc.UpdateRatioClip(0.01, biases="unit", anneal="learning_rate"),
+        kgc.UpdateRatioClip(decay(0.01, 6), biases="unit"),
+    ):
+        keras.utils.set_random_seed(0)
+        model = net(keras.Model)
+        inner = keras.optimizers.SGD(decay(0.5, 6), momentum=0.9)
+        model.compile(kgc.ClippedOptimizer(inner, clipper), loss())
+        model.fit(*data(16), batch_size=4, epochs=1, shuffle=False, verbose=0)
+        results.append([to64(v) for v in model.trainable_variables])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_replicas_and_accumulation():
     def optimizer():
         return kgc.ClippedOptimizer(

@@ -77,7 +77,7 @@ def make_reference(c, weights):
         [np.array(w, "float64") for w in weights],
         list(c.shapes),
         clip=Clip(c.clipper, rate, False if has_two else None),
-        bound=Clip(c.clipper, lambda step: 1.0, True) if has_two else None,
+        bound=Clip(c.clipper, rate, True) if has_two else None,
         inner=inner,
         micro_steps=c.micro_steps,
         skip=c.skip,

@@ -11,6 +11,7 @@ from helpers import data, loss, net
 import keras_gradclip as kgc
 from keras_gradclip.__main__ import main
 
+SUGGESTED = kgc.UpdateRatioClip(biases="unit", anneal="learning_rate")
 GUARD = kgc.PercentileClip(90, window=20, scope="layer")
 
 
@@ -23,9 +24,9 @@ def normalised():
 @pytest.mark.parametrize(
     "make, inner, want",
     [
-        (net, "sgd", kgc.UpdateRatioClip(biases="unit")),
+        (net, "sgd", SUGGESTED),
         (normalised, "sgd", GUARD),
-        (net, "adamw", kgc.UpdateRatioClip(biases="unit")),
+        (net, "adamw", SUGGESTED),
         (normalised, "adamw", GUARD),
     ],
 )
@@ -49,7 +50,7 @@ def test_a_model_takes_auto():
     model = net()
     model.compile("sgd", loss(), clipper="auto")
     model.optimizer.build(model.trainable_variables)
-    assert model.optimizer.clipper == kgc.UpdateRatioClip(biases="unit")
+    assert model.optimizer.clipper == SUGGESTED
 
 
 def moved(clipper, scale):

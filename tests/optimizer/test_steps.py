@@ -16,12 +16,17 @@ tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":
     pytest.skip("replicas are TensorFlow's; tests/backends has the others", allow_module_level=True)
 
+piecewise = keras.optimizers.schedules.PiecewiseConstantDecay
 SHAPES = {"a/kernel": (4, 3), "a/bias": (3,), "b/kernel": (3, 2), "b/bias": (2,)}
 CLIPPERS = {
     "unit": kgc.UpdateRatioClip(5e-3),
     "layer": kgc.UpdateRatioClip(5e-3, scope="layer"),
     "chain": kgc.Chain([kgc.AbsoluteClip(0.5), kgc.UpdateRatioClip(5e-3)]),
     "map": kgc.ClipMap({"a/.*": kgc.UpdateRatioClip(5e-3)}, default=kgc.NormClip(0.5)),
+    "annealed": kgc.UpdateRatioClip(5e-3, anneal="learning_rate"),
+    "annealed map": kgc.ClipMap(
+        {"a/.*": kgc.UpdateRatioClip(5e-3, anneal="learning_rate")}, default=kgc.NormClip(0.5)
+    ),
 }
 
 
@@ -31,10 +36,18 @@ CLIPPERS = {
         *(("unit", 0, 1), ("unit", 1, 2), ("unit", 2, 1), ("unit", 4, 2)),
         *(("layer", 2, 1), ("layer", 0, 2), ("chain", 0, 1), ("chain", 2, 2)),
         *(("map", 0, 2), ("map", 2, 1)),
+        *(("annealed", 0, 2), ("annealed", 4, 1), ("annealed map", 2, 2)),
     ],
 )
 def test_against_the_reference(name, replicas, micro_steps):
     clipper, where = CLIPPERS[name], strategy(replicas)
+    rates = [0.02, 0.1, 0.05, 0.01, 0.02, 0.01, 0.005, 0.001]
+    if "annealed" not in name:
+        rates = [0.1] * 8
+
+    def inner(weight, g, slot, step):
+        return adam(weight, g, slot, step, learning_rate=rates[step - 1])
+
     rng = np.random.default_rng(1)
     values = [rng.normal(size=shape).astype("float32") for shape in SHAPES.values()]
     with where.scope() if where else contextlib.nullcontext():
@@ -45,7 +58,7 @@ def test_against_the_reference(name, replicas, micro_steps):
         for variable, path in zip(variables, SHAPES, strict=True):
             variable._path = path
         optimizer = kgc.ClippedOptimizer(
-            keras.optimizers.Adam(0.1),
+            keras.optimizers.Adam(piecewise(range(7), rates)),
             clipper,
             gradient_accumulation_steps=micro_steps if micro_steps > 1 else None,
             skip_nonfinite=True,
@@ -54,9 +67,9 @@ def test_against_the_reference(name, replicas, micro_steps):
     reference = ReferenceUpdate(
         [value.astype("float64") for value in values],
         list(SHAPES),
-        clip=Clip(clipper, lambda step: 0.1, False),
-        bound=Clip(clipper, lambda step: 1.0, True),
-        inner=adam,
+        clip=Clip(clipper, rates.__getitem__, False),
+        bound=Clip(clipper, rates.__getitem__, True),
+        inner=inner,
         micro_steps=micro_steps,
         skip=True,
     )

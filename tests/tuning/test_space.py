@@ -21,6 +21,7 @@ from keras_gradclip.tuning.space import (
     to_gate,
 )
 
+UPDATE_RATIO = ("max_ratio", "scope", "biases", "anneal")
 WHOLE = {"scope": ("layer", "global"), "activation_gate": True, "learning_rate": (1e-4, 1e-2)}
 GROUPS = {"stem": "conv1/.*", "head": "predictions/.*", "stages": ".*"}
 
@@ -62,7 +63,7 @@ def test_a_trial_carries_what_it_uses_and_nothing_else():
             "none": set(),
             "absolute": {"absolute/threshold", "absolute/rescale"},
             "norm": {"norm/max_norm", "norm/scope"},
-            "update_ratio": {f"update_ratio/{name}" for name in ("max_ratio", "scope", "biases")},
+            "update_ratio": {f"update_ratio/{name}" for name in UPDATE_RATIO},
             "exponential": {
                 f"exponential/{name}" for name in ("gamma", "beta", "weight", "rescale")
             },
