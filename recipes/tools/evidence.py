@@ -346,6 +346,7 @@ UNIT = tuple(kgc.UpdateRatioClip(ratio) for ratio in RATIOS)
 BIASES = kgc.UpdateRatioClip(biases="unit")
 ANNEALED = kgc.UpdateRatioClip(biases="unit", anneal="learning_rate")
 WIDE_BIASES = kgc.UpdateRatioClip(5e-3, biases="unit")
+WIDE_ANNEALED = kgc.UpdateRatioClip(5e-3, biases="unit", anneal="learning_rate")
 KERNEL = tuple(kgc.UpdateRatioClip(ratio, scope="variable") for ratio in RATIOS)
 FIELD = (
     kgc.NormClip(1.0, scope="global"),
@@ -417,7 +418,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
         ),
         Study(
             "cosine-adamw",
-            clippers=(NONE, ANNEALED, BIASES, FIELD[0]),
+            clippers=(NONE, ANNEALED, WIDE_ANNEALED, BIASES, WIDE_BIASES, FIELD[0]),
             rates=ADAM_RATES,
             optimizer="adamw",
             schedule="cosine",
