@@ -16,6 +16,8 @@ from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
 
 AUTO = "auto"
+#: κ where steps are not added up by SGD's momentum (docs/evidence.md).
+WITHOUT_MOMENTUM = 5e-3
 
 
 def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | None, str]:
@@ -35,9 +37,13 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
         )
     if any(_is_of_normalisation(v) for v in variables):
         return guard, "a network with normalisation survives high learning rates: a guard"
-    return UpdateRatioClip(biases="unit", anneal="learning_rate"), (
-        "no normalisation: no step moves a unit, or its bias, by more than κ of its norm, at any "
-        "learning rate; where the learning rate falls, so does κ"
+    why = "no normalisation: no step moves a unit, or its bias, by more than κ of its norm"
+    if isinstance(inner, keras.optimizers.SGD) and inner.momentum:
+        return UpdateRatioClip(biases="unit", anneal="learning_rate"), (
+            f"{why}, which falls with the learning rate; momentum adds up what is left"
+        )
+    return UpdateRatioClip(WITHOUT_MOMENTUM, biases="unit"), (
+        f"{why}, a larger one where no momentum adds up steps"
     )
 
 

@@ -12,6 +12,7 @@ import keras_gradclip as kgc
 from keras_gradclip.__main__ import main
 
 SUGGESTED = kgc.UpdateRatioClip(biases="unit", anneal="learning_rate")
+LARGER = kgc.UpdateRatioClip(5e-3, biases="unit")
 GUARD = kgc.PercentileClip(90, window=20, scope="layer")
 
 
@@ -24,9 +25,10 @@ def normalised():
 @pytest.mark.parametrize(
     "make, inner, want",
     [
-        (net, "sgd", SUGGESTED),
+        (net, keras.optimizers.SGD(0.1, momentum=0.9), SUGGESTED),
+        (net, "sgd", LARGER),
         (normalised, "sgd", GUARD),
-        (net, "adamw", SUGGESTED),
+        (net, "adamw", LARGER),
         (normalised, "adamw", GUARD),
     ],
 )
@@ -50,7 +52,7 @@ def test_a_model_takes_auto():
     model = net()
     model.compile("sgd", loss(), clipper="auto")
     model.optimizer.build(model.trainable_variables)
-    assert model.optimizer.clipper == SUGGESTED
+    assert model.optimizer.clipper == LARGER
 
 
 def moved(clipper, scale):
