@@ -35,6 +35,19 @@ def make_reduce_identity(optimizer: Optimizer) -> None:
         optimizer._all_reduce_sum_gradients = list
 
 
+def build_with_all_tracked(optimizer: Optimizer, variables: list) -> None:
+    """Build an optimizer so that everything that it remembers is saved.
+
+    `LossScaleOptimizer.build` switches the tracking off for what it builds inside, and Nadam
+    leaves a product of its coefficients to the tracking: under mixed_float16 it is not saved.
+    """
+    optimizer.build(variables)
+    known = {id(v) for v in [*optimizer.variables, *variables]}
+    for value in vars(optimizer).values():
+        if isinstance(value, keras.Variable) and id(value) not in known:
+            optimizer._track_variable(value)
+
+
 def overwrite_with_average(optimizer: Optimizer, variables: list) -> None:
     """Copy the moving averages into `variables`; to be called in cross-replica context.
 

@@ -52,6 +52,19 @@ def test_the_reduction_method_is_still_there_and_still_used():
     assert called, "Keras no longer calls _all_reduce_sum_gradients in apply"
 
 
+def test_what_nadam_remembers_is_saved_under_a_loss_scale():
+    ours = kgc.ClippedOptimizer(keras.optimizers.Nadam(0.1), "absolute")
+    variable = keras.Variable(np.ones(1, "float32"))
+    keras.optimizers.LossScaleOptimizer(ours).build([variable])
+    alone = keras.optimizers.Nadam(0.1)
+    alone.build([keras.Variable(np.ones(1, "float32"))])
+    assert len(ours.inner_optimizer.variables) == len(alone.variables)
+    assert any(v is ours.inner_optimizer._u_product for v in ours.inner_optimizer.variables), (
+        "Optimizer._track_variable no longer puts a variable into `variables`: what Nadam "
+        "remembers is not saved under mixed_float16"
+    )
+
+
 def test_an_optimizer_still_learns_who_scales_its_loss():
     ours = kgc.ClippedOptimizer(keras.optimizers.SGD(0.1), "absolute")
     outer = keras.optimizers.LossScaleOptimizer(ours)

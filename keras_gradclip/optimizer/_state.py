@@ -13,6 +13,7 @@ import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
 from keras_gradclip.clippers.base import deserialize_value, serialize
@@ -87,7 +88,7 @@ class HasState(HasThresholds):
                 "`strategy.scope()`."
             )
         if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
+            _compat.build_with_all_tracked(self.inner_optimizer, variables)
         if self._is_auto:
             self._set_clipper(choose(self.inner_optimizer, variables)[0])
             self._is_auto = False
