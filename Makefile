@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: help venv resnet50 zoo compare evidence calibrate cluster replicas search bench bench-jax test test-slow test-backends \
-        test-matrix fuzz host-tests docs dist venv-jax venv-torch lint format clean
+        test-matrix fuzz host-tests docs dist venv-jax venv-torch venv-host lint format clean
 
 help:
 	@echo "make venv       set up .venv (the first step of every other target)"
@@ -23,7 +23,7 @@ help:
 	@echo "make test-backends  the core tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-matrix  the core tests on Keras 3.12 to nightly, TensorFlow 2.19 to 2.22"
 	@echo "make fuzz       FUZZ_EXAMPLES=10000 random configurations against NumPy, from FUZZ_SEED on"
-	@echo "make host-tests  Keras's own tests with every optimizer wrapped"
+	@echo "make host-tests  Keras's own tests with every optimizer wrapped, and keras-hub's backbones"
 	@echo "make docs       build the site in build/docs, warnings are errors"
 	@echo "make dist       build the wheel and the source distribution in dist/"
 	@echo "make lint       ruff and mypy alone;  make format rewrites with ruff"
@@ -46,6 +46,15 @@ venv-torch: .venv-torch/.installed
 	  -e . $* $(REFERENCES_$*) pytest pytest-timeout
 	$(if $(ALONE_$*),.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints-$*.txt --no-deps $(ALONE_$*))
+	@touch $@
+
+# Keras's own tests import JAX and orbax; keras-hub brings its backbones.
+venv-host: .venv-host/.installed
+
+.venv-host/.installed: pyproject.toml constraints.txt constraints-host.txt
+	$(PYTHON) -m venv .venv-host
+	.venv-host/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -c constraints-host.txt -e '.[test]' jax keras-hub orbax-checkpoint
 	@touch $@
 
 # What the tests and the benchmark compare with. Of timm they need one file, and no torchvision.
@@ -118,8 +127,9 @@ fuzz: venv
 	@echo "FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED)"
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
 
-host-tests: venv
-	$(BIN)/python tests/host/run.py $(ARGS)
+host-tests: venv-host
+	.venv-host/bin/python tests/host/run.py $(ARGS)
+	.venv-host/bin/python -m pytest -m slow tests/host
 
 docs: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
@@ -130,4 +140,4 @@ dist: venv
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) .venv-jax .venv-torch build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-jax .venv-torch .venv-host build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
