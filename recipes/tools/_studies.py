@@ -90,6 +90,8 @@ FIELD = (
     kgc.PercentileClip(90, window=20, scope="layer"),
     kgc.AbsoluteClip(0.01),
     kgc.ZScoreClip(),
+    kgc.AdaClip(),
+    kgc.RMSClip(1e-3),
     CALIBRATED,
     CALIBRATED_RATIO,
 )
