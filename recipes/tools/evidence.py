@@ -256,7 +256,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     if len(cells) > 6:
         figure.legend(loc="outside right upper", fontsize="x-small")
     else:
-        axis.legend(loc="lower left", fontsize="small")
+        axis.legend(loc="best", fontsize="small", framealpha=0.6)
     figure.savefig(path, dpi=110)
 
 
