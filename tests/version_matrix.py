@@ -69,7 +69,9 @@ print(json.dumps({"python": platform.python_version(), "keras": keras.__version_
 
 def available(pair: tuple[str, ...]) -> tuple[str, ...]:
     """The pair, with a Python that is there."""
-    if shutil.which(f"python{pair[0]}"):
+    command = shutil.which(f"python{pair[0]}")
+    # pyenv has a command for each Python that some project of the machine uses.
+    if command and subprocess.run([command, "--version"], capture_output=True).returncode == 0:
         return pair
     return ("{}.{}".format(*sys.version_info), *pair[1:])
 
