@@ -71,6 +71,27 @@ def update_ratio(clipper, grads, weights, paths, step, rate):
     return oracles.update_ratio(grads, weights, axes, groups, ratio, rate, clipper.eps)
 
 
+def bound_biases(clipper, grads, paths, step, rate, everything):
+    """A bias by the last kernel of its layer that has as many units; `everything`: path to weight.
+
+    Whether that kernel has a gradient of its own does not matter.
+    """
+    ratio, result = now(clipper.max_ratio, step), []
+    for g, path in zip(grads, paths, strict=True):
+        norms = None
+        for other, weight in everything.items():
+            is_beside = other.rpartition("/")[0] == path.rpartition("/")[0]
+            if is_beside and not is_vector(Variable(other, weight.shape)):
+                axes = default_unit_axes(Variable(other, weight.shape))
+                of_units = np.sqrt(np.sum(weight**2, axis=axes))
+                norms = of_units if of_units.size == g.size else norms
+        if is_vector(Variable(path, g.shape)) and norms is not None:
+            limit = ratio * np.maximum(norms.reshape(g.shape), clipper.eps) / rate
+            g = np.clip(g, -limit, limit)
+        result.append(g)
+    return result
+
+
 class Remembering:
     """A clipper whose limits follow from the norms of the updates before."""
 
@@ -135,13 +156,17 @@ class Clip:
         rate: a function of the number of updates before.
         steps: where an update has two passes, whether this is the one over steps: those have the
             learning rate in them.
+        sparse: paths of variables whose gradients come as rows.
+
+    Attributes:
+        everything: path to weight, also of variables without a gradient in this update.
     """
 
-    def __init__(self, clipper, rate, steps=None):
-        self.clipper, self.rate, self.steps = clipper, rate, steps
-        self.largest_rate = 0.0
+    def __init__(self, clipper, rate, steps=None, sparse=()):
+        self.clipper, self.rate, self.steps, self.sparse = clipper, rate, steps, sparse
+        self.largest_rate, self.everything = 0.0, None
         if isinstance(clipper, kgc.Chain):
-            self.parts = [Clip(c, rate, steps) for c in clipper.clippers]
+            self.parts = [Clip(c, rate, steps, sparse) for c in clipper.clippers]
         elif isinstance(clipper, kgc.ClipMap):
             self.parts = {}
         elif clipper is not None:
@@ -155,6 +180,7 @@ class Clip:
             return grads
         if isinstance(self.clipper, kgc.Chain):
             for part in self.parts:
+                part.everything = self.everything
                 grads = part(grads, weights, paths, step)
             return grads
         if isinstance(self.clipper, kgc.ClipMap):
@@ -162,9 +188,12 @@ class Clip:
         if self.steps is not None and self.steps != self.clipper.bounds_steps:
             return grads
         divisor = self.largest_rate if getattr(self.clipper, "anneal", None) else rate
-        return self.own(
-            self.clipper, grads, weights, paths, step, divisor / rate if self.steps else divisor
-        )
+        divisor = divisor / rate if self.steps else divisor
+        clipped = self.own(self.clipper, grads, weights, paths, step, divisor)
+        if getattr(self.clipper, "biases", None):
+            dense = {p: w for p, w in self.everything.items() if p not in self.sparse}
+            clipped = bound_biases(self.clipper, clipped, paths, step, divisor, dense)
+        return clipped
 
     def _by_rule(self, grads, weights, paths, step):
         """The first rule that matches has a variable; its norms are over its own variables."""
@@ -172,7 +201,12 @@ class Clip:
         rule_of = [next(r for r, _ in rules if re.fullmatch(r, path)) for path in paths]
         result = list(grads)
         for rule, clipper in rules:
-            part = self.parts.setdefault(rule, Clip(clipper, self.rate, self.steps))
+            part = self.parts.setdefault(rule, Clip(clipper, self.rate, self.steps, self.sparse))
+            part.everything = {
+                path: weight
+                for path, weight in (self.everything or {}).items()
+                if next(r for r, _ in rules if re.fullmatch(r, path)) == rule
+            }
             chosen = [i for i, name in enumerate(rule_of) if name == rule]
             lists = ([values[i] for i in chosen] for values in (grads, weights, paths))
             for i, g in zip(chosen, part(*lists, step), strict=True):

@@ -118,6 +118,9 @@ class ReferenceUpdate:
                     self.scale *= 0.5
             return
         weights = [self.weights[i] for i in present]
+        for clip in (self.clip, self.bound):
+            if hasattr(clip, "everything"):
+                clip.everything = dict(zip(self.paths, [*self.weights], strict=True))
         clipped = self.clip(grads, weights, [self.paths[i] for i in present], self.updates)
         self.updates += 1
         self._apply(present, clipped)
