@@ -6,7 +6,8 @@ Trains on the 5,000 embedded MNIST digits at 32x32, with 1x1 pooling and dense l
 million parameters): 160 seconds of processor time, 0.6 times ResNet-50's, on two CPU cores shared
 with other work. Reached here: 94.2 % validation and 95.2 % test accuracy (seed 0). Without the clip
 (`--clipper none`, seed 0), at the same learning rate: 80.4 % and 78.4 %; the whole first epoch is
-spent at chance. One run each.
+spent at chance. At ten times this learning rate, 0.2, the default stays at chance, and `--clipper
+update_ratio --biases unit --anneal learning_rate` reaches 84.6 % (94.2 % at 0.02). One run each.
 """
 
 import sys
