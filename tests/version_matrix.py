@@ -93,7 +93,8 @@ def install(python: str, keras: str, tensorflow: str, numpy: str, keras_tuner: s
     pip(*pinned, bound, "scipy", "scikit-learn", "pytest", "pytest-timeout", "setuptools<81")
     if keras == "nightly":
         subprocess.run([executable, "-m", "pip", "uninstall", "-qy", "keras"], check=True)
-        pip("--pre", "--no-deps", "keras-nightly")
+        # TensorFlow may have brought it, and its files are gone with those of keras.
+        pip("--pre", "--no-deps", "--force-reinstall", "keras-nightly")
         pip("--no-deps", "-e", ".")
     else:
         pip("-e", ".", *pinned)  # refused if pyproject.toml does not allow the pair
