@@ -118,9 +118,7 @@ class ReferenceUpdate:
                     self.scale *= 0.5
             return
         weights = [self.weights[i] for i in present]
-        for clip in (self.clip, self.bound):
-            if hasattr(clip, "everything"):
-                clip.everything = dict(zip(self.paths, [*self.weights], strict=True))
+        self._show(self.clip, self.weights)
         clipped = self.clip(grads, weights, [self.paths[i] for i in present], self.updates)
         self.updates += 1
         self._apply(present, clipped)
@@ -128,6 +126,11 @@ class ReferenceUpdate:
             self.finite_steps += 1
             if self.finite_steps == self.growth_steps:
                 self.scale, self.finite_steps = self.scale * 2.0, 0
+
+    def _show(self, clip, weights):
+        """Some clips look at weights whose gradient is not there."""
+        if hasattr(clip, "everything"):
+            clip.everything = dict(zip(self.paths, weights, strict=True))
 
     def _is_spike(self, grads):
         sigmas, window = self.spikes
@@ -149,6 +152,8 @@ class ReferenceUpdate:
     def _bound_steps(self, present, before):
         if self.bound is None:
             return
+        at = dict(zip(present, before, strict=True))
+        self._show(self.bound, [at.get(i, w) for i, w in enumerate(self.weights)])
         steps = [self.weights[i] - w for i, w in zip(present, before, strict=True)]
         steps = self.bound(steps, before, [self.paths[i] for i in present], self.updates - 1)
         for i, w, step in zip(present, before, steps, strict=True):
