@@ -161,7 +161,7 @@ MEASURES = {
         "largest share of its weights' norm that a step would move a kernel's unit",
         ("eps",),
         up_to_default=True,
-        given=MappingProxyType({"biases": "unit", "anneal": "learning_rate"}),
+        given=MappingProxyType({"biases": "unit"}),
     ),
     "largest_rms": Measure("largest root mean square of a variable's gradient"),
 }

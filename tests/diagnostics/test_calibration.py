@@ -14,7 +14,7 @@ from keras_gradclip.clippers.relative import default_unit_axes
 
 tf = pytest.importorskip("tensorflow")
 STEPS, BATCH = 6, 16
-SUGGESTED = kgc.UpdateRatioClip(biases="unit", anneal="learning_rate")
+SUGGESTED = kgc.UpdateRatioClip(biases="unit")
 
 
 def compiled(clipper=None, replicas=0, optimizer=None, **kwargs):
