@@ -68,7 +68,13 @@ def test_parity_full(clipper, optimizer, replicas, plain):
     np.testing.assert_allclose(got, one_device(clipper, optimizer), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("argument", ["clipvalue", "clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "clipnorm",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("clipvalue", "global_clipnorm")),
+    ],
+)
 def test_stock_keras_has_no_such_parity(argument):
     """The same comparison fails on Keras's own clipping: the test above can fail."""
 
@@ -290,7 +296,7 @@ def test_exactly_one_all_reduce_an_update(replicas, options):
     assert calls == [len(model.trainable_variables)] * replicas
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_collective_operations_in_the_traced_graph(replicas):
     """As many reductions in the graph as Keras without clipping has: none is added."""
     code = f"""

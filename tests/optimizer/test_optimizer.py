@@ -27,7 +27,12 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("name", INNER)
+RARE = ("Lamb", "Ftrl", "Nadam", "Adafactor")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in INNER]
+)
 def test_without_a_clip_it_is_the_inner_optimizer(name):
     """A threshold that nothing reaches changes no bit."""
     _, _, stock = train(0, INNER[name], model_class=keras.Model, steps=4, scale=1.0)

@@ -83,7 +83,16 @@ def test_the_files(calibrated):
         assert min(picture.size) > 400
 
 
-@pytest.mark.parametrize("name", ["clip-norm.json", "clip-absolute.json", "clip-percentile.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clip-norm.json",
+        *(
+            pytest.param(f"clip-{k}.json", marks=pytest.mark.slow)
+            for k in ("absolute", "percentile")
+        ),
+    ],
+)
 def test_the_recipe_trains_with_them(calibrated, tmp_path, name):
     folder, _, _ = calibrated
     flags = ["--clip-config", str(folder / name), "--epochs", "1", "--limit-steps", "4"]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 import keras_gradclip as kgc
 from keras_gradclip._files import read_csv, read_json
@@ -62,6 +63,7 @@ def test_missing_data_is_said(tmp_path, capsys):
     assert f"--data-dir {tmp_path} holds no prepared cifar10" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_yardstick_is_searched_once(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(80, 14, 14, 1)).astype("float32"), rng.integers(0, 10, 80)

@@ -283,9 +283,11 @@ def test_plain_sgd_warns(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "values",
     [
-        {"clipper": "none"},
+        pytest.param({"clipper": "none"}, marks=pytest.mark.slow),
         {"clipper": "exponential", "beta": 0.5, "rescale": "alpha"},
-        {"clipper": "norm", "max_norm": 0.1, "scope": "global"},
+        pytest.param(
+            {"clipper": "norm", "max_norm": 0.1, "scope": "global"}, marks=pytest.mark.slow
+        ),
         {"accumulate": 2, "skip_nonfinite": True},
         {"mixed_precision": "float16", "label_smoothing": 0.1},
         {"activation_gate": True, "gate_gamma": 0.5},
@@ -325,7 +327,7 @@ def test_two_devices_take_the_same_steps_as_one(tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_imagenet_mocked(tmp_path, devices):
     import tensorflow_datasets as tfds
 
