@@ -4,6 +4,7 @@ FUZZ_EXAMPLES and FUZZ_SEED say how many and which: `make fuzz`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from clip_oracles import STATEFUL, STATELESS, Clip
 from configuration import INNER, RATE, configurations, falling
 from helpers import strategy
+from hypothesis import strategies as st
 from reference_update import ReferenceUpdate, adam, sgd
 
 import keras_gradclip as kgc
@@ -266,24 +268,51 @@ def test_every_clipper_has_an_oracle():
     assert {*selectable().values()} == {*STATELESS, *STATEFUL}
 
 
-@pytest.mark.timeout(0)
-@pytest.mark.parametrize("part", range(PARTS))
-def test_random_configurations(part, monkeypatch, tmp_path):
-    monkeypatch.setattr(_skips, "WINDOW", WINDOW)
+def fuzzed(examples, seed, strategy, folder):
+    """Checks so many draws from `strategy`; a failure shrinks and prints its seed."""
 
-    @hypothesis.seed(SEED * PARTS + part)
+    @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=EXAMPLES // PARTS,
+        max_examples=examples,
         deadline=None,
         database=None,
         print_blob=True,
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(configurations())
+    @hypothesis.given(strategy)
     def run(configuration):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # norm clips that are undone, say so
-            check(tmp_path, configuration)
+            check(folder, configuration)
 
     run()
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_configurations(part, monkeypatch, tmp_path):
+    monkeypatch.setattr(_skips, "WINDOW", WINDOW)
+    fuzzed(EXAMPLES // PARTS, SEED * PARTS + part, configurations(), tmp_path)
+
+
+@st.composite
+def bounding_biases(draw):
+    """Biases look at kernels beside them, with or without a gradient: drawn too seldom above."""
+    rule, default = (
+        kgc.UpdateRatioClip(
+            draw(st.sampled_from((0.002, 0.01))),
+            scope=draw(st.sampled_from(("unit", "variable", "layer"))),
+            biases="unit",
+            anneal=draw(st.sampled_from((None, "learning_rate"))),
+        )
+        for _ in range(2)
+    )
+    clipper = kgc.ClipMap({".*_0/.*": rule}, default=default) if draw(st.booleans()) else rule
+    return dataclasses.replace(draw(configurations()), clipper=clipper)
+
+
+@pytest.mark.timeout(0)
+def test_bounded_biases(monkeypatch, tmp_path):
+    monkeypatch.setattr(_skips, "WINDOW", WINDOW)
+    fuzzed(EXAMPLES // 5, SEED, bounding_biases(), tmp_path)

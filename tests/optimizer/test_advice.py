@@ -25,7 +25,7 @@ def normalised():
 @pytest.mark.parametrize(
     "make, inner, want",
     [
-        (net, keras.optimizers.SGD(0.1, momentum=0.9), SUGGESTED),
+        (net, {"class_name": "SGD", "config": {"momentum": 0.9}}, SUGGESTED),
         (net, "sgd", LARGER),
         (normalised, "sgd", GUARD),
         (net, "adamw", LARGER),
