@@ -134,7 +134,10 @@ def test_replicas_and_accumulation_watch_updates():
                 assert got.thresholds[kind][layer] == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["norm", "exponential", "adaptive"])
+@pytest.mark.parametrize(
+    "kind",
+    ["norm", *(pytest.param(k, marks=pytest.mark.slow) for k in ("exponential", "adaptive"))],
+)
 def test_the_thresholds_clip_as_often_as_they_say(kind):
     """The same updates again, at the same weights, each layer clipped at its 75th percentile.
 

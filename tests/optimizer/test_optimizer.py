@@ -346,7 +346,6 @@ def test_run_eagerly(replicas):
         (kgc.AbsoluteClip(0.05), {}),
         (kgc.ExponentialClip(gamma=0.05), {"skip_nonfinite": True}),
         (kgc.NormClip(0.5), {"gradient_accumulation_steps": 2}),
-        (kgc.NormClip(0.5), {}),
     ],
     ids=str,
 )

@@ -164,6 +164,7 @@ def test_clipper_words():
     }
 
 
+@pytest.mark.slow
 def test_real_runs_with_and_without_clipping(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "find_recipe", lambda name: TINY)
     flags = ["--learning-rates", "0.01", "--seeds", "0", "--clippers", "absolute:threshold=1e-6"]
