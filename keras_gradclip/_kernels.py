@@ -111,7 +111,11 @@ def _clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # One pass over x where ops.clip runs a minimum and a maximum. XLA fuses the two anyway,
         # and its ClipByValue drops a NaN, as CUDA's does.
         return tf.raw_ops.ClipByValue(t=x, clip_value_min=low, clip_value_max=high)
-    return ops.clip(x, low, high)
+    clipped = ops.clip(x, low, high)
+    if backend.backend() == "tensorflow":
+        # XLA fuses this as well. Before TensorFlow 2.21 its minimum and maximum drop a NaN, too.
+        return ops.where(ops.isnan(x), x, clipped)
+    return clipped
 
 
 def runs_on_tensorflow_cpu() -> bool:

@@ -174,3 +174,29 @@ def test_keras_still_updates_between_decay_and_averages():
     assert seen == [0.5], "Keras no longer calls _backend_update_step after decoupled weight decay"
     average = float(optimizer._model_variables_moving_average[0].numpy()[0])
     assert average == 7.0, "Keras no longer takes its moving averages after _backend_update_step"
+
+
+def test_muon_still_says_what_it_leaves_to_adamw():
+    kernel, bias = keras.Variable(np.ones((3, 2))), keras.Variable(np.ones(2))
+    muon = keras.optimizers.Muon()
+    muon.build([kernel, bias])
+    assert not _compat.muon_uses_adamw(muon, kernel)
+    assert _compat.muon_uses_adamw(muon, bias)
+
+
+def test_an_update_can_still_be_run_on_values():
+    """`variables_apart` rests on where Keras's optimizer assigns and on how it finds its slots."""
+    weight = keras.Variable(np.ones(3, "float32"))
+    lion = keras.optimizers.Lion(0.1)
+    lion.build([weight])
+    assert _compat.keras_variables(lion, [weight.value]) == [weight]
+    momentum = next(v for v in _compat.states_of(lion, [weight]) if tuple(v.shape) == (3,))
+    old = [(weight, tf.fill([3], 2.0)), (momentum, tf.zeros(3))]
+    with _compat.variables_apart(lion, old) as scope:
+        lion.update_step(tf.ones(3), weight, 0.1)
+    np.testing.assert_allclose(scope.get_current_value(weight), 1.9)
+    np.testing.assert_allclose(scope.get_current_value(momentum), 0.01, rtol=1e-5)
+    np.testing.assert_array_equal(weight, 1.0)
+    np.testing.assert_array_equal(momentum, 0.0)
+    lion.apply([tf.ones(3)])
+    np.testing.assert_allclose(weight, 0.9)

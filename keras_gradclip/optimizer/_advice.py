@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_gradclip import _compat
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Optimizer, Variable
 from keras_gradclip.clippers.base import Clipper
@@ -62,9 +63,7 @@ def muon_matrices(inner: Optimizer, variables: Sequence[Variable]) -> list[str]:
     muon = getattr(keras.optimizers, "Muon", None)
     if muon is None or not isinstance(inner, muon):
         return []
-    # Those that it leaves to AdamW have a second moment.
-    pairs = zip(variables, inner.adam_velocities, strict=True)
-    return [path_of(v) for v, velocity in pairs if velocity is None]
+    return [path_of(v) for v in variables if not _compat.muon_uses_adamw(inner, v)]
 
 
 def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variable]) -> None:

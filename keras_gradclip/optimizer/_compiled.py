@@ -3,7 +3,7 @@
 Keras writes an update as many operations, each a pass over the memory (Adam: about 15 a variable).
 TensorFlow has the same equations as single kernels, on CPU and GPU, for the common optimizers:
 they need no compilation and serve every strategy, for each replica updates its own copy. What has
-no such kernel is compiled by XLA where that pays: on one replica, and the large variables alone.
+no such kernel is compiled by XLA where that pays: the large variables alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import keras
 from keras import backend
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import path_of
@@ -153,11 +152,9 @@ class CompiledUpdate:
             return f"the backend is {backend.backend()}, not tensorflow"
         if not _compat.updates_are_replaceable(self._inner):
             return f"{name} or this Keras has its own way to update a list of variables"
-        if self._make_kernel is None and self.mode == "auto":
-            if type(self._inner) not in _GAIN_BY_XLA:
-                return f"{name} is not known to gain; compiled=True tries it"
-            if aggregation.replica_count() > 1:
-                return f"{name} needs XLA, which does not reach several replicas"
+        known = self._make_kernel is not None or type(self._inner) in _GAIN_BY_XLA
+        if not known and self.mode == "auto":
+            return f"{name} is not known to gain; compiled=True tries it"
         return None
 
     def __str__(self) -> str:
@@ -242,18 +239,18 @@ class CompiledUpdate:
         large = [pair for pair in pairs if pair[1].shape.num_elements() >= least]
         size = sum(variable.shape.num_elements() for _, variable in large)
         reason = None
-        if strategy.num_replicas_in_sync > 1:
-            reason = "XLA does not reach several replicas"
-        elif tf.executing_eagerly():
+        if tf.executing_eagerly():
             reason = "eager execution"
         elif size < kernels.WORTH_COMPILING and self.mode == "auto":
             reason = f"{size} elements in large variables are too few to pay for XLA"
-        gradients = [tf.ensure_shape(gradient, variable.shape) for gradient, variable in large]
+        elif strategy.num_replicas_in_sync > 1 and type(self._inner) not in _GAIN_BY_XLA:
+            name = type(self._inner).__name__
+            reason = f"{name} is not known to work on values, as XLA needs on several replicas"
         rate = tf.convert_to_tensor(kernels.read(learning_rate))
         function = self._xla_function([variable for _, variable in large])
         if reason is None and not type(self._inner).__module__.startswith("keras."):
             missing = _compat.operations_without_xla(
-                function.get_concrete_function(gradients, rate)
+                function.get_concrete_function([g for g, _ in large], rate)
             )
             if missing:
                 reason = f"XLA does not know {', '.join(missing)}"
@@ -263,7 +260,10 @@ class CompiledUpdate:
             self._reason = reason
             return list(pairs)
         self._reason = None  # an eager step before this one may have had one
-        function(gradients, rate)
+        if strategy.num_replicas_in_sync > 1:
+            self._update_replicas_by_xla(strategy, large, rate)
+        else:
+            function([tf.ensure_shape(g, v.shape) for g, v in large], rate)
         return [pair for pair in pairs if pair[1].shape.num_elements() < least]
 
     def _xla_function(self, variables: Sequence[Tensor]) -> Any:
@@ -275,6 +275,43 @@ class CompiledUpdate:
                 self._inner.update_step(gradient, variable, rate)
 
         return tf.function(run, jit_compile=True, autograph=False)
+
+    def _update_replicas_by_xla(
+        self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], rate: Tensor
+    ) -> None:
+        """Each replica's update, one program for all: XLA reaches no variable of another device.
+
+        Values go in and new ones come out, and an assignment takes over their memory.
+        """
+        import tensorflow as tf
+
+        variables = _compat.keras_variables(self._inner, [variable for _, variable in pairs])
+        state = [*variables, *_compat.states_of(self._inner, variables)]
+        changed: list[int] = []  # known when `new_values` has been traced
+
+        def new_values(gradients: list[Tensor], old: list[Tensor], rate: Tensor) -> list[Tensor]:
+            with _compat.variables_apart(self._inner, zip(state, old, strict=True)) as scope:
+                for gradient, variable in zip(gradients, variables, strict=True):
+                    self._inner.update_step(gradient, variable, rate)
+            new = [scope.get_current_value(variable) for variable in state]
+            changed[:] = [i for i, value in enumerate(new) if value is not old[i]]
+            return [new[i] for i in changed]
+
+        function = tf.function(new_values, jit_compile=True, autograph=False)
+
+        def of_one(
+            _: Tensor, gradients: list[Tensor], components: list[Tensor], rate: Tensor
+        ) -> None:
+            gradients = [
+                tf.ensure_shape(gradient, variable.shape)
+                for gradient, variable in zip(gradients, variables, strict=True)
+            ]
+            new = function(gradients, [v.read_value() for v in components], rate)
+            for i, value in zip(changed, new, strict=True):
+                components[i].assign(value, read_value=False)
+
+        arguments = ([gradient for gradient, _ in pairs], [v.value for v in state], rate)
+        strategy.extended.update(pairs[0][1], of_one, args=arguments, group=False)
 
 
 def _cannot(reason: str) -> str:

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from helpers import data, loss, net
+from helpers import data, loss, needs_muon, net
 
 import keras_gradclip as kgc
 from keras_gradclip.__main__ import main
@@ -69,6 +69,7 @@ def moved(clipper, scale):
 
 def test_what_the_warning_says_is_so():
     """A clip bounds nothing in front of Muon; near its floor of 1e-7 it distorts the step."""
+    needs_muon()
     plain = moved(None, 1.0)
     for c in (1.0, 1e-4):
         assert moved(kgc.NormClip(c), 100.0) == pytest.approx(plain, rel=1e-3)
@@ -76,6 +77,7 @@ def test_what_the_warning_says_is_so():
 
 
 def test_a_bound_of_steps_bounds_muons():
+    needs_muon()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing to warn of
         optimizer = kgc.ClippedOptimizer(keras.optimizers.Muon(0.01), kgc.UpdateRatioClip())
