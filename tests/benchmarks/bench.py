@@ -434,7 +434,11 @@ def _scaling(part: str, of_each: dict[int, dict[str, list[float]]]) -> list[Row]
 
     rows = []
     for number, seconds in of_each.items():
-        pairs = [(name, "no clip") for name in seconds if name != "no clip"]
+        pairs = [
+            (name, name.partition(",")[0] if "," in name else "no clip")
+            for name in seconds
+            if name not in ("no clip", "RMSprop")
+        ]
         rows += ratios(part, f"{number} {part}", seconds, pairs)
     for name in next(iter(of_each.values())):
         medians = [statistics.median(seconds[name]) for seconds in of_each.values()]

@@ -352,6 +352,11 @@ def _updates(strategy, which: str, rounds: int) -> dict[str, list[float]]:
         "Keras clipnorm": functools.partial(_sgd, clipnorm=MAX_NORM),
         "AbsoluteClip": lambda: _wrapped(OURS["AbsoluteClip"]()),
         "NormClip global": lambda: _wrapped(OURS["NormClip global"]()),
+        # XLA's, where the others are updated by one kernel a variable.
+        "RMSprop": lambda: keras.optimizers.RMSprop(1e-3),
+        "RMSprop, AbsoluteClip": lambda: kgc.ClippedOptimizer(
+            keras.optimizers.RMSprop(1e-3), OURS["AbsoluteClip"]()
+        ),
     }
     with strategy.scope():
         variables = _model(which, clipped=False).trainable_variables
