@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: help venv resnet50 zoo compare evidence calibrate cluster replicas search bench bench-jax test test-slow test-backends \
-        test-matrix fuzz host-tests docs dist venv-jax venv-torch venv-host lint format clean
+        test-matrix test-trackers fuzz host-tests docs dist venv-jax venv-torch venv-host venv-trackers lint format clean
 
 help:
 	@echo "make venv       set up .venv (the first step of every other target)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-backends  the core tests on TensorFlow, JAX and PyTorch"
 	@echo "make test-matrix  the core tests on Keras 3.12 to nightly, TensorFlow 2.19 to 2.22"
+	@echo "make test-trackers  figures as Weights & Biases, MLflow and trackio keep them, offline"
 	@echo "make fuzz       FUZZ_EXAMPLES=10000 random configurations against NumPy, from FUZZ_SEED on"
 	@echo "make host-tests  Keras's own tests with every optimizer wrapped, and keras-hub's backbones"
 	@echo "make docs       build the site in build/docs, warnings are errors"
@@ -55,6 +56,15 @@ venv-host: .venv-host/.installed
 	$(PYTHON) -m venv .venv-host
 	.venv-host/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  -c constraints-host.txt -e '.[test]' jax keras-hub orbax-checkpoint
+	@touch $@
+
+# Theirs want an older protobuf than constraints.txt has.
+venv-trackers: .venv-trackers/.installed
+
+.venv-trackers/.installed: pyproject.toml constraints-trackers.txt
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints-trackers.txt -e '.[tensorflow]' mlflow-skinny trackio wandb pytest pytest-timeout
 	@touch $@
 
 # What the tests and the benchmark compare with. Of timm they need one file, and no torchvision.
@@ -119,6 +129,9 @@ test-backends: venv venv-jax venv-torch
 test-matrix:
 	$(PYTHON) tests/version_matrix.py $(ARGS)
 
+test-trackers: venv-trackers
+	.venv-trackers/bin/python -m pytest tests/diagnostics/test_loggers.py $(ARGS)
+
 # A new seed each time; it is printed, and gives the same configurations again.
 FUZZ_EXAMPLES ?= 10000
 FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
@@ -140,4 +153,4 @@ dist: venv
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) .venv-jax .venv-torch .venv-host build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-jax .venv-torch .venv-host .venv-trackers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
