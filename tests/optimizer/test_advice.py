@@ -48,6 +48,18 @@ def test_auto(make, inner, want, tmp_path, capsys):
     assert "The choice of clipper='auto'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("kernels", "ratio"), [(1, 2e-3), (8, 2e-3), (12, 1.33e-3), (16, 1e-3), (57, 1e-3)]
+)
+def test_auto_takes_a_smaller_share_of_a_deeper_network(kernels, ratio):
+    variables = [keras.Variable(np.ones((2, 2), "float32")) for _ in range(kernels)]
+    variables += [keras.Variable(np.ones(2, "float32")) for _ in range(kernels)]
+    optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), "auto")
+    optimizer.build(variables)
+    want = kgc.UpdateRatioClip(ratio, biases="unit", anneal="learning_rate")
+    assert optimizer.clipper == want
+
+
 def test_a_model_takes_auto():
     model = net()
     model.compile("sgd", loss(), clipper="auto")
