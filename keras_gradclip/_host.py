@@ -9,11 +9,11 @@ import warnings
 
 import keras
 
-# The oldest and the newest minor versions that tests have passed on; wider once more have run.
+# The oldest and the newest minor versions that `make test-matrix` has passed on.
 TESTED = {
-    "Python": ((3, 11), (3, 11)),
-    "Keras": ((3, 12), (3, 15)),
-    "TensorFlow": ((2, 19), (2, 21)),
+    "Python": ((3, 11), (3, 13)),
+    "Keras": ((3, 12), (3, 16)),
+    "TensorFlow": ((2, 19), (2, 22)),
 }
 
 

@@ -35,8 +35,10 @@ RECIPE = Recipe(
         "learning_rate": 0.02,
         "warmup_epochs": 0.6,  # a fifth of the run
         "weight_decay": 5e-4,
-        "clipper": "norm",
-        "max_norm": 1.0,
+        "clipper": "update_ratio",
+        "max_ratio": 1e-3,  # half of the default: it is twice as deep as AlexNet
+        "biases": "unit",
+        "anneal": "learning_rate",
     },
 )
 

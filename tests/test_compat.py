@@ -27,8 +27,8 @@ def test_functional_is_what_keras_model_returns():
     [
         ({"Keras": "3.12.0"}, None),
         ({"Keras": "3.15.1", "TensorFlow": "2.21.0-rc0"}, None),
-        ({"Keras": "3.11.3"}, "Keras 3.11.3 (tested: 3.12 to 3.15)"),
-        ({"Keras": "3.17.0", "TensorFlow": "2.30.1"}, "TensorFlow 2.30.1 (tested: 2.19 to 2.21)"),
+        ({"Keras": "3.11.3"}, "Keras 3.11.3 (tested: 3.12 to 3.16)"),
+        ({"Keras": "3.17.0", "TensorFlow": "2.30.1"}, "TensorFlow 2.30.1 (tested: 2.19 to 2.22)"),
         ({"Python": "4.0.1"}, "Python 4.0.1"),
     ],
 )
