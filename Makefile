@@ -130,6 +130,7 @@ test-matrix:
 	$(PYTHON) tests/version_matrix.py $(ARGS)
 
 test-trackers: venv-trackers
+	.venv-trackers/bin/python -c "import mlflow, trackio, wandb"  # or their tests would be skipped
 	.venv-trackers/bin/python -m pytest tests/diagnostics/test_loggers.py $(ARGS)
 
 # A new seed each time; it is printed, and gives the same configurations again.

@@ -112,7 +112,7 @@ def _clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # and its ClipByValue drops a NaN, as CUDA's does.
         return tf.raw_ops.ClipByValue(t=x, clip_value_min=low, clip_value_max=high)
     clipped = ops.clip(x, low, high)
-    if backend.backend() == "tensorflow":
+    if backend.backend() == "tensorflow" and _compat.is_traced_for_xla():
         # XLA fuses this as well. Before TensorFlow 2.21 its minimum and maximum drop a NaN, too.
         return ops.where(ops.isnan(x), x, clipped)
     return clipped

@@ -43,7 +43,7 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
         return guard, "a network with normalisation survives high learning rates: a guard"
     why = "no normalisation: no step moves a unit, or its bias, by more than κ of its norm"
     if isinstance(inner, keras.optimizers.SGD) and inner.momentum:
-        kernels = sum(len(v.shape) > 1 for v in variables)
+        kernels = sum(len(v.shape) > 1 and not _is_bias(v) for v in variables)
         ratio = min(SHALLOW[0], max(DEEP[0], round(SHALLOW[0] * SHALLOW[1] / max(kernels, 1), 5)))
         return UpdateRatioClip(ratio, biases="unit", anneal="learning_rate"), (
             f"{why}, which falls with the learning rate, and is smaller the deeper the network "
@@ -52,6 +52,11 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
     return UpdateRatioClip(WITHOUT_MOMENTUM, biases="unit"), (
         f"{why}, a larger one where no momentum adds up steps"
     )
+
+
+def _is_bias(variable: Variable) -> bool:
+    """By its name: a recurrent layer's or an attention's has two axes."""
+    return "bias" in path_of(variable).lower().rpartition("/")[2]
 
 
 def _is_of_normalisation(variable: Variable) -> bool:

@@ -238,15 +238,19 @@ class CompiledUpdate:
         least = 0 if self.mode is True else kernels.SMALL
         large = [pair for pair in pairs if pair[1].shape.num_elements() >= least]
         size = sum(variable.shape.num_elements() for _, variable in large)
+        copies = [strategy.experimental_local_results(variable) for _, variable in large[:1]]
+        compilations = len(copies[0]) if copies else 1  # XLA's, one a device
         reason = None
         if tf.executing_eagerly():
             reason = "eager execution"
-        elif size < kernels.WORTH_COMPILING and self.mode == "auto":
+        elif size < kernels.WORTH_COMPILING * compilations and self.mode == "auto":
             reason = f"{size} elements in large variables are too few to pay for XLA"
         elif strategy.num_replicas_in_sync > 1 and type(self._inner) not in _GAIN_BY_XLA:
             name = type(self._inner).__name__
             reason = f"{name} is not known to work on values, as XLA needs on several replicas"
-        rate = tf.convert_to_tensor(kernels.read(learning_rate))
+        rate = kernels.read(learning_rate)  # of a schedule on replicas: one each
+        if strategy.num_replicas_in_sync == 1:
+            rate = tf.convert_to_tensor(rate)
         function = self._xla_function([variable for _, variable in large])
         if reason is None and not type(self._inner).__module__.startswith("keras."):
             missing = _compat.operations_without_xla(
@@ -279,9 +283,9 @@ class CompiledUpdate:
     def _update_replicas_by_xla(
         self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], rate: Tensor
     ) -> None:
-        """Each replica's update, one program for all: XLA reaches no variable of another device.
+        """Each replica's update as a function of values: XLA reaches no variable of another device.
 
-        Values go in and new ones come out, and an assignment takes over their memory.
+        An assignment of the new ones takes over their memory.
         """
         import tensorflow as tf
 

@@ -53,7 +53,7 @@ def test_auto(make, inner, want, tmp_path, capsys):
 )
 def test_auto_takes_a_smaller_share_of_a_deeper_network(kernels, ratio):
     variables = [keras.Variable(np.ones((2, 2), "float32")) for _ in range(kernels)]
-    variables += [keras.Variable(np.ones(2, "float32")) for _ in range(kernels)]
+    variables += [keras.Variable(np.ones((2, 2), "float32"), name="bias") for _ in range(kernels)]
     optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), "auto")
     optimizer.build(variables)
     want = kgc.UpdateRatioClip(ratio, biases="unit", anneal="learning_rate")

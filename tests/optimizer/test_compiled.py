@@ -146,6 +146,17 @@ def test_each_replica_does_what_keras_does_for_every_optimizer(name, small_is_la
     assert_parity(averaged, replicas=2)
 
 
+@pytest.mark.parametrize("enough", [1, 10**6])
+def test_replicas_follow_a_schedule(enough, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 8)
+    monkeypatch.setattr(kernels, "WORTH_COMPILING", enough)
+    make = functools.partial(optimizers.RMSprop, SCHEDULE)
+    ours, optimizer = trained(make, "auto", replicas=2, steps=6)
+    keras_own, _ = trained(make, False, replicas=2, steps=6)
+    assert (optimizer.compiled == "yes") == (enough == 1)
+    assert_equal(ours, keras_own)
+
+
 def test_replicas_leave_small_variables_to_keras(monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 10)
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 10)
