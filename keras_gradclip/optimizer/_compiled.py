@@ -238,6 +238,7 @@ class CompiledUpdate:
         least = 0 if self.mode is True else kernels.SMALL
         large = [pair for pair in pairs if pair[1].shape.num_elements() >= least]
         size = sum(variable.shape.num_elements() for _, variable in large)
+        several = strategy.num_replicas_in_sync > 1
         copies = [strategy.experimental_local_results(variable) for _, variable in large[:1]]
         compilations = len(copies[0]) if copies else 1  # XLA's, one a device
         reason = None
@@ -245,11 +246,11 @@ class CompiledUpdate:
             reason = "eager execution"
         elif size < kernels.WORTH_COMPILING * compilations and self.mode == "auto":
             reason = f"{size} elements in large variables are too few to pay for XLA"
-        elif strategy.num_replicas_in_sync > 1 and type(self._inner) not in _GAIN_BY_XLA:
+        elif several and type(self._inner) not in _GAIN_BY_XLA:
             name = type(self._inner).__name__
             reason = f"{name} is not known to work on values, as XLA needs on several replicas"
         rate = kernels.read(learning_rate)  # of a schedule on replicas: one each
-        if strategy.num_replicas_in_sync == 1:
+        if not several:
             rate = tf.convert_to_tensor(rate)
         function = self._xla_function([variable for _, variable in large])
         if reason is None and not type(self._inner).__module__.startswith("keras."):
@@ -264,7 +265,7 @@ class CompiledUpdate:
             self._reason = reason
             return list(pairs)
         self._reason = None  # an eager step before this one may have had one
-        if strategy.num_replicas_in_sync > 1:
+        if several:
             self._update_replicas_by_xla(strategy, large, rate)
         else:
             function([tf.ensure_shape(g, v.shape) for g, v in large], rate)
