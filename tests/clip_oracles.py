@@ -6,7 +6,8 @@ import numpy as np
 import oracles
 
 import keras_gradclip as kgc
-from keras_gradclip.clippers.relative import default_unit_axes, is_vector
+from keras_gradclip.clippers._units import default_unit_axes
+from keras_gradclip.clippers.relative import is_vector
 
 
 class Variable:

@@ -105,6 +105,8 @@ class Clipper:
     #: Whether it bounds steps, η·g. Where the inner optimizer ignores a gradient's scale, `apply`
     #: gets the steps themselves in the place of the gradients, and a learning rate of 1.
     bounds_steps: ClassVar[bool] = False
+    #: Whether `apply` asks `hyper[LATER]` which clips may wait for the update: see `_deferred`.
+    defers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for declared in parameters(self):
@@ -151,6 +153,10 @@ class Clipper:
             The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
         """
         raise NotImplementedError
+
+    def bounded(self, variables: Sequence[Variable]) -> list[bool]:
+        """For each variable, whether its steps may be bounded: others need not be looked at."""
+        return [self.bounds_steps] * len(variables)
 
     def in_its_pass(
         self, grads: Sequence[Gradient], variables: Sequence[Variable], state: State, hyper: Hyper

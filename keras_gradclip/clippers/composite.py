@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from keras_gradclip import _validation as validation
+from keras_gradclip._deferred import LATER
 from keras_gradclip._names import path_of, size_of
 from keras_gradclip._types import Config, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card
@@ -38,6 +39,10 @@ class Composite(Clipper):
     def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
         raise NotImplementedError
 
+    def _last_parts(self) -> list[tuple[str, Clipper]]:
+        """The parts after which no other one clips."""
+        return self._parts()
+
     @property
     def needs_learning_rate(self) -> bool:  # type: ignore[override]
         """Whether one of the parts does."""
@@ -47,6 +52,11 @@ class Composite(Clipper):
     def bounds_steps(self) -> bool:  # type: ignore[override]
         """Whether one of the parts does."""
         return any(clipper.bounds_steps for _, clipper in self._parts())
+
+    @property
+    def defers(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(clipper.defers for _, clipper in self._parts())
 
     def in_its_pass(self, grads, variables, state, hyper):
         """Both passes: each part knows its own."""
@@ -86,6 +96,10 @@ class Composite(Clipper):
             if owners:
                 owner = max(owners, key=len)
                 parts[owner][key[len(owner) + 1 :]] = value
+        if LATER in mapping:
+            for name, clipper in self._last_parts():
+                if clipper.defers:
+                    parts[name][LATER] = mapping[LATER]
         return parts
 
     def with_hyperparameters(self, values):
@@ -255,6 +269,15 @@ class ClipMap(Composite):
         clippers = dict(self._all())
         return [(name, clippers[name]) for name in self._assign(variables)]
 
+    def bounded(self, variables):
+        """See `Clipper`: each by its rule."""
+        result = [False] * len(variables)
+        for _, clipper, members in self._groups(variables):
+            part = clipper.bounded([variables[i] for i in members])
+            for i, is_bounded in zip(members, part, strict=True):
+                result[i] = is_bounded
+        return result
+
     def init(self, variables):
         """The rules' running states."""
         state: State = {}
@@ -387,10 +410,19 @@ class Chain(Composite):
     def _with_parts(self, parts):
         return Chain([parts[str(i)] for i in range(len(self.clippers))])
 
+    def _last_parts(self):
+        several = sum(c.bounds_steps for c in self.clippers) > 1  # each needs the other's steps
+        return [] if several else self._parts()[-1:]
+
     def check_variables(self, variables):
         """Raise a ValueError if one of the clippers cannot serve these variables."""
         for clipper in self.clippers:
             clipper.check_variables(variables)
+
+    def bounded(self, variables):
+        """See `Clipper`: by one of the clippers."""
+        parts = [clipper.bounded(variables) for clipper in self.clippers]
+        return [any(of_variable) for of_variable in zip(*parts, strict=True)]
 
     def init(self, variables):
         """The clippers' running states."""

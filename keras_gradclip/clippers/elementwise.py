@@ -8,11 +8,29 @@ from typing import ClassVar
 from keras import ops
 
 from keras_gradclip import _kernels as kernels
+from keras_gradclip._deferred import Deferred, Rule, defer
 from keras_gradclip._names import size_of
 from keras_gradclip._types import Tensor, Threshold
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers._exponential import clip_exponential
 from keras_gradclip.clippers.base import Clipper, ClipStats, register
+
+
+def _clip_absolute(x: Tensor, seen: None, limit: Tensor) -> Tensor:
+    del seen
+    return kernels.clip_symmetric(x, limit)
+
+
+def _clip_by_weight(x: Tensor, weight: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
+    return kernels.clip_symmetric(x, gamma * kernels.exp_of(beta, weight))
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
+
+
+ABSOLUTE = Rule(_clip_absolute)
+EXPONENTIAL = Rule(_clip_by_weight, sees=_itself)
 
 ALPHA_NOTE = "'alpha' multiplies by exp(β·W) and belongs to ExponentialClip."
 
@@ -21,15 +39,20 @@ class _PerVariable(Clipper):
     """A clipper that treats each variable by itself and bounds elements."""
 
     rescale: str | None
+    defers: ClassVar[bool] = True
 
     def apply(self, grads, variables, state, hyper):
         """Clip each gradient by itself: see `Clipper.apply`."""
         present = [i for i, g in enumerate(grads) if g is not None]
         before = [kernels.values(grads[i]) for i in present]
-        after = self._clip([grads[i] for i in present], [variables[i] for i in present], hyper)
         clipped: list[Tensor] = [None] * len(grads)
-        for i, x, y in zip(present, before, after, strict=True):
-            clipped[i] = kernels.with_values(grads[i], rescaled(self.rescale, x, y))
+        for i in present if self.rescale is None else ():
+            clipped[i] = self._deferred(grads[i], variables[i], hyper)
+        now = [i for i in present if clipped[i] is None]
+        after = self._clip([grads[i] for i in now], [variables[i] for i in now], hyper)
+        for i, y in zip(now, after, strict=True):
+            y = rescaled(self.rescale, kernels.values(grads[i]), y)
+            clipped[i] = kernels.with_values(grads[i], y)
 
         def fractions():
             result: list[Tensor] = [None] * len(grads)
@@ -47,6 +70,10 @@ class _PerVariable(Clipper):
 
     def _clip(self, grads, variables, hyper) -> list[Tensor]:
         """The values of the clipped gradients; the rescale "alpha" is done here as well."""
+        raise NotImplementedError
+
+    def _deferred(self, gradient, variable, hyper) -> Deferred | None:
+        """The gradient whose clip waits for the update, if it may; without a rescale."""
         raise NotImplementedError
 
     def _limit(self, gradient, variable, hyper) -> Tensor:
@@ -96,6 +123,9 @@ class AbsoluteClip(_PerVariable):
 
     def _clip(self, grads, variables, hyper):
         return kernels.clip_each([kernels.values(g) for g in grads], hyper["threshold"])
+
+    def _deferred(self, gradient, variable, hyper):
+        return defer(hyper, ABSOLUTE, gradient, variable, hyper["threshold"])
 
     def _limit(self, gradient, variable, hyper):
         return hyper["threshold"]
@@ -160,6 +190,14 @@ class ExponentialClip(_PerVariable):
             hyper["gamma"],
             rescale=self.rescale == "alpha",
         )
+
+    def _deferred(self, gradient, variable, hyper):
+        if self.weight == "elementwise":
+            return defer(hyper, EXPONENTIAL, gradient, variable, hyper["beta"], hyper["gamma"])
+        if self.weight == "none":
+            alpha = hyper["gamma"] * kernels.exp_of(hyper["beta"], ops.ones((), "float32"))
+            return defer(hyper, ABSOLUTE, gradient, variable, alpha)
+        return None
 
     def _limit(self, gradient, variable, hyper):
         return hyper["gamma"] * kernels.exp_of(hyper["beta"], self._weight(variable, gradient))

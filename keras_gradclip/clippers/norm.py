@@ -10,11 +10,28 @@ from typing import ClassVar
 from keras import ops
 
 from keras_gradclip import _kernels as kernels
+from keras_gradclip._deferred import Rule, defer
 from keras_gradclip._names import SCOPES, scope_numbers, size_of
-from keras_gradclip._types import Tensor, Threshold
+from keras_gradclip._types import Gradient, Hyper, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, register
 from keras_gradclip.clippers.elementwise import ALPHA_NOTE, rescaled
+
+
+def _scale(x: Tensor, seen: None, factor: Tensor) -> Tensor:
+    del seen
+    return kernels.scale(x, factor)
+
+
+SCALE = Rule(_scale, is_factor=True)
+
+
+def scaled(gradient: Gradient, variable: Variable, factor: Tensor, hyper: Hyper) -> Gradient:
+    """gradient·factor, a scalar: now, or where it is applied."""
+    waiting = defer(hyper, SCALE, gradient, variable, factor)
+    if waiting is not None:
+        return waiting
+    return kernels.with_values(gradient, kernels.scale(kernels.values(gradient), factor))
 
 
 @register("norm")
@@ -47,6 +64,7 @@ class NormClip(Clipper):
         note=ALPHA_NOTE,
     )
     measures: ClassVar[str | None] = "layer_norm"
+    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "g' = g·min(1, c/‖g‖)",
         "the first thing to try; keeps the direction",
@@ -83,9 +101,12 @@ class NormClip(Clipper):
         )
         members = collections.Counter(scopes)
         for i, scope in zip(present, scopes, strict=True):
-            x = kernels.values(grads[i])
-            y = kernels.scale(x, factors[scope])
-            clipped[i] = kernels.with_values(grads[i], rescaled(self.rescale, x, y))
+            if self.rescale is None:
+                clipped[i] = scaled(grads[i], variables[i], factors[scope], hyper)
+            else:
+                x = kernels.values(grads[i])
+                y = rescaled(self.rescale, x, kernels.scale(x, factors[scope]))
+                clipped[i] = kernels.with_values(grads[i], y)
             weights[i] = 1.0 / members[scope]
 
         def fractions():
@@ -124,6 +145,7 @@ class RMSClip(Clipper):
         threshold=True,
     )
     measures: ClassVar[str | None] = "largest_rms"
+    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "g' = g / max(1, rms(g)/c), for each variable",
         "one threshold for variables of every size",
@@ -142,7 +164,7 @@ class RMSClip(Clipper):
             # A sparse gradient is zero in the rows that it does not hold: they count.
             rms = ops.sqrt(square / max(size_of(variable), 1))
             squares[i], factors[i] = square, kernels.clip_factor(rms, hyper["threshold"])
-            clipped[i] = kernels.with_values(g, kernels.scale(x, factors[i]))
+            clipped[i] = scaled(g, variable, factors[i], hyper)
 
         def fractions():
             return [None if f is None else kernels.float32(f < 1.0) for f in factors]

@@ -7,15 +7,25 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
-from keras_gradclip._names import layers_of, path_of
-from keras_gradclip._types import Gradient, Hyper, Model, State, Tensor, Threshold, Variable
+from keras_gradclip._deferred import Deferred, defer
+from keras_gradclip._names import layers_of, path_of, size_of
+from keras_gradclip._types import Gradient, Hyper, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card, parameter
+from keras_gradclip.clippers._units import (
+    BIAS,
+    BOUNDS,
+    default_unit_axes,
+    norm_and_limit,
+    number_of_units,
+    rule_over,
+    squares_of_units,
+    unit_factors,
+    unit_squares,
+)
 from keras_gradclip.clippers.base import (
     GRADIENTS,
     LEARNING_RATE,
@@ -80,6 +90,7 @@ class AdaptiveClip(Clipper):
     eps: float = parameter(1e-3, help="ε, floor of a unit's weight norm")
     axes: Threshold = parameter(None, help="variable path to the axes of a unit, see unit_axes")
     measures: ClassVar[str | None] = "unit_ratio"
+    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "each unit's norm at most λ·max(‖W‖, ε)",
         "large batches, no batch normalisation; leave out the final layer",
@@ -114,35 +125,43 @@ class AdaptiveClip(Clipper):
 
     def apply(self, grads, variables, state, hyper):
         """Clip unit by unit: see `Clipper.apply`."""
-        clipped, squares = ([None] * len(grads) for _ in range(2))
-        norms: list[Tensor] = [None] * len(grads)
-        units: list[float] = []
-        for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
-            axes = self._axes_of(variable)
-            units.append(_number_of_units(variable, axes))
-            if g is None:
-                continue
-            x = kernels.values(g)
-            weight = (  # a sparse gradient's rows are whole units unless axis 0 is reduced
-                ops.convert_to_tensor(variable)
-                if 0 in axes
-                else kernels.matching_weight(variable, g)
-            )
-            square = unit_squares(x, axes)
-            norm = ops.sqrt(square)
-            floor = ops.maximum(ops.sqrt(unit_squares(weight, axes)), self.eps)
-            limit = hyper["clip_factor"] * floor
-            y = kernels.scale(x, kernels.clip_factor(norm, limit))
-            clipped[i] = kernels.with_values(g, y)
-            squares[i], norms[i] = ops.sum(square), (norm, limit)
+        clipped: list[Gradient | Deferred] = [None] * len(grads)
+        squares: list[Tensor] = [None] * len(grads)
+        axes = [self._axes_of(variable) for variable in variables]
+        units = [number_of_units(v, a) for v, a in zip(variables, axes, strict=True)]
+        share = hyper["clip_factor"]
+        now = []
+        for i, g in enumerate(grads):
+            clipped[i] = None if g is None else self._deferred(g, variables[i], axes[i], hyper)
+            if g is not None and clipped[i] is None:
+                now.append(i)
+        steps, weights = squares_of_units(grads, variables, axes, now)
+        sizes = {i: size_of(variables[i]) for i in now}
+        factors = unit_factors(steps, weights, sizes, share, self.eps)
+        for i in now:
+            y = kernels.scale(kernels.values(grads[i]), factors[i])
+            clipped[i] = kernels.with_values(grads[i], y)
+            squares[i] = ops.sum(steps[i])
 
         def fractions():
-            return [
-                None if pair is None else ops.sum(kernels.float32(pair[0] > pair[1])) / max(n, 1.0)
-                for pair, n in zip(norms, units, strict=True)
-            ]
+            result: list[Tensor] = [None] * len(grads)
+            waiting = [i for i, g in enumerate(grads) if g is not None and i not in steps]
+            later = squares_of_units(grads, variables, axes, waiting)
+            for of_units in ((steps, weights), later):
+                for i, step in of_units[0].items():
+                    norm, limit = norm_and_limit(step, of_units[1][i], share, self.eps)
+                    result[i] = ops.sum(kernels.float32(norm > limit)) / max(units[i], 1.0)
+            return result
 
         return clipped, state, ClipStats(fractions, units, "norms", squares)
+
+    def _deferred(
+        self, gradient: Gradient, variable: Variable, axes: tuple[int, ...], hyper: Hyper
+    ) -> Deferred | None:
+        rule = rule_over(axes, len(variable.shape))
+        if rule is None:
+            return None
+        return defer(hyper, rule, gradient, variable, hyper["clip_factor"], self.eps)
 
     def _axes_of(self, variable: Variable) -> tuple[int, ...]:
         known = dict(self.axes or ()).get(path_of(variable))
@@ -158,91 +177,6 @@ class AdaptiveClip(Clipper):
     def __str__(self) -> str:
         axes = "" if self.axes is None else f", axes of {len(self.axes)} variables"
         return f"AdaptiveClip(clip_factor={shown(self.clip_factor)}, eps={self.eps:g}{axes})"
-
-
-def _number_of_units(variable: Variable, axes: Sequence[int]) -> float:
-    return float(math.prod(int(d) for axis, d in enumerate(variable.shape) if axis not in axes))
-
-
-def unit_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """The sum of x² over `axes`, which stay as dimensions of 1; float32."""
-    if len(axes) == len(x.shape) - 1 and tuple(axes) == tuple(range(len(axes))):
-        return kernels.column_squares(x)
-    if len(axes) == len(x.shape):
-        return ops.reshape(kernels.sum_of_squares(x), (1,) * len(axes))
-    square = ops.square(kernels.float32(x))
-    return ops.sum(square, axis=tuple(axes), keepdims=True) if axes else square
-
-
-def default_unit_axes(variable: Variable) -> tuple[int, ...]:
-    """The axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
-    shape = tuple(int(d) for d in variable.shape)
-    rank = len(shape)
-    layer, _, name = path_of(variable).rpartition("/")
-    layer = layer.rpartition("/")[2]
-    if sum(d != 1 for d in shape) <= 1 or "bias" in name:
-        return tuple(range(rank))
-    if name == "embeddings":
-        return (rank - 1,)
-    if rank >= 3 and ("depthwise" in name or ("depthwise" in layer and name == "kernel")):
-        return tuple(range(rank - 2))
-    if rank >= 3 and "transpose" in layer:
-        return (*range(rank - 2), rank - 1)
-    if rank == 3 and layer in ("query", "key", "value"):
-        return (0,)
-    return tuple(range(rank - 1))
-
-
-def unit_axes(model: Model) -> dict[str, tuple[int, ...]]:
-    """For each kernel of a model, the axes that one unit spans, asked of the layers.
-
-    Args:
-        model: a built `keras.Model` or layer.
-
-    Returns:
-        A dict from `variable.path` to a tuple of axes, for `AdaptiveClip(axes=...)`: every
-        trainable variable with more than one dimension.
-
-    Raises:
-        ValueError: the model has no trainable variables yet.
-    """
-    if not model.trainable_variables:
-        raise ValueError(
-            "unit_axes: `model` has no trainable variables. Build it first, e.g. by calling it on "
-            "a batch."
-        )
-    result = {
-        path_of(v): default_unit_axes(v) for v in model.trainable_variables if len(v.shape) > 1
-    }
-    layers = keras.layers
-    transposes = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-    convolutions = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-    for layer in _compat.all_layers(model):
-        kernel = getattr(layer, "kernel", None) if layer.trainable_variables else None
-        if kernel is None or path_of(kernel) not in result:
-            continue
-        rank = len(kernel.shape)
-        if sum(int(d) != 1 for d in kernel.shape) <= 1:
-            axes = tuple(range(rank))
-        elif isinstance(layer, layers.EinsumDense):
-            axes = _contracted(layer.equation)
-        elif isinstance(layer, transposes):
-            axes = (*range(rank - 2), rank - 1)
-        elif isinstance(layer, (layers.DepthwiseConv1D, layers.DepthwiseConv2D)):
-            axes = tuple(range(rank - 2))
-        elif isinstance(layer, (*convolutions, layers.Dense)):
-            axes = tuple(range(rank - 1))
-        else:
-            continue
-        result[path_of(kernel)] = axes
-    return result
-
-
-def _contracted(equation: str) -> tuple[int, ...]:
-    """The axes of an EinsumDense kernel over which its equation sums."""
-    inputs, output = equation.replace(" ", "").replace("...", "").split("->")
-    kernel = inputs.split(",")[1]
-    return tuple(i for i, letter in enumerate(kernel) if letter not in output)
 
 
 @register("update_ratio")
@@ -314,12 +248,19 @@ class UpdateRatioClip(Clipper):
     needs_learning_rate = True
     bounds_steps = True
     measures: ClassVar[str | None] = "unit_step"
+    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",
         "a learning rate that is not known well, no batch normalisation",
         "κ = 2e-3; ε = 1e-3",
         "this library; relatives: LARC, LARS (1708.03888), AGC",
     )
+
+    def bounded(self, variables):
+        """See `Clipper`: kernels, and biases where they are."""
+        biases = _kernels_of_biases(variables, variables) if self.biases == "unit" else []
+        of_kernels = dict(biases)
+        return [not is_vector(v) or i in of_kernels for i, v in enumerate(variables)]
 
     def init(self, variables):
         """The largest learning rate so far, and the present one's share of it."""
@@ -330,7 +271,13 @@ class UpdateRatioClip(Clipper):
     def in_its_pass(self, grads, variables, state, hyper):
         """See `Clipper`: the learning rate is told in the first pass alone, and kept."""
         clipped, new, stats = super().in_its_pass(grads, variables, state, hyper)
-        return clipped, self._after(new, hyper) if hyper.get(PASS) == GRADIENTS else new, stats
+        if hyper.get(PASS) != GRADIENTS:
+            return clipped, new, stats
+        new = self._after(new, hyper)
+        factor = hyper["max_ratio"] * new.get("share", 1.0)
+        for i, bound in self._deferred(grads, variables, factor, hyper).items():
+            clipped[i] = bound
+        return clipped, new, stats
 
     def _after(self, state: State, hyper: Hyper) -> State:
         if self.anneal is None:
@@ -349,14 +296,17 @@ class UpdateRatioClip(Clipper):
             state = self._after(state, hyper)
             factor = hyper["max_ratio"] / ops.maximum(state.get("largest_rate", rate), kernels.TINY)
         bounded = [i for i, g in enumerate(grads) if g is not None and not is_vector(variables[i])]
-        axes = {i: self._axes_of(variables[i]) for i in bounded}
-        steps = {i: unit_squares(kernels.values(grads[i]), axes[i]) for i in bounded}
-        weights = {i: unit_squares(_weight(variables[i], grads[i], axes[i]), axes[i]) for i in axes}
+        axes = [self._axes_of(variable) for variable in variables]
+        # Of the second pass, what the update has bounded on its way.
+        done = {i: grads[i] for i in bounded if isinstance(grads[i], Deferred)}
+        waiting = {} if done else self._deferred(grads, variables, factor, hyper)
+        now = [i for i in bounded if i not in waiting and i not in done]
+        steps, weights = squares_of_units(grads, variables, axes, now)
         squares: list[Tensor] = [None] * len(grads)
         shares = [0.0] * len(grads)
         for i in bounded:
-            squares[i] = ops.sum(steps[i])
-            shares[i] = _number_of_units(variables[i], axes[i])
+            squares[i] = ops.sum(steps[i]) if i in steps else None
+            shares[i] = number_of_units(variables[i], axes[i])
         if self.scope == "layer":
             for members in _members(variables, bounded):
                 for squares_of in (steps, weights):
@@ -365,32 +315,73 @@ class UpdateRatioClip(Clipper):
                 shares = [1.0 / len(members) if i in members else s for i, s in enumerate(shares)]
 
         clipped = list(grads)
-        pairs: list[Tensor] = [None] * len(grads)
-        if self.biases == "unit":
-            for i, kernel in _kernels_of_biases(grads, variables):
-                if self.scope == "unit" and kernel in weights:  # known already
-                    square = weights[kernel]
-                else:
-                    axes_of = default_unit_axes(variables[kernel])
-                    square = unit_squares(ops.convert_to_tensor(variables[kernel]), axes_of)
-                limit = factor * ops.maximum(ops.sqrt(square), self.eps)
-                limit = ops.reshape(limit, variables[i].shape)
-                clipped[i] = kernels.clip_symmetric(grads[i], limit)
-                pairs[i] = (ops.abs(kernels.float32(grads[i])), limit)
-                shares[i] = _number_of_units(variables[i], ()) if self.scope == "unit" else 1.0
-        for i in bounded:
-            norm, limit = ops.sqrt(steps[i]), factor * ops.maximum(ops.sqrt(weights[i]), self.eps)
-            y = kernels.scale(kernels.values(grads[i]), kernels.clip_factor(norm, limit))
+        biases = _kernels_of_biases(grads, variables) if self.biases == "unit" else []
+
+        seen = {i: bound.seen for i, bound in done.items() if bound.rule.is_told}
+
+        def limit_of(bias: int, kernel: int, known: dict[int, Tensor]) -> Tensor:
+            square = known.get(kernel) if self.scope == "unit" else None
+            if square is None:
+                axes_of = default_unit_axes(variables[kernel])
+                square = unit_squares(ops.convert_to_tensor(variables[kernel]), axes_of)
+            limit = factor * ops.maximum(ops.sqrt(square), self.eps)
+            return ops.reshape(limit, variables[bias].shape)
+
+        limits: dict[int, Tensor] = {}
+        for i, kernel in biases:
+            shares[i] = number_of_units(variables[i], ()) if self.scope == "unit" else 1.0
+            if kernel in waiting and waiting[kernel].rule.is_told:
+                arguments = (waiting[kernel], factor, self.eps)
+                bias = defer(hyper, BIAS, grads[i], variables[i], *arguments)
+                if bias is not None:
+                    clipped[i] = bias
+                    continue
+            limits[i] = limit_of(i, kernel, {**weights, **seen})
+            clipped[i] = kernels.clip_symmetric(grads[i], limits[i])
+        sizes = {i: size_of(variables[i]) for i in now}
+        factors = unit_factors(steps, weights, sizes, factor, self.eps)
+        for i in now:
+            y = kernels.scale(kernels.values(grads[i]), factors[i])
             clipped[i] = kernels.with_values(grads[i], y)
-            pairs[i] = (norm, limit)
+        for i, deferred in waiting.items():
+            clipped[i] = deferred
 
         def fractions():
-            return [
-                None if pair is None else ops.mean(kernels.float32(pair[0] > pair[1]))
-                for pair in pairs
-            ]
+            result: list[Tensor] = [None] * len(grads)
+            later = squares_of_units(grads, variables, axes, list(waiting))
+            all_steps, all_weights = {**steps, **later[0]}, {**weights, **later[1]}
+            for i, step in all_steps.items():
+                norm, limit = norm_and_limit(step, all_weights[i], factor, self.eps)
+                result[i] = ops.mean(kernels.float32(norm > limit))
+            for i, bound in done.items():
+                result[i] = bound.fraction
+            for i, kernel in biases:
+                limit = limits[i] if i in limits else limit_of(i, kernel, all_weights)
+                over = ops.abs(kernels.float32(grads[i])) > limit
+                result[i] = ops.mean(kernels.float32(over))
+            return result
 
         return clipped, state, ClipStats(fractions, shares, "norms", squares)
+
+    def _deferred(
+        self,
+        grads: Sequence[Gradient],
+        variables: Sequence[Variable],
+        factor: Tensor,
+        hyper: Hyper,
+    ) -> dict[int, Deferred]:
+        """Position to what may wait for the update: the clip, or the bound of its step."""
+        result: dict[int, Deferred] = {}
+        for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
+            rule = None
+            if g is not None and not is_vector(variable) and self.scope != "layer":
+                rule = rule_over(self._axes_of(variable), len(variable.shape))
+            if rule is not None and hyper.get(PASS) == GRADIENTS:
+                rule = BOUNDS[rule]
+            waiting = rule and defer(hyper, rule, g, variable, factor, self.eps)
+            if waiting:
+                result[i] = waiting
+        return result
 
     def _axes_of(self, variable: Variable) -> tuple[int, ...]:
         whole = tuple(range(len(variable.shape)))
@@ -409,7 +400,7 @@ def _kernels_of_biases(
     found: dict[int, int | None] = {}
     for layer in _members(variables, range(len(variables))):
         units = {
-            i: _number_of_units(variables[i], default_unit_axes(variables[i]))
+            i: number_of_units(variables[i], default_unit_axes(variables[i]))
             for i in layer
             if not is_vector(variables[i]) and not kernels.is_sparse(grads[i])
         }
@@ -419,13 +410,6 @@ def _kernels_of_biases(
                 size = math.prod(int(d) for d in variables[i].shape)
                 found[i] = next((k for k, n in reversed(units.items()) if n == size), None)
     return [(i, kernel) for i, kernel in found.items() if kernel is not None]
-
-
-def _weight(variable: Variable, gradient: Gradient, axes: Sequence[int]) -> Tensor:
-    """The weights of the units in `gradient`; a sparse one's rows are units unless 0 is in axes."""
-    if 0 in axes:
-        return ops.convert_to_tensor(variable)
-    return kernels.matching_weight(variable, gradient)
 
 
 def _members(variables: Sequence[Variable], of: Sequence[int]) -> list[list[int]]:

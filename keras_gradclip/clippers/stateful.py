@@ -23,6 +23,7 @@ from keras_gradclip._names import SCOPES, scope_numbers
 from keras_gradclip._types import Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers.base import Clipper, ClipStats, register
+from keras_gradclip.clippers.norm import scaled
 
 #: Stands for "no threshold" and "no norm yet": an infinity would turn into NaN when divided.
 NO_LIMIT = 1e38
@@ -34,6 +35,7 @@ class _FromNorms(Clipper):
     """A norm clipper whose thresholds follow from past norms: one threshold a scope."""
 
     scope: str
+    defers: ClassVar[bool] = True
 
     def _limits(
         self, norms: Tensor, usable: Tensor, state: Tensor, hyper: Tensor
@@ -78,8 +80,8 @@ class _FromNorms(Clipper):
         factors = kernels.clip_factor(norms, limits)
         factor_of = ops.unstack(factors, num=number)
         clipped: list[Tensor] = [
-            None if g is None else kernels.with_values(g, kernels.scale(kernels.values(g), f))
-            for g, f in zip(grads, (factor_of[s] for s in scopes), strict=True)
+            None if g is None else scaled(g, v, factor_of[s], hyper)
+            for g, v, s in zip(grads, variables, scopes, strict=True)
         ]
 
         def fractions():

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
-from keras_gradclip.clippers.relative import default_unit_axes, unit_squares
+from keras_gradclip.clippers._units import default_unit_axes, unit_squares
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._steps import ignores_scale

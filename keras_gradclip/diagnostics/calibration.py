@@ -18,9 +18,9 @@ from keras_gradclip._files import write_json
 from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Model, Tensor, Threshold
 from keras_gradclip.clippers._declaration import MEASURES, parameters
+from keras_gradclip.clippers._units import default_unit_axes
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
-from keras_gradclip.clippers.relative import default_unit_axes
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics._sampler import Sampler, Watch
 from keras_gradclip.diagnostics._templates import render

@@ -17,8 +17,18 @@ from keras import backend
 
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
+from keras_gradclip._deferred import Deferred, Later
 from keras_gradclip._names import path_of
-from keras_gradclip._types import Gradient, Optimizer, Scalar, Strategy, Tensor
+from keras_gradclip._types import (
+    Gradient,
+    Gradients,
+    Optimizer,
+    Scalar,
+    Strategy,
+    Tensor,
+    Variable,
+)
+from keras_gradclip.optimizer._fused import FusedUpdate
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
 Kernel = Callable[..., Tensor]
@@ -134,6 +144,7 @@ class CompiledUpdate:
         self._inner = inner
         self.mode = mode
         self._make_kernel = _KERNELS.get(type(inner))
+        self._fused = FusedUpdate(inner)
         #: Path of a variable to the reason why Keras updates it.
         self._refused: dict[str, str] = {}
         self._reason = self._impossible()
@@ -192,6 +203,16 @@ class CompiledUpdate:
         if left:
             default(strategy, left, learning_rate)
 
+    def may_wait(self, gradients: Gradients, variables: Sequence[Variable]) -> Later | None:
+        """Which clips of this update may wait for it; None: not one."""
+        import tensorflow as tf
+
+        if self._reason or self._make_kernel is None or tf.executing_eagerly():
+            return None
+        if _compat.is_traced_for_xla():  # Keras does this update
+            return None
+        return self._fused.may_wait(gradients, variables)
+
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
         if kernels.is_sparse(gradient):
             return "sparse gradient"
@@ -214,20 +235,34 @@ class CompiledUpdate:
     ) -> None:
         import tensorflow as tf
 
-        made: dict[tuple[str, str], Kernel] = {}  # the scalars are computed once on each device
+        # The scalars are computed once on each device.
+        made: dict[tuple[str, str], tuple[Tensor, Tensor, Kernel]] = {}
 
-        def of_one(variable: Tensor, gradient: Gradient, rate: Scalar) -> None:
+        def of_one(
+            variable: Tensor, gradient: Gradient | Deferred, slots: list[Tensor], rate: Scalar
+        ) -> None:
             key = (variable.device, variable.dtype.name)
             if key not in made:
                 step = tf.cast(kernels.read(self._inner.iterations) + 1, variable.dtype)
-                made[key] = make(self._inner, tf.cast(rate, variable.dtype), step)
-            slots = _compat.slots(self._inner, variable)
+                rate = tf.cast(rate, variable.dtype)
+                made[key] = (rate, step, make(self._inner, rate, step))
+            rate, step, kernel = made[key]
+            if isinstance(gradient, Deferred):
+                folded = self._fused.folded(gradient, rate)
+                if folded is not None:
+                    gradient, kernel = folded[0], make(self._inner, folded[1], step)
+                elif self._fused.takes(variable):
+                    self._fused.run(gradient, variable, slots, rate, step)
+                    return
+                else:
+                    gradient = gradient.now(variable.read_value())
             gradient = tf.cast(gradient, variable.dtype)
-            made[key](variable.handle, gradient, *(slot.value.handle for slot in slots))
+            kernel(variable.handle, gradient, *(slot.handle for slot in slots))
 
         rate = kernels.read(learning_rate)
-        for gradient, variable in pairs:
-            strategy.extended.update(variable, of_one, args=(gradient, rate), group=False)
+        for gradient, variable in sorted(pairs, key=_follows):
+            slots = [slot.value for slot in _compat.slots(self._inner, variable)]
+            strategy.extended.update(variable, of_one, args=(gradient, slots, rate), group=False)
 
     def _update_by_xla(
         self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], learning_rate: Scalar
@@ -317,6 +352,12 @@ class CompiledUpdate:
 
         arguments = ([gradient for gradient, _ in pairs], [v.value for v in state], rate)
         strategy.extended.update(pairs[0][1], of_one, args=arguments, group=False)
+
+
+def _follows(pair: tuple[Gradient | Deferred, Tensor]) -> bool:
+    """Whether what another clip has seen is needed for this one; with replicas, all alike."""
+    gradient = getattr(pair[0], "values", (pair[0],))[0]
+    return isinstance(gradient, Deferred) and gradient.rule.follows
 
 
 def _cannot(reason: str) -> str:

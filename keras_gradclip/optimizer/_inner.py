@@ -14,6 +14,7 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
+from keras_gradclip._deferred import Later
 from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variable
 from keras_gradclip.optimizer._accumulation import is_overwritten
 from keras_gradclip.optimizer._compiled import CompiledUpdate
@@ -147,6 +148,14 @@ class InnerUpdate:
                 lambda: None,
                 cross_replica=True,
             )
+
+    def may_wait(self, gradients: Gradients, variables: Sequence[Variable]) -> Later | None:
+        """Which clips may wait for the update: see `_deferred`."""
+        if self.is_held or self._inner.loss_scale_factor or not aggregation.is_tensorflow():
+            return None
+        if any(is_overwritten(v) for v in variables):
+            return None
+        return self.compiled.may_wait(gradients, variables)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ decoupled weight decay and before moving averages and constraints, would add to 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import keras
@@ -16,10 +17,21 @@ from keras import ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
-from keras_gradclip._types import Gradients, Optimizer, Scalar, Tensor, Variable
+from keras_gradclip._deferred import is_bound
+from keras_gradclip._types import Gradient, Gradients, Optimizer, Scalar, Tensor, Variable
 
-#: From the steps of some variables to what is applied.
-Bound = Callable[[Sequence[Variable], list[Tensor]], Sequence[Tensor]]
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What the steps go through before they stay.
+
+    Attributes:
+        apply: from variables and their steps to what is applied; called once an update.
+        is_for: whether the step of a variable may be bounded; others are not handed to `apply`.
+    """
+
+    apply: Callable[[Sequence[Variable], list[Tensor]], Sequence[Tensor]]
+    is_for: Callable[[Variable], bool]
 
 
 def ignores_scale(inner: Optimizer) -> bool:
@@ -57,6 +69,30 @@ class BoundedSteps:
         if self._bound is None:
             default(gradients, variables, learning_rate)
             return
+        by_themselves: list[tuple[Gradient, Variable]] = []
+        to_bound: list[tuple[Gradient, Variable]] = []
+        free: list[tuple[Gradient, Variable]] = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            chosen = to_bound if self._bound.is_for(variable) else free
+            (by_themselves if is_bound(gradient) else chosen).append((gradient, variable))
+        # First what tells the others of its weights; last what they may still want to see.
+        if by_themselves:
+            default(*zip(*by_themselves, strict=True), learning_rate)
+        self._update_bounded(default, self._bound, to_bound, learning_rate)
+        if free:
+            default(*zip(*free, strict=True), learning_rate)
+
+    def _update_bounded(
+        self,
+        default: Callable[..., None],
+        bound: Bound,
+        pairs: Sequence[tuple[Gradient, Variable]],
+        learning_rate: Scalar,
+    ) -> None:
+        if not pairs:
+            bound.apply([], [])
+            return
+        gradients, variables = zip(*pairs, strict=True)
         before = [ops.copy(kernels.read(v)) for v in variables]
         default(gradients, variables, learning_rate)
         after = [kernels.read(v) for v in variables]
@@ -64,7 +100,7 @@ class BoundedSteps:
             after = [ops.copy(x) for x in after]
         aggregation.assign_each(variables, before)
         steps = [b - a for a, b in zip(before, after, strict=True)]
-        bounded = self._bound(variables, steps)
+        bounded = bound.apply(variables, steps)
         aggregation.assign_each(
             variables,
             [

@@ -17,6 +17,7 @@ from keras import ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
+from keras_gradclip._deferred import LATER, is_bound
 from keras_gradclip._types import Gradient, Gradients, Optimizer, State, Tensor, Variable
 from keras_gradclip.clippers.base import (
     GRADIENTS,
@@ -39,7 +40,7 @@ from keras_gradclip.optimizer._inner import (
 from keras_gradclip.optimizer._loss_scale import FixedLossScale, KnowsLossScale, LossScale
 from keras_gradclip.optimizer._skips import ReportsSkips, SpikeWindow
 from keras_gradclip.optimizer._state import HasState
-from keras_gradclip.optimizer._steps import ignores_scale
+from keras_gradclip.optimizer._steps import Bound, ignores_scale
 from keras_gradclip.optimizer._telemetry import ReportsTelemetry, Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watched, Watcher
 
@@ -231,7 +232,7 @@ class ClippedOptimizer(
     def _step(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
         """Clip, show, apply."""
         update = self._clip(gradients)
-        bound = functools.partial(self._bound, update) if self._bounds_steps else None
+        bound = self._bound_of(update) if self._bounds_steps else None
         if bound is None:
             self._show(update)
         self._inner_update(
@@ -239,14 +240,23 @@ class ClippedOptimizer(
         )
         call.scale.on_finite()
 
+    def _bound_of(self, update: ClippedUpdate) -> Bound:
+        assert self._clipper is not None
+        are_bounded = self._clipper.bounded(self._trainable_variables)
+        return Bound(
+            functools.partial(self._bound, update),
+            lambda variable: are_bounded[self._get_variable_index(variable)],
+        )
+
     def _bound(
         self, update: ClippedUpdate, variables: Sequence[Variable], steps: list[Tensor]
     ) -> list[Tensor]:
         """Clip the steps that the inner optimizer is about to take, and show what was clipped."""
         assert self._clipper is not None and update.stats is not None
         indices = [self._get_variable_index(v) for v in variables]
-        known = dict(zip(indices, steps, strict=True))
-        everything = [known.get(i) for i in range(len(self._trainable_variables))]
+        everything = [g if is_bound(g) else None for g in update.clipped]
+        for i, step in zip(indices, steps, strict=True):
+            everything[i] = step
         hyper = {**update.hyper, LEARNING_RATE: ops.ones((), "float32"), PASS: STEPS}
         clipped, _, stats = self._clipper.in_its_pass(
             everything, self._trainable_variables, self._read_clip_state(), hyper
@@ -275,6 +285,9 @@ class ClippedOptimizer(
         told = {**hyper, **self._told_learning_rate()}
         if self._bounds_steps:
             told[PASS] = GRADIENTS
+        # Whoever else watches wants to see what was clipped.
+        if self._clipper.defers and not self._watchers:
+            told[LATER] = self._inner_update.may_wait(gradients, self._trainable_variables)
         clipped, state, stats = self._clipper.in_its_pass(
             gradients, self._trainable_variables, self._read_clip_state(), told
         )

@@ -1,0 +1,205 @@
+"""The clip and the update of one variable as one program of XLA, which writes its memory in place.
+
+Each large buffer is read once where the clip knows its limits beforehand, and a second time where
+they follow from a norm. Variables of one shape share a program.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._deferred import Deferred, Later, Rule
+from keras_gradclip._types import Gradient, Gradients, Optimizer, Tensor, Variable
+
+#: (weight, gradient, slots, constants) to (new weight, new slots): values, as Keras writes them.
+Equation = Callable[
+    [Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]
+]
+#: (learning rate, number of the step from 1 on) to an equation's constants.
+Constants = Callable[[Tensor, Tensor], Sequence[Tensor]]
+
+
+def _descent(weight, gradient, slots, constants):
+    (rate,) = constants
+    return weight - rate * gradient, slots
+
+
+def _momentum(weight, gradient, slots, constants):
+    rate, momentum = constants
+    step = slots[0] * momentum - gradient * rate
+    return weight + step, [step]
+
+
+def _nesterov(weight, gradient, slots, constants):
+    rate, momentum = constants
+    step = slots[0] * momentum - gradient * rate
+    return weight + (step * momentum - gradient * rate), [step]
+
+
+def _sgd(inner: Optimizer) -> tuple[Equation, Constants]:
+    if inner.momentum == 0:
+        return _descent, lambda rate, step: (rate,)
+    return (
+        _nesterov if inner.nesterov else _momentum,
+        lambda rate, step: (rate, keras.ops.cast(inner.momentum, rate.dtype)),
+    )
+
+
+def _adaptive_moments(weight, gradient, slots, constants):
+    import tensorflow as tf
+
+    alpha, share_1, share_2, epsilon = constants
+    first = slots[0] + (gradient - slots[0]) * share_1
+    second = slots[1] + (tf.square(gradient) - slots[1]) * share_2
+    new = [first, second]
+    if len(slots) == 3:  # AMSGrad
+        second = tf.maximum(slots[2], second)
+        new.append(second)
+    return weight - first * alpha / (tf.sqrt(second) + epsilon), new
+
+
+def _adam(inner: Optimizer) -> tuple[Equation, Constants]:
+    import tensorflow as tf
+
+    def constants(rate: Tensor, step: Tensor) -> Sequence[Tensor]:
+        def cast(value: float) -> Tensor:
+            return tf.cast(value, rate.dtype)
+
+        powers = [tf.pow(cast(beta), step) for beta in (inner.beta_1, inner.beta_2)]
+        alpha = rate * tf.sqrt(1 - powers[1]) / (1 - powers[0])
+        return (alpha, cast(1 - inner.beta_1), cast(1 - inner.beta_2), cast(inner.epsilon))
+
+    return _adaptive_moments, constants
+
+
+_EQUATIONS: dict[type, Callable[[Optimizer], tuple[Equation, Constants]]] = {
+    keras.optimizers.SGD: _sgd,
+    keras.optimizers.Adam: _adam,
+    keras.optimizers.AdamW: _adam,
+}
+
+
+class FusedUpdate:
+    """Clips and updates, for those inner optimizers whose equations are known.
+
+    Args:
+        inner: a Keras optimizer.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._inner = inner
+        self._make = _EQUATIONS.get(type(inner))
+        self._worth: frozenset[tuple[int, ...]] = frozenset()  # shapes, known at the clip
+
+    def may_wait(self, gradients: Gradients, variables: Sequence[Variable]) -> Later | None:
+        """Which clips of this update the update takes over; called where it is traced."""
+        if self._make is None or not kernels.runs_on_tensorflow_cpu():
+            return None
+        sizes: dict[tuple[int, ...], int] = {}
+        for gradient, variable in zip(gradients, variables, strict=True):
+            shape = tuple(variable.shape)
+            if gradient is not None and _is_plain(gradient, variable):
+                sizes[shape] = sizes.get(shape, 0) + math.prod(shape)
+        self._worth = frozenset(
+            shape
+            for shape, size in sizes.items()
+            if size >= kernels.WORTH_COMPILING and math.prod(shape) >= kernels.SMALL
+        )
+
+        def decide(gradient: Gradient, variable: Variable, rule: Rule) -> bool:
+            if not _is_plain(gradient, variable):
+                return False
+            if rule.is_factor and self._takes_factors:
+                return True
+            if rule.follows:
+                return True
+            # Decoupled weight decay comes before the update: the clip would see its result.
+            decays = self._inner.weight_decay and rule.sees is not None and not rule.bounds_step
+            # Of Adam, TensorFlow's kernel is faster than XLA, by as much as a pass costs.
+            gains = rule.takes_norms or self._takes_factors
+            return gains and not decays and tuple(variable.shape) in self._worth
+
+        return decide
+
+    @property
+    def _takes_factors(self) -> bool:
+        """Whether a gradient's factor may be the learning rate's."""
+        return type(self._inner) is keras.optimizers.SGD
+
+    def folded(self, deferred: Deferred, rate: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Gradient and learning rate of a clip that is but a factor, where the rate may have it."""
+        if not (deferred.rule.is_factor and self._takes_factors):
+            return None
+        (factor,) = deferred.arguments
+        return deferred.gradient, rate * keras.ops.cast(factor, rate.dtype)
+
+    def takes(self, variable: Tensor) -> bool:
+        """Whether `run` is worth a program of this variable's shape."""
+        return tuple(variable.shape) in self._worth
+
+    def run(
+        self,
+        deferred: Deferred,
+        variable: Tensor,
+        slots: Sequence[Tensor],
+        rate: Tensor,
+        step: Tensor,
+    ) -> None:
+        """Clip and update one native variable, on its device."""
+        import tensorflow as tf
+
+        assert self._make is not None
+        equation, constants = self._make(self._inner)
+        program = _program(
+            equation, deferred.rule, tuple(variable.shape), variable.dtype, variable.device
+        )
+        deferred.seen, deferred.fraction = program(
+            tf.ensure_shape(deferred.gradient, variable.shape),
+            variable,
+            list(slots),
+            [tf.cast(a, tf.float32) for a in deferred.resolved()],
+            list(constants(rate, step)),
+        )
+
+
+def _is_plain(gradient: Gradient, variable: Variable) -> bool:
+    """Whether a program may have it: dense, of static shape, float32 like its variable."""
+    return (
+        not kernels.is_sparse(gradient)
+        and keras.backend.standardize_dtype(variable.dtype) == "float32"
+        and keras.backend.standardize_dtype(gradient.dtype) == "float32"
+    )
+
+
+@functools.cache
+def _program(
+    equation: Equation, rule: Rule, shape: tuple[int, ...], dtype: Any, device: str
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(gradient, variable, slots, the clip's arguments, constants) to `seen` and `fraction`."""
+    del shape, dtype, device  # one function for each: TensorFlow warns of one with many traces
+    import tensorflow as tf
+
+    def run(gradient, variable, slots, arguments, constants):
+        weight = variable.read_value()
+        seen = None if rule.sees is None else rule.sees(weight)
+        fraction = None
+        if not rule.bounds_step:
+            gradient = rule.clip(gradient, seen, *arguments)
+        new, new_slots = equation(weight, gradient, [s.read_value() for s in slots], constants)
+        if rule.bounds_step:
+            step = new - weight
+            bounded, fraction = rule.clip(step, seen, *arguments)
+            # To the last bit what the optimizer wanted, where nothing was clipped.
+            new = tf.where(tf.equal(bounded, step), new, weight + bounded)
+        variable.assign(new, read_value=False)
+        for slot, value in zip(slots, new_slots, strict=True):
+            slot.assign(value, read_value=False)
+        return seen if rule.is_told else None, fraction
+
+    return tf.function(run, jit_compile=True, autograph=False)
