@@ -161,8 +161,8 @@ class FusedUpdate:
         )
         deferred.seen, deferred.fraction = program(
             tf.ensure_shape(deferred.gradient, variable.shape),
-            variable,
-            list(slots),
+            variable.handle,
+            [slot.handle for slot in slots],
             [tf.cast(a, tf.float32) for a in deferred.resolved()],
             list(constants(rate, step)),
         )
@@ -181,25 +181,31 @@ def _is_plain(gradient: Gradient, variable: Variable) -> bool:
 def _program(
     equation: Equation, rule: Rule, shape: tuple[int, ...], dtype: Any, device: str
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(gradient, variable, slots, the clip's arguments, constants) to `seen` and `fraction`."""
-    del shape, dtype, device  # one function for each: TensorFlow warns of one with many traces
+    """A function of (gradient, weight, slots, the clip's arguments, constants), in place.
+
+    It returns what `Deferred` has as `seen` and `fraction`. Weight and slots are the handles of
+    variables: a variable itself would be taken for the one of the first call, on replicas.
+    """
+    del device  # one function for each device and shape: TensorFlow warns of one with many traces
     import tensorflow as tf
 
-    def run(gradient, variable, slots, arguments, constants):
-        weight = variable.read_value()
+    def read(handle: Tensor) -> Tensor:
+        return tf.ensure_shape(tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype), shape)
+
+    def run(gradient, handle, slots, arguments, constants):
+        weight = read(handle)
         seen = None if rule.sees is None else rule.sees(weight)
         fraction = None
         if not rule.bounds_step:
             gradient = rule.clip(gradient, seen, *arguments)
-        new, new_slots = equation(weight, gradient, [s.read_value() for s in slots], constants)
+        new, new_slots = equation(weight, gradient, [read(s) for s in slots], constants)
         if rule.bounds_step:
             step = new - weight
             bounded, fraction = rule.clip(step, seen, *arguments)
             # To the last bit what the optimizer wanted, where nothing was clipped.
             new = tf.where(tf.equal(bounded, step), new, weight + bounded)
-        variable.assign(new, read_value=False)
-        for slot, value in zip(slots, new_slots, strict=True):
-            slot.assign(value, read_value=False)
+        for resource, value in zip((handle, *slots), (new, *new_slots), strict=True):
+            tf.raw_ops.AssignVariableOp(resource=resource, value=value)
         return seen if rule.is_told else None, fraction
 
     return tf.function(run, jit_compile=True, autograph=False)

@@ -267,6 +267,188 @@ def test_xla_writes_each_large_buffer_once(name):
     assert set(computed) <= {"fusion", "subtract"}, computed  # older XLA: one by itself
 
 
+# The clip on the way ------------------------------------------------------------------------------
+
+ON_THE_WAY = {
+    "absolute": kgc.AbsoluteClip(0.3),
+    "exponential": kgc.ExponentialClip(0.7, gamma=0.3),
+    "fixed exponential": kgc.ExponentialClip(0.2, gamma=0.3, weight="none"),
+    "norm": kgc.NormClip(0.5),
+    "global norm": kgc.NormClip(1.0, scope="global"),
+    "rms": kgc.RMSClip(0.3),
+    "percentile": kgc.PercentileClip(50, window=4),
+    "adaptive": kgc.AdaptiveClip(0.05),
+    "update ratio": kgc.UpdateRatioClip(0.01),
+    "update ratio, variable": kgc.UpdateRatioClip(0.01, scope="variable"),
+    "update ratio, biases, anneal": kgc.UpdateRatioClip(
+        0.01, biases="unit", anneal="learning_rate"
+    ),
+    "map": kgc.ClipMap({"[ad]/.*": kgc.AdaptiveClip(0.05)}, default=kgc.AbsoluteClip(0.2)),
+    "map of bounds": kgc.ClipMap(
+        [("[ad]/.*", kgc.UpdateRatioClip(0.01, biases="unit")), (".*", kgc.AdaptiveClip(0.05))]
+    ),
+    "chain": kgc.Chain([kgc.NormClip(0.5), kgc.UpdateRatioClip(0.01, biases="unit")]),
+    "two bounds": kgc.Chain([kgc.UpdateRatioClip(0.01), kgc.UpdateRatioClip(0.005)]),
+}
+LAYERS = {
+    **{"a/kernel": (16, 3), "a/bias": (3,), "b/kernel": (3, 3, 2, 4), "c/gamma": (4,)},
+    **{"d/kernel": (16, 3), "d/bias": (3,)},  # of one shape with the first: they share programs
+}
+
+
+def clipped(inner, clipper, compiled="auto", *, replicas=0, steps=5, **arguments):
+    """Weights, states and clip fractions after some steps; and the last graph."""
+    devices = strategy(replicas) or tf.distribute.get_strategy()
+    rng = np.random.default_rng(0)
+    with devices.scope():
+        ours = []
+        for path, shape in LAYERS.items():
+            layer, _, name = path.rpartition("/")
+            with keras.name_scope(layer):
+                value = rng.normal(size=shape).astype("float32")
+                ours.append(keras.Variable(value, name=name))
+        optimizer = kgc.ClippedOptimizer(
+            BY_KERNELS[inner](), clipper, compiled=compiled, telemetry=True, **arguments
+        )
+        optimizer.build(ours)
+
+    @tf.function(autograph=False)
+    def step(gradients):
+        devices.run(lambda: optimizer.apply([tf.identity(g) for g in gradients]))
+
+    for scale in np.geomspace(0.01, 10, steps):
+        step([tf.constant(scale * rng.normal(size=s), tf.float32) for s in LAYERS.values()])
+    for variable in (*ours, *optimizer.variables):
+        first, *others = map(np.array, devices.experimental_local_results(variable.value))
+        assert all(np.array_equal(first, other) for other in others), variable.path
+    figures = optimizer.read_telemetry()
+    values = [np.array(v) for v in (*ours, *optimizer.inner_optimizer.variables)]
+    return [*values, figures["layer_clip_fraction"], figures["layer_grad_norm"]], step
+
+
+def programs_of(function):
+    """The names of the functions inside that XLA compiles."""
+    gradients = [tf.TensorSpec(shape) for shape in LAYERS.values()]
+    graph = function.get_concrete_function(gradients).graph.as_graph_def()
+    return [
+        f.signature.name
+        for f in graph.library.function
+        if f.attr["_XlaMustCompile"].b and not f.attr["_noinline"].s
+    ]
+
+
+@pytest.mark.parametrize("inner", ["SGD", "momentum", "nesterov, schedule", "Adam, AMSGrad, EMA"])
+@pytest.mark.parametrize("name", ON_THE_WAY)
+def test_a_clip_on_the_way_is_the_clip(inner, name, small_is_large):
+    tolerance = 2e-5 if inner.startswith("Adam") else 2e-6  # see above
+    ours, _ = clipped(inner, ON_THE_WAY[name])
+    keras_own, _ = clipped(inner, ON_THE_WAY[name], False)
+    assert_equal(ours, keras_own, tolerance)
+
+
+@pytest.mark.parametrize("inner", ["momentum, decay", "AdamW"])
+@pytest.mark.parametrize("name", ["exponential", "adaptive", "update ratio, biases, anneal"])
+def test_a_clip_sees_the_weights_before_their_decay(inner, name, small_is_large):
+    ours, _ = clipped(inner, ON_THE_WAY[name])
+    keras_own, _ = clipped(inner, ON_THE_WAY[name], False)
+    assert_equal(ours, keras_own, 2e-5 if inner == "AdamW" else 2e-6)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("inner", "name"),
+    [
+        ("momentum", "exponential"),
+        ("momentum", "global norm"),
+        ("momentum", "update ratio, biases, anneal"),
+        ("Adam", "map of bounds"),
+    ],
+)
+def test_each_replica_clips_on_the_way(inner, name, replicas, small_is_large):
+    many = {"replicas": replicas, "skip_nonfinite": True, "gradient_accumulation_steps": 2}
+    ours, _ = clipped(inner, ON_THE_WAY[name], steps=6, **many)
+    keras_own, _ = clipped(inner, ON_THE_WAY[name], False, steps=6, **many)
+    assert_equal(ours, keras_own, 2e-5 if inner == "Adam" else 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("inner", "name", "count"),
+    [
+        ("momentum", "absolute", 2),  # three kernels of two shapes; vectors are small
+        ("momentum", "norm", 0),  # a factor, which the learning rate takes
+        ("momentum", "update ratio, biases, anneal", 2),
+        ("Adam", "absolute", 0),  # TensorFlow's kernel is as fast
+        ("Adam", "adaptive", 2),
+        ("Adam", "update ratio", 2),
+        ("Adam", "two bounds", 0),  # each needs the other's steps
+        ("Adamax", "adaptive", 0),
+    ],
+)
+def test_what_is_done_on_the_way(inner, name, count, small_is_large):
+    _, step = clipped(inner, ON_THE_WAY[name], steps=1)
+    assert len(programs_of(step)) == count
+
+
+def test_whoever_watches_sees_what_was_clipped(small_is_large):
+    class Seen:
+        state = ()
+
+        def on_update(self, update):
+            self.clipped = [tuple(g.shape) for g in update.clipped]
+
+    ours = variables()
+    optimizer = kgc.ClippedOptimizer(BY_KERNELS["momentum"](), "absolute")
+    optimizer.build(ours)
+    watcher = Seen()
+    optimizer.watch(watcher)
+    tf.function(lambda: optimizer.apply([tf.ones(v.shape) for v in ours]), autograph=False)()
+    assert watcher.clipped == [tuple(v.shape) for v in ours]
+
+
+@pytest.mark.parametrize("name", ["absolute", "exponential", "adaptive", "update ratio"])
+def test_nan_and_infinity_on_the_way(name, small_is_large):
+    ours = {}
+    for compiled in (False, "auto"):
+        (weight,) = variables(((6, 3),))
+        optimizer = kgc.ClippedOptimizer(
+            BY_KERNELS["momentum"](), ON_THE_WAY[name], compiled=compiled
+        )
+        gradient = np.ones((6, 3), "float32")
+        gradient[0, 0], gradient[1, 1] = np.nan, np.inf
+        optimizer.build([weight])
+        tf.function(optimizer.apply, autograph=False)([tf.constant(gradient)])
+        ours[compiled] = np.array(weight)
+    assert np.isnan(ours["auto"][0, 0]) and np.isfinite(ours["auto"][:, 2]).all()
+    np.testing.assert_allclose(ours["auto"], ours[False], rtol=2e-6)
+
+
+@pytest.mark.parametrize(("name", "reads"), [("absolute", 1), ("exponential", 1), ("adaptive", 2)])
+def test_the_clip_adds_no_buffer(name, reads, small_is_large):
+    """Of what XLA made of it: gradient, weight and momentum are read, two of them written."""
+    from keras_gradclip._deferred import LATER
+    from keras_gradclip.optimizer import _fused
+
+    shape = (256, 300)
+    weight, momentum = (tf.Variable(tf.ones(shape)) for _ in range(2))
+    rules = []
+    clipper = ON_THE_WAY[name]
+    hyper = {k: tf.constant(v) for k, v in clipper.hyperparameters().items()}
+    hyper[LATER] = lambda gradient, variable, rule: rules.append(rule) or True
+    (waiting,), _, _ = clipper.apply([tf.ones(shape)], [weight], {}, hyper)
+    program = _fused._program(_fused._momentum, rules[0], shape, tf.float32, weight.device)
+    arguments = [tf.cast(a, tf.float32) for a in waiting.arguments]
+    handles = weight.handle, [momentum.handle]
+    text = program.experimental_get_compiler_ir(
+        tf.ones(shape), *handles, arguments, [tf.constant(0.1), tf.constant(0.9)]
+    )(stage="optimized_hlo")
+    entry = text.split("ENTRY")[1]
+    large = re.findall(r"= f32\[256,300\]\S* (\w+)\(", entry)
+    computed = [word for word in large if word not in ("parameter", "copy", "bitcast")]
+    assert large.count("parameter") == 3
+    assert len(computed) <= 2, computed  # the new weight and momentum, or one fusion for both
+    assert reads == 1 or "f32[32,300]" in text or "f32[300]" in text  # sums of columns, no square
+
+
 CLIPPERS = [name for name in sorted(kgc.clippers.base.ALIASES) if name not in ("chain", "clip_map")]
 
 
