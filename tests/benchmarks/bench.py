@@ -304,20 +304,23 @@ def monitor(workers: Workers, options: argparse.Namespace) -> list[Row]:
 
 
 def first_step(workers: Workers, options: argparse.Namespace) -> list[Row]:
-    """The first train step of a new model: trace, graph optimisation, one step."""
-    worker = workers["tensorflow"]
-    names = worker.call("first_step_names", only=options.contestants)
+    """The first train step of a new model: trace, graph optimisation, compilation, one step."""
+    names = workers["tensorflow"].call("first_step_names", only=options.contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with Progress(transient=True) as progress:
         for _ in progress.track(range(options.first_steps), description="first train step"):
-            for name in names:
-                seconds[name].append(worker.call("first_step", which=options.network, name=name))
+            for name in names:  # each in a process of its own: compiled programs are kept
+                with Workers(tensorflow=Worker("tensorflow")) as fresh:
+                    seconds[name].append(
+                        fresh["tensorflow"].call("first_step", which=options.network, name=name)
+                    )
     pairs = [(name, "no clip") for name in names if name != "no clip"]
     pairs += [
         ("AbsoluteClip", "Keras clipvalue"),
         ("NormClip layer", "Keras clipnorm"),
         ("NormClip global", "Keras global_clipnorm"),
     ]
+    pairs = [(name, base) for name, base in pairs if {name, base} <= set(names)]
     return ratios("first-step", options.network, seconds, pairs)
 
 

@@ -151,7 +151,7 @@ def compiled(which: str, shapes):
     """The clip and the update of the common optimizers, against Keras's without any clip."""
     del shapes
     common = ["AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global"]
-    more = {"SGD": ["AdaptiveClip", "UpdateRatioClip"], "Adam": ["UpdateRatioClip"]}
+    more = {inner: ["AdaptiveClip", "UpdateRatioClip"] for inner in ("SGD", "Adam")}
     makers = {}
     for inner, keras_own in INNER.items():
         makers[inner] = keras_own
@@ -196,7 +196,10 @@ def _trainers(inner="SGD", only=None):
         **{f"Keras {name}": functools.partial(stock, **a) for name, a in STOCK.items()},
         **{
             name: (lambda which, make=OURS[name]: ours(which, make()))
-            for name in ("AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global")
+            for name in (
+                *("AbsoluteClip", "ExponentialClip", "NormClip layer", "NormClip global"),
+                "UpdateRatioClip",
+            )
         },
     }
     chosen = trainers if only is None else ["no clip", *only]
