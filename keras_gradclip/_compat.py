@@ -234,6 +234,15 @@ def wrap_update(optimizer: Optimizer, update: Callable[..., None]) -> None:
     optimizer._backend_update_step = functools.partial(update, default)
 
 
+def updates_are_separable(optimizer: Optimizer) -> bool:
+    """Whether an update may be done in parts, some variables after others.
+
+    Nadam's own `_backend_update_step` counts: it multiplies a product once a call.
+    """
+    name = "_backend_update_step"
+    return getattr(type(optimizer), name) is getattr(keras.optimizers.Optimizer, name)
+
+
 def _decay_weights(optimizer: Optimizer, variables: Sequence[Variable]) -> None:
     if optimizer.weight_decay is None:
         return

@@ -176,6 +176,12 @@ def test_keras_still_updates_between_decay_and_averages():
     assert average == 7.0, "Keras no longer takes its moving averages after _backend_update_step"
 
 
+def test_nadam_alone_counts_its_updates():
+    """An update that counts must not be done in two parts."""
+    assert _compat.updates_are_separable(keras.optimizers.Adam())
+    assert not _compat.updates_are_separable(keras.optimizers.Nadam())
+
+
 def test_muon_still_says_what_it_leaves_to_adamw():
     kernel, bias = keras.Variable(np.ones((3, 2))), keras.Variable(np.ones(2))
     muon = keras.optimizers.Muon()

@@ -289,12 +289,7 @@ class UpdateRatioClip(Clipper):
 
     def apply(self, grads, variables, state, hyper):
         """Clip by the norm of each scope: see `Clipper.apply`."""
-        rate = hyper[LEARNING_RATE]
-        if hyper.get(PASS) == STEPS:
-            factor = hyper["max_ratio"] * state.get("share", 1.0)  # the rate is in the steps
-        else:
-            state = self._after(state, hyper)
-            factor = hyper["max_ratio"] / ops.maximum(state.get("largest_rate", rate), kernels.TINY)
+        factor, state = self._factor(state, hyper)
         bounded = [i for i, g in enumerate(grads) if g is not None and not is_vector(variables[i])]
         axes = [self._axes_of(variable) for variable in variables]
         # Of the second pass, what the update has bounded on its way.
@@ -302,66 +297,99 @@ class UpdateRatioClip(Clipper):
         waiting = {} if done else self._deferred(grads, variables, factor, hyper)
         now = [i for i in bounded if i not in waiting and i not in done]
         steps, weights = squares_of_units(grads, variables, axes, now)
-        squares: list[Tensor] = [None] * len(grads)
-        shares = [0.0] * len(grads)
-        for i in bounded:
-            squares[i] = ops.sum(steps[i]) if i in steps else None
-            shares[i] = number_of_units(variables[i], axes[i])
+        squares = [ops.sum(steps[i]) if i in steps else None for i in range(len(grads))]
         if self.scope == "layer":
             for members in _members(variables, bounded):
                 for squares_of in (steps, weights):
                     total = ops.sum(ops.stack([ops.sum(squares_of[i]) for i in members]))
                     squares_of.update(dict.fromkeys(members, total))
-                shares = [1.0 / len(members) if i in members else s for i, s in enumerate(shares)]
 
-        clipped = list(grads)
-        biases = _kernels_of_biases(grads, variables) if self.biases == "unit" else []
-
+        clipped = [waiting.get(i, g) for i, g in enumerate(grads)]
         seen = {i: bound.seen for i, bound in done.items() if bound.rule.is_told}
-
-        def limit_of(bias: int, kernel: int, known: dict[int, Tensor]) -> Tensor:
-            square = known.get(kernel) if self.scope == "unit" else None
-            if square is None:
-                axes_of = default_unit_axes(variables[kernel])
-                square = unit_squares(ops.convert_to_tensor(variables[kernel]), axes_of)
-            limit = factor * ops.maximum(ops.sqrt(square), self.eps)
-            return ops.reshape(limit, variables[bias].shape)
-
-        limits: dict[int, Tensor] = {}
+        biases = _kernels_of_biases(grads, variables) if self.biases == "unit" else []
         for i, kernel in biases:
-            shares[i] = number_of_units(variables[i], ()) if self.scope == "unit" else 1.0
-            if kernel in waiting and waiting[kernel].rule.is_told:
-                arguments = (waiting[kernel], factor, self.eps)
-                bias = defer(hyper, BIAS, grads[i], variables[i], *arguments)
-                if bias is not None:
-                    clipped[i] = bias
-                    continue
-            limits[i] = limit_of(i, kernel, {**weights, **seen})
-            clipped[i] = kernels.clip_symmetric(grads[i], limits[i])
+            clipped[i] = self._waiting_bias(
+                grads[i], variables[i], waiting.get(kernel), factor, hyper
+            )
+            if clipped[i] is None:
+                limit = self._limit_of_bias(variables, i, kernel, factor, {**weights, **seen})
+                clipped[i] = kernels.clip_symmetric(grads[i], limit)
         sizes = {i: size_of(variables[i]) for i in now}
-        factors = unit_factors(steps, weights, sizes, factor, self.eps)
-        for i in now:
-            y = kernels.scale(kernels.values(grads[i]), factors[i])
+        for i, unit_factor in unit_factors(steps, weights, sizes, factor, self.eps).items():
+            y = kernels.scale(kernels.values(grads[i]), unit_factor)
             clipped[i] = kernels.with_values(grads[i], y)
-        for i, deferred in waiting.items():
-            clipped[i] = deferred
 
         def fractions():
             result: list[Tensor] = [None] * len(grads)
             later = squares_of_units(grads, variables, axes, list(waiting))
-            all_steps, all_weights = {**steps, **later[0]}, {**weights, **later[1]}
+            all_steps, all_weights = {**steps, **later[0]}, {**weights, **later[1], **seen}
             for i, step in all_steps.items():
                 norm, limit = norm_and_limit(step, all_weights[i], factor, self.eps)
                 result[i] = ops.mean(kernels.float32(norm > limit))
             for i, bound in done.items():
                 result[i] = bound.fraction
             for i, kernel in biases:
-                limit = limits[i] if i in limits else limit_of(i, kernel, all_weights)
-                over = ops.abs(kernels.float32(grads[i])) > limit
-                result[i] = ops.mean(kernels.float32(over))
+                limit = self._limit_of_bias(variables, i, kernel, factor, all_weights)
+                result[i] = ops.mean(kernels.float32(ops.abs(kernels.float32(grads[i])) > limit))
             return result
 
+        shares = self._shares(variables, axes, bounded, [i for i, _ in biases])
         return clipped, state, ClipStats(fractions, shares, "norms", squares)
+
+    def _factor(self, state: State, hyper: Hyper) -> tuple[Tensor, State]:
+        """κ over the learning rate, or what stands for it; and the new state."""
+        if hyper.get(PASS) == STEPS:
+            return hyper["max_ratio"] * state.get("share", 1.0), state  # the rate is in the steps
+        state = self._after(state, hyper)
+        rate = state.get("largest_rate", hyper[LEARNING_RATE])
+        return hyper["max_ratio"] / ops.maximum(rate, kernels.TINY), state
+
+    def _shares(
+        self,
+        variables: Sequence[Variable],
+        axes: Sequence[Sequence[int]],
+        bounded: Sequence[int],
+        biases: Sequence[int],
+    ) -> list[float]:
+        """How much each variable counts: its number of norms."""
+        shares = [0.0] * len(variables)
+        for i in bounded:
+            shares[i] = number_of_units(variables[i], axes[i])
+        if self.scope == "layer":
+            for members in _members(variables, bounded):
+                shares = [1.0 / len(members) if i in members else s for i, s in enumerate(shares)]
+        for i in biases:
+            shares[i] = number_of_units(variables[i], ()) if self.scope == "unit" else 1.0
+        return shares
+
+    def _waiting_bias(
+        self,
+        gradient: Gradient,
+        variable: Variable,
+        kernel: Deferred | None,
+        factor: Tensor,
+        hyper: Hyper,
+    ) -> Deferred | None:
+        """A bias that is clipped after its kernel, which tells the norms of its units then."""
+        if kernel is None or not kernel.rule.is_told:
+            return None
+        return defer(hyper, BIAS, gradient, variable, kernel, factor, self.eps)
+
+    def _limit_of_bias(
+        self,
+        variables: Sequence[Variable],
+        bias: int,
+        kernel: int,
+        factor: Tensor,
+        known: dict[int, Tensor],
+    ) -> Tensor:
+        """What each element of a bias may be at most; `known`: squared norms of kernels' units."""
+        square = known.get(kernel) if self.scope == "unit" else None
+        if square is None:
+            axes = default_unit_axes(variables[kernel])
+            square = unit_squares(ops.convert_to_tensor(variables[kernel]), axes)
+        limit = factor * ops.maximum(ops.sqrt(square), self.eps)
+        return ops.reshape(limit, variables[bias].shape)
 
     def _deferred(
         self,
@@ -372,11 +400,15 @@ class UpdateRatioClip(Clipper):
     ) -> dict[int, Deferred]:
         """Position to what may wait for the update: the clip, or the bound of its step."""
         result: dict[int, Deferred] = {}
+        bounds = hyper.get(PASS) == GRADIENTS
+        # A bias wants its kernel's units as they were, of which only the rule by units tells.
+        if self.scope == "layer" or (bounds and self.biases and self.scope != "unit"):
+            return result
         for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
             rule = None
-            if g is not None and not is_vector(variable) and self.scope != "layer":
+            if g is not None and not is_vector(variable):
                 rule = rule_over(self._axes_of(variable), len(variable.shape))
-            if rule is not None and hyper.get(PASS) == GRADIENTS:
+            if rule is not None and bounds:
                 rule = BOUNDS[rule]
             waiting = rule and defer(hyper, rule, g, variable, factor, self.eps)
             if waiting:

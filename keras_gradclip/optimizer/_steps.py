@@ -48,6 +48,7 @@ class BoundedSteps:
 
     def __init__(self, inner: Optimizer) -> None:
         self._bound: Bound | None = None
+        self._may_split = _compat.updates_are_separable(inner)
         _compat.wrap_update(inner, self._update)
 
     @contextlib.contextmanager
@@ -73,7 +74,8 @@ class BoundedSteps:
         to_bound: list[tuple[Gradient, Variable]] = []
         free: list[tuple[Gradient, Variable]] = []
         for gradient, variable in zip(gradients, variables, strict=True):
-            chosen = to_bound if self._bound.is_for(variable) else free
+            is_free = self._may_split and not self._bound.is_for(variable)
+            chosen = free if is_free else to_bound
             (by_themselves if is_bound(gradient) else chosen).append((gradient, variable))
         # First what tells the others of its weights; last what they may still want to see.
         if by_themselves:

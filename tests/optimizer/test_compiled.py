@@ -280,6 +280,7 @@ ON_THE_WAY = {
     "adaptive": kgc.AdaptiveClip(0.05),
     "update ratio": kgc.UpdateRatioClip(0.01),
     "update ratio, variable": kgc.UpdateRatioClip(0.01, scope="variable"),
+    "update ratio, variable, biases": kgc.UpdateRatioClip(0.01, scope="variable", biases="unit"),
     "update ratio, biases, anneal": kgc.UpdateRatioClip(
         0.01, biases="unit", anneal="learning_rate"
     ),
