@@ -7,14 +7,12 @@ Keras lacks is asked of the host, not of its version.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
 # `keras.Model(inputs, outputs)` returns a `Functional`, whose class has no public name. A model
 # that is both clipped and functional has to inherit from it.
@@ -148,49 +146,6 @@ def slots(optimizer: Optimizer, variable: Variable) -> list[Variable]:
 def muon_uses_adamw(muon: Optimizer, variable: Variable) -> bool:
     """Whether a built Muon leaves a variable to AdamW, of which no public name tells."""
     return muon._should_use_adamw(variable)
-
-
-def keras_variables(optimizer: Optimizer, natives: Sequence[Variable]) -> list[Variable]:
-    """The variables that the optimizer was built with, of their native ones."""
-    return [optimizer._trainable_variables[optimizer._get_variable_index(v)] for v in natives]
-
-
-def states_of(optimizer: Optimizer, variables: Sequence[Variable]) -> list[Variable]:
-    """All of its variables but what it remembers of others than `variables`, told by the shapes."""
-    ours = {tuple(v.shape) for v in variables} | {()}
-    others = {tuple(v.shape) for v in optimizer._trainable_variables} - ours
-    return [v for v in optimizer.variables if tuple(v.shape) not in others]
-
-
-@contextlib.contextmanager
-def variables_apart(
-    optimizer: Optimizer, values: Iterable[tuple[Variable, Tensor]]
-) -> Iterator[Any]:
-    """Inside, `optimizer.update_step` works on `values` and leaves the variables alone.
-
-    Keras has `StatelessScope` for this, and its TensorFlow optimizer does not take part: it
-    assigns to the native variable, of which it also asks the id, to find what it remembers of it.
-    """
-    values = list(values)
-    indices = {id(v): optimizer._get_variable_index(v) for v in optimizer._trainable_variables}
-    scope = keras.StatelessScope(values)
-
-    def assign(variable: Variable, value: Tensor) -> None:
-        scope.add_update((variable, ops.cast(value, variable.dtype)))
-
-    replaced = {
-        "assign": assign,
-        "assign_add": lambda variable, value: assign(variable, variable.value + value),
-        "assign_sub": lambda variable, value: assign(variable, variable.value - value),
-        "_get_variable_index": lambda variable: indices[id(variable)],
-    }
-    optimizer.__dict__.update(replaced)
-    try:
-        with scope:
-            yield scope
-    finally:
-        for name in replaced:
-            del optimizer.__dict__[name]
 
 
 def updates_are_replaceable(optimizer: Optimizer) -> bool:

@@ -188,21 +188,3 @@ def test_muon_still_says_what_it_leaves_to_adamw():
     muon.build([kernel, bias])
     assert not _compat.muon_uses_adamw(muon, kernel)
     assert _compat.muon_uses_adamw(muon, bias)
-
-
-def test_an_update_can_still_be_run_on_values():
-    """`variables_apart` rests on where Keras's optimizer assigns and on how it finds its slots."""
-    weight = keras.Variable(np.ones(3, "float32"))
-    lion = keras.optimizers.Lion(0.1)
-    lion.build([weight])
-    assert _compat.keras_variables(lion, [weight.value]) == [weight]
-    momentum = next(v for v in _compat.states_of(lion, [weight]) if tuple(v.shape) == (3,))
-    old = [(weight, tf.fill([3], 2.0)), (momentum, tf.zeros(3))]
-    with _compat.variables_apart(lion, old) as scope:
-        lion.update_step(tf.ones(3), weight, 0.1)
-    np.testing.assert_allclose(scope.get_current_value(weight), 1.9)
-    np.testing.assert_allclose(scope.get_current_value(momentum), 0.01, rtol=1e-5)
-    np.testing.assert_array_equal(weight, 1.0)
-    np.testing.assert_array_equal(momentum, 0.0)
-    lion.apply([tf.ones(3)])
-    np.testing.assert_allclose(weight, 0.9)

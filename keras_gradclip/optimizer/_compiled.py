@@ -281,33 +281,39 @@ class CompiledUpdate:
             reason = "eager execution"
         elif size < kernels.WORTH_COMPILING * compilations and self.mode == "auto":
             reason = f"{size} elements in large variables are too few to pay for XLA"
-        elif several and type(self._inner) not in _GAIN_BY_XLA:
-            name = type(self._inner).__name__
-            reason = f"{name} is not known to work on values, as XLA needs on several replicas"
         rate = kernels.read(learning_rate)  # of a schedule on replicas: one each
         if not several:
             rate = tf.convert_to_tensor(rate)
-        function = self._xla_function([variable for _, variable in large])
         if reason is None and not type(self._inner).__module__.startswith("keras."):
-            missing = _compat.operations_without_xla(
-                function.get_concrete_function([g for g, _ in large], rate)
-            )
-            if missing:
-                reason = f"XLA does not know {', '.join(missing)}"
+            reason = "its update is not Keras's, and there are several replicas"
+            if not several:
+                function = self._xla_function([variable for _, variable in large])
+                missing = _compat.operations_without_xla(
+                    function.get_concrete_function([g for g, _ in large], rate)
+                )
+                reason = f"XLA does not know {', '.join(missing)}" if missing else None
         if reason is not None:
             if self.mode is True:
                 raise ValueError(_cannot(reason))
             self._reason = reason
             return list(pairs)
         self._reason = None  # an eager step before this one may have had one
-        if several:
-            self._update_replicas_by_xla(strategy, large, rate)
-        else:
-            function([tf.ensure_shape(g, v.shape) for g, v in large], rate)
+
+        def of_one(
+            _: Tensor, gradients: list[Tensor], variables: list[Tensor], rate: Tensor
+        ) -> None:
+            gradients = [
+                tf.ensure_shape(gradient, variable.shape)
+                for gradient, variable in zip(gradients, variables, strict=True)
+            ]
+            self._xla_function(variables)(gradients, rate)
+
+        arguments = ([g for g, _ in large], [v for _, v in large], rate)
+        strategy.extended.update(large[0][1], of_one, args=arguments, group=False)
         return [pair for pair in pairs if pair[1].shape.num_elements() < least]
 
     def _xla_function(self, variables: Sequence[Tensor]) -> Any:
-        """A tf.function of (gradients, learning rate): the update of `variables`, one program."""
+        """A tf.function of (gradients, learning rate): one program for variables of a device."""
         import tensorflow as tf
 
         def run(gradients: list[Tensor], rate: Scalar) -> None:
@@ -315,43 +321,6 @@ class CompiledUpdate:
                 self._inner.update_step(gradient, variable, rate)
 
         return tf.function(run, jit_compile=True, autograph=False)
-
-    def _update_replicas_by_xla(
-        self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], rate: Tensor
-    ) -> None:
-        """Each replica's update as a function of values: XLA reaches no variable of another device.
-
-        An assignment of the new ones takes over their memory.
-        """
-        import tensorflow as tf
-
-        variables = _compat.keras_variables(self._inner, [variable for _, variable in pairs])
-        state = [*variables, *_compat.states_of(self._inner, variables)]
-        changed: list[int] = []  # known when `new_values` has been traced
-
-        def new_values(gradients: list[Tensor], old: list[Tensor], rate: Tensor) -> list[Tensor]:
-            with _compat.variables_apart(self._inner, zip(state, old, strict=True)) as scope:
-                for gradient, variable in zip(gradients, variables, strict=True):
-                    self._inner.update_step(gradient, variable, rate)
-            new = [scope.get_current_value(variable) for variable in state]
-            changed[:] = [i for i, value in enumerate(new) if value is not old[i]]
-            return [new[i] for i in changed]
-
-        function = tf.function(new_values, jit_compile=True, autograph=False)
-
-        def of_one(
-            _: Tensor, gradients: list[Tensor], components: list[Tensor], rate: Tensor
-        ) -> None:
-            gradients = [
-                tf.ensure_shape(gradient, variable.shape)
-                for gradient, variable in zip(gradients, variables, strict=True)
-            ]
-            new = function(gradients, [v.read_value() for v in components], rate)
-            for i, value in zip(changed, new, strict=True):
-                components[i].assign(value, read_value=False)
-
-        arguments = ([gradient for gradient, _ in pairs], [v.value for v in state], rate)
-        strategy.extended.update(pairs[0][1], of_one, args=arguments, group=False)
 
 
 def _follows(pair: tuple[Gradient | Deferred, Tensor]) -> bool:

@@ -163,11 +163,18 @@ def test_replicas_leave_small_variables_to_keras(monkeypatch):
     assert_parity(BY_XLA["Nadam"], replicas=2, steps=4)
 
 
-def test_an_update_that_may_not_work_on_values_is_refused_on_replicas(small_is_large):
-    _, optimizer = trained(INSISTED["Lamb"], "auto", replicas=2, steps=1)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSISTED)
+def test_who_insists_has_it_on_replicas_too(name, small_is_large):
+    shapes = ((7, 5), (4, 6)) if name == "Muon" else SHAPES
+    assert_parity(INSISTED[name], True, shapes=shapes, replicas=2, steps=6)
+
+
+def test_an_unknown_update_is_refused_on_replicas(small_is_large):
+    _, optimizer = trained(ThroughPython, "auto", replicas=2, steps=1)
     assert "not known to gain" in optimizer.compiled
-    with pytest.raises(ValueError, match="Lamb is not known to work on values"):
-        trained(INSISTED["Lamb"], True, replicas=2, steps=1)
+    with pytest.raises(ValueError, match="not Keras's, and there are several replicas"):
+        trained(ThroughPython, True, replicas=2, steps=1)
 
 
 def test_eager_updates_are_compiled_by_kernels():
