@@ -17,29 +17,27 @@ from keras_gradclip import _kernels as kernels
 from keras_gradclip._deferred import Deferred, Later, Rule
 from keras_gradclip._types import Gradient, Gradients, Optimizer, Tensor, Variable
 
-#: (weight, gradient, slots, constants) to (new weight, new slots): values, as Keras writes them.
-Equation = Callable[
-    [Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]
-]
+#: (gradient, slots, constants) to (what is added to the weight, new slots), as Keras computes them.
+Equation = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 #: (learning rate, number of the step from 1 on) to an equation's constants.
 Constants = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 
-def _descent(weight, gradient, slots, constants):
+def _descent(gradient, slots, constants):
     (rate,) = constants
-    return weight - rate * gradient, slots
+    return -(rate * gradient), slots
 
 
-def _momentum(weight, gradient, slots, constants):
+def _momentum(gradient, slots, constants):
     rate, momentum = constants
     step = slots[0] * momentum - gradient * rate
-    return weight + step, [step]
+    return step, [step]
 
 
-def _nesterov(weight, gradient, slots, constants):
+def _nesterov(gradient, slots, constants):
     rate, momentum = constants
     step = slots[0] * momentum - gradient * rate
-    return weight + (step * momentum - gradient * rate), [step]
+    return step * momentum - gradient * rate, [step]
 
 
 def _sgd(inner: Optimizer) -> tuple[Equation, Constants]:
@@ -51,7 +49,7 @@ def _sgd(inner: Optimizer) -> tuple[Equation, Constants]:
     )
 
 
-def _adaptive_moments(weight, gradient, slots, constants):
+def _adaptive_moments(gradient, slots, constants):
     import tensorflow as tf
 
     alpha, share_1, share_2, epsilon = constants
@@ -61,7 +59,7 @@ def _adaptive_moments(weight, gradient, slots, constants):
     if len(slots) == 3:  # AMSGrad
         second = tf.maximum(slots[2], second)
         new.append(second)
-    return weight - first * alpha / (tf.sqrt(second) + epsilon), new
+    return -(first * alpha / (tf.sqrt(second) + epsilon)), new
 
 
 def _adam(inner: Optimizer) -> tuple[Equation, Constants]:
@@ -192,20 +190,41 @@ def _program(
     def read(handle: Tensor) -> Tensor:
         return tf.ensure_shape(tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype), shape)
 
-    def run(gradient, handle, slots, arguments, constants):
+    def assign(handles: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for handle, value in zip(handles, values, strict=True):
+            tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return tf.function(function, jit_compile=True, autograph=False)
+
+    def look(weight: Tensor) -> Tensor:
+        return None if rule.sees is None else rule.sees(weight)
+
+    @compiled
+    def clip_and_update(gradient, handle, slots, arguments, constants):
         weight = read(handle)
-        seen = None if rule.sees is None else rule.sees(weight)
-        fraction = None
-        if not rule.bounds_step:
-            gradient = rule.clip(gradient, seen, *arguments)
-        new, new_slots = equation(weight, gradient, [read(s) for s in slots], constants)
-        if rule.bounds_step:
-            step = new - weight
-            bounded, fraction = rule.clip(step, seen, *arguments)
-            # To the last bit what the optimizer wanted, where nothing was clipped.
-            new = tf.where(tf.equal(bounded, step), new, weight + bounded)
-        for resource, value in zip((handle, *slots), (new, *new_slots), strict=True):
-            tf.raw_ops.AssignVariableOp(resource=resource, value=value)
+        seen = look(weight)
+        gradient = rule.clip(gradient, seen, *arguments)
+        step, new_slots = equation(gradient, [read(s) for s in slots], constants)
+        assign((handle, *slots), (weight + step, *new_slots))
+        return seen if rule.is_told else None, None
+
+    @compiled
+    def take_step(gradient, slots, constants):
+        step, new_slots = equation(gradient, [read(s) for s in slots], constants)
+        assign(slots, new_slots)
+        return step
+
+    @compiled
+    def bound_step(step, handle, arguments):
+        weight = read(handle)
+        seen = look(weight)
+        step, fraction = rule.clip(step, seen, *arguments)
+        assign((handle,), (weight + step,))
         return seen if rule.is_told else None, fraction
 
-    return tf.function(run, jit_compile=True, autograph=False)
+    def update_and_bound(gradient, handle, slots, arguments, constants):
+        # In two programs: in one, XLA would compute each step once for its norm and once more.
+        return bound_step(take_step(gradient, slots, constants), handle, arguments)
+
+    return update_and_bound if rule.bounds_step else clip_and_update

@@ -387,7 +387,7 @@ def test_each_replica_clips_on_the_way(inner, name, replicas, small_is_large):
         ("momentum", "update ratio, biases, anneal", 2),
         ("Adam", "absolute", 0),  # TensorFlow's kernel is as fast
         ("Adam", "adaptive", 2),
-        ("Adam", "update ratio", 2),
+        ("Adam", "update ratio", 4),  # the step, then its bound
         ("Adam", "two bounds", 0),  # each needs the other's steps
         ("Adamax", "adaptive", 0),
     ],
