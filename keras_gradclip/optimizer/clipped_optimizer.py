@@ -2,7 +2,8 @@
 
 One update, in this order: add up micro-batches; sum over the replicas (one all-reduce); merge
 duplicate sparse rows; unscale; skip if anything is not finite; clip; rescale; show it to the
-watchers; inner optimizer.
+watchers; inner optimizer. Where it pays, a clip waits for the inner optimizer and is done with its
+update (`_deferred`).
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ class ClippedOptimizer(
             n-th, from the first after a reset on. `ClippedModel` turns it on, with n = 8.
         name: the optimizer's name.
         compiled: "auto" runs the inner optimizer's update by one kernel a variable, or by XLA,
-            where this is legal and pays; True insists, and False leaves it to Keras. The results
-            are the same to rounding. The property `compiled` tells what happens.
+            with the clip on its way, where this is legal and pays; True insists, and False leaves
+            it to Keras. The results are the same to rounding. The property `compiled` tells what
+            happens.
 
     Raises:
         ValueError: an inner optimizer with its own clipping or accumulation, a
