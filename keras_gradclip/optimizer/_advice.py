@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,11 +18,18 @@ from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
 
 AUTO = "auto"
-#: κ where steps are not added up by SGD's momentum (docs/evidence.md).
-WITHOUT_MOMENTUM = 5e-3
-#: κ under momentum, of a shallow and of a deep network, and their numbers of kernels: how far a
-#: network's function moves adds up over its layers (arXiv 2002.03432).
-SHALLOW, DEEP = (2e-3, 8), (1e-3, 16)
+#: κ of a network of `SHALLOW` kernels and of one of `DEEP`, under SGD's momentum and where nothing
+#: adds up steps (docs/evidence.md, docs/choosing.md). How far a network's function moves adds up
+#: over its layers (arXiv 2002.03432): the share is smaller the deeper it is.
+WITH_MOMENTUM = (2e-3, 1e-3)
+WITHOUT_MOMENTUM = (5e-3, 2e-3)
+SHALLOW, DEEP = 8, 16
+
+
+def _ratio(shares: tuple[float, float], kernels: int) -> float:
+    """κ of so many kernels: between the two by a power of their number, beyond them constant."""
+    depth = math.log(max(kernels, 1) / SHALLOW) / math.log(DEEP / SHALLOW)
+    return round(shares[0] * (shares[1] / shares[0]) ** min(max(depth, 0.0), 1.0), 5)
 
 
 def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | None, str]:
@@ -42,15 +50,16 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
     if any(_is_of_normalisation(v) for v in variables):
         return guard, "a network with normalisation survives high learning rates: a guard"
     why = "no normalisation: no step moves a unit, or its bias, by more than κ of its norm"
+    kernels = sum(len(v.shape) > 1 and not _is_bias(v) for v in variables)
     if isinstance(inner, keras.optimizers.SGD) and inner.momentum:
-        kernels = sum(len(v.shape) > 1 and not _is_bias(v) for v in variables)
-        ratio = min(SHALLOW[0], max(DEEP[0], round(SHALLOW[0] * SHALLOW[1] / max(kernels, 1), 5)))
+        ratio = _ratio(WITH_MOMENTUM, kernels)
         return UpdateRatioClip(ratio, biases="unit", anneal="learning_rate"), (
             f"{why}, which falls with the learning rate, and is smaller the deeper the network "
             f"({kernels} kernels); momentum adds up what is left"
         )
-    return UpdateRatioClip(WITHOUT_MOMENTUM, biases="unit"), (
-        f"{why}, a larger one where no momentum adds up steps"
+    return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels), biases="unit"), (
+        f"{why}, a larger one where no momentum adds up steps, and smaller the deeper the network "
+        f"({kernels} kernels)"
     )
 
 

@@ -49,14 +49,21 @@ def test_auto(make, inner, want, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kernels", "ratio"), [(1, 2e-3), (8, 2e-3), (12, 1.33e-3), (16, 1e-3), (57, 1e-3)]
+    ("inner", "kernels", "ratio"),
+    [
+        *(("momentum", n, k) for n, k in ((1, 2e-3), (8, 2e-3), (12, 1.33e-3), (57, 1e-3))),
+        *(("adamw", n, k) for n, k in ((8, 5e-3), (12, 2.93e-3), (16, 2e-3), (57, 2e-3))),
+    ],
 )
-def test_auto_takes_a_smaller_share_of_a_deeper_network(kernels, ratio):
+def test_auto_takes_a_smaller_share_of_a_deeper_network(inner, kernels, ratio):
     variables = [keras.Variable(np.ones((2, 2), "float32")) for _ in range(kernels)]
     variables += [keras.Variable(np.ones((2, 2), "float32"), name="bias") for _ in range(kernels)]
-    optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), "auto")
+    momentum = inner == "momentum"
+    make = keras.optimizers.SGD(0.1, momentum=0.9) if momentum else "adamw"
+    optimizer = kgc.ClippedOptimizer(make, "auto")
     optimizer.build(variables)
-    want = kgc.UpdateRatioClip(ratio, biases="unit", anneal="learning_rate")
+    anneal = "learning_rate" if momentum else None
+    want = kgc.UpdateRatioClip(ratio, biases="unit", anneal=anneal)
     assert optimizer.clipper == want
 
 
