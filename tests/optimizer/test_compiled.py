@@ -345,7 +345,13 @@ def programs_of(function):
     ]
 
 
-@pytest.mark.parametrize("inner", ["SGD", "momentum", "nesterov, schedule", "Adam, AMSGrad, EMA"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        *("momentum", "Adam, AMSGrad, EMA"),
+        *(pytest.param(inner, marks=pytest.mark.slow) for inner in ("SGD", "nesterov, schedule")),
+    ],
+)
 @pytest.mark.parametrize("name", ON_THE_WAY)
 def test_a_clip_on_the_way_is_the_clip(inner, name, small_is_large):
     tolerance = 2e-5 if inner.startswith("Adam") else 2e-6  # see above
@@ -362,14 +368,18 @@ def test_a_clip_sees_the_weights_before_their_decay(inner, name, small_is_large)
     assert_equal(ours, keras_own, 2e-5 if inner == "AdamW" else 2e-6)
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("inner", "name"),
+    ("inner", "name", "replicas"),
     [
-        ("momentum", "exponential"),
-        ("momentum", "global norm"),
-        ("momentum", "update ratio, biases, anneal"),
-        ("Adam", "map of bounds"),
+        # One after the other in one process: programs are kept, and must know the next variables.
+        *(("momentum", "update ratio, biases, anneal", n) for n in (1, 2, 4)),
+        ("Adam", "map of bounds", 2),
+        pytest.param("Adam", "map of bounds", 4, marks=pytest.mark.slow),
+        *(
+            pytest.param("momentum", name, n, marks=pytest.mark.slow)
+            for name in ("exponential", "global norm")
+            for n in (2, 4)
+        ),
     ],
 )
 def test_each_replica_clips_on_the_way(inner, name, replicas, small_is_large):
