@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -19,6 +20,7 @@ from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._deferred import is_bound
 from keras_gradclip._types import Gradient, Gradients, Optimizer, Scalar, Tensor, Variable
+from keras_gradclip.clippers.base import Clipper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,3 +113,28 @@ class BoundedSteps:
                 for old, new, wanted, step in zip(before, after, steps, bounded, strict=True)
             ],
         )
+
+
+class BoundsSteps:
+    """Mixin of an optimizer: whether its clip has a second pass, over what it wants to apply."""
+
+    inner_optimizer: Optimizer
+    _clipper: Clipper | None
+    _inner_update: Any
+    _trainable_variables: list[Variable]
+
+    @property
+    def _bounds_steps(self) -> bool:
+        if self._clipper is None or self._inner_update.is_held:
+            return False
+        return self._clipper.bounds_steps and ignores_scale(self.inner_optimizer)
+
+    def _bound_by(
+        self, apply: Callable[[Sequence[Variable], list[Tensor]], Sequence[Tensor]]
+    ) -> Bound | None:
+        """`apply` for the variables whose steps the clipper may bound, if it does."""
+        if self._clipper is None or not self._bounds_steps:
+            return None
+        are_bounded = self._clipper.bounded(self._trainable_variables)
+        index_of = self._get_variable_index  # type: ignore[attr-defined]
+        return Bound(apply, lambda variable: are_bounded[index_of(variable)])

@@ -41,7 +41,7 @@ from keras_gradclip.optimizer._inner import (
 from keras_gradclip.optimizer._loss_scale import FixedLossScale, KnowsLossScale, LossScale
 from keras_gradclip.optimizer._skips import ReportsSkips, SpikeWindow
 from keras_gradclip.optimizer._state import HasState
-from keras_gradclip.optimizer._steps import Bound, ignores_scale
+from keras_gradclip.optimizer._steps import BoundsSteps
 from keras_gradclip.optimizer._telemetry import ReportsTelemetry, Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watched, Watcher
 
@@ -53,6 +53,7 @@ class ClippedOptimizer(
     ReportsTelemetry,
     ReportsSkips,
     HasState,
+    BoundsSteps,
     Watched,
     keras.optimizers.Optimizer,
 ):
@@ -234,21 +235,13 @@ class ClippedOptimizer(
     def _step(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
         """Clip, show, apply."""
         update = self._clip(gradients)
-        bound = self._bound_of(update) if self._bounds_steps else None
+        bound = self._bound_by(functools.partial(self._bound, update))
         if bound is None:
             self._show(update)
         self._inner_update(
             update.clipped, overwriting, self._trainable_variables, call.indices, bound
         )
         call.scale.on_finite()
-
-    def _bound_of(self, update: ClippedUpdate) -> Bound:
-        assert self._clipper is not None
-        are_bounded = self._clipper.bounded(self._trainable_variables)
-        return Bound(
-            functools.partial(self._bound, update),
-            lambda variable: are_bounded[self._get_variable_index(variable)],
-        )
 
     def _bound(
         self, update: ClippedUpdate, variables: Sequence[Variable], steps: list[Tensor]
@@ -296,13 +289,6 @@ class ClippedOptimizer(
         for key, value in state.items():
             self._clip_state[key].assign(value)
         return ClippedUpdate(gradients, clipped, stats, hyper)
-
-    @property
-    def _bounds_steps(self) -> bool:
-        """Whether the clip has a second pass, over what the inner optimizer wants to apply."""
-        if self._clipper is None or self._inner_update.is_held:
-            return False
-        return self._clipper.bounds_steps and ignores_scale(self.inner_optimizer)
 
     def _read_clip_state(self) -> State:
         return {key: kernels.read(v) for key, v in self._clip_state.items()}
