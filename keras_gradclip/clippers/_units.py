@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 from keras import ops
@@ -17,6 +18,7 @@ from keras_gradclip._types import Gradient, Model, Tensor, Variable
 
 
 def number_of_units(variable: Variable, axes: Sequence[int]) -> float:
+    """How many units a variable has that span `axes`."""
     return float(math.prod(int(d) for axis, d in enumerate(variable.shape) if axis not in axes))
 
 
@@ -71,32 +73,20 @@ def unit_factors(
     return result
 
 
-def _clip_columns(x: Tensor, weight_squares: Tensor, share: Tensor, eps: Tensor) -> Tensor:
-    return _bound_columns(x, weight_squares, share, eps)[0]
-
-
-def _bound_columns(
-    x: Tensor, weight_squares: Tensor, share: Tensor, eps: Tensor
+def _bound(
+    squares_of: Callable[[Tensor], Tensor],
+    x: Tensor,
+    weight_squares: Tensor,
+    share: Tensor,
+    eps: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return _bounded(x, kernels.column_squares(x), weight_squares, share, eps)
-
-
-def _clip_whole(x: Tensor, weight_square: Tensor, share: Tensor, eps: Tensor) -> Tensor:
-    return _bound_whole(x, weight_square, share, eps)[0]
-
-
-def _bound_whole(
-    x: Tensor, weight_square: Tensor, share: Tensor, eps: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _bounded(x, kernels.sum_of_squares(x), weight_square, share, eps)
-
-
-def _bounded(
-    x: Tensor, squares: Tensor, weight_squares: Tensor, share: Tensor, eps: Tensor
-) -> tuple[Tensor, Tensor]:
-    norm, limit = norm_and_limit(squares, weight_squares, share, eps)
+    norm, limit = norm_and_limit(squares_of(x), weight_squares, share, eps)
     fraction = ops.mean(kernels.float32(norm > limit))
     return kernels.scale(x, kernels.clip_factor(norm, limit)), fraction
+
+
+def _clip(squares_of: Callable[[Tensor], Tensor], *arguments: Tensor) -> Tensor:
+    return _bound(squares_of, *arguments)[0]
 
 
 def _clip_bias(
@@ -107,13 +97,18 @@ def _clip_bias(
     return kernels.clip_symmetric(x, ops.reshape(limit, x.shape))
 
 
-COLUMNS = Rule(_clip_columns, sees=kernels.column_squares, is_told=True, takes_norms=True)
-WHOLE = Rule(_clip_whole, sees=kernels.sum_of_squares, takes_norms=True)
+def _rule(squares_of: Callable[[Tensor], Tensor], *, is_told: bool) -> Rule:
+    clip = functools.partial(_clip, squares_of)
+    return Rule(clip, sees=squares_of, is_told=is_told, takes_norms=True)
+
+
+COLUMNS = _rule(kernels.column_squares, is_told=True)
+WHOLE = _rule(kernels.sum_of_squares, is_told=False)
 BIAS = Rule(_clip_bias, follows=True)
 #: The same for the step that an update is about to take.
 BOUNDS = {
-    COLUMNS: dataclasses.replace(COLUMNS, clip=_bound_columns, bounds_step=True),
-    WHOLE: dataclasses.replace(WHOLE, clip=_bound_whole, bounds_step=True),
+    rule: dataclasses.replace(rule, clip=functools.partial(_bound, squares_of), bounds_step=True)
+    for rule, squares_of in ((COLUMNS, kernels.column_squares), (WHOLE, kernels.sum_of_squares))
 }
 
 
