@@ -8,6 +8,7 @@ calls. On the other backends there is one replica, and they do the plain thing: 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import keras
@@ -46,6 +47,41 @@ def concrete_value(variable: Variable) -> np.ndarray | None:
     with tf.init_scope():
         first = getattr(value, "values", [value])[0]
         return first.numpy() if first.is_initialized() else None
+
+
+@contextlib.contextmanager
+def outside_of_traces(variables: Sequence[Variable] = ()) -> Iterator[None]:
+    """A scope to make new variables in: outside of the tf.function that is being traced, if any.
+
+    TensorFlow traces a function again if it made variables, and takes longer for each of them.
+    On replicas, and while `variables`, from which new ones may be copied, hold nothing yet, they
+    are made where they stand.
+    """
+    if not _can_leave_the_trace(variables):
+        yield
+        return
+    import tensorflow as tf
+
+    def here(next_creator: Callable[..., Tensor], **arguments: object) -> Tensor:
+        # The function being traced catches its variables in an `init_scope` as well.
+        return next_creator(**{**arguments, "experimental_enable_variable_lifting": False})
+
+    with tf.init_scope(), tf.variable_creator_scope(here):
+        yield
+
+
+def _can_leave_the_trace(variables: Sequence[Variable]) -> bool:
+    if not is_tensorflow() or current_strategy() is not None:
+        return False
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return False
+    natives = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+    with tf.init_scope():
+        return tf.executing_eagerly() and all(
+            isinstance(v, tf.Variable) and v.is_initialized() for v in natives
+        )
 
 
 def current_strategy() -> Strategy:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -84,6 +85,24 @@ def all_layers(model: Model) -> list[Layer]:
     `model.layers` stops at the first level and misses the layers inside custom layers.
     """
     return list(model._flatten_layers(include_self=True, recursive=True))
+
+
+def build_under(scope: Callable[..., AbstractContextManager], model: Model) -> None:
+    """Let a compiled `model` make what its loss and metrics count in under `scope()`.
+
+    Keras makes it where the first step is traced, by `build` of `CompileLoss` and
+    `CompileMetrics`, which a model keeps to itself, and has no hook.
+    """
+    for part in (model._compile_loss, model._compile_metrics):
+        if part is not None:
+            part.build = functools.partial(_call_under, scope, part.build)
+
+
+def _call_under(
+    scope: Callable[..., AbstractContextManager], function: Callable, *args: Any
+) -> None:
+    with scope():
+        function(*args)
 
 
 class LocalSymbolicBuild:

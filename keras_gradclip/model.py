@@ -99,6 +99,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         with self.distribute_scope():
             optimizer = _with_clipper(optimizer, clipper, skip_spikes)
             super().compile(optimizer, *args, **kwargs)  # type: ignore[misc]
+        _compat.build_under(aggregation.outside_of_traces, self)
         runtime = self._clip_runtime()
         wrapper = find(self.optimizer)
         runtime.metrics = []

@@ -87,6 +87,10 @@ class HasState(HasThresholds):
                 "under, and every replica would count its steps. Create it inside "
                 "`strategy.scope()`."
             )
+        with aggregation.outside_of_traces(variables):
+            self._build(variables)
+
+    def _build(self, variables: list[Variable]) -> None:
         if not self.inner_optimizer.built:
             _compat.build_with_all_tracked(self.inner_optimizer, variables)
         if self._is_auto:

@@ -1,0 +1,140 @@
+"""The first step is traced once: what it needs is made before it, not in it."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from helpers import CLASSES, data, strategy, weights
+
+import keras_gradclip as kgc
+
+tf = pytest.importorskip("tensorflow")
+
+LOSS = "sparse_categorical_crossentropy"
+X, Y = data(32)
+
+
+def counting(base):
+    """A subclass of a model class, and a list with an entry for each trace of its train step."""
+    traces = []
+
+    class Counting(base):
+        def train_step(self, batch):
+            traces.append(batch)
+            return super().train_step(batch)
+
+    return Counting, traces
+
+
+def with_heads(cls, count):
+    inputs = keras.Input(X.shape[1:])
+    hidden = keras.layers.Flatten()(inputs)
+    outputs = [keras.layers.Dense(CLASSES, "softmax")(hidden) for _ in range(count)]
+    return cls(inputs, outputs[0] if count == 1 else outputs)
+
+
+def count_traces(base, optimizer, heads=1, **arguments):
+    """How often the first step of a network with so many outputs is traced."""
+    cls, traces = counting(base)
+    model = with_heads(cls, heads)
+    model.compile(optimizer, LOSS, **arguments)
+    history = model.fit(X, Y if heads == 1 else [Y] * heads, batch_size=16, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    return len(traces)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_clipped_model_is_traced_once(jit_compile, heads):
+    arguments = {
+        "clipper": "auto",
+        "metrics": ["accuracy"] if heads == 1 else [["accuracy"]] * heads,
+        "jit_compile": jit_compile,
+    }
+    assert count_traces(kgc.ClippedModel, "adam", heads, **arguments) == 1
+
+
+def test_a_dynamic_loss_scale_takes_a_second_trace():
+    # In the first one `LossScaleOptimizer.scale_loss` multiplies by a constant: it is not built.
+    keras.config.set_dtype_policy("mixed_float16")
+    assert count_traces(kgc.ClippedModel, "adam", clipper="auto", jit_compile=False) == 2
+
+
+def test_any_model_is_traced_once_around_a_clipped_optimizer():
+    assert count_traces(keras.Model, "adam", jit_compile=False) == 2, (
+        "Keras traces a first step once by itself now: `outside_of_traces` may go"
+    )
+    clipped = kgc.ClippedOptimizer("adam", "absolute")
+    assert count_traces(keras.Model, clipped, jit_compile=False) == 1
+
+
+def test_a_custom_loop_is_traced_once():
+    optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(1.0, momentum=0.5), kgc.AbsoluteClip(0.1))
+    variable = tf.Variable([1.0, 1.0])
+    traces = []
+
+    @tf.function
+    def step():
+        traces.append(1)
+        optimizer.apply([tf.constant([1.0, -0.05])], [variable])
+
+    step()
+    step()
+    assert len(traces) == 1
+    np.testing.assert_allclose(variable.numpy(), [1 - 0.1 - 0.15, 1 + 0.05 + 0.075], rtol=1e-6)
+
+
+class Unbuilt(keras.Model):
+    """Has no variable before it is called, which is in the trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.flatten, self.dense = keras.layers.Flatten(), keras.layers.Dense(CLASSES, "softmax")
+
+    def call(self, x):
+        return self.dense(self.flatten(x))
+
+
+class UnbuiltClipped(kgc.ClippedTrainStep, Unbuilt):
+    pass
+
+
+# The last one's state begins as a copy of the weights.
+INNER = {
+    "SGD": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "Nadam": lambda: keras.optimizers.Nadam(0.01),
+    "averaged": lambda: keras.optimizers.Adam(0.01, use_ema=True),
+    "ScheduleFreeAdamW": lambda: keras.optimizers.ScheduleFreeAdamW(0.01),
+}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "built", "inner"),
+    [
+        *((None, built, inner) for built in ("before the fit", "in the fit") for inner in INNER),
+        (2, "in the fit", "ScheduleFreeAdamW"),
+    ],
+)
+def test_where_the_state_is_made_changes_nothing(replicas, built, inner):
+    if not hasattr(keras.optimizers, inner) and inner != "averaged":
+        pytest.skip("this Keras does not have it")
+    scope = strategy(replicas)
+
+    def trained(model_first, optimizer_first):
+        keras.utils.set_random_seed(1)
+        with scope.scope() if scope else contextlib.nullcontext():
+            model = UnbuiltClipped()
+            if model_first:
+                model(X[:1])
+            optimizer = kgc.ClippedOptimizer(INNER[inner](), "norm", skip_spikes=6, telemetry=True)
+            model.compile(optimizer, LOSS, metrics=["accuracy"], jit_compile=False)
+            if optimizer_first:
+                optimizer.build(model.trainable_variables)
+        history = model.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0).history
+        return weights(model), history
+
+    ours, history = trained(built == "before the fit", False)
+    expected, expected_history = trained(True, True)
+    np.testing.assert_array_equal(ours, expected)
+    assert history == expected_history
