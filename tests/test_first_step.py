@@ -55,10 +55,21 @@ def test_a_clipped_model_is_traced_once(jit_compile, heads):
     assert count_traces(kgc.ClippedModel, "adam", heads, **arguments) == 1
 
 
-def test_a_dynamic_loss_scale_takes_a_second_trace():
-    # In the first one `LossScaleOptimizer.scale_loss` multiplies by a constant: it is not built.
+@pytest.mark.parametrize(("base", "traces"), [(kgc.ClippedModel, 1), (keras.Model, 2)])
+def test_a_dynamic_loss_scale_is_no_constant(base, traces):
+    # `LossScaleOptimizer.scale_loss` multiplies by a constant where it is not built.
     keras.config.set_dtype_policy("mixed_float16")
-    assert count_traces(kgc.ClippedModel, "adam", clipper="auto", jit_compile=False) == 2
+    cls, traced = counting(base)
+    model = with_heads(cls, 1)
+    model.compile(kgc.ClippedOptimizer("adam", "absolute"), LOSS, jit_compile=False)
+    model.fit(X, Y, batch_size=16, verbose=0)
+    assert len(traced) == traces
+    model.optimizer.dynamic_scale.assign(2.0**100)  # more than float16 has
+    before = weights(model)
+    model.fit(X, Y, batch_size=16, verbose=0)
+    np.testing.assert_array_equal(weights(model), before)
+    assert model.optimizer.dynamic_scale.numpy() == 2.0**98  # halved after each of two steps
+    assert len(traced) == traces
 
 
 def test_any_model_is_traced_once_around_a_clipped_optimizer():
