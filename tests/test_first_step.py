@@ -124,7 +124,7 @@ INNER = {
     ("replicas", "built", "inner"),
     [
         *((None, built, inner) for built in ("before the fit", "in the fit") for inner in INNER),
-        (2, "in the fit", "ScheduleFreeAdamW"),
+        pytest.param(2, "in the fit", "ScheduleFreeAdamW", marks=pytest.mark.slow),
     ],
 )
 def test_where_the_state_is_made_changes_nothing(replicas, built, inner):

@@ -26,7 +26,7 @@ from keras_gradclip.optimizer import _skips
 
 tf = pytest.importorskip("tensorflow")
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 200))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 100))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 PARTS = 2
 WINDOW = 4  # of the norms that a spike is measured by
