@@ -216,7 +216,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         runtime = self._clip_runtime()
         if runtime.gate is not None:
             gate.instrument(runtime.gate, self)  # layers may have been made since compile
-        self._build_loss_scale()
+        _build_loss_scale(self)
         if runtime.metrics and backend.backend() == "jax":
             return self._make_stateless(force)
         return self._make_unrolled("train", force)
@@ -224,19 +224,6 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     def make_test_function(self, force: bool = False) -> Callable:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
         return self._make_unrolled("test", force)
-
-    def _build_loss_scale(self) -> None:
-        """Build Keras's `LossScaleOptimizer` before the first trace, if the weights are there.
-
-        A trace in which it is built multiplies by the initial scale, a constant, and makes
-        variables: there would have to be another.
-        """
-        optimizer = self.optimizer
-        if optimizer is None or optimizer.built or find(optimizer) is optimizer:
-            return
-        if all(layer.built for layer in _compat.all_layers(self)):
-            with self.distribute_scope():
-                optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
 
     train_step: Callable[..., Tensor]
 
@@ -369,6 +356,20 @@ def _make_functional(cls: type) -> None:
     cls.__bases__ = tuple(
         ClippedFunctional if base is ClippedModel else base for base in cls.__bases__
     )
+
+
+def _build_loss_scale(model: ClippedTrainStep) -> None:
+    """Build Keras's `LossScaleOptimizer` before the first trace, if the weights are there.
+
+    A trace in which it is built multiplies by the initial scale, a constant, and makes variables:
+    there would have to be another.
+    """
+    optimizer = model.optimizer
+    if optimizer is None or optimizer.built or find(optimizer) is optimizer:
+        return
+    if all(layer.built for layer in _compat.all_layers(model)):
+        with model.distribute_scope():
+            optimizer.build(model.trainable_variables)  # type: ignore[attr-defined]
 
 
 def _with_clipper(

@@ -1,6 +1,5 @@
 """The private names that `_compat` uses: a new Keras that changes one is told here, plainly."""
 
-import contextlib
 import inspect
 import re
 import warnings
@@ -124,10 +123,11 @@ def test_a_loss_and_metrics_are_still_built_by_a_method_of_their_own(part):
         f"Model.{part}.build is gone: find where Keras makes what it counts in, or a first step "
         "will be traced twice"
     )
-    called = []
-    _compat.build_under(lambda: contextlib.nullcontext(called.append(part)), model)
+    built = getattr(model, part)
+    build, called = built.build, []
+    built.build = lambda *arguments: called.append(part) or build(*arguments)
     model.train_on_batch(np.ones((2, 2)), np.ones((2, 1)))
-    assert called.count(part) >= 1, f"Keras no longer calls Model.{part}.build"
+    assert called, f"Keras no longer calls Model.{part}.build"
 
 
 def test_private_names_live_in_one_module():

@@ -288,7 +288,7 @@ def first_step(which: str, name: str) -> float:
 
 def first_step_names(only: list[str] | None = None) -> list[str]:
     """The contestants of `first_step`."""
-    return [name for name in _trainers(only=only) if name != "no update"]
+    return list(_trainers(only=only))
 
 
 # Graphs ------------------------------------------------------------------------------------------
