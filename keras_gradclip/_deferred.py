@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 
 from keras_gradclip._types import Gradient, Hyper, Tensor, Variable
 
-#: Whether a clip, of this gradient, variable and rule, may wait for the update.
-Later: TypeAlias = "Callable[[Gradient, Variable, Rule], bool]"
+#: Of a clip, of this gradient, variable and rule, that may wait for the update: the gradient as the
+#: update will read it. None: do it at once.
+Later: TypeAlias = "Callable[[Gradient, Variable, Rule], Gradient | None]"
 #: The key of `hyper` for a `Later`.
 LATER = "later"
 
@@ -81,6 +82,5 @@ def defer(
 ) -> Deferred | None:
     """The gradient, to be clipped where it is applied; None if the clip must be done at once."""
     may_wait = hyper.get(LATER)
-    if may_wait is None or not may_wait(gradient, variable, rule):
-        return None
-    return Deferred(gradient, rule, arguments)
+    gradient = None if may_wait is None else may_wait(gradient, variable, rule)
+    return None if gradient is None else Deferred(gradient, rule, arguments)

@@ -96,7 +96,7 @@ class FusedUpdate:
         self._worth: frozenset[tuple[int, ...]] = frozenset()  # shapes, known at the clip
 
     def may_wait(self, gradients: Gradients, variables: Sequence[Variable]) -> Later | None:
-        """Which clips of this update the update takes over; called where it is traced."""
+        """What the update takes over of this update's clips; called where it is traced."""
         if self._make is None or not kernels.runs_on_tensorflow_cpu():
             return None
         sizes: dict[tuple[int, ...], int] = {}
@@ -110,18 +110,26 @@ class FusedUpdate:
             if size >= kernels.WORTH_COMPILING and math.prod(shape) >= kernels.SMALL
         )
 
-        def decide(gradient: Gradient, variable: Variable, rule: Rule) -> bool:
+        @functools.cache
+        def all_are_there() -> Any:
+            import tensorflow as tf
+
+            return tf.group(*(kernels.values(g) for g in gradients if g is not None))
+
+        def decide(gradient: Gradient, variable: Variable, rule: Rule) -> Gradient:
             if not _is_plain(gradient, variable):
-                return False
-            if rule.is_factor and self._takes_factors:
-                return True
-            if rule.follows:
-                return True
+                return None
+            if (rule.is_factor and self._takes_factors) or rule.follows:
+                return gradient
             # Decoupled weight decay comes before the update: the clip would see its result.
             decays = self._inner.weight_decay and rule.sees is not None and not rule.bounds_step
             # Of Adam, TensorFlow's kernel is faster than XLA, by as much as a pass costs.
             gains = rule.takes_norms or self._takes_factors
-            return gains and not decays and tuple(variable.shape) in self._worth
+            if decays or not gains or tuple(variable.shape) not in self._worth:
+                return None
+            # A program that does little but wait for the memory holds up the backward pass, which
+            # wants it, too; one that computes has the time of the pass's idle cores.
+            return gradient if rule.takes_norms else _after(all_are_there(), gradient)
 
         return decide
 
@@ -164,6 +172,14 @@ class FusedUpdate:
             [tf.cast(a, tf.float32) for a in deferred.resolved()],
             list(constants(rate, step)),
         )
+
+
+def _after(operation: Any, gradient: Gradient) -> Gradient:
+    """The same gradient, but not before an operation has been done."""
+    import tensorflow as tf
+
+    with tf.control_dependencies([operation]):
+        return tf.identity(gradient)
 
 
 def _is_plain(gradient: Gradient, variable: Variable) -> bool:

@@ -415,6 +415,36 @@ def test_what_is_done_on_the_way(inner, name, count, small_is_large):
     assert len(programs_of(step)) == count
 
 
+def ancestors(operation):
+    """All that has to be done before it; by control edges as well."""
+    found, left = set(), [operation]
+    while left:
+        one = left.pop()
+        before = {*(t.op for t in one.inputs), *one.control_inputs} - found
+        found |= before
+        left += before
+    return found
+
+
+@pytest.mark.parametrize(("name", "waits"), [("exponential", True), ("adaptive", False)])
+def test_what_waits_for_the_whole_backward_pass(name, waits, small_is_large):
+    """Programs that wait for the memory alone, by what their gradient comes from."""
+    _, step = clipped("momentum", ON_THE_WAY[name], steps=1)
+    gradients = [tf.TensorSpec(shape) for shape in LAYERS.values()]
+    function = step.get_concrete_function(gradients)
+    given = {t.op for t in function.inputs if t.dtype == tf.float32}
+    compiled = set(programs_of(step))
+    calls = [
+        op
+        for op in function.graph.get_operations()
+        if op.type == "StatefulPartitionedCall" and op.get_attr("f").name in compiled
+    ]
+    assert len(given) == len(LAYERS)
+    assert len(calls) == 3  # the kernels
+    for call in calls:
+        assert (given <= ancestors(call.inputs[0].op)) is waits
+
+
 def test_whoever_watches_sees_what_was_clipped(small_is_large):
     class Seen:
         state = ()
@@ -459,7 +489,7 @@ def test_the_clip_adds_no_buffer(name, reads, small_is_large):
     rules = []
     clipper = ON_THE_WAY[name]
     hyper = {k: tf.constant(v) for k, v in clipper.hyperparameters().items()}
-    hyper[LATER] = lambda gradient, variable, rule: rules.append(rule) or True
+    hyper[LATER] = lambda gradient, variable, rule: rules.append(rule) or gradient
     (waiting,), _, _ = clipper.apply([tf.ones(shape)], [weight], {}, hyper)
     program = _fused._program(_fused._momentum, rules[0], shape, tf.float32, weight.device)
     arguments = [tf.cast(a, tf.float32) for a in waiting.arguments]
