@@ -116,11 +116,11 @@ class LocalSymbolicBuild:
 
     def _local_part(self, batch: Tensor) -> Tensor:
         """What this process has of a batch that workers share."""
-        raise NotImplementedError
+        raise NotImplementedError  # ClippedTrainStep's, which the mixin is for
 
     def _spans_workers(self) -> bool:
         """Whether the model trains on several workers."""
-        raise NotImplementedError
+        raise NotImplementedError  # ClippedTrainStep's, which the mixin is for
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Tensor = None) -> None:
         if iterator is not None and self._spans_workers():

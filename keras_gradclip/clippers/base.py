@@ -152,7 +152,7 @@ class Clipper:
         Returns:
             The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each clipper's own
 
     def bounded(self, variables: Sequence[Variable]) -> list[bool]:
         """For each variable, whether its steps may be bounded: others need not be looked at."""

@@ -34,10 +34,10 @@ class Composite(Clipper):
     selectable: ClassVar[bool] = False
 
     def _parts(self) -> list[tuple[str, Clipper]]:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: Chain's and ClipMap's
 
     def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: Chain's and ClipMap's
 
     def _last_parts(self) -> list[tuple[str, Clipper]]:
         """The parts after which no other one clips."""

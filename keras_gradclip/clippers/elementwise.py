@@ -70,15 +70,15 @@ class _PerVariable(Clipper):
 
     def _clip(self, grads, variables, hyper) -> list[Tensor]:
         """The values of the clipped gradients; the rescale "alpha" is done here as well."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each clipper's own
 
     def _deferred(self, gradient, variable, hyper) -> Deferred | None:
         """The gradient whose clip waits for the update, if it may; without a rescale."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each clipper's own
 
     def _limit(self, gradient, variable, hyper) -> Tensor:
         """The threshold of one gradient's elements: a scalar, or of the shape of its values."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each clipper's own
 
 
 def rescaled(mode: str | None, before: Tensor, after: Tensor) -> Tensor:

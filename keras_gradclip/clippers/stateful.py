@@ -48,7 +48,7 @@ class _FromNorms(Clipper):
             state: the state.
             hyper: the live hyper-parameters.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each clipper's own
 
     def _number(self, variables: Sequence[Variable]) -> int:
         return max(scope_numbers(self.scope, variables), default=-1) + 1

@@ -127,8 +127,8 @@ class FusedUpdate:
             gains = rule.takes_norms or self._takes_factors
             if decays or not gains or tuple(variable.shape) not in self._worth:
                 return None
-            # A program that does little but wait for the memory holds up the backward pass, which
-            # wants it, too; one that computes has the time of the pass's idle cores.
+            # By measurement: a program that does little but wait for the memory does not pay while
+            # the backward pass wants it, too; one that computes does, on what cores are idle.
             return gradient if rule.takes_norms else _after(all_are_there(), gradient)
 
         return decide
