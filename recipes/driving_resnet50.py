@@ -74,6 +74,7 @@ RECIPE = Recipe(
     metrics=steering.metrics,
     monitor="val_mae",
     mode="min",
+    finish=steering.finish,
     report=steering.report,
     settings={**steering.SETTINGS, "image_size": 32},
     extra_options=(TASK, *steering.options(image_width=32)),

@@ -29,6 +29,8 @@ class Recipe:
         metrics: None (accuracy), or `() -> list of keras.metrics.Metric`.
         monitor: the validation metric that chooses the best model, with its `val_`.
         mode: "max" or "min".
+        finish: None, or `(model, data, options) -> model`: what becomes of the model that was kept
+            when the run is over, before it is tested. It may meet what it returned before.
         report: None, or `Result -> list of (name, text)` rows for the closing table. Recipes that
             are not classifiers print no `Best accuracy` line.
         extra_options: `recipes.training.options.Option`s of this recipe alone.
@@ -45,6 +47,7 @@ class Recipe:
     metrics: Callable[[], list[Any]] | None = None
     monitor: str = "val_accuracy"
     mode: str = "max"
+    finish: Callable[..., Any] | None = None
     report: Callable[["Result"], list[tuple[str, str]]] | None = None
     extra_options: tuple[Option, ...] = ()
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import keras_gradclip as kgc
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip._files import write_json
+from keras_gradclip._files import replace_file, write_json
 from recipes.data import Data
 from recipes.errors import RecipeError, TrainingDiverged, plain_errors
 from recipes.models import inference_model
@@ -338,13 +338,24 @@ class Session:
 
     def _test_kept(self) -> dict[str, float]:
         """The kept model as a user would load it, on the test split."""
-        model = keras.models.load_model(self.folder / folders.BEST, compile=False)
+        model = self._finished()
         model.compile(
             loss=build_loss(self.recipe, self.options),
             metrics=build_metrics(self.recipe),
             jit_compile=False,
         )
         return model.evaluate(self.feed.evaluation(self.data.test), verbose=0, return_dict=True)
+
+    def _finished(self) -> keras.Model:
+        """The kept model, also on disk, when the recipe has had its last word on it."""
+        path = self.folder / folders.BEST
+        kept = keras.models.load_model(path, compile=False)
+        if self.recipe.finish is None:
+            return kept
+        model = self.recipe.finish(kept, self.data, self.options)
+        if model is not kept:
+            replace_file(path, model.save)
+        return model
 
 
 def _summary(result: Result) -> dict[str, object]:

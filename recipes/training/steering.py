@@ -12,6 +12,8 @@ from recipes.errors import RecipeError
 from recipes.training.options import Option
 
 if TYPE_CHECKING:  # --help need not wait for TensorFlow
+    import keras
+
     from recipes.data.driving_log import Drive
 
 RENDERED = "rendered"  # a drive that is drawn, or signs that are
@@ -76,6 +78,14 @@ def options(image_width: int) -> tuple[Option, ...]:
             "with the median, which key strokes leave at 0",
             above=0,
         ),
+        Option(
+            "dead_zone",
+            float,
+            None,
+            "answers up to this size become 0, in the log's units (default: fitted to the training "
+            "frames; 0: none)",
+            low=0,
+        ),
     )
 
 
@@ -115,6 +125,19 @@ def metrics() -> list:
     ]
 
 
+def finish(model: "keras.Model", drive: "Drive", options: argparse.Namespace) -> "keras.Model":
+    """The model with its dead zone, which is fitted to the training frames unless it was chosen."""
+    from recipes.training import dead_zone
+
+    if dead_zone.width_of(model) is not None:
+        return model  # of a run that goes on after its end
+    width = options.dead_zone
+    if width is None:
+        frames = drive.parts[0]
+        width = dead_zone.fit_dead_zone(_angles(frames), predict(model, drive, frames))
+    return dead_zone.with_dead_zone(model, width) if width else model
+
+
 # ---------------------------------------------------------------------------------- the report
 
 
@@ -130,6 +153,7 @@ def report(result) -> list[tuple[str, str]]:
     import keras
 
     from keras_gradclip._files import write_csv
+    from recipes.training import dead_zone
 
     if not result.kept:
         return []
@@ -152,6 +176,7 @@ def report(result) -> list[tuple[str, str]]:
     table = [
         ("errors", "in the units of the log"),
         ("side cameras corrected by", f"{drive.correction:.3f}"),
+        ("answers that become 0, up to", f"{dead_zone.width_of(model) or 0:.3f}"),
     ]
     for row in errors[1:]:
         table += _lines(row)
