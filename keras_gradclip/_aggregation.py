@@ -57,7 +57,7 @@ def outside_of_traces(variables: Sequence[Variable] = ()) -> Iterator[None]:
     On replicas, and while `variables`, from which new ones may be copied, hold nothing yet, they
     are made where they stand.
     """
-    if not _can_leave_the_trace(variables):
+    if not can_leave_the_trace(variables):
         yield
         return
     import tensorflow as tf
@@ -70,7 +70,8 @@ def outside_of_traces(variables: Sequence[Variable] = ()) -> Iterator[None]:
         yield
 
 
-def _can_leave_the_trace(variables: Sequence[Variable]) -> bool:
+def can_leave_the_trace(variables: Sequence[Variable] = ()) -> bool:
+    """Whether `outside_of_traces` is outside of one."""
     if not is_tensorflow() or current_strategy() is not None:
         return False
     import tensorflow as tf

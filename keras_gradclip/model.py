@@ -216,7 +216,6 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         runtime = self._clip_runtime()
         if runtime.gate is not None:
             gate.instrument(runtime.gate, self)  # layers may have been made since compile
-        _build_loss_scale(self)
         if runtime.metrics and backend.backend() == "jax":
             return self._make_stateless(force)
         return self._make_unrolled("train", force)
@@ -356,20 +355,6 @@ def _make_functional(cls: type) -> None:
     cls.__bases__ = tuple(
         ClippedFunctional if base is ClippedModel else base for base in cls.__bases__
     )
-
-
-def _build_loss_scale(model: ClippedTrainStep) -> None:
-    """Build Keras's `LossScaleOptimizer` before the first trace, if the weights are there.
-
-    A trace in which it is built multiplies by the initial scale, a constant, and makes variables:
-    there would have to be another.
-    """
-    optimizer = model.optimizer
-    if optimizer is None or optimizer.built or find(optimizer) is optimizer:
-        return
-    if all(layer.built for layer in _compat.all_layers(model)):
-        with model.distribute_scope():
-            optimizer.build(model.trainable_variables)  # type: ignore[attr-defined]
 
 
 def _with_clipper(

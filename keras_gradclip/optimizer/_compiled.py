@@ -281,6 +281,8 @@ class CompiledUpdate:
             reason = "eager execution"
         elif size < kernels.WORTH_COMPILING * compilations and self.mode == "auto":
             reason = f"{size} elements in large variables are too few to pay for XLA"
+        elif not several and len({variable.device for _, variable in large}) > 1:
+            reason = "variables on several devices"
         rate = kernels.read(learning_rate)  # of a schedule on replicas: one each
         if not several:
             rate = tf.convert_to_tensor(rate)

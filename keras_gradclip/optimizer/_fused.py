@@ -129,7 +129,9 @@ class FusedUpdate:
                 return None
             # By measurement: a program that does little but wait for the memory does not pay while
             # the backward pass wants it, too; one that computes does, on what cores are idle.
-            return gradient if rule.takes_norms else _after(all_are_there(), gradient)
+            # Until then all gradients are kept. Keras needs as much for a momentum, not for less.
+            waits = not rule.takes_norms and self._inner.momentum
+            return _after(all_are_there(), gradient) if waits else gradient
 
         return decide
 
@@ -165,13 +167,14 @@ class FusedUpdate:
         program = _program(
             equation, deferred.rule, tuple(variable.shape), variable.dtype, variable.device
         )
-        deferred.seen, deferred.fraction = program(
-            tf.ensure_shape(deferred.gradient, variable.shape),
-            variable.handle,
-            [slot.handle for slot in slots],
-            [tf.cast(a, tf.float32) for a in deferred.resolved()],
-            list(constants(rate, step)),
-        )
+        with tf.device(variable.device):  # without a strategy, others may be elsewhere
+            deferred.seen, deferred.fraction = program(
+                tf.ensure_shape(deferred.gradient, variable.shape),
+                variable.handle,
+                [slot.handle for slot in slots],
+                [tf.cast(a, tf.float32) for a in deferred.resolved()],
+                list(constants(rate, step)),
+            )
 
 
 def _after(operation: Any, gradient: Gradient) -> Gradient:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Protocol
 
+import keras
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
@@ -42,11 +43,15 @@ class FixedLossScale:
         """The factor that the user set."""
         return self._inner.loss_scale_factor or 1.0
 
+    # AutoGraph, around a loop of one's own, warns of a body that is but a docstring.
+
     def on_finite(self) -> None:
         """A fixed scale stays."""
+        return
 
     def on_skip(self, was_finite: Tensor) -> None:
         """A fixed scale stays."""
+        del was_finite
 
 
 class UnknownLossScale(FixedLossScale):
@@ -111,10 +116,50 @@ class KnowsLossScale:
         else:
             # Its own `apply` asks the first replica alone whether the gradients are finite.
             outer.apply = functools.partial(_apply_scaled, outer, self)
+            if type(outer) is keras.optimizers.LossScaleOptimizer:  # no other way to build
+                outer.build = functools.partial(_build_scaled, outer)
+                outer.scale_loss = functools.partial(_scale_loss, outer)
 
     def scale_loss(self, loss: Scalar) -> Scalar:
         """`loss` times the inner optimizer's fixed loss scale, if it has one."""
         return self.inner_optimizer.scale_loss(loss)
+
+
+def _scale_loss(outer: Optimizer, loss: Scalar) -> Scalar:
+    """`LossScaleOptimizer.scale_loss` that makes the scale where the first step is traced.
+
+    Keras's multiplies by a constant as long as the optimizer is not built, which the same trace
+    does later: there would have to be another.
+    """
+    if not _has_scale(outer) and aggregation.can_leave_the_trace():
+        _make_scale(outer)
+    scale = outer.dynamic_scale if _has_scale(outer) else outer.initial_scale
+    return ops.multiply(loss, scale)
+
+
+def _build_scaled(outer: Optimizer, variables: Sequence[Variable]) -> None:
+    """`LossScaleOptimizer.build` whose scale may be there before it knows the variables."""
+    if not _has_scale(outer):
+        _make_scale(outer)
+    outer.inner_optimizer.build(variables)
+    keras.optimizers.Optimizer.build(outer, variables)
+
+
+def _has_scale(outer: Optimizer) -> bool:
+    return hasattr(outer, "dynamic_scale")
+
+
+def _make_scale(outer: Optimizer) -> None:
+    """The two variables of a `LossScaleOptimizer`, as it makes them."""
+    with aggregation.outside_of_traces():
+        for name, dtype, initializer in (
+            ("step_counter", "int", "zeros"),
+            ("dynamic_scale", "float32", keras.initializers.Constant(outer.initial_scale)),
+        ):
+            variable = outer.add_variable(
+                (), initializer=initializer, dtype=dtype, aggregation="none", name=name
+            )
+            object.__setattr__(outer, name, variable)  # Keras does not track it by name, either
 
 
 def _apply_scaled(

@@ -426,10 +426,20 @@ def ancestors(operation):
     return found
 
 
-@pytest.mark.parametrize(("name", "waits"), [("exponential", True), ("adaptive", False)])
-def test_what_waits_for_the_whole_backward_pass(name, waits, small_is_large):
-    """Programs that wait for the memory alone, by what their gradient comes from."""
-    _, step = clipped("momentum", ON_THE_WAY[name], steps=1)
+@pytest.mark.parametrize(
+    ("inner", "name", "waits"),
+    [
+        ("momentum", "exponential", True),
+        ("momentum", "adaptive", False),
+        ("SGD", "exponential", False),
+    ],
+)
+def test_what_waits_for_the_whole_backward_pass(inner, name, waits, small_is_large):
+    """Programs that wait for the memory alone, by what their gradient comes from.
+
+    Without a momentum none does: Keras keeps no gradient there, and waiting keeps them all.
+    """
+    _, step = clipped(inner, ON_THE_WAY[name], steps=1)
     gradients = [tf.TensorSpec(shape) for shape in LAYERS.values()]
     function = step.get_concrete_function(gradients)
     given = {t.op for t in function.inputs if t.dtype == tf.float32}
@@ -443,6 +453,32 @@ def test_what_waits_for_the_whole_backward_pass(name, waits, small_is_large):
     assert len(calls) == 3  # the kernels
     for call in calls:
         assert (given <= ancestors(call.inputs[0].op)) is waits
+
+
+@pytest.mark.parametrize(
+    ("make", "clipper", "says"),
+    [
+        (BY_KERNELS["momentum"], "absolute", "yes"),
+        (BY_KERNELS["Adam"], "adaptive", "yes"),
+        (BY_XLA["Lion"], "absolute", "no: variables on several devices"),
+    ],
+)
+def test_variables_on_two_devices_without_a_strategy(make, clipper, says, small_is_large):
+    def trained(compiled):
+        ours = []
+        for i in range(2):
+            with tf.device(f"CPU:{i}"):
+                ours += variables(((6, 3),))
+        optimizer = kgc.ClippedOptimizer(make(), clipper, compiled=compiled)
+        step = tf.function(lambda: optimizer.apply([tf.ones((6, 3))] * 2, ours), autograph=False)
+        step()
+        step()
+        assert [v.value.device[-1] for v in ours] == ["0", "1"]
+        return [v.numpy() for v in ours], optimizer
+
+    got, optimizer = trained("auto")
+    assert optimizer.compiled == says
+    assert_equal(got, trained(False)[0], tolerance=2e-5)
 
 
 def test_whoever_watches_sees_what_was_clipped(small_is_large):
