@@ -4,9 +4,9 @@ Command: `python recipes/driving_resnet50.py`, or with a log of the Udacity simu
 `python recipes/driving_resnet50.py --data-dir DRIVE`
 
 Learns the steering angle from camera frames: of an embedded rendered drive, or of a folder with a
-`driving_log.csv`. Side cameras are corrected by what the log says, the loss is Huber's, and the
-closing table tells curves from straights and names the constants to beat. docs/driving.md says why,
-and what a recorded drive gave.
+`driving_log.csv`. Side cameras are corrected by what the log says, the loss is Huber's, answers too
+small to be meant become 0, and the closing table tells curves from straights and names the
+constants to beat. docs/driving.md says why, and what a recorded drive gave.
 
 Command: `python recipes/driving_resnet50.py --task signs`, or with real signs
 `... --task signs --dataset image_folder --data-dir SIGNS` and `... --task signs --dataset

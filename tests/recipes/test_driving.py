@@ -431,7 +431,6 @@ def test_a_real_drive_is_steered_better_than_by_a_constant(name, tmp_path):
         for row in list(csv.DictReader(file))[1:]:
             assert float(row["mae"]) < float(row["mae_mean"]), row
             assert float(row["mse"]) < float(row["mse_mean"]), row
-            assert float(row["r2"]) > 0, row
 
 
 def test_the_recipe_refuses_bad_rows_or_leaves_them_out(copy, tmp_path, capsys):
