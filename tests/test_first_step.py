@@ -72,6 +72,28 @@ def test_a_dynamic_loss_scale_is_no_constant(base):
     assert len(traced) == 1
 
 
+def test_a_loss_scale_is_made_as_keras_makes_it():
+    variable = keras.Variable(np.ones(2, "float32"))
+
+    def own(optimizer):
+        count = len(optimizer.variables) - len(optimizer.inner_optimizer.variables)
+        return [
+            (v.name, v.dtype, v.shape, v.aggregation, v.trainable, float(v.numpy()))
+            for v in optimizer.variables[:count]
+        ]
+
+    stock = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(), 64.0, 5)
+    stock.build([variable])
+    ours = keras.optimizers.LossScaleOptimizer(kgc.ClippedOptimizer("sgd", "absolute"), 64.0, 5)
+    assert tf.function(lambda: ours.scale_loss(tf.ones(())))().numpy() == 64.0
+    assert not ours.built
+    ours.build([variable])
+    assert own(ours) == own(stock), (
+        "Keras's LossScaleOptimizer.build makes other variables now: `_make_scale` has to follow"
+    )
+    assert ours.built and ours.inner_optimizer.built
+
+
 class Unfreeze(keras.callbacks.Callback):
     """Chooses what is trained when Keras has made the function that trains it."""
 
