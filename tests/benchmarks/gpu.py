@@ -1,11 +1,14 @@
-"""ResNet-50 in mixed precision with Keras on JAX: what a clip costs a step, and what it saves.
+"""Keras on JAX: what a clip costs a step, and what it saves.
 
     python tests/benchmarks/gpu.py                     # on a GPU, with JAX for it
     make bench-jax                                     # the same at toy size, on a CPU
 
-First, step times: no clip, each clipper, and the monitor, in turn; ratios within each round, and
-beside them the floor: the bytes that the clip must move over the measured bandwidth of a copy.
-Second, a short training at a learning rate that is too high, with and without a clip: CIFAR-10 from
+First, a small network in float32, whose step shows what comes on top of the arithmetic: our clip
+beside Keras's `clipvalue` and `optax.clip` in the same loop.
+Second, step times of ResNet-50 in mixed precision: no clip, each clipper, and the monitor, in turn;
+ratios within each round, and beside them the floor: the bytes that the clip must move over the
+measured bandwidth of a copy.
+Third, a short training at a learning rate that is too high, with and without a clip: CIFAR-10 from
 `--data FILE.npz` (x_train, y_train, x_test, y_test), or made-up images of ten classes.
 """
 
@@ -27,6 +30,11 @@ import keras
 import numpy as np
 
 import keras_gradclip as kgc
+
+try:
+    import optax
+except ImportError:  # a GPU machine may not have it
+    optax = None
 
 CLIPPERS = {
     "no clip": lambda: None,
@@ -74,6 +82,75 @@ def copy_bandwidth() -> float:
         copy(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * x.nbytes / statistics.median(seconds)
+
+
+def small_network(optimizer, model_class=keras.Model, **arguments):
+    """Three convolutions on 32×32 pixels."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("float32")
+    x = inputs = keras.Input((32, 32, 3))
+    for filters in (32, 64, 128):
+        x = keras.layers.Conv2D(filters, 3, padding="same", activation="relu")(x)
+        x = keras.layers.MaxPooling2D()(x)
+    outputs = keras.layers.Dense(10, "softmax")(keras.layers.Flatten()(x))
+    model = model_class(inputs, outputs)
+    model.compile(optimizer, "sparse_categorical_crossentropy", **arguments)
+    return model
+
+
+def sgd(base=keras.optimizers.SGD, **arguments):
+    """The optimizer of all small networks."""
+    return base(1e-3, momentum=0.9, **arguments)
+
+
+class OptaxClippedSGD(keras.optimizers.SGD):
+    """`optax.clip` in front of Keras's update."""
+
+    def apply(self, grads, trainable_variables=None):
+        """Clip, then update."""
+        grads, _ = optax.clip(THRESHOLD).update(list(grads), optax.EmptyState())
+        super().apply(grads, trainable_variables)
+
+
+THRESHOLD = 0.1
+SMALL = {
+    "Keras clipvalue": lambda: small_network(sgd(clipvalue=THRESHOLD)),
+    "no clip": lambda: small_network(sgd()),
+    "optax.clip": lambda: small_network(sgd(OptaxClippedSGD)),
+    "AbsoluteClip": lambda: small_network(kgc.ClippedOptimizer(sgd(), kgc.AbsoluteClip(THRESHOLD))),
+    "AbsoluteClip, with its figures": lambda: small_network(
+        sgd(), kgc.ClippedModel, clipper=kgc.AbsoluteClip(THRESHOLD)
+    ),
+}
+
+
+def small_steps(options) -> list[dict]:
+    """Rows of step times of the small network, over two others: medians of ratios in a round."""
+    runs = {name: make() for name, make in SMALL.items() if optax or "optax" not in name}
+    rng = np.random.default_rng(0)
+    count = options.small_batch * options.small_steps
+    x = rng.normal(size=(count, 32, 32, 3)).astype("float32")
+    y = rng.integers(0, 10, count)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for k in range(options.small_rounds + 1):
+        turn = k % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            runs[name].fit(x, y, batch_size=options.small_batch, shuffle=False, verbose=0)
+            if k:  # the first round compiles
+                seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name in names:
+        row = {"contestant": name}
+        for base in ("Keras clipvalue", "optax.clip"):
+            if base not in seconds:
+                continue
+            ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+            low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+            row[f"over {base}"] = f"{median:.3f} ({low:.3f} to {high:.3f})"
+        rows.append(row)
+    return rows
 
 
 class EpochSeconds(keras.callbacks.Callback):
@@ -195,9 +272,17 @@ def show(title: str, rows: list[dict], path: Path) -> None:
         writer.writerows(rows)
 
 
+PARTS = {
+    "small": ("train step of a small network", small_steps, "jax-small.csv"),
+    "steps": ("train step of ResNet-50", step_times, "gpu-steps.csv"),
+    "training": ("short training", trainings, "gpu-training.csv"),
+}
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="of the three, as said above")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--image", type=int, default=224, help="height and width for step times")
     parser.add_argument("--steps", type=int, default=50, help="train steps in a row")
@@ -205,14 +290,18 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=5, help="of the short training")
     parser.add_argument("--examples", type=int, default=20000, help="made-up training images")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 1.0, 4.0])
+    parser.add_argument("--small-batch", type=int, default=32, help="of the small network")
+    parser.add_argument("--small-steps", type=int, default=50, help="its train steps in a row")
+    parser.add_argument("--small-rounds", type=int, default=12)
     parser.add_argument("--data", help="an .npz file with x_train, y_train, x_test, y_test")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
     device = jax.devices()[0]
     versions = f"Keras {keras.__version__}, JAX {jax.__version__}"
     print(f"{device.device_kind} ({device.platform}), {versions}")
-    show("train step of ResNet-50", step_times(options), options.out / "gpu-steps.csv")
-    show("short training", trainings(options), options.out / "gpu-training.csv")
+    for part in options.only or PARTS:
+        title, measure, name = PARTS[part]
+        show(title, measure(options), options.out / name)
     return 0
 
 
