@@ -338,7 +338,8 @@ class Session:
 
     def _test_kept(self) -> dict[str, float]:
         """The kept model as a user would load it, on the test split."""
-        model = self._finished()
+        path = self.folder / folders.BEST
+        model = _finished(path, self.recipe, self.data, self.options)
         model.compile(
             loss=build_loss(self.recipe, self.options),
             metrics=build_metrics(self.recipe),
@@ -346,16 +347,16 @@ class Session:
         )
         return model.evaluate(self.feed.evaluation(self.data.test), verbose=0, return_dict=True)
 
-    def _finished(self) -> keras.Model:
-        """The kept model, also on disk, when the recipe has had its last word on it."""
-        path = self.folder / folders.BEST
-        kept = keras.models.load_model(path, compile=False)
-        if self.recipe.finish is None:
-            return kept
-        model = self.recipe.finish(kept, self.data, self.options)
-        if model is not kept:
-            replace_file(path, model.save)
-        return model
+
+def _finished(path: Path, recipe: Recipe, data: Data, options: Options) -> keras.Model:
+    """The kept model, also on disk, when the recipe has had its last word on it."""
+    kept = keras.models.load_model(path, compile=False)
+    if recipe.finish is None:
+        return kept
+    model = recipe.finish(kept, data, options)
+    if model is not kept:
+        replace_file(path, model.save)
+    return model
 
 
 def _summary(result: Result) -> dict[str, object]:
