@@ -110,6 +110,8 @@ WIDE = tuple(kgc.UpdateRatioClip(ratio) for ratio in (1e-3, 2e-3, 5e-3, 2e-2))
 #: Few enough for a reader who has a minute: the clippers, and the studies that have them.
 HEADLINE = (NONE, BIASES, UNIT[1], FIELD[0], FIELD[2], FIELD[4])
 HEADLINE_STUDIES = ("cifar", "high-rates")
+#: What is found from data, beside the best of a search at the same learning rate.
+FOUND = (CALIBRATED, CALIBRATED_RATIO, SEARCHED)
 PRESETS: dict[str, tuple[Study, ...]] = {
     "small": (
         Study(
@@ -129,7 +131,7 @@ PRESETS: dict[str, tuple[Study, ...]] = {
         Study("no-momentum", clippers=(NONE, *WIDE), rates=(0.1,), optimizer="sgd", **CIFAR),
         Study(
             "adamw",
-            clippers=(NONE, UNIT[1], BIASES, WIDE_BIASES, FIELD[0], FIELD[4]),
+            clippers=(NONE, UNIT[1], BIASES, WIDE_BIASES, FIELD[0], FIELD[4], *FOUND),
             rates=ADAM_RATES,
             optimizer="adamw",
             **CIFAR,
@@ -149,18 +151,28 @@ PRESETS: dict[str, tuple[Study, ...]] = {
         ),
         Study(
             "cosine",
-            clippers=(NONE, ANNEALED, BIASES, UNIT[1], FIELD[0], FIELD[4]),
+            clippers=(NONE, ANNEALED, BIASES, UNIT[1], FIELD[0], FIELD[4], *FOUND),
             rates=(*RATES, 1.0),
             schedule="cosine",
             **CIFAR,
         ),
         Study(
             "cosine-adamw",
-            clippers=(NONE, ANNEALED, WIDE_ANNEALED, BIASES, WIDE_BIASES, FIELD[0]),
+            clippers=(NONE, ANNEALED, WIDE_ANNEALED, BIASES, WIDE_BIASES, FIELD[0], *FOUND),
             rates=ADAM_RATES,
             optimizer="adamw",
             schedule="cosine",
             **CIFAR,
+        ),
+        # Neither κ nor `biases` was chosen on it.
+        Study(
+            "digits-rates",
+            "small_vgg",
+            "mnist_embedded@14",
+            (NONE, UNIT[1], BIASES, FIELD[0], FIELD[4], FIELD[6], *FOUND),
+            (*RATES, 1.0),
+            SEEDS,
+            2,
         ),
     ),
 }

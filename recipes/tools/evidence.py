@@ -133,6 +133,16 @@ def load_images(name: str, side: int, data_dir: str) -> tuple[np.ndarray, ...]:
     return x, train["label"], x_test, test["label"]
 
 
+def scheduled(study: Study, rate: float, examples: int):
+    """The learning rate, or the schedule that the study has from it."""
+    import keras
+
+    if study.schedule == "constant":
+        return rate
+    steps = study.epochs * -(-examples // study.batch_size)
+    return keras.optimizers.schedules.CosineDecay(rate, steps)
+
+
 def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     """Trains once; the columns that the run decides."""
     import keras
@@ -150,9 +160,7 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
         model.compile(plain, loss, jit_compile=False)
         found = kgc.calibrate(model, (x, y), steps=79, batch_size=study.batch_size)
         clipper = found.clip_map("norm" if clipper == CALIBRATED else "update_ratio")
-    steps = study.epochs * -(-len(x) // study.batch_size)
-    schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
-    inner = make_optimizer(study.optimizer, schedule if study.schedule == "cosine" else rate)
+    inner = make_optimizer(study.optimizer, scheduled(study, rate, len(x)))
     clipper = None if clipper == NONE else clipper
     optimizer = kgc.ClippedOptimizer(inner, clipper, telemetry=8)
     # Compiling with XLA would take longer than the training does.
@@ -338,7 +346,7 @@ def _searched(study: Study, rate: float, images, file: Path):
     def make_model():
         keras.backend.clear_session()
         model = NETWORKS[study.network](*images[0].shape[2:])
-        optimizer = make_optimizer(study.optimizer, rate)
+        optimizer = make_optimizer(study.optimizer, scheduled(study, rate, len(images[0])))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
         return model
