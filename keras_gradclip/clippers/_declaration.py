@@ -137,15 +137,15 @@ class Measure(NamedTuple):
 
     Attributes:
         text: what it is.
-        needs: parameters of the clipper that the figure depends on.
-        up_to_default: the threshold's default is what holds at any learning rate: a figure above
-            it says that the learning rate is too high, not that so much is wanted.
+        needs: parameters of the clipper that the `Calibration` has as attributes.
+        at_most: the attribute of the `Calibration` that no suggestion exceeds: a figure above it
+            says that the learning rate is too high, not that so much is wanted.
         given: other parameters of the clipper that is suggested.
     """
 
     text: str
     needs: tuple[str, ...] = ()
-    up_to_default: bool = False
+    at_most: str | None = None
     given: Mapping[str, object] = MappingProxyType({})
 
 
@@ -159,8 +159,8 @@ MEASURES = {
     ),
     "unit_step": Measure(
         "largest share of its weights' norm that a step would move a kernel's unit",
-        ("eps",),
-        up_to_default=True,
+        ("eps", "anneal"),
+        at_most="max_ratio",
         given=MappingProxyType({"biases": "unit"}),
     ),
     "largest_rms": Measure("largest root mean square of a variable's gradient"),

@@ -21,6 +21,7 @@ from keras_gradclip.clippers._declaration import MEASURES, parameters
 from keras_gradclip.clippers._units import default_unit_axes
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
+from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics._sampler import Sampler, Watch
 from keras_gradclip.diagnostics._templates import render
@@ -28,6 +29,7 @@ from keras_gradclip.diagnostics.watch import (
     UPDATES_IN_A_STEP,
     wrapped_optimizer,
 )
+from keras_gradclip.optimizer._advice import step_bound
 
 
 def kinds() -> dict[str, str]:
@@ -44,14 +46,6 @@ def _counts_units(kind: str) -> bool:
     return selectable()[kind].measures in ("unit_ratio", "unit_step")
 
 
-def _most(kind: str) -> float:
-    """The largest threshold that is suggested."""
-    cls = selectable()[kind]
-    if not MEASURES[cls.measures or ""].up_to_default:
-        return math.inf
-    return next(p.default for p in parameters(cls) if p.name == threshold_of(cls))
-
-
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """What `calibrate` found.
@@ -63,7 +57,7 @@ class Calibration:
             adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
             their ratio says nothing, and its map leaves them alone. "update_ratio", too, is of
             kernels, at the learning rate that was watched (around an optimizer that ignores a
-            gradient's scale, for steps of η an element); its map takes at most κ's default, and
+            gradient's scale, for steps of η an element); its map takes at most `max_ratio`, and
             bounds biases with their units.
         kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
@@ -72,6 +66,9 @@ class Calibration:
         percentile: the percentile, 0..100.
         beta: β of the exponential clipper.
         eps: ε of the adaptive clipper.
+        max_ratio: the largest κ that is suggested: that of `clipper="auto"` for this optimizer
+            and so many kernels.
+        anneal: as `clipper="auto"` has it for this optimizer.
         samples: what the thresholds are percentiles of: for each clipper a float64 array
             `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
             `[updates]`; not in the JSON of `save`.
@@ -86,6 +83,8 @@ class Calibration:
     percentile: float
     beta: float
     eps: float
+    max_ratio: float = UpdateRatioClip().max_ratio
+    anneal: str | None = None
     samples: Mapping[str, np.ndarray] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
@@ -101,6 +100,8 @@ class Calibration:
         nonfinite: int = 0,
         beta: float = 0.7,
         eps: float = 1e-3,
+        max_ratio: float = UpdateRatioClip().max_ratio,
+        anneal: str | None = None,
     ) -> Calibration:
         """The thresholds that samples give; the arguments are the attributes of that name.
 
@@ -127,6 +128,8 @@ class Calibration:
             percentile=percentile,
             beta=beta,
             eps=eps,
+            max_ratio=max_ratio,
+            anneal=anneal,
             samples=dict(samples),
         )
 
@@ -140,6 +143,8 @@ class Calibration:
             nonfinite=self.nonfinite,
             beta=self.beta,
             eps=self.eps,
+            max_ratio=self.max_ratio,
+            anneal=self.anneal,
         )
 
     def clipper(self, kind: str, layer: str) -> Clipper | None:
@@ -157,23 +162,32 @@ class Calibration:
         same = {name: value for name, value in same.items() if name in names}
         return cls(**{threshold_of(cls) or "": threshold, **same})
 
-    def clip_map(self, kind: str = "norm", segments: int = 1) -> ClipMap:
+    def clip_map(self, kind: str = "update_ratio", segments: int = 1) -> ClipMap:
         """A `ClipMap` with a rule for each layer.
 
         Rules go by path: layers of one path (`tower/dense` and `tower/dense#2`) share theirs, at
         the largest of their thresholds.
 
         Args:
-            kind: "norm", "absolute", "exponential", "adaptive", "update_ratio" or "rms".
+            kind: "update_ratio", whose thresholds held at every learning rate of the study
+                (docs/evidence.md); "norm", "absolute", "exponential", "adaptive" or "rms", whose
+                figures are of gradients that a learning rate too high has already spoiled.
             segments: cut the updates watched into so many parts of equal length, each with a
                 percentile of its own; the thresholds then are `PiecewiseConstantDecay` schedules
                 over the updates from step 0 on. Norms that fall or rise during training are so
                 clipped as often late as early, where a constant clips the one half alone.
 
         Raises:
-            ValueError: an unknown kind, or fewer than 10 updates a segment.
+            ValueError: an unknown kind, one without a figure for any layer, or fewer than 10
+                updates a segment.
         """
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
+        if not any(self.thresholds[kind].values()):
+            raise ValueError(
+                f"Calibration: `kind` {kind!r} has no threshold for any layer: their gradients are "
+                'zero, or for "update_ratio" the learning rate is, or no layer has a kernel. '
+                f"Others: {self._with_thresholds() or 'none'}."
+            )
         number = validation.steps("Calibration", "segments", segments) or 1
         if number > 1 and self.updates < 10 * number:
             raise ValueError(
@@ -192,12 +206,16 @@ class Calibration:
             rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
         return ClipMap(rules)
 
+    def _with_thresholds(self) -> str:
+        return ", ".join(kind for kind, of in self.thresholds.items() if any(of.values()))
+
     def _threshold(self, kind: str, layers: Sequence[str], segments: int) -> Tensor:
         """The largest threshold of some layers: a number, a schedule, or None."""
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
         if not known:
             return None
-        most = _most(kind)
+        at_most = MEASURES[selectable()[kind].measures or ""].at_most
+        most = getattr(self, at_most) if at_most else math.inf
         if segments == 1:
             return min(max(known), most)
         values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
@@ -249,7 +267,7 @@ class Calibration:
     def __str__(self) -> str:
         return self.table()
 
-    def save(self, path: str | os.PathLike, kind: str = "norm", segments: int = 1) -> None:
+    def save(self, path: str | os.PathLike, kind: str = "update_ratio", segments: int = 1) -> None:
         """Write JSON: the `ClipMap` under "clipper", for `--clip-config`, and all the figures.
 
         Args:
@@ -302,7 +320,7 @@ def calibrate(
 
     ```python
     found = kgc.calibrate(model, dataset, steps=200)
-    model.compile("adamw", loss, clipper=found.clip_map("norm"))
+    model.compile("adamw", loss, clipper=found.clip_map())
     ```
 
     Args:
@@ -414,6 +432,7 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
     first: dict[str | None, str] = {}  # clippers that bound the same figure share it
     for kind in kinds():
         samples[kind] = samples[first.setdefault(selectable()[kind].measures, kind)]
+    bound = step_bound(sampler.optimizer.inner_optimizer, variables)
     return Calibration.of_samples(
         layers,
         kernels_of,
@@ -422,4 +441,6 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
         nonfinite=len(fetched) - len(kept) + skipped,
         beta=sampler.beta,
         eps=sampler.eps,
+        max_ratio=bound.max_ratio,
+        anneal=bound.anneal,
     )

@@ -49,18 +49,36 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
         )
     if any(_is_of_normalisation(v) for v in variables):
         return guard, "a network with normalisation survives high learning rates: a guard"
+    bound, kernels = step_bound(inner, variables), count_kernels(variables)
     why = "no normalisation: no step moves a unit, or its bias, by more than κ of its norm"
-    kernels = sum(len(v.shape) > 1 and not _is_bias(v) for v in variables)
-    if isinstance(inner, keras.optimizers.SGD) and inner.momentum:
-        ratio = _ratio(WITH_MOMENTUM, kernels)
-        return UpdateRatioClip(ratio, biases="unit", anneal="learning_rate"), (
+    if bound.anneal is not None:
+        return bound, (
             f"{why}, which falls with the learning rate, and is smaller the deeper the network "
             f"({kernels} kernels); momentum adds up what is left"
         )
-    return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels), biases="unit"), (
+    return bound, (
         f"{why}, a larger one where no momentum adds up steps, and smaller the deeper the network "
         f"({kernels} kernels)"
     )
+
+
+def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioClip:
+    """What bounds this optimizer's steps in a network of so many kernels.
+
+    Args:
+        inner: the inner optimizer.
+        variables: the network's trainable variables.
+    """
+    kernels = count_kernels(variables)
+    if isinstance(inner, keras.optimizers.SGD) and inner.momentum:
+        ratio = _ratio(WITH_MOMENTUM, kernels)
+        return UpdateRatioClip(ratio, biases="unit", anneal="learning_rate")
+    return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels), biases="unit")
+
+
+def count_kernels(variables: Sequence[Variable]) -> int:
+    """How many of them are neither vectors nor biases."""
+    return sum(len(v.shape) > 1 and not _is_bias(v) for v in variables)
 
 
 def _is_bias(variable: Variable) -> bool:

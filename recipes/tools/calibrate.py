@@ -140,6 +140,8 @@ def save_watched(path: Path, found) -> None:
         "nonfinite": found.nonfinite,
         "beta": found.beta,
         "eps": found.eps,
+        "max_ratio": found.max_ratio,
+        "anneal": found.anneal,
     }
 
     def write(scratch):

@@ -156,7 +156,9 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     model = NETWORKS[study.network](*x.shape[2:])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if clipper in (CALIBRATED, CALIBRATED_RATIO):
-        plain = kgc.ClippedOptimizer(make_optimizer(study.optimizer, rate), None)
+        plain = kgc.ClippedOptimizer(
+            make_optimizer(study.optimizer, scheduled(study, rate, len(x))), None
+        )
         model.compile(plain, loss, jit_compile=False)
         found = kgc.calibrate(model, (x, y), steps=79, batch_size=study.batch_size)
         clipper = found.clip_map("norm" if clipper == CALIBRATED else "update_ratio")

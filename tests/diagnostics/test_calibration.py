@@ -14,7 +14,7 @@ from keras_gradclip.clippers._units import default_unit_axes
 
 tf = pytest.importorskip("tensorflow")
 STEPS, BATCH = 6, 16
-SUGGESTED = kgc.UpdateRatioClip(biases="unit")
+SUGGESTED = kgc.UpdateRatioClip(5e-3, biases="unit")  # without momentum, few kernels
 
 
 def compiled(clipper=None, replicas=0, optimizer=None, **kwargs):
@@ -154,7 +154,7 @@ def test_the_thresholds_clip_as_often_as_they_say(kind):
         assert np.mean((fractions[:, mine] > 0).any(axis=1)) == pytest.approx(0.25, abs=0.051)
 
 
-def test_the_ratio_of_updates_is_that_of_the_learning_rate_and_at_most_the_default():
+def test_the_ratio_of_updates_is_that_of_the_learning_rate_and_at_most_what_auto_takes():
     small, large = (
         kgc.calibrate(
             compiled(optimizer=keras.optimizers.SGD(rate)), dataset(), steps=STEPS, follow=False
@@ -165,10 +165,32 @@ def test_the_ratio_of_updates_is_that_of_the_learning_rate_and_at_most_the_defau
         wanted = 1e-6 * small.thresholds["adaptive"][layer]
         assert small.thresholds["update_ratio"][layer] == pytest.approx(wanted, rel=1e-5)
         assert small.clipper("update_ratio", layer).max_ratio == pytest.approx(wanted, rel=1e-5)
-        assert large.thresholds["update_ratio"][layer] > 2e-3
+        assert large.thresholds["update_ratio"][layer] > 5e-3
         assert large.clipper("update_ratio", layer) == SUGGESTED
     rules = large.clip_map("update_ratio").rule_of(compiled().trainable_variables)
     assert {clipper for _, clipper in rules} == {SUGGESTED}
+
+
+def test_the_default_map_is_what_auto_takes_where_the_learning_rate_is_high(tmp_path):
+    model = compiled(optimizer=keras.optimizers.SGD(10.0, momentum=0.9))
+    found = kgc.calibrate(model, dataset(), steps=STEPS, follow=False)
+    auto = kgc.ClippedOptimizer(keras.optimizers.SGD(10.0, momentum=0.9), "auto")
+    auto.build(model.trainable_variables)
+    assert auto.clipper.anneal == "learning_rate"
+    rules = found.at(50.0).clip_map().rule_of(model.trainable_variables)
+    assert {clipper for _, clipper in rules} == {auto.clipper}
+    found.save(tmp_path / "clip.json")
+    content = json.loads((tmp_path / "clip.json").read_text())
+    assert kgc.get(content["clipper"]) == found.clip_map()
+    assert content["calibration"]["kind"] == "update_ratio"
+
+
+def test_a_kind_without_any_threshold():
+    model = compiled(optimizer=keras.optimizers.SGD(0.0))
+    found = kgc.calibrate(model, dataset(), steps=2)
+    with pytest.raises(ValueError, match=r"learning rate.*Others: .*norm"):
+        found.clip_map()
+    assert found.clip_map("norm").rules
 
 
 def test_map_table_and_file(tmp_path):
