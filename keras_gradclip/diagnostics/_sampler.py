@@ -20,14 +20,15 @@ from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 
 class Sampler:
-    """A watcher that keeps five figures a variable of each update."""
+    """A watcher that keeps five figures a variable, and the learning rate, of each update."""
 
     def __init__(self, optimizer: ClippedOptimizer, capacity: int, beta: float, eps: float) -> None:
         self.optimizer, self.beta, self.eps = optimizer, beta, eps
         self.variables = list(optimizer._trainable_variables)
         self.samples: list[np.ndarray] = []
+        self.rates: list[float] = []
         with strategy_scope(optimizer):
-            self._buffer = RingBuffer("calibrate", capacity, [(5, len(self.variables))])
+            self._buffer = RingBuffer("calibrate", capacity, [(5, len(self.variables)), ()])
             self._skipped = counter("skipped")
 
     @property
@@ -42,7 +43,9 @@ class Sampler:
 
     def fetch(self) -> int:
         """Bring what is new to the host; the number of updates so far, skipped ones included."""
-        self.samples += [figures for _, (figures,) in self._buffer.fetch()]
+        for _, (figures, rate) in self._buffer.fetch():
+            self.samples.append(figures)
+            self.rates.append(float(rate))
         return len(self.samples) + self._buffer.lost + self.skipped
 
     def on_skip(self, gradients: Gradients) -> None:
@@ -56,7 +59,7 @@ class Sampler:
         pairs = zip(update.gradients, self.variables, strict=True)
         columns = [self._of(g, v, rate) for g, v in pairs]
         figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
-        self._buffer.write(self.optimizer.inner_optimizer.iterations, figures)
+        self._buffer.write(self.optimizer.inner_optimizer.iterations, figures, rate)
 
     def _of(self, gradient: Gradient, variable: Variable, rate: Tensor) -> list[Tensor]:
         """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio, and the step's.

@@ -13,11 +13,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip._files import write_json
 from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Model, Tensor, Threshold
-from keras_gradclip.clippers._declaration import MEASURES, parameters
+from keras_gradclip.clippers._declaration import MEASURES, Measure, parameters
 from keras_gradclip.clippers._units import default_unit_axes
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
@@ -41,6 +42,10 @@ def kinds() -> dict[str, str]:
     }
 
 
+def _measure(kind: str) -> Measure:
+    return MEASURES[selectable()[kind].measures or ""]
+
+
 def _counts_units(kind: str) -> bool:
     """Whether the figure is of a kernel's units, which vectors do not have."""
     return selectable()[kind].measures in ("unit_ratio", "unit_step")
@@ -56,9 +61,9 @@ class Calibration:
             "rms") and layer the percentile; None for a layer whose gradient is zero or missing. The
             adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
             their ratio says nothing, and its map leaves them alone. "update_ratio", too, is of
-            kernels, at the learning rate that was watched (around an optimizer that ignores a
-            gradient's scale, for steps of η an element); its map takes at most `max_ratio`, and
-            bounds biases with their units.
+            kernels, at the learning rate that was watched, with `anneal` at the largest so far
+            (around an optimizer that ignores a gradient's scale, for steps of η an element); its
+            map takes at most `max_ratio`, and bounds biases with their units.
         kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
         updates: the number of updates that the figures rest on.
@@ -156,7 +161,7 @@ class Calibration:
         if threshold is None:
             return None
         cls = selectable()[kind]
-        measure = MEASURES[cls.measures or ""]
+        measure = _measure(kind)
         same = {**{name: getattr(self, name) for name in measure.needs}, **measure.given}
         names = {p.name for p in parameters(cls)}
         same = {name: value for name, value in same.items() if name in names}
@@ -181,19 +186,7 @@ class Calibration:
             ValueError: an unknown kind, one without a figure for any layer, or fewer than 10
                 updates a segment.
         """
-        validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
-        if not any(self.thresholds[kind].values()):
-            raise ValueError(
-                f"Calibration: `kind` {kind!r} has no threshold for any layer: their gradients are "
-                'zero, or for "update_ratio" the learning rate is, or no layer has a kernel. '
-                f"Others: {self._with_thresholds() or 'none'}."
-            )
-        number = validation.steps("Calibration", "segments", segments) or 1
-        if number > 1 and self.updates < 10 * number:
-            raise ValueError(
-                f"Calibration: `segments` must leave 10 updates or more to each, but is {number} "
-                f"for {self.updates} updates. Watch more updates, or pass fewer segments."
-            )
+        number = self._checked(kind, segments)
         together: dict[str, list[str]] = {}
         for layer in self.kernels if _counts_units(kind) else self.layers:
             together.setdefault(_path(layer, self.layers), []).append(layer)
@@ -206,29 +199,72 @@ class Calibration:
             rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
         return ClipMap(rules)
 
-    def _with_thresholds(self) -> str:
-        return ", ".join(kind for kind, of in self.thresholds.items() if any(of.values()))
+    def limits(self, kind: str = "update_ratio", segments: int = 1) -> np.ndarray:
+        """What the thresholds of `clip_map` are at each of the updates watched.
+
+        Args:
+            kind: as in `clip_map`.
+            segments: as in `clip_map`.
+
+        Returns:
+            float64 `[updates, layers]`; NaN where nothing is clipped. `samples[kind]` above it are
+            what the map would have clipped.
+
+        Raises:
+            ValueError: as `clip_map`.
+        """
+        number = self._checked(kind, segments)
+        lengths = [len(part) for part in np.array_split(np.arange(self.updates), number)]
+        columns = []
+        for layer in self.layers:
+            levels = self._levels(kind, [layer], number) or [math.nan] * number
+            columns.append(np.repeat(levels, lengths))
+        return np.array(columns, "float64").T
+
+    def _checked(self, kind: str, segments: int) -> int:
+        """The number of segments, of a kind and a number that can be."""
+        validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
+        if not any(self.thresholds[kind].values()):
+            others = [other for other, of in self.thresholds.items() if any(of.values())]
+            raise ValueError(
+                f"Calibration: `kind` {kind!r} has no threshold for any layer: their gradients are "
+                'zero, or for "update_ratio" the learning rate is, or no layer has a kernel. '
+                f"Others: {', '.join(others) or 'none'}."
+            )
+        number = validation.steps("Calibration", "segments", segments) or 1
+        if number > 1 and self.updates < 10 * number:
+            raise ValueError(
+                f"Calibration: `segments` must leave 10 updates or more to each, but is {number} "
+                f"for {self.updates} updates. Watch more updates, or pass fewer segments."
+            )
+        return number
 
     def _threshold(self, kind: str, layers: Sequence[str], segments: int) -> Tensor:
         """The largest threshold of some layers: a number, a schedule, or None."""
+        levels = self._levels(kind, layers, segments)
+        if levels is None or segments == 1:
+            return levels and levels[0]
+        parts = np.array_split(np.arange(self.updates), segments)
+        return keras.optimizers.schedules.PiecewiseConstantDecay(
+            # The schedule keeps a value up to and including its boundary.
+            [int(part[-1]) for part in parts[:-1]],
+            [float(f"{level:.6g}") for level in levels],
+        )
+
+    def _levels(self, kind: str, layers: Sequence[str], segments: int) -> list[float] | None:
+        """The largest threshold of some layers in each segment; None if they have none."""
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
         if not known:
             return None
-        at_most = MEASURES[selectable()[kind].measures or ""].at_most
+        at_most = _measure(kind).at_most
         most = getattr(self, at_most) if at_most else math.inf
         if segments == 1:
-            return min(max(known), most)
+            return [min(max(known), most)]
         values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
         parts = np.array_split(values, segments)
         levels = [float(np.nanpercentile(part, self.percentile, axis=0).max()) for part in parts]
         # A part without any gradient has no figure of its own.
-        levels = [min(level if level > 0 else max(known), most) for level in levels]
-        lengths = np.cumsum([len(part) for part in parts])[:-1]
-        return keras.optimizers.schedules.PiecewiseConstantDecay(
-            # The schedule keeps a value up to and including its boundary.
-            [int(length) - 1 for length in lengths],
-            [float(f"{level:.6g}") for level in levels],
-        )
+        return [min(level if level > 0 else max(known), most) for level in levels]
 
     def _cells(self) -> list[tuple[str, ...]]:
         """The head and a row a layer."""
@@ -244,7 +280,8 @@ class Calibration:
         left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
         return (
             f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
-            f"{left_out}; exponential: gamma at beta={self.beta:g}"
+            f"{left_out}; exponential: gamma at beta={self.beta:g}; update_ratio: its map takes at "
+            f"most {self.max_ratio:g}"
         )
 
     def table(self) -> str:
@@ -406,7 +443,8 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
     """Percentiles over the updates of the sampler's figures, layer by layer."""
     variables = sampler.variables
     fetched = sampler.samples[:count]
-    kept = np.array([f for f in fetched if np.isfinite(f).all()])
+    finite = [i for i, figures in enumerate(fetched) if np.isfinite(figures).all()]
+    kept = np.array([fetched[i] for i in finite])
     if not len(kept):
         raise ValueError(
             f"calibrate: none of {len(fetched) + skipped} updates had finite gradients. Lower the "
@@ -417,6 +455,10 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
     owners = layers_of(variables)
     layers = list(dict.fromkeys(owners))
     samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in kinds()}
+    bound = step_bound(sampler.optimizer.inner_optimizer, variables)
+    if bound.anneal is not None:  # the bound falls with the rate: what counts is the largest so far
+        rates = np.maximum([sampler.rates[i] for i in finite], kernels.TINY)
+        step = step * (np.maximum.accumulate(rates) / rates)[:, None]
     kernels_of: dict[str, list[str]] = {}
     for k, layer in enumerate(layers):
         mine = [i for i, owner in enumerate(owners) if owner == layer]
@@ -432,7 +474,6 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
     first: dict[str | None, str] = {}  # clippers that bound the same figure share it
     for kind in kinds():
         samples[kind] = samples[first.setdefault(selectable()[kind].measures, kind)]
-    bound = step_bound(sampler.optimizer.inner_optimizer, variables)
     return Calibration.of_samples(
         layers,
         kernels_of,

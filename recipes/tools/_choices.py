@@ -58,15 +58,8 @@ def _choice(name: str, hit: np.ndarray) -> Choice:
 
 def clipped(found, kind: str, segments: int) -> np.ndarray:
     """Which samples lie above their threshold: `[updates, layers]`; NaN where none applies."""
-    parts = []
-    for part in np.array_split(found.samples[kind], segments):
-        if segments == 1:
-            known = [found.thresholds[kind][layer] for layer in found.layers]
-            limits = np.array([np.nan if t is None else t for t in known])
-        else:
-            limits = np.percentile(part, found.percentile, axis=0)
-        parts.append(np.where(np.isnan(part) | np.isnan(limits), np.nan, part > limits))
-    return np.concatenate(parts)
+    samples, limits = found.samples[kind], found.limits(kind, segments)
+    return np.where(np.isnan(samples) | np.isnan(limits), np.nan, samples > limits)
 
 
 def clipped_by_percentile(norms: np.ndarray, percentile: float, window: int = WINDOW):

@@ -2,7 +2,7 @@
 
     python recipes/tools/calibrate.py resnet50
     python recipes/tools/calibrate.py resnet50 --percentile 95 --epochs 4 --dataset cifar10
-    python recipes/resnet50.py --clip-config runs/calibration-resnet50/clip-norm.json
+    python recipes/resnet50.py --clip-config runs/calibration-resnet50/clip-update_ratio.json
 
 Trains the recipe (options that this command does not know go to it) for as many updates as its run
 has, or `--steps`, watches each layer's gradient, and throws the weights away. It trains unclipped,
@@ -198,7 +198,8 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
         eighths = " ".join(f"{100 * s:.0f}" for s in choice.shares) + " %"
         table.add_row(choice.name, f"{100 * choice.overall:.1f} %", eighths)
     Console().print(table)
-    constant = next((c for c in found_choices if c.name == "clip-norm.json"), None)
+    by_name = {choice.name: choice for choice in found_choices}
+    bounded, constant = (by_name.get(f"clip-{kind}.json") for kind in ("update_ratio", "norm"))
     even = steady(found_choices)
     if constant is not None and constant is not even:
         print(
@@ -209,7 +210,7 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
     if found.updates < LEAST:
         print(f"{found.updates} updates are few for a percentile: watch more (--steps, --epochs).")
     print(f"results in {output}; train with")
-    for name in dict.fromkeys(c.name for c in (constant, even) if c is not None):
+    for name in dict.fromkeys(c.name for c in (bounded, constant, even) if c is not None):
         print(f"  {command} --clip-config {output / name}")
 
 

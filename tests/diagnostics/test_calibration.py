@@ -185,6 +185,31 @@ def test_the_default_map_is_what_auto_takes_where_the_learning_rate_is_high(tmp_
     assert content["calibration"]["kind"] == "update_ratio"
 
 
+def test_the_limits_are_what_the_map_clips_by():
+    """Under a schedule that falls, fed the watched gradients, the map clips where `limits` says."""
+    rate, fall = 1e-4, np.tile([1.0, 0.5, 0.1, 0.02], 5)
+    decay = keras.optimizers.schedules.PiecewiseConstantDecay(
+        list(range(len(fall) - 1)), [float(f) for f in rate * fall]
+    )
+    model = compiled(optimizer=keras.optimizers.SGD(decay, momentum=0.9))
+    found = kgc.calibrate(model, dataset(20), steps=20, percentile=75.0)
+    largest = found.samples["update_ratio"]
+    np.testing.assert_allclose(largest, rate * found.samples["adaptive"], rtol=1e-5)
+    hits = largest > found.limits()
+    np.testing.assert_allclose(hits.mean(axis=0), 0.25, atol=0.051)
+    inner, head = keras.optimizers.SGD(decay, momentum=0.9), found.clipper("update_ratio", "head")
+    optimizer = kgc.ClippedOptimizer(inner, head, telemetry=True)
+    [kernel] = [v for v in model.trainable_variables if v.path.endswith("head/kernel")]
+    optimizer.build([kernel])
+    weight = keras.ops.convert_to_numpy(kernel)
+    for k, ratio in enumerate(found.samples["adaptive"][:, found.layers.index("head")]):
+        kernel.assign(weight)
+        optimizer.apply([keras.ops.convert_to_tensor(weight * ratio)], [kernel])
+        fraction = optimizer.read_telemetry()["clip_fraction"]
+        optimizer.reset_telemetry()
+        assert (fraction > 0) == hits[k, found.layers.index("head")]
+
+
 def test_a_kind_without_any_threshold():
     model = compiled(optimizer=keras.optimizers.SGD(0.0))
     found = kgc.calibrate(model, dataset(), steps=2)
