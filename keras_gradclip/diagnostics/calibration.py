@@ -33,6 +33,10 @@ from keras_gradclip.diagnostics.watch import (
 from keras_gradclip.optimizer._advice import step_bound
 
 
+#: What a `Calibration` keeps of how it was watched, beside its samples.
+SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
+
+
 def kinds() -> dict[str, str]:
     """The clippers that a threshold is suggested for, and what each bounds."""
     return {
@@ -140,16 +144,9 @@ class Calibration:
 
     def at(self, percentile: float) -> Calibration:
         """The same updates at another percentile, without watching them again."""
+        same = {name: getattr(self, name) for name in SETTINGS}
         return Calibration.of_samples(
-            self.layers,
-            self.kernels,
-            self.samples,
-            percentile=percentile,
-            nonfinite=self.nonfinite,
-            beta=self.beta,
-            eps=self.eps,
-            max_ratio=self.max_ratio,
-            anneal=self.anneal,
+            self.layers, self.kernels, self.samples, percentile=percentile, **same
         )
 
     def clipper(self, kind: str, layer: str) -> Clipper | None:
@@ -266,27 +263,9 @@ class Calibration:
         # A part without any gradient has no figure of its own.
         return [min(level if level > 0 else max(known), most) for level in levels]
 
-    def _cells(self) -> list[tuple[str, ...]]:
-        """The head and a row a layer."""
-        rows = [("layer", *self.thresholds)]
-        for layer in self.layers:
-            values = (self.thresholds[kind][layer] for kind in self.thresholds)
-            rows.append((layer, *("–" if v is None else f"{v:.3g}" for v in values)))
-        return rows
-
-    def _note(self) -> str:
-        """What the table rests on."""
-        total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
-        left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
-        return (
-            f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
-            f"{left_out}; exponential: gamma at beta={self.beta:g}; update_ratio: its map takes at "
-            f"most {self.max_ratio:g}"
-        )
-
     def table(self) -> str:
         """Text: a line a layer with the threshold of each clipper."""
-        rows = self._cells()
+        rows = _cells(self)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(
@@ -295,11 +274,11 @@ class Calibration:
             )
             for row in rows
         ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], self._note()])
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], _note(self)])
 
     def _repr_html_(self) -> str:
-        head, *rows = self._cells()
-        return render("calibration.html.j2", head=head, rows=rows, note=self._note())
+        head, *rows = _cells(self)
+        return render("calibration.html.j2", head=head, rows=rows, note=_note(self))
 
     def __str__(self) -> str:
         return self.table()
@@ -322,6 +301,26 @@ class Calibration:
             "calibration": {"kind": kind, "segments": segments, **figures},
         }
         write_json(path, content)
+
+
+def _cells(found: Calibration) -> list[tuple[str, ...]]:
+    """The head and a row a layer."""
+    rows = [("layer", *found.thresholds)]
+    for layer in found.layers:
+        values = (found.thresholds[kind][layer] for kind in found.thresholds)
+        rows.append((layer, *("–" if v is None else f"{v:.3g}" for v in values)))
+    return rows
+
+
+def _note(found: Calibration) -> str:
+    """What the table rests on."""
+    total = "–" if found.global_norm is None else f"{found.global_norm:.3g}"
+    left_out = f", {found.nonfinite} left out as not finite" if found.nonfinite else ""
+    return (
+        f"global norm: {total}; percentile {found.percentile:g} of {found.updates} updates"
+        f"{left_out}; exponential: gamma at beta={found.beta:g}; update_ratio: its map takes at "
+        f"most {found.max_ratio:g}"
+    )
 
 
 def _pattern(layer: str) -> str:

@@ -49,6 +49,7 @@ from rich.table import Table
 
 import keras_gradclip as kgc
 from keras_gradclip._files import replace_file, write_json
+from keras_gradclip.diagnostics.calibration import SETTINGS
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe, script_of
@@ -134,15 +135,7 @@ def _progress(batches: int, verbose: str) -> Iterator[keras.callbacks.Callback]:
 
 def save_watched(path: Path, found) -> None:
     """Writes the samples of a `Calibration`."""
-    rest = {
-        "layers": found.layers,
-        "kernels": found.kernels,
-        "nonfinite": found.nonfinite,
-        "beta": found.beta,
-        "eps": found.eps,
-        "max_ratio": found.max_ratio,
-        "anneal": found.anneal,
-    }
+    rest = {name: getattr(found, name) for name in ("layers", "kernels", *SETTINGS)}
 
     def write(scratch):
         arrays = {kind: values.astype("float32") for kind, values in found.samples.items()}
