@@ -32,7 +32,6 @@ from keras_gradclip.diagnostics.watch import (
 )
 from keras_gradclip.optimizer._advice import step_bound
 
-
 #: What a `Calibration` keeps of how it was watched, beside its samples.
 SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
 
