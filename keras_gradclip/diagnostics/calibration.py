@@ -35,6 +35,9 @@ from keras_gradclip.optimizer._advice import step_bound
 #: What a `Calibration` keeps of how it was watched, beside its samples.
 SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
 
+#: Of `max_ratio`: κ of 1e-3 and of 2e-3 serve the same learning rates (docs/evidence.md).
+LEAST_SHARE = 0.5
+
 
 def kinds() -> dict[str, str]:
     """The clippers that a threshold is suggested for, and what each bounds."""
@@ -66,7 +69,7 @@ class Calibration:
             their ratio says nothing, and its map leaves them alone. "update_ratio", too, is of
             kernels, at the learning rate that was watched, with `anneal` at the largest so far
             (around an optimizer that ignores a gradient's scale, for steps of η an element); its
-            map takes at most `max_ratio`, and bounds biases with their units.
+            map takes from half of `max_ratio` to the whole, and bounds biases with their units.
         kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
         updates: the number of updates that the figures rest on.
@@ -254,13 +257,15 @@ class Calibration:
             return None
         at_most = _measure(kind).at_most
         most = getattr(self, at_most) if at_most else math.inf
+        # A run that its learning rate has spoiled has no gradients left, and would be held still.
+        least = LEAST_SHARE * most if at_most else 0.0
         if segments == 1:
-            return [min(max(known), most)]
+            return [min(max([*known, least]), most)]
         values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
         parts = np.array_split(values, segments)
         levels = [float(np.nanpercentile(part, self.percentile, axis=0).max()) for part in parts]
         # A part without any gradient has no figure of its own.
-        return [min(level if level > 0 else max(known), most) for level in levels]
+        return [min(max(level if level > 0 else max(known), least), most) for level in levels]
 
     def table(self) -> str:
         """Text: a line a layer with the threshold of each clipper."""
@@ -317,8 +322,8 @@ def _note(found: Calibration) -> str:
     left_out = f", {found.nonfinite} left out as not finite" if found.nonfinite else ""
     return (
         f"global norm: {total}; percentile {found.percentile:g} of {found.updates} updates"
-        f"{left_out}; exponential: gamma at beta={found.beta:g}; update_ratio: its map takes at "
-        f"most {found.max_ratio:g}"
+        f"{left_out}; exponential: gamma at beta={found.beta:g}; update_ratio: its map takes "
+        f"{LEAST_SHARE * found.max_ratio:g} to {found.max_ratio:g}"
     )
 
 

@@ -1,6 +1,7 @@
 """calibrate: thresholds against gradients taken by hand, and nothing left changed."""
 
 import contextlib
+import dataclasses
 import json
 
 import keras
@@ -164,7 +165,7 @@ def test_the_ratio_of_updates_is_that_of_the_learning_rate_and_at_most_what_auto
     for layer in small.layers:
         wanted = 1e-6 * small.thresholds["adaptive"][layer]
         assert small.thresholds["update_ratio"][layer] == pytest.approx(wanted, rel=1e-5)
-        assert small.clipper("update_ratio", layer).max_ratio == pytest.approx(wanted, rel=1e-5)
+        assert small.clipper("update_ratio", layer).max_ratio == 2.5e-3  # half of the most
         assert large.thresholds["update_ratio"][layer] > 5e-3
         assert large.clipper("update_ratio", layer) == SUGGESTED
     rules = large.clip_map("update_ratio").rule_of(compiled().trainable_variables)
@@ -193,21 +194,24 @@ def test_the_limits_are_what_the_map_clips_by():
     )
     model = compiled(optimizer=keras.optimizers.SGD(decay, momentum=0.9))
     found = kgc.calibrate(model, dataset(20), steps=20, percentile=75.0)
+    # As if this were the share that auto takes: the bound is then what was measured.
+    share = 1.5 * found.thresholds["update_ratio"]["head"]
+    found, k = dataclasses.replace(found, max_ratio=share), found.layers.index("head")
     largest = found.samples["update_ratio"]
     np.testing.assert_allclose(largest, rate * found.samples["adaptive"], rtol=1e-5)
-    hits = largest > found.limits()
-    np.testing.assert_allclose(hits.mean(axis=0), 0.25, atol=0.051)
+    hits = (largest > found.limits())[:, k]
+    assert hits.mean() == pytest.approx(0.25, abs=0.051)
     inner, head = keras.optimizers.SGD(decay, momentum=0.9), found.clipper("update_ratio", "head")
     optimizer = kgc.ClippedOptimizer(inner, head, telemetry=True)
     [kernel] = [v for v in model.trainable_variables if v.path.endswith("head/kernel")]
     optimizer.build([kernel])
     weight = keras.ops.convert_to_numpy(kernel)
-    for k, ratio in enumerate(found.samples["adaptive"][:, found.layers.index("head")]):
+    for ratio, hit in zip(found.samples["adaptive"][:, k], hits, strict=True):
         kernel.assign(weight)
         optimizer.apply([keras.ops.convert_to_tensor(weight * ratio)], [kernel])
         fraction = optimizer.read_telemetry()["clip_fraction"]
         optimizer.reset_telemetry()
-        assert (fraction > 0) == hits[k, found.layers.index("head")]
+        assert (fraction > 0) == hit
 
 
 def test_a_kind_without_any_threshold():
@@ -364,7 +368,7 @@ def drifting(updates=40):
     norms = np.stack([np.linspace(8, 1, updates), np.linspace(80, 10, updates)], axis=1)
     norms = np.concatenate([norms, np.zeros((updates, 1))], axis=1)
     samples = dict.fromkeys(("norm", "absolute", "exponential", "adaptive", "rms"), norms)
-    samples["update_ratio"] = norms * 1e-5
+    samples["update_ratio"] = norms * 3e-4  # the stem's are 3e-4 to 2.4e-3
     samples["global"] = np.sqrt((norms**2).sum(axis=1))
     layers = ["stem", "body", "dead"]
     kernels = {layer: ["kernel"] for layer in layers}
@@ -387,8 +391,10 @@ def test_segments_are_schedules(kind, tmp_path):
             v for v in of_layer[layer].hyperparameters().values() if not isinstance(v, float)
         )
         for step in range(50):
-            part = norms[10 * min(step // 10, 3) :][:10, k]
-            assert float(schedule(step)) == pytest.approx(np.percentile(part, 90), rel=1e-5)
+            wanted = np.percentile(norms[10 * min(step // 10, 3) :][:10, k], 90)
+            if kind == "update_ratio":
+                wanted = np.clip(wanted, 1e-3, 2e-3)
+            assert float(schedule(step)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_segments_need_updates():
