@@ -64,7 +64,8 @@ class Calibration:
     Attributes:
         layers: the layers, in the model's order.
         thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "update_ratio",
-            "rms") and layer the percentile; None for a layer whose gradient is zero or missing. The
+            "rms") and layer the percentile; None for a layer whose gradient is zero or missing,
+            which the maps leave alone (that of "update_ratio" bounds it by the least share). The
             adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
             their ratio says nothing, and its map leaves them alone. "update_ratio", too, is of
             kernels, at the learning rate that was watched, with `anneal` at the largest so far
@@ -223,12 +224,11 @@ class Calibration:
     def _checked(self, kind: str, segments: int) -> int:
         """The number of segments, of a kind and a number that can be."""
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
-        if not any(self.thresholds[kind].values()):
+        if all(self._levels(kind, [layer], 1) is None for layer in self.layers):
             others = [other for other, of in self.thresholds.items() if any(of.values())]
             raise ValueError(
                 f"Calibration: `kind` {kind!r} has no threshold for any layer: their gradients are "
-                'zero, or for "update_ratio" the learning rate is, or no layer has a kernel. '
-                f"Others: {', '.join(others) or 'none'}."
+                f"zero, or no layer has a kernel. Others: {', '.join(others) or 'none'}."
             )
         number = validation.steps("Calibration", "segments", segments) or 1
         if number > 1 and self.updates < 10 * number:
@@ -253,12 +253,15 @@ class Calibration:
     def _levels(self, kind: str, layers: Sequence[str], segments: int) -> list[float] | None:
         """The largest threshold of some layers in each segment; None if they have none."""
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
-        if not known:
-            return None
         at_most = _measure(kind).at_most
         most = getattr(self, at_most) if at_most else math.inf
-        # A run that its learning rate has spoiled has no gradients left, and would be held still.
+        # A run that its learning rate has spoiled has no gradients left: the next one would be
+        # held still, or not held at all.
         least = LEAST_SHARE * most if at_most else 0.0
+        if not known:
+            return (
+                [least] * segments if least and not self.kernels.keys().isdisjoint(layers) else None
+            )
         if segments == 1:
             return [min(max([*known, least]), most)]
         values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]

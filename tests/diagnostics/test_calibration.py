@@ -215,11 +215,12 @@ def test_the_limits_are_what_the_map_clips_by():
 
 
 def test_a_kind_without_any_threshold():
-    model = compiled(optimizer=keras.optimizers.SGD(0.0))
-    found = kgc.calibrate(model, dataset(), steps=2)
-    with pytest.raises(ValueError, match=r"learning rate.*Others: .*norm"):
-        found.clip_map()
-    assert found.clip_map("norm").rules
+    samples = {"norm": np.ones((4, 1)), "update_ratio": np.full((4, 1), np.nan)}
+    samples["global"] = np.ones(4)
+    vectors = kgc.Calibration.of_samples(["scale"], {}, samples, percentile=90.0)
+    with pytest.raises(ValueError, match=r"no layer has a kernel. Others: norm"):
+        vectors.clip_map()
+    assert vectors.clip_map("norm").rules
 
 
 def test_map_table_and_file(tmp_path):
@@ -255,6 +256,9 @@ def test_layers_without_a_gradient_get_no_rule():
     assert found.thresholds["norm"]["dead"] is None
     assert found.thresholds["norm"]["head"] > 0
     assert "off" in found.clip_map("norm").describe(model)
+    rules = dict(found.clip_map().rules)  # a step of a layer that wakes up is bounded
+    assert rules["dead(/[^/]+)?"] == kgc.UpdateRatioClip(2.5e-3, biases="unit")
+    assert np.isnan(found.limits("norm")[:, 0]).all() and (found.limits()[:, 0] == 2.5e-3).all()
 
 
 def test_not_finite_updates_are_left_out():
@@ -385,7 +389,7 @@ def test_segments_are_schedules(kind, tmp_path):
     clipper = kgc.get(json.loads((tmp_path / "clip.json").read_text())["clipper"])
     assert str(clipper) == str(found.clip_map(kind, segments=4))
     of_layer = dict(zip(found.layers, (c for _, c in clipper.rules), strict=True))
-    assert of_layer["dead"] is None
+    assert (of_layer["dead"] is None) == (kind != "update_ratio")
     for k, layer in enumerate(("stem", "body")):
         schedule = next(
             v for v in of_layer[layer].hyperparameters().values() if not isinstance(v, float)
