@@ -261,7 +261,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         low, high = [min(s) for s in scores], [max(s) for s in scores]
         axis.fill_between(rates, low, high, alpha=0.08, linewidth=0, color=color)
     axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %")
-    axis.set_title(title, fontsize="medium")
+    axis.set_title(title, fontsize="medium", loc="left")
     axis.grid(alpha=0.3)
     if len(cells) > 6:
         figure.legend(loc="outside right upper", fontsize="x-small")
