@@ -261,10 +261,10 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
         low, high = [min(s) for s in scores], [max(s) for s in scores]
         axis.fill_between(rates, low, high, alpha=0.08, linewidth=0, color=color)
     axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %")
-    axis.set_title(title, fontsize="medium", loc="left")
+    figure.suptitle(title, fontsize="medium")
     axis.grid(alpha=0.3)
     if len(cells) > 6:
-        figure.legend(loc="outside right upper", fontsize="x-small")
+        figure.legend(loc="outside right center", fontsize="x-small")
     else:
         axis.legend(loc="best", fontsize="small", framealpha=0.6)
     figure.savefig(path, dpi=110)
