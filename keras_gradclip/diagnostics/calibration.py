@@ -259,9 +259,8 @@ class Calibration:
         # held still, or not held at all.
         least = LEAST_SHARE * most if at_most else 0.0
         if not known:
-            return (
-                [least] * segments if least and not self.kernels.keys().isdisjoint(layers) else None
-            )
+            has_kernels = any(layer in self.kernels for layer in layers)
+            return [least] * segments if least and has_kernels else None
         if segments == 1:
             return [min(max([*known, least]), most)]
         values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]

@@ -243,7 +243,7 @@ def test_map_table_and_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clip.json"]
 
 
-def test_layers_without_a_gradient_get_no_rule():
+def test_layers_without_a_gradient_get_no_rule_but_by_update_ratios():
     inputs = keras.Input((8, 8, 3))
     h = keras.layers.Flatten()(inputs)
     dead = keras.layers.Dense(4, kernel_initializer="zeros", name="dead")(h)
