@@ -369,15 +369,15 @@ def local_cond(
     if _is_traced_by_jax(flag):
         _stateless_cond(flag, true_fn, lambda: None, (), state, reads)
         return
+    if not is_tensorflow():
+        # Not `ops.cond`: JAX traces its branches even where nothing is compiled, and what they
+        # assign would be tracers.
+        if bool(flag):
+            true_fn()
+        return
+    import tensorflow as tf
 
-    def branch(fn: Callable[[], object]) -> Callable[[], object]:
-        def call() -> Tensor:
-            fn()
-            return ops.zeros(())
-
-        return call
-
-    ops.cond(flag, branch(true_fn), branch(lambda: None))
+    tf.cond(flag, _no_result(true_fn, ()), _no_result(lambda: None, ()))
 
 
 def _stateless_cond(

@@ -14,6 +14,7 @@ from reference_update import adam
 
 import keras_gradclip as kgc
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip.optimizer import _skips
 from keras_gradclip.optimizer.clipped_optimizer import find
 
 BACKEND = keras.backend.backend()
@@ -668,6 +669,113 @@ def test_calibrate_puts_everything_back(follow):
     after = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
     for a, b in zip(state, after, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# Compiled or not --------------------------------------------------------------------------------
+
+
+def compile_with(model, how, clipper=None, inner=sgd, outer=None, gate=None, **kwargs):
+    optimizer = kgc.ClippedOptimizer(inner(), clipper, **kwargs)
+    model.compile(outer(optimizer) if outer else optimizer, "mse", activation_gate=gate, **how)
+
+
+def loss_scale(optimizer):
+    return keras.optimizers.LossScaleOptimizer(
+        optimizer, initial_scale=64.0, dynamic_growth_steps=3
+    )
+
+
+def falling_rate():
+    return keras.optimizers.Adam(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5))
+
+
+def averaging():
+    return sgd(use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)
+
+
+ANNEALED = kgc.UpdateRatioClip(0.01, biases="unit", anneal="learning_rate")
+#: What `compile_with` gets for each feature.
+FEATURES = {
+    "telemetry of every update": {"clipper": kgc.NormClip(0.5), "telemetry": True},
+    "telemetry of every third": {"clipper": kgc.NormClip(0.5), "telemetry": 3},
+    "monitor": {"clipper": kgc.AbsoluteClip(0.3)},
+    "skips": {"clipper": kgc.NormClip(0.5), "skip_nonfinite": True, "telemetry": 3},
+    "spikes": {"clipper": kgc.NormClip(0.5), "skip_spikes": 1.0},
+    "accumulation": {"clipper": kgc.NormClip(0.5), "gradient_accumulation_steps": 2},
+    "accumulation and skips": {
+        "clipper": kgc.PercentileClip(50.0, window=3),
+        "gradient_accumulation_steps": 2,
+        "skip_nonfinite": True,
+    },
+    "loss scale": {"clipper": kgc.NormClip(0.5), "outer": loss_scale},
+    "anneal": {"clipper": ANNEALED, "inner": falling_rate},
+    "calibrate": {"clipper": kgc.AbsoluteClip(0.3)},
+    "gate": {"clipper": kgc.AbsoluteClip(0.3), "gate": GATE},
+    "moving average": {"clipper": kgc.NormClip(0.5), "inner": averaging},
+}
+NOT_COMPILED = {"eager": {"run_eagerly": True}, "no jit": {"jit_compile": False}}
+
+
+@functools.cache
+def run_of(feature, how):
+    """The figures of a model after two epochs with a feature, and what it measured."""
+    x, y = data(6)
+    if "skips" in feature or feature in ("monitor", "loss scale"):
+        x[2 * BATCH, 0] = np.nan
+    if feature == "spikes":
+        y[4 * BATCH : 5 * BATCH] *= 50.0
+    model = model_of()
+    settings = {**FEATURES[feature]}
+    if feature == "monitor":
+        settings["skip_nonfinite"] = True
+    compile_with(model, NOT_COMPILED.get(how, {}), **settings)
+    monitor, found = kgc.ClipMonitor(every=2), []
+    if feature == "calibrate":
+        found = [kgc.calibrate(model, (x, y), steps=4, batch_size=BATCH).global_norm]
+    callbacks = [monitor] if feature == "monitor" else []
+    history = model.fit(
+        x, y, batch_size=BATCH, shuffle=False, verbose=0, epochs=2, callbacks=callbacks
+    ).history
+    optimizer = find(model.optimizer)
+    telemetry = optimizer.read_telemetry()
+    state = {
+        "telemetry": [v for k, v in telemetry.items() if k != "layers"],
+        "history": list(history.values()),
+        "calibrated": found,
+        "monitor": [monitor.history[k] for k in ("step", "norm_before")] if monitor.history else [],
+        "optimizer": [ops.convert_to_numpy(v) for v in model.optimizer.variables],
+        "skipped": optimizer.skipped_steps,
+    }
+    return model.get_weights(), state
+
+
+@pytest.mark.parametrize("how", NOT_COMPILED)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_is_the_same_without_a_compiled_step(feature, how, monkeypatch):
+    monkeypatch.setattr(_skips, "WINDOW", 4)
+    weights, state = run_of(feature, "compiled")
+    again, same = run_of(feature, how)
+    leaves = [np.asarray(leaf) for leaf in keras.tree.flatten([weights, state])]
+    others = [np.asarray(leaf) for leaf in keras.tree.flatten([again, same])]
+    for a, b in zip(leaves, others, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=ATOL)
+    is_skipped = "skips" in feature or feature in ("monitor", "spikes")
+    assert bool(state["skipped"]) == is_skipped or feature == "loss scale"
+    assert np.isfinite(np.concatenate([w.ravel() for w in weights])).all()
+
+
+@pytest.mark.parametrize("telemetry", [True, 3])
+def test_telemetry_in_a_loop_of_ones_own(telemetry):
+    variable = keras.Variable(np.ones(3, "float32"), name="w")
+    optimizer = kgc.ClippedOptimizer(sgd(), kgc.NormClip(0.5), telemetry=telemetry)
+    optimizer.build([variable])
+    for step in range(7):
+        optimizer.apply([ops.full((3,), 1.0 + step)], [variable])
+    seen = [1.0 + step for step in range(0, 7, int(telemetry))]
+    figures = optimizer.read_telemetry()
+    assert figures["updates"] == 7
+    assert figures["grad_norm"] == pytest.approx(np.sqrt(3) * np.mean(seen), rel=1e-5)
+    assert figures["clip_fraction"] == 1.0
 
 
 # Many devices on JAX ----------------------------------------------------------------------------
