@@ -87,6 +87,19 @@ def all_layers(model: Model) -> list[Layer]:
     return list(model._flatten_layers(include_self=True, recursive=True))
 
 
+def replace_optimizer(model: Model, optimizer: Optimizer) -> None:
+    """Give a compiled model another optimizer, also in what it saves.
+
+    Keras saves what `compile` was given, in `_compile_config`, and has no public way to change one
+    part of it. `compile` again would need the arguments of a subclass's own `compile`, and
+    `auto_scale_loss`, which Keras does not keep.
+    """
+    model.optimizer = optimizer
+    if hasattr(model, "_compile_config"):
+        model._compile_config.config["optimizer"] = optimizer
+    model.train_function = None
+
+
 def build_under(scope: Callable[..., AbstractContextManager], model: Model) -> None:
     """Let a compiled `model` make what its loss and metrics count in under `scope()`.
 

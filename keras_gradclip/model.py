@@ -109,11 +109,14 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             runtime.metrics = [
                 _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")
             ]
-        runtime.gate = new_gate
-        if new_gate is not None:
-            gate.instrument(new_gate, self)
+        self._set_gate(new_gate)
 
     optimizer: Optimizer
+
+    def _set_gate(self, new_gate: gate.ActivationGate | None) -> None:
+        self._clip_runtime().gate = new_gate
+        if new_gate is not None:
+            gate.instrument(new_gate, self)
 
     def _untrained(self) -> list[Variable]:
         """The variables that do not train now, for the rules of a ClipMap."""

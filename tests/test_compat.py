@@ -52,6 +52,17 @@ def test_the_reduction_method_is_still_there_and_still_used():
     assert called, "Keras no longer calls _all_reduce_sum_gradients in apply"
 
 
+def test_a_model_saves_the_optimizer_that_replaced_its_own():
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("adam", "mse")
+    _compat.replace_optimizer(model, keras.optimizers.SGD(0.5))
+    saved = keras.saving.deserialize_keras_object(model.get_compile_config())
+    assert type(saved["optimizer"]) is keras.optimizers.SGD and saved["loss"] == "mse", (
+        "Model._compile_config no longer holds what get_compile_config saves"
+    )
+
+
 def test_what_nadam_remembers_is_saved_under_a_loss_scale():
     ours = kgc.ClippedOptimizer(keras.optimizers.Nadam(0.1), "absolute")
     variable = keras.Variable(np.ones(1, "float32"))

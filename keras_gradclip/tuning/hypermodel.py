@@ -8,6 +8,7 @@ import keras
 import keras_tuner as kt
 
 import keras_gradclip as kgc
+from keras_gradclip import _compat
 from keras_gradclip.optimizer.clipped_optimizer import find
 from keras_gradclip.tuning._kerastuner import infer_metric_direction
 from keras_gradclip.tuning.divergence import DIVERGED, exploded, worst_score
@@ -18,7 +19,8 @@ class ClipHyperModel(kt.HyperModel):
     """A `build_model(hp)` whose optimizer clips as the trial says.
 
     `build_model` declares what it likes on `hp` and returns a compiled model without a clipper.
-    The space of `clip_hyperparameters` is added, and the optimizer wrapped.
+    The space of `clip_hyperparameters` is added, and the optimizer wrapped. The best model saves
+    and loads with its clipper; with its activation gate, too, where it is a `ClippedModel`.
 
     A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
     1e8) stops at once and reports the worst possible value: it ranks last, and the search goes on.
@@ -63,7 +65,10 @@ class ClipHyperModel(kt.HyperModel):
                 "ClipHyperModel: `build_model` must return a compiled model, but it has no "
                 "optimizer. Call model.compile(...) in it."
             )
-        inner = _without_clipping(optimizer)
+        wrapped = _clipped(optimizer, to_clipper(values, self.space.get("groups")))
+        if wrapped is not optimizer:
+            _compat.replace_optimizer(model, wrapped)
+        inner = cast(kgc.ClippedOptimizer, find(wrapped)).inner_optimizer
         if "learning_rate" in values:
             if not hasattr(inner.learning_rate, "assign"):
                 raise ValueError(
@@ -72,14 +77,12 @@ class ClipHyperModel(kt.HyperModel):
                     "build the schedule from hp in `build_model`."
                 )
             inner.learning_rate = values["learning_rate"]
-        clipper = to_clipper(values, self.space.get("groups"))
-        wrapped = kgc.ClippedOptimizer(inner, clipper, telemetry=True)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            wrapped = keras.optimizers.LossScaleOptimizer(wrapped)
-        model.optimizer = wrapped
         gate = to_gate(values, float(keras.ops.convert_to_numpy(inner.learning_rate)))
         if gate is not None:
-            gate.attach(model)
+            if isinstance(model, kgc.ClippedTrainStep):
+                model._set_gate(gate)
+            else:
+                gate.attach(model)
         return model
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
@@ -128,19 +131,36 @@ class _Watch(keras.callbacks.Callback):
             self._stop()
 
 
-def _without_clipping(optimizer):
-    """The inner optimizer, a fresh copy, if nothing clips yet."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
-    if isinstance(optimizer, kgc.ClippedOptimizer):
-        if optimizer.clipper is not None:
+def _clipped(optimizer, clipper):
+    """`optimizer` with a clipper: itself where it can clip, else a wrapper around it.
+
+    Everything else that `build_model` chose stays: the objects are used, not copies of their
+    configs, which lack what a config does not hold (variables excluded from weight decay).
+    """
+    wrapper = find(optimizer)
+    if wrapper is not None:
+        if wrapper.get_config()["clipper"] is not None:
             raise ValueError(
-                f"ClipHyperModel: the model has the clipper {optimizer.clipper} already. Compile "
-                "it without one in `build_model`; the trial's clipper is put in."
+                f"ClipHyperModel: the model has the clipper {wrapper.clipper or 'auto'} already. "
+                "Compile it without one in `build_model`; the trial's clipper is put in."
             )
-        optimizer = optimizer.inner_optimizer
-    # Its own copy: the wrapper of a ClippedModel has claimed this one.
-    return type(optimizer).from_config(optimizer.get_config())
+        if wrapper.built:
+            raise ValueError(
+                "ClipHyperModel: the ClippedOptimizer of `build_model` is built already, without "
+                "a clipper. Compile the model again at the end of `build_model`."
+            )
+        wrapper._set_clipper(clipper)
+        wrapper._check_learning_rate()
+        wrapper.telemetry = True
+        return optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return type(optimizer)(
+            _clipped(optimizer.inner_optimizer, clipper),
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+    return kgc.ClippedOptimizer(optimizer, clipper, telemetry=True)
 
 
 def as_objective(objective, direction: str | None = None) -> kt.Objective:

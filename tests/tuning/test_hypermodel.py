@@ -11,6 +11,7 @@ import pytest
 
 import keras_gradclip as kgc
 from keras_gradclip import tuning
+from keras_gradclip.optimizer.clipped_optimizer import find
 from keras_gradclip.tuning import ClipHyperModel, as_objective, to_clipper
 
 README = Path(__file__).resolve().parents[2] / "tuning" / "README.md"
@@ -85,6 +86,123 @@ def test_mixed_precision_keeps_its_loss_scale():
     assert math.isfinite(history.history["loss"][-1])
 
 
+@keras.saving.register_keras_serializable("tests")
+class OwnCompile(keras.Model):
+    """Compiles with an argument of its own, and saves it."""
+
+    def compile(self, optimizer, alpha, **kwargs):
+        super().compile(optimizer=optimizer, **kwargs)
+        self.alpha = alpha
+
+    def get_compile_config(self):
+        return {**super().get_compile_config(), "alpha": self.alpha}
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+
+@keras.saving.register_keras_serializable("tests")
+def off_by(y_true, y_pred):
+    return keras.ops.mean(keras.ops.abs(y_true - keras.ops.cast(y_pred, y_true.dtype)))
+
+
+def scaled(optimizer):
+    return keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
+
+
+def accumulating():
+    return kgc.ClippedOptimizer("adam", None, gradient_accumulation_steps=2, skip_spikes=9)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "optimizer", "policy", "extra"),
+    [
+        (keras.Model, "adam", "float32", {}),
+        (keras.Model, lambda: keras.optimizers.Adam(0.01), "mixed_float16", {}),
+        (keras.Model, lambda: scaled(keras.optimizers.Adam(0.01)), "float32", {}),
+        (keras.Model, accumulating, "float32", {"run_eagerly": True}),
+        (keras.Model, lambda: scaled(accumulating()), "float32", {"steps_per_execution": 2}),
+        (OwnCompile, lambda: keras.optimizers.Adam(0.01), "float32", {"alpha": 3.0}),
+        (kgc.ClippedModel, "adam", "float32", {}),
+        (kgc.ClippedModel, "adam", "mixed_float16", {"skip_spikes": 9}),
+        (kgc.ClippedModel, accumulating, "float32", {"loss_weights": [2.0]}),
+    ],
+)
+def test_the_model_of_a_trial_saves_and_goes_on_as_it_is(
+    model_class, optimizer, policy, extra, tmp_path
+):
+    """What it was compiled with stays, clipper and optimizer state are saved."""
+    keras.config.set_dtype_policy(policy)
+    seen = {}
+
+    def build(hp):
+        model = build_model(hp, model_class, compiled=False)
+        given = optimizer if isinstance(optimizer, str) else optimizer()
+        model.compile(optimizer=given, loss="mse", weighted_metrics=[off_by], **extra)
+        seen["config"], seen["optimizer"] = model.get_compile_config(), model.optimizer
+        return model
+
+    gated = model_class is kgc.ClippedModel
+    values = {"clipper": "absolute", "absolute/threshold": 1e-3}
+    gate = {"activation_gate": True, "gate/clip_value": 1e-6, "gate/gamma": 0.5}
+    hyper = ClipHyperModel(build, activation_gate=gated)
+    hp = trial(**values, **(gate if gated else {}))
+    model = hyper.build(hp)
+    x, y = data()
+    hyper.fit(hp, model, x, y, batch_size=16, verbose=0)
+
+    kept = {k: v for k, v in model.get_compile_config().items() if k != "optimizer"}
+    before = (
+        {**seen["config"], "activation_gate": kept["activation_gate"]} if gated else seen["config"]
+    )
+    assert kept == {k: v for k, v in before.items() if k != "optimizer"}
+    clipped, given = find(model.optimizer), find(seen["optimizer"])
+    if given is not None:
+        names = ("gradient_accumulation_steps", "skip_spikes", "skip_nonfinite")
+        assert [getattr(clipped, n) for n in names] == [getattr(given, n) for n in names]
+    if isinstance(seen["optimizer"], keras.optimizers.LossScaleOptimizer):
+        assert model.optimizer.initial_scale == seen["optimizer"].initial_scale
+
+    model.save(tmp_path / "best.keras")
+    loaded = keras.models.load_model(tmp_path / "best.keras")
+    assert find(loaded.optimizer).clipper == clipped.clipper == kgc.AbsoluteClip(1e-3)
+    assert getattr(loaded, "alpha", None) == extra.get("alpha")
+    histories = [
+        m.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0).history
+        for m in (model, loaded)
+    ]
+    assert histories[0] == histories[1]
+    assert not gated or histories[0]["clip_fraction"][0] > 0  # of the optimizer that trains
+    assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations) > 4
+    for mine, its in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, its)
+
+
+def test_what_no_config_holds_stays():
+    """The optimizer that `build_model` made is used, not a copy of its config."""
+
+    class Own(keras.optimizers.AdamW):
+        pass
+
+    def build(hp):
+        model = build_model(hp, compiled=False)
+        optimizer = Own(0.0, weight_decay=0.1)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        model.compile(optimizer, "mse", metrics=[lambda y_true, y_pred: y_pred])
+        return model
+
+    hp = trial(clipper="norm", **{"norm/max_norm": 1.0})
+    hyper = ClipHyperModel(build, objective="val_loss")
+    model = hyper.build(hp)
+    x, y = data()
+    hyper.fit(hp, model, x, y, verbose=0)
+    inner = model.optimizer.inner_optimizer
+    assert type(inner) is Own
+    decayed = [v.name for v in model.trainable_variables if inner._use_weight_decay(v)]
+    assert decayed == ["kernel", "kernel"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["random", "hyperband"])
 def test_the_stock_tuners_rank_a_diverged_trial_last(tuner, tmp_path):
@@ -129,6 +247,11 @@ def test_diverged_value():
             lambda hp: build_model(hp, optimizer=kgc.ClippedOptimizer("sgd", "norm")),
             {},
             "has the clipper NormClip",
+        ),
+        (
+            lambda hp: build_model(hp, optimizer=kgc.ClippedOptimizer("sgd", "auto")),
+            {},
+            "has the clipper auto",
         ),
         (
             lambda hp: build_model(hp, optimizer=keras.optimizers.SGD(0.1, clipvalue=1.0)),
