@@ -49,7 +49,8 @@ def load(
         flip: bool or None, mirror half of the training images; None: yes, but for digits and
             signs or with augment "none".
         splits: str or None, "train,validation,test" in TFDS's slicing language; None: the set's
-            own, with a tenth of the training split held out where there is no validation split.
+            own, with a tenth of the training split held out for each that there is not. Two that
+            share examples are refused.
         download: bool, let TFDS download and prepare.
         on_bad_data: str, "refuse" or "skip", for unreadable files of an image folder.
 
@@ -57,12 +58,12 @@ def load(
         DataError: the data set is unknown, not prepared, or has no images with labels.
     """
     if files := dataset == IMAGE_FOLDER:
-        parts, num_classes = image_folder_splits(data_dir, on_bad_data)
+        parts, num_classes, note = image_folder_splits(data_dir, on_bad_data)
         small = False
     else:
         builder = tfds.open_builder(dataset, data_dir, download)
         image_key, label_key, num_classes, small = tfds.features_of(builder)
-        parts = tfds.splits_of(builder, image_key, label_key, splits, data_dir)
+        parts, note = tfds.splits_of(builder, image_key, label_key, splits, data_dir)
     read = tf.io.read_file if files else tf.identity
     if augment == "auto":
         augment = "shift" if small else "imagenet"
@@ -79,5 +80,13 @@ def load(
     train, validation, test = parts
     buffer = SMALL_SHUFFLE_BUFFER if small or files else LARGE_SHUFFLE_BUFFER
     return Data(
-        train, validation, test, preprocess_train, preprocess_eval, num_classes, dataset, buffer
+        train,
+        validation,
+        test,
+        preprocess_train,
+        preprocess_eval,
+        num_classes,
+        dataset,
+        buffer,
+        note,
     )

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from recipes.data import images
 from recipes.data import sets as data
 from recipes.data.image_folder import image_problem, report_bad
 from recipes.errors import DataError
@@ -234,7 +235,7 @@ def _training_example(
 
 def _road(path: tf.Tensor, image_shape: tuple[int, int]) -> tf.Tensor:
     """float32 [height, width, 3] in -1..1: an image file without its sky and bonnet."""
-    pixels = tf.io.decode_image(tf.io.read_file(path), 3, expand_animations=False)
+    pixels = images.decode(tf.io.read_file(path))
     rows = tf.cast(tf.shape(pixels)[0], tf.float32)
     top, bottom = tf.cast(rows * _CROP_TOP, tf.int32), tf.cast(rows * _CROP_BOTTOM, tf.int32)
     strip = pixels[top : tf.shape(pixels)[0] - bottom]

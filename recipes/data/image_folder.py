@@ -1,17 +1,20 @@
 """Which images are in a folder? Files by split and class; damage is named by file.
 
-Each image is opened once before training, so that a truncated file costs a line at the start and
+Each image is decoded once before training, so that a truncated file costs a line at the start and
 not a crash in epoch 7.
 """
 
 import collections
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
+from recipes.data import images
 from recipes.data.sets import Split
 from recipes.errors import DataError, first_line
 
@@ -23,7 +26,10 @@ _SHOWN = 10  # problems listed one by one; the rest are counted
 
 
 def image_problem(path: str | Path) -> str | None:
-    """Why an image file cannot be decoded, or None where it can; all of its pixels are read."""
+    """Why an image file cannot be trained on, or None where it can; all of its pixels are read.
+
+    PIL, whose words are better, reads it first; then TensorFlow, which decodes it in training.
+    """
     from PIL import Image
 
     try:
@@ -32,10 +38,20 @@ def image_problem(path: str | Path) -> str | None:
                 wanted = ", ".join(_FORMATS)
                 return f"is {image.format} by its content, and must be one of {wanted}"
             image.load()
+            size = (image.height, image.width)
+            # TensorFlow takes the numbers of a palette in a BMP for grey levels.
+            colours = np.asarray(image.convert("RGB")) if image.format == "BMP" else None
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # PIL's decoders raise whatever they stumble over
         return first_line(error)
+    try:
+        pixels = images.decode(tf.io.read_file(str(path))).numpy()
+    except tf.errors.OpError as error:
+        words = re.sub(r"^\{\{.*?\}\} *| *\[Op:.*", "", first_line(error))
+        return f"TensorFlow cannot decode it: {words}; save it anew, e.g. as PNG"
+    if pixels.shape[:2] != size or (colours is not None and (pixels != colours).any()):
+        return "TensorFlow decodes it to another image; save it anew, e.g. as PNG"
     return None
 
 
@@ -85,12 +101,15 @@ def readable_images(rows: Sequence[Row], on_bad_data: str, what: str) -> list[Ro
     return [row for row, problem in zip(rows, found, strict=True) if problem is None]
 
 
-def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split], int]:
+def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split], int, str]:
     """Train, validation and test splits of (path, label) from split/class/file folders.
 
     Without a `validation` (or `val`) folder every tenth training image of each class is held
-    out; without a `test` folder the validation images stand in for it. Classes are the folders
-    of `train` in alphabetical order.
+    out, and without a `test` folder another tenth: the same ones each time. Classes are the
+    folders of `train` in alphabetical order.
+
+    Returns:
+        The splits, the number of classes, and what was held out, in words.
 
     Raises:
         DataError: no such folder, no classes, or an unreadable image under "refuse".
@@ -120,12 +139,16 @@ def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split]
         return readable_images(rows(split), on_bad_data, str(base / split))
 
     train = checked("train")
-    held = next((name for name in ("validation", "val") if (base / name).is_dir()), None)
-    if held:
-        validation = checked(held)
-    else:
-        validation, train = _every_tenth(train)
-    test = checked("test") if (base / "test").is_dir() else validation
+    parts, held_out = [], []
+    for role, names in (("validation", ("validation", "val")), ("test", ("test",))):
+        folder = next((name for name in names if (base / name).is_dir()), None)
+        if folder:
+            parts.append(checked(folder))
+        else:
+            taken, train = _tenth(train, first=10 if role == "validation" else 5)
+            parts.append(taken)
+            held_out.append(role)
+    validation, test = parts
     empty = set(range(len(classes))) - {label for _, label in (*train, *validation)}
     if len(empty) < len(classes) and empty:
         raise DataError(
@@ -135,17 +158,18 @@ def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split]
     for name, part in (("train", train), ("validation", validation), ("test", test)):
         if not part:
             raise DataError(f"{base}: no images for the {name} split")
-    return [_split(part) for part in (train, validation, test)], len(classes)
+    note = f"{' and '.join(held_out)}: held out of train/" if held_out else ""
+    return [_split(part) for part in (train, validation, test)], len(classes), note
 
 
-def _every_tenth(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Every tenth row of each class, and the others."""
+def _tenth(rows: Sequence[Row], first: int) -> tuple[list[Row], list[Row]]:
+    """Every tenth row of each class, from the `first` on, and the others."""
     tenths: list[Row] = []
     others: list[Row] = []
     counts: collections.Counter[int] = collections.Counter()
     for row in rows:
         counts[row[1]] += 1
-        (others if counts[row[1]] % 10 else tenths).append(row)
+        (tenths if counts[row[1]] % 10 == first % 10 else others).append(row)
     return tenths, others
 
 

@@ -20,7 +20,7 @@ def decode_train(
         image = _decode_random_crop(encoded, crop_seed)
         image = tf.image.resize(image, [image_size, image_size])
     else:
-        image = tf.image.resize(_decode(encoded), [image_size, image_size])
+        image = tf.image.resize(decode(encoded), [image_size, image_size])
         if augment == "shift":
             border = max(1, image_size // 8)
             edge = [[border, border], [border, border], [0, 0]]
@@ -37,7 +37,7 @@ def decode_eval(encoded: tf.Tensor, image_size: int, augment: str) -> tf.Tensor:
     With augment "imagenet": the standard crop, the central image_size pixels after the shorter
     side was resized to image_size · 256 / 224; otherwise the whole image, resized.
     """
-    image = _decode(encoded)
+    image = decode(encoded)
     if augment == "imagenet":
         shape = tf.cast(tf.shape(image)[:2], tf.float32)
         # The centre first, then one resize: the same pixels at less cost.
@@ -49,7 +49,12 @@ def decode_eval(encoded: tf.Tensor, image_size: int, augment: str) -> tf.Tensor:
     return tf.ensure_shape(image, [image_size, image_size, 3])
 
 
-def _decode(encoded: tf.Tensor) -> tf.Tensor:
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """uint8 [height, width, 3] of a file; training and the check before it both decode by this.
+
+    Raises:
+        tf.errors.InvalidArgumentError: the file is damaged, or of another kind.
+    """
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -77,7 +82,7 @@ def _decode_random_crop(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return tf.image.decode_and_crop_jpeg(encoded, window, channels=3)
 
     def other() -> tf.Tensor:
-        image = _decode(encoded)
+        image = decode(encoded)
         begin, size = box(tf.shape(image))
         return tf.slice(image, begin, size)
 

@@ -45,6 +45,7 @@ class Data:
         num_outputs: int, classes of a classifier, or values predicted.
         name: str, for tables and file heads.
         shuffle_buffer: int, examples held to shuffle from.
+        note: str, which parts the three splits are where the set itself has others.
     """
 
     train: Split
@@ -55,6 +56,7 @@ class Data:
     num_outputs: int
     name: str
     shuffle_buffer: int = SMALL_SHUFFLE_BUFFER
+    note: str = ""
 
 
 def made_once(target: Path, make: Callable[[Path], object]) -> Path:

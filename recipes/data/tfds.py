@@ -1,6 +1,8 @@
 """Which sets does TFDS bring? Their builders, features and splits, and the embedded digits."""
 
 import difflib
+import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -80,11 +82,11 @@ def features_of(builder: Any) -> tuple[str, str, int, bool]:
 
 def splits_of(
     builder: Any, image_key: str, label_key: str, splits: str | None, data_dir: str | None
-) -> list[Split]:
-    """Train, validation and test splits of (encoded image, label).
+) -> tuple[list[Split], str]:
+    """Train, validation and test splits of (encoded image, label), and their names if unusual.
 
     Raises:
-        DataError: not prepared, or a split that is empty or not there.
+        DataError: not prepared, or a split that is empty, not there, or shares examples.
     """
     names = _split_names(builder, splits)
     parts = []
@@ -92,7 +94,30 @@ def splits_of(
         parts.append(_split(builder, name, image_key, label_key, data_dir))
         if parts[-1].size == 0:
             raise DataError(f"dataset={builder.name!r}: the {role} split {name!r} is empty")
-    return parts
+    for one, other in itertools.combinations(names, 2):
+        if splits and _share(builder, one, other):
+            raise DataError(
+                f"splits={','.join(names)!r}: {one!r} and {other!r} share examples, and a test on "
+                "what a model was trained on or chosen by is none. Cut one in two, such as "
+                "'train[:90%],train[90%:],test'"
+            )
+    usual = names == ("train", "validation", "test")
+    return parts, "" if usual else f"its {', '.join(names)}"
+
+
+def _share(builder: Any, *names: str) -> bool:
+    """Whether two splits, in TFDS's slicing language, have an example in common."""
+    one, other = (
+        [
+            (str(f.filename), f.skip, f.skip + f.take if f.take >= 0 else math.inf)
+            for f in builder.info.splits[name].file_instructions
+        ]
+        for name in names
+    )
+    return any(
+        file == file_2 and max(start, start_2) < min(end, end_2)
+        for (file, start, end), (file_2, start_2, end_2) in itertools.product(one, other)
+    )
 
 
 def _split_names(builder: Any, splits: str | None) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def opening_lines(run: "Session", start: int) -> list[str]:
         f"  {options.optimizer} at {options.learning_rate:g} ({schedule}), {options.epochs} epochs "
         f"of {steps} steps, batch {options.batch_size}, seed {options.seed}",
         f"  {data.name}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test "
-        f"examples; on {replicas} {kind} in {precision}",
+        f"examples{f' ({data.note})' if data.note else ''}; on {replicas} {kind} in {precision}",
         f"  results in {run.folder}",
     ]
     if start:
@@ -80,7 +80,9 @@ def _rows(recipe: Recipe, result: Result) -> Sequence[tuple[str, str]]:
         epoch = result.best_epoch + 1
         rows.append(("best validation accuracy", f"{100 * result.best:.2f} % (epoch {epoch})"))
         if "accuracy" in result.test:
-            rows.append(("its test accuracy", f"{100 * result.test['accuracy']:.2f} %"))
+            chosen = "test_accuracy" in result.history[-1]  # --select-best beats-test looks at it
+            note = " (the epoch was chosen by it, too)" if chosen else ""
+            rows.append(("its test accuracy", f"{100 * result.test['accuracy']:.2f} %{note}"))
     if recipe.report:
         rows += recipe.report(result)
     if not math.isnan(result.clip_fraction):

@@ -1,5 +1,6 @@
 """Data of the recipes: splits, order, augmentation, and what happens to damaged or missing data."""
 
+import io
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from recipes import data
 from recipes.data import images
+from recipes.data.image_folder import image_problem
 from recipes.data.mnist_embedded import split_rows
 from recipes.errors import DataError
 
@@ -227,6 +229,22 @@ def test_splits_must_be_three():
         data.load(splits="train,test")
     chosen = data.load(splits="train[:10%],train[10%:20%],test", image_size=32)
     assert (chosen.train.size, chosen.validation.size, chosen.test.size) == (400, 400, 500)
+    assert chosen.note == "its train[:10%], train[10%:20%], test"
+    assert data.load(image_size=32).note == ""
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        "train,validation,validation",
+        "train,train[90%:],test",
+        "train[:60%],validation,train[50%:]",
+        "train+validation,validation[:5%],test",
+    ],
+)
+def test_splits_that_share_examples_are_refused(splits):
+    with pytest.raises(DataError, match="share examples"):
+        data.load(splits=splits, image_size=32)
 
 
 @pytest.mark.skipif(not CIFAR_DIR.is_dir(), reason="no CIFAR-10 subset beside the checkout")
@@ -285,10 +303,126 @@ def test_truncated_image_is_skipped_and_reported(folder, capsys):
     printed = capsys.readouterr().err
     assert "03.jpg" in printed
     assert "1 bad entry" in printed
-    assert loaded.train.size + loaded.validation.size == 23
+    assert loaded.train.size + loaded.validation.size + loaded.test.size == 23
     assert loaded.num_outputs == 2
     images = [x for x, _ in as_arrays(data.train_stream(loaded, 4, seed=0).take(6))]
     assert all(np.isfinite(image).all() for image in images)
+
+
+def saved(path, image, tail=b"", **options):
+    image.save(path, **options)
+    with path.open("ab") as file:
+        file.write(tail)
+
+
+def gradient():
+    """A picture with many colours, none of them grey."""
+    x = np.linspace(0, 200, 50 * 40).reshape(40, 50).astype(np.uint8)
+    return Image.fromarray(np.stack([x + 50, x // 2, 255 - x], axis=-1))
+
+
+AS_BMP = {
+    "24 bits": (gradient(), b""),
+    "palette": (gradient().convert("P"), b""),
+    "palette of one colour": (Image.new("RGB", (50, 40), (255, 0, 0)).convert("P"), b""),
+    "grey palette": (gradient().convert("L"), b""),
+    "black and white": (gradient().convert("1"), b""),
+    "32 bits": (gradient().convert("RGBA"), b""),
+    "a byte behind it": (gradient(), b"\0"),
+}
+OTHERS = {
+    "palette": (gradient().convert("P"), "png"),
+    "transparent": (gradient().convert("RGBA"), "png"),
+    "grey": (gradient().convert("L"), "png"),
+    "black and white": (gradient().convert("1"), "png"),
+    "gif": (gradient(), "gif"),
+    "jpeg": (gradient(), "jpg"),
+    "grey jpeg": (gradient().convert("L"), "jpg"),
+}
+
+
+@pytest.mark.parametrize("kind", [*AS_BMP, *(f"no BMP, {kind}" for kind in OTHERS)])
+def test_an_image_that_passes_is_trained_on_as_it_looks(kind, tmp_path):
+    """By every way in which training decodes; what does not pass says why."""
+    if kind in AS_BMP:
+        image, tail = AS_BMP[kind]
+        path = tmp_path / "a.bmp"
+        saved(path, image, tail)
+    else:
+        image, ending = OTHERS[kind.removeprefix("no BMP, ")]
+        path = tmp_path / f"a.{ending}"
+        saved(path, image)
+    problem = image_problem(path)
+    passes = kind not in AS_BMP or kind in ("24 bits", "32 bits", "grey palette")
+    assert (problem is None) == passes, problem
+    if problem is not None:
+        assert "TensorFlow" in problem and "{{" not in problem and "[Op" not in problem
+        return
+    looks = np.asarray(Image.open(path).convert("RGB")).astype(float)
+    seen = images.decode_eval(tf.io.read_file(str(path)), 40, "shift").numpy()
+    np.testing.assert_allclose(seen.mean((0, 1)), looks.mean((0, 1)), atol=4)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG"])
+def test_damaged_images_that_pass_can_be_trained_on(kind, tmp_path):
+    """Flipped bytes, cuts and insertions: the check and every decoder of training agree."""
+    whole = io.BytesIO()
+    gradient().save(whole, kind)
+    rng = np.random.default_rng(len(kind))
+    path, passed = tmp_path / "damaged", 0
+    for i in range(60):
+        damaged = bytearray(whole.getvalue())
+        place = int(rng.integers(len(damaged)))
+        if i % 3 == 0:
+            damaged[place] ^= int(rng.integers(1, 256))
+        elif i % 3 == 1:
+            del damaged[place:]
+        else:
+            damaged[place:place] = rng.bytes(9)
+        path.write_bytes(damaged)
+        if image_problem(path) is not None:
+            continue
+        passed += 1
+        file = tf.io.read_file(str(path))
+        images.decode_eval(file, 8, "imagenet")
+        images.decode_train(file, tf.constant([1, i], tf.int64), 8, "imagenet", flip=False)
+        images.decode_train(file, tf.constant([1, i], tf.int64), 8, "shift", flip=False)
+    assert passed < 60
+
+
+def image_folder(root, sizes):
+    """root/PART/{cat,dog}, so many images of each class, no two alike."""
+    for number, (part, size) in enumerate(sizes.items()):
+        for name in ("cat", "dog"):
+            place = root / part / name
+            place.mkdir(parents=True)
+            for i in range(size):
+                seed = 1000 * number + 100 * (name == "dog") + i
+                Image.fromarray(random_image(8, 8, seed)).save(place / f"{i:03}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("parts", "sizes", "note"),
+    [
+        ({"train": 20}, (32, 4, 4), "validation and test: held out of train/"),
+        ({"train": 20, "test": 3}, (36, 4, 6), "validation: held out of train/"),
+        ({"train": 20, "val": 3}, (36, 6, 4), "test: held out of train/"),
+        ({"train": 20, "validation": 3, "test": 2}, (40, 6, 4), ""),
+    ],
+)
+def test_the_parts_of_an_image_folder_share_nothing(parts, sizes, note, tmp_path):
+    root = str(image_folder(tmp_path, parts))
+    loaded = data.load("image_folder", data_dir=root, image_size=32)
+    splits = (loaded.train, loaded.validation, loaded.test)
+    assert tuple(split.size for split in splits) == sizes
+    assert loaded.note == note
+    files = [{path.numpy() for path, _ in split.dataset} for split in splits]
+    assert len(files[0] | files[1] | files[2]) == sum(sizes)
+    for split in splits:
+        assert len(set(Counter(int(label) for _, label in split.dataset).values())) == 1
+    again = data.load("image_folder", data_dir=root, image_size=32)
+    assert [p.numpy() for p, _ in again.test.dataset] == [p.numpy() for p, _ in loaded.test.dataset]
 
 
 @pytest.mark.parametrize("place", [None, "absent"])
