@@ -91,10 +91,10 @@ evidence: venv
 	$(BIN)/python recipes/tools/evidence.py $(ARGS)
 
 bench: venv venv-jax venv-torch
-	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 bench-jax: venv-jax
-	.venv-jax/bin/python tests/benchmarks/gpu.py --batch 8 --image 32 --steps 2 --rounds 2 \
+	.venv-jax/bin/python benchmarks/gpu.py --batch 8 --image 32 --steps 2 --rounds 2 \
 	  --epochs 1 --examples 64 --rates 0.1 $(ARGS)
 
 calibrate: venv
@@ -127,7 +127,7 @@ test-backends: venv venv-jax venv-torch
 
 # Builds and deletes one environment after the other; on old and new Python, if they are there.
 test-matrix:
-	$(PYTHON) tests/version_matrix.py $(ARGS)
+	$(PYTHON) benchmarks/version_matrix.py $(ARGS)
 
 test-trackers: venv-trackers
 	.venv-trackers/bin/python -c "import mlflow, trackio, wandb"  # or their tests would be skipped

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("tensorflow")
-BENCH = Path(__file__).resolve().parent / "benchmarks/bench.py"
+BENCH = Path(__file__).resolve().parents[1] / "benchmarks/bench.py"
 
 
 def run(*arguments):

@@ -1,12 +1,6 @@
 """What the cases of the corpus stand in."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "recipes"), str(TESTS / "tuning")]  # their small recipes
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,21 +2,18 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_recipe import RECIPE as TINY
 
 import keras_gradclip as kgc
 from recipes.errors import RecipeError
 from recipes.tools import calibrate
 from recipes.tools._choices import EIGHTHS
 from recipes.training import main, run
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_recipe import RECIPE as TINY
 
 STEPS = 24  # three epochs of eight batches
 QUIET = ["--verbose", "quiet"]

@@ -2,19 +2,16 @@
 
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_recipe import RECIPE as TINY
 
 from recipes import training
 from recipes.errors import RecipeError, TrainingDiverged
 from recipes.registry import find_recipe
 from recipes.tools import compare
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_recipe import RECIPE as TINY
 
 FLAGS = ["--epochs", "1", "--limit-steps", "2"]
 

@@ -1,7 +1,7 @@
 """What a search's chief bears: many simulated workers, whose trials only sleep.
 
-    python tests/benchmarks/search_scale.py                     # 50 workers, 600 trials of 10 s
-    python tests/benchmarks/search_scale.py --workers 200 --seconds 30
+    python benchmarks/search_scale.py                     # 50 workers, 600 trials of 10 s
+    python benchmarks/search_scale.py --workers 200 --seconds 30
 
 The chief is `tuning/search.py` itself, as a process of its own; a worker is a thread here that asks
 it for a trial over gRPC, as KerasTuner's do, sleeps, and reports. Prints, and writes to
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from keras_gradclip._files import write_csv  # noqa: E402

@@ -1,6 +1,6 @@
 """One framework's half of the benchmark: a process that runs what it is told, one call at a time.
 
-    python tests/benchmarks/worker.py tensorflow
+    python benchmarks/worker.py tensorflow
 
 The parent (`bench.py`) writes one JSON object a line: `{"do": name, ...}`; the answer is one JSON
 object a line, on a copy of standard output that nothing else writes to. So the processes of all
@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:3]]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # `references` is among the tests
 
 #: Name of a contestant to a function that does the work once and waits until it is done.
 Cases = dict[str, Callable[[], object]]

@@ -1,6 +1,6 @@
 """Run the core tests on pairs of Keras and TensorFlow, each in an environment of its own from PyPI.
 
-    python tests/version_matrix.py [--only 3.12 ...] [--quick] [--again]
+    python benchmarks/version_matrix.py [--only 3.12 ...] [--quick] [--again]
 
 Prints a table and writes docs/results/versions.csv after each pair; what an interrupted run has
 from this commit is not run again. Needs 3 GB of disk and a quarter of an hour a

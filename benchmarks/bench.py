@@ -1,7 +1,7 @@
 """What clipping costs, against Keras's own clipping, optax, PyTorch, timm and a plain copy.
 
     make bench                                   # everything: about half an hour
-    python tests/benchmarks/bench.py --only clip update
+    python benchmarks/bench.py --only clip update
 
 Every contestant is run in turn, A B C A B C, each framework in a process of its own, so that a
 busy machine hurts all alike. A ratio is taken within each round and the table gives the median of
@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parent
 PYTHONS = {
     "tensorflow": sys.executable,
     "jax": str(ROOT / ".venv-jax/bin/python"),

@@ -1,6 +1,6 @@
 """Keras on JAX: what a clip costs a step, and what it saves.
 
-    python tests/benchmarks/gpu.py                     # on a GPU, with JAX for it
+    python benchmarks/gpu.py                     # on a GPU, with JAX for it
     make bench-jax                                     # the same at toy size, on a CPU
 
 First, a small network in float32, whose step shows what comes on top of the arithmetic: our clip
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
