@@ -7,17 +7,20 @@ Keras lacks is asked of the host, not of its version.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
+from keras.src.backend.common import global_state
 
 # `keras.Model(inputs, outputs)` returns a `Functional`, whose class has no public name. A model
 # that is both clipped and functional has to inherit from it.
 from keras.src.models.functional import Functional as Functional
+from keras.src.random import seed_generator
 
 from keras_gradclip._types import Layer, Model, Optimizer, Scalar, Strategy, Tensor, Variable
 
@@ -156,6 +159,45 @@ def is_traced_for_xla() -> bool:
     from tensorflow.python.ops import control_flow_util
 
     return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def get_global_seed_generator() -> Any:
+    """The generator that `keras.random` draws from without a seed; None until it first does.
+
+    Keras has no public name for it, and only sets it, from a seed.
+    """
+    return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+
+
+def set_global_seed_generator(generator: Any) -> None:
+    """What `get_global_seed_generator` returned, in its place again."""
+    global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
+
+
+@contextlib.contextmanager
+def tensorflow_random_state() -> Iterator[None]:
+    """Put back what TensorFlow draws from outside of functions: seeds of operations, the generator.
+
+    `tf.random.set_seed` sets the first, and nothing public reads it. Kernels count their draws, so
+    that a seed drawn again needs a new kernel. `tf.random.get_global_generator` makes the second.
+    """
+    from tensorflow.python.eager import context
+    from tensorflow.python.ops import stateful_random_ops
+
+    host, generator = context.context(), stateful_random_ops.global_generator
+    seeds = getattr(host, "_rng", None)
+    before = seeds and seeds.getstate()
+    state = None if generator is None else generator.state.numpy()
+    try:
+        yield
+    finally:
+        stateful_random_ops.global_generator = generator
+        if generator is not None:
+            generator.state.assign(state)
+        if seeds is not None and (host._rng is not seeds or seeds.getstate() != before):
+            seeds.setstate(before)
+            host._rng = seeds
+            host.clear_kernel_cache()
 
 
 # Where Keras keeps an optimizer's slots, in the order in which TensorFlow's kernels take them.

@@ -214,3 +214,17 @@ def test_muon_still_says_what_it_leaves_to_adamw():
     muon.build([kernel, bias])
     assert not _compat.muon_uses_adamw(muon, kernel)
     assert _compat.muon_uses_adamw(muon, bias)
+
+
+def test_the_global_generators_are_where_they_were():
+    keras.utils.set_random_seed(1)
+    assert _compat.get_global_seed_generator() is None
+    first = keras.random.normal((2,)).numpy()
+    assert isinstance(_compat.get_global_seed_generator(), keras.random.SeedGenerator), (
+        "Keras keeps the generator of unseeded draws elsewhere now: calibrate would change it"
+    )
+    keras.utils.set_random_seed(1)
+    with _compat.tensorflow_random_state():
+        operation = tf.random.normal((2,)).numpy()
+    np.testing.assert_array_equal(tf.random.normal((2,)).numpy(), operation)
+    np.testing.assert_array_equal(keras.random.normal((2,)).numpy(), first)

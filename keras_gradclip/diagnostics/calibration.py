@@ -357,8 +357,14 @@ def calibrate(
     Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
     clipper bounds: the 90th clips about one update in ten while the gradients stay as they were.
     Compile without the clip to be replaced: it changes the norms. Most networks' norms drift:
-    watch as many updates as the run will have, or use `clip_map(segments=8)`. Afterwards model,
-    optimizers and random states are what they were before, bit for bit.
+    watch as many updates as the run will have, or use `clip_map(segments=8)`.
+
+    Afterwards model, optimizers, metrics and all that `keras.utils.set_random_seed` sets are what
+    they were before, bit for bit. Not put back are the data's own position and generators, lists
+    and arrays of your own that training writes into, and two things that are made anew: stateful
+    operations of TensorFlow in a traced step (`tf.random.normal` in a layer) count their draws
+    from the start, since the step is traced again; and on JAX a model whose first `fit` comes
+    afterwards shuffles otherwise, since Keras draws one permutation more where it builds metrics.
 
     ```python
     found = kgc.calibrate(model, dataset, steps=200)
@@ -395,7 +401,7 @@ def calibrate(
     capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
     sampler = Sampler(optimizer, capacity, beta, eps)
     hold = contextlib.nullcontext() if follow else optimizer._inner_update.held()
-    with everything_put_back(model, optimizer), hold:
+    with everything_put_back(model, [optimizer]), hold:
         _fit(model, data, batch_size, [Watch(sampler, count), *callbacks], count)
         sampler.fetch()
         skipped = sampler.skipped

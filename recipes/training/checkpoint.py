@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_gradclip._compat import all_layers
 from keras_gradclip._files import PathLike, replace_file
 
 
@@ -21,9 +22,12 @@ def state_variables(model: Any) -> list[Any]:
     """Every variable that the next step depends on or adds to, once each, in a fixed order.
 
     Weights, moving averages, the states of random layers, the optimizer's (with the clipper's
-    and the loss scale), and the running metrics of the epoch.
+    and the loss scale), the running metrics of the epoch, and the states of stateful RNNs, which
+    Keras tracks nowhere.
     """
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    states = keras.tree.flatten([getattr(layer, "states", None) for layer in all_layers(model)])
+    variables += [state for state in states if isinstance(state, keras.Variable)]
     return list({id(variable): variable for variable in variables}.values())
 
 

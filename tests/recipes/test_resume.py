@@ -179,3 +179,19 @@ def test_rows_of_unfinished_epochs_are_dropped(tmp_path, first):
     assert folders.read_history(path) == [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}]
     folders.keep_epochs(path, 0)
     assert not path.exists()
+
+
+def test_the_states_of_stateful_layers_are_in_a_backup(tmp_path):
+    inputs = keras.Input((5, 4), batch_size=8)
+    rnn = keras.layers.Bidirectional(keras.layers.LSTM(4, stateful=True))
+    model = keras.Model(inputs, keras.layers.Dense(1)(rnn(inputs)))
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(8, 5, 4)).astype("float32")
+    model.fit(x, x[:, 0, :1], batch_size=8, verbose=0)
+    states = [*rnn.forward_layer.states, *rnn.backward_layer.states]
+    before = [state.numpy() for state in states]
+    assert all(value.any() for value in before)
+    checkpoint.save_backup(tmp_path / "backup.npz", model, 1, 0.0)
+    model.fit(x, x[:, 0, :1], batch_size=8, verbose=0)
+    checkpoint.restore(model, checkpoint.load_backup(tmp_path / "backup.npz"))
+    np.testing.assert_array_equal([state.numpy() for state in states], before)
