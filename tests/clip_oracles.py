@@ -6,8 +6,7 @@ import numpy as np
 import oracles
 
 import keras_gradclip as kgc
-from keras_gradclip.clippers._units import default_unit_axes
-from keras_gradclip.clippers.relative import is_vector
+from keras_gradclip.clippers.units import default_unit_axes, is_vector
 
 
 class Variable:
@@ -186,7 +185,7 @@ class Clip:
             return grads
         if isinstance(self.clipper, kgc.ClipMap):
             return self._by_rule(grads, weights, paths, step)
-        if self.steps is not None and self.steps != self.clipper.bounds_steps:
+        if self.steps is not None and self.steps != (self.clipper.stage == "update"):
             return grads
         divisor = self.largest_rate if getattr(self.clipper, "anneal", None) else rate
         divisor = divisor / rate if self.steps else divisor

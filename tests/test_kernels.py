@@ -7,7 +7,7 @@ import pytest
 from helpers import DTYPES, RTOL, gradients, strategy, to64, variables
 
 import keras_gradclip as kgc
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as kernels
 from keras_gradclip._names import layer_of
 
 tf = pytest.importorskip("tensorflow")

@@ -1,7 +1,5 @@
 """What can clip? One declaration a clipper; the registry in `base` knows them all."""
 
-from keras_gradclip.clippers._declaration import Card, Parameter, parameter, parameters
-from keras_gradclip.clippers._units import unit_axes
 from keras_gradclip.clippers.base import (
     Clipper,
     ClipStats,
@@ -14,8 +12,10 @@ from keras_gradclip.clippers.base import (
 from keras_gradclip.clippers.composite import Chain, ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
 from keras_gradclip.clippers.norm import NormClip, RMSClip
+from keras_gradclip.clippers.parameters import Card, Parameter, parameter, parameters
 from keras_gradclip.clippers.relative import AdaptiveClip, UpdateRatioClip
 from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
+from keras_gradclip.clippers.units import unit_axes
 
 __all__ = [
     "AbsoluteClip",

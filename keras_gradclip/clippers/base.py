@@ -1,13 +1,11 @@
-"""What a clipper is, and how one is found by name.
+"""The base class of all clippers, and the registry that finds them by name.
 
-Clippers are frozen dataclasses that know nothing of optimizers or strategies. Their fields are
-their hyper-parameters. `init(variables)` gives a clipper's running state, and
-`apply(grads, variables, state, hyper)` clips; both are pure. Calling a clipper,
-`clipper(grads, variables)`, does the two in a row for loops and tests.
+A clipper is a frozen dataclass that says what its limit is. `enforce` does the rest: it takes
+norms, clips, rescales, counts.
 
-To write one: subclass `Clipper` as a frozen dataclass under `@register("its_name")`, declare its
-fields by `parameter`, and implement `apply` (and `init`, if it remembers something). Flags, search
-spaces and the table in the docs then have it; `measures` gives it to `calibrate` as well.
+To write one, subclass `Clipper` under `@register("its_name")`, declare the fields by `parameter`,
+set `scope`, and return the largest norm (or element) that is allowed from `limit(weight, hyper)`.
+Flags, search spaces and the table in the docs then have it; `measures` gives it to `calibrate`.
 """
 
 from __future__ import annotations
@@ -17,80 +15,27 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import keras
 from keras import ops
 
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import path_of, size_of
-from keras_gradclip._types import Config, Gradient, Hyper, Model, State, Tensor, Threshold, Variable
-from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
-
-#: The key of `hyper` under which a clipper finds the optimizer's learning rate.
-LEARNING_RATE = "learning_rate"
-#: The key of `hyper` that says which of two passes this is, where an update has two: `GRADIENTS`,
-#: then `STEPS`, by which the inner optimizer is about to change the weights.
-PASS = "pass"
-GRADIENTS, STEPS = "gradients", "steps"
-
-
-class ClipStats(NamedTuple):
-    """What a clip did, one entry a variable, in the order of the variables.
-
-    Attributes:
-        fractions: a function that returns a list of float32 scalars in 0..1, the share of the
-            variable's elements (or of its norms) that were clipped; None where no rule applies.
-            A function, because nobody should pay for figures that nobody reads.
-        weights: a list of floats, how much each variable counts in the overall fraction: its
-            number of elements, or its share of a norm.
-        unit: "elements" or "norms", what was counted.
-        square_norms: a list of float32 scalars, the squared L2 norm before the clip, where the
-            clipper had to take it anyway; else None.
-    """
-
-    fractions: Callable[[], list[Tensor]]
-    weights: list[float]
-    unit: str
-    square_norms: list[Tensor] | None = None
-
-
-def combined(stats: Sequence[ClipStats], variables: Sequence[Variable]) -> ClipStats:
-    """What several clips of the same variables, one after the other, did together."""
-
-    def fractions():
-        per_clipper = [s.fractions() for s in stats]
-        result = []
-        for of_variable in zip(*per_clipper, strict=True):
-            known = [f for f in of_variable if f is not None]
-            largest = known[0] if known else None
-            for f in known[1:]:
-                largest = ops.maximum(largest, f)
-            result.append(largest)
-        return result
-
-    unit, weights = _common_unit(stats, variables)
-    return ClipStats(fractions, weights, unit, stats[0].square_norms)
-
-
-def _common_unit(
-    stats: Sequence[ClipStats], variables: Sequence[Variable]
-) -> tuple[str, list[float]]:
-    """The unit and the weights of stats that speak of the same variables."""
-    if len({s.unit for s in stats}) == 1:
-        return stats[0].unit, [
-            max(of_variable) for of_variable in zip(*(s.weights for s in stats), strict=True)
-        ]
-    counted = [any(of_variable) for of_variable in zip(*(s.weights for s in stats), strict=True)]
-    return "elements", [
-        float(size_of(v)) if c else 0.0 for v, c in zip(variables, counted, strict=True)
-    ]
+from keras_gradclip._names import path_of
+from keras_gradclip._types import Config, Gradient, Hyper, State, Tensor, Threshold
+from keras_gradclip.clippers.enforce import Enforcer
+from keras_gradclip.clippers.limit import Assignment, ClipStats, Limit
+from keras_gradclip.clippers.parameters import MEASURES, Card, parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class Clipper:
-    """Base class of all clippers."""
+class Clipper(Limit):
+    """Base class of all clippers: see the module's docstring for how to write one.
+
+    A clipper with memory implements `memory` and `limits` instead of `limit`. One that is no limit
+    overrides `apply` (and `init`).
+    """
 
     #: Live fields of a clipper that declares none by `parameter`.
     live: ClassVar[tuple[str, ...]] = ()
@@ -100,20 +45,15 @@ class Clipper:
     measures: ClassVar[str | None] = None
     #: Whether flags and search spaces can make one: False for what is made of other clippers.
     selectable: ClassVar[bool] = True
-    #: Whether `apply` wants `hyper["learning_rate"]`, the optimizer's at this step.
-    needs_learning_rate: ClassVar[bool] = False
-    #: Whether it bounds steps, η·g. Where the inner optimizer ignores a gradient's scale, `apply`
-    #: gets the steps themselves in the place of the gradients, and a learning rate of 1.
-    bounds_steps: ClassVar[bool] = False
-    #: Whether `apply` asks `hyper[LATER]` which clips may wait for the update: see `_deferred`.
-    defers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for declared in parameters(self):
             value = declared.check(type(self).__name__, getattr(self, declared.name))
             object.__setattr__(self, declared.name, value)
 
-    def hyperparameters(self) -> Config:
+    # What is asked of a clipper ----------------------------------------------------------------
+
+    def hyperparameters(self) -> dict[str, Threshold]:
         """The live hyper-parameters: name to float or LearningRateSchedule."""
         return {p.name: getattr(self, p.name) for p in parameters(self) if p.live}
 
@@ -121,53 +61,58 @@ class Clipper:
         """A copy with other values; `values` is keyed as `hyperparameters()` is."""
         return dataclasses.replace(self, **dict(values))
 
-    def check_variables(self, variables: Sequence[Variable]) -> None:
+    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Raise a ValueError if this clipper cannot serve these variables."""
         for variable in variables:
             if "complex" in str(getattr(variable, "dtype", "")):
                 raise ValueError(
                     f"{type(self).__name__}: {path_of(variable)!r} is of dtype {variable.dtype}, "
-                    "and what it is to clip a complex gradient is not defined. Exclude it: "
+                    "and clipping a complex gradient is not defined. Exclude it: "
                     f"ClipMap({{{path_of(variable)!r}: None}}, default=...)."
                 )
 
-    def init(self, variables: Sequence[Variable]) -> State:
-        """The running state before the first step: name to array. Most clippers have none."""
-        del variables
-        return {}
+    def assignments(self, variables: Sequence[keras.Variable]) -> list[Assignment]:
+        """Which clipper limits which variables, in the order in which they clip."""
+        has_own = type(self).apply is not Clipper.apply
+        return [Assignment("", self, tuple(range(len(variables))), has_own)]
+
+    def _enforcer(self, variables: Sequence[keras.Variable]) -> Enforcer:
+        # An `apply` that calls `super().apply` gets the limit that it inherits.
+        assignments = [
+            a._replace(calls_apply=a.calls_apply and a.clipper is not self)
+            for a in self.assignments(variables)
+        ]
+        return Enforcer(assignments, variables)
+
+    def init(self, variables: Sequence[keras.Variable]) -> dict[str, object]:
+        """The running state before the first update: name to NumPy array."""
+        return self._enforcer(variables).init()
 
     def apply(
-        self, grads: Sequence[Gradient], variables: Sequence[Variable], state: State, hyper: Hyper
-    ) -> tuple[list[Tensor], State, ClipStats]:
-        """Clip.
+        self,
+        grads: Sequence[Gradient],
+        variables: Sequence[keras.Variable],
+        state: State,
+        hyper: Hyper,
+    ) -> tuple[list[Gradient], State, ClipStats]:
+        """Clip; for loops that keep the state themselves.
 
         Args:
             grads: one gradient a variable, of the variable's shape, any float dtype; None and
                 `tf.IndexedSlices` without duplicate rows are allowed.
             variables: the variables, in the order in which `init` saw them.
             state: what `init`, or the last `apply`, returned.
-            hyper: the values of `hyperparameters()` at this step, as float32 scalars; with
-                `needs_learning_rate` also "learning_rate".
+            hyper: the values of `hyperparameters()` at this update, as float32 scalars, and
+                "learning_rate" (taken for 1 if it is missing: the gradient is the update).
 
         Returns:
             The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
         """
-        raise NotImplementedError  # abstract: each clipper's own
+        return self._enforcer(variables).clip(grads, state, hyper)
 
-    def bounded(self, variables: Sequence[Variable]) -> list[bool]:
-        """For each variable, whether its steps may be bounded: others need not be looked at."""
-        return [self.bounds_steps] * len(variables)
-
-    def in_its_pass(
-        self, grads: Sequence[Gradient], variables: Sequence[Variable], state: State, hyper: Hyper
-    ) -> tuple[list[Tensor], State, ClipStats]:
-        """`apply`; in the pass that is not this clipper's, what came, as it came."""
-        if PASS not in hyper or self.bounds_steps == (hyper[PASS] == STEPS):
-            return self.apply(grads, variables, state, hyper)
-        count = len(grads)
-        return list(grads), state, ClipStats(lambda: [None] * count, [0.0] * count, "norms")
-
-    def __call__(self, grads: Sequence[Gradient], variables: Sequence[Variable]) -> list[Tensor]:
+    def __call__(
+        self, grads: Sequence[Gradient], variables: Sequence[keras.Variable]
+    ) -> list[Gradient]:
         """The clipped gradients, from a fresh state and with schedules at step 0.
 
         Args:
@@ -186,18 +131,15 @@ class Clipper:
                 f"{type(grads).__name__} and {type(variables).__name__}. Write "
                 "clipper([gradient], [variable]) for one."
             )
-        grads, variables = list(grads), list(variables)
         if len(grads) != len(variables):
             raise ValueError(
                 f"{type(self).__name__}: `grads` and `variables` must match one to one, but "
                 f"there are {len(grads)} gradients and {len(variables)} variables."
             )
         self.check_variables(variables)
-        grads = [kernels.merge_duplicate_rows(g) for g in grads]
+        merged = [arithmetic.merge_duplicate_rows(g) for g in grads]
         hyper = {k: current_value(v, 0) for k, v in self.hyperparameters().items()}
-        if self.needs_learning_rate:  # the gradient is the step
-            hyper[LEARNING_RATE] = ops.ones((), "float32")
-        return self.apply(grads, variables, self.init(variables), hyper)[0]
+        return self.apply(merged, variables, self.init(variables), hyper)[0]
 
     def get_config(self) -> Config:
         """The fields, JSON-able; `from_config` is its inverse."""
@@ -214,11 +156,11 @@ class Clipper:
         config = validation.config(cls.__name__, config, known)
         return cls(**{k: deserialize_value(v, cls.__name__, k) for k, v in config.items()})
 
-    def rule_of(self, variables: Sequence[Variable]) -> list[tuple[str, Clipper | None]]:
+    def rule_of(self, variables: Sequence[keras.Variable]) -> list[tuple[str, Clipper | None]]:
         """For each variable, the name of the rule that applies to it and the clipper."""
         return [("*", self)] * len(variables)
 
-    def describe(self, model: Model) -> str:
+    def describe(self, model: keras.Model | Sequence[keras.Variable]) -> str:
         """A table of which rule hits which variable.
 
         Args:
@@ -287,24 +229,24 @@ def _shown_schedule(schedule: Threshold) -> str:
     return f"{owner.__name__}({', '.join(parts)})"
 
 
-def current_value(value: object, iterations: Variable) -> Tensor:
+def current_value(value: object, iterations: keras.Variable | int) -> Tensor:
     """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar.
 
     A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
     clip would turn gradients around.
     """
     if isinstance(value, validation.LearningRateSchedule):
-        value = ops.maximum(ops.cast(value(iterations), "float32"), kernels.TINY)
-    return ops.cast(kernels.read(value), "float32")
+        value = ops.maximum(ops.cast(value(iterations), "float32"), arithmetic.TINY)
+    return ops.cast(arithmetic.read(value), "float32")
 
 
-def serialize_value(value: object) -> Tensor:
+def serialize_value(value: object) -> object:
     if isinstance(value, (Clipper, validation.LearningRateSchedule)):
         return keras.saving.serialize_keras_object(value)
     return value
 
 
-def deserialize_value(value: object, owner: str, name: str) -> Tensor:
+def deserialize_value(value: object, owner: str, name: str) -> object:
     if isinstance(value, Mapping) and "class_name" in value:
         return validation.made_of(owner, name, dict(value), keras.saving.deserialize_keras_object)
     return value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from keras_gradclip.clippers._declaration import parameters
 from keras_gradclip.clippers.base import ALIASES, Clipper
+from keras_gradclip.clippers.parameters import parameters
 
 
 def table() -> str:

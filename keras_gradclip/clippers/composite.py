@@ -7,23 +7,16 @@ import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
+
+import keras
 
 from keras_gradclip import _validation as validation
-from keras_gradclip._deferred import LATER
-from keras_gradclip._names import path_of, size_of
-from keras_gradclip._types import Config, State, Tensor, Threshold, Variable
-from keras_gradclip.clippers._declaration import Card
-from keras_gradclip.clippers.base import (
-    LEARNING_RATE,
-    PASS,
-    Clipper,
-    ClipStats,
-    as_clipper,
-    combined,
-    register,
-    serialize_value,
-)
+from keras_gradclip._names import path_of
+from keras_gradclip._types import Config, Threshold
+from keras_gradclip.clippers.base import Clipper, as_clipper, register, serialize_value
+from keras_gradclip.clippers.limit import Assignment
+from keras_gradclip.clippers.parameters import Card
 
 DEFAULT = "default"
 
@@ -39,30 +32,12 @@ class Composite(Clipper):
     def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
         raise NotImplementedError  # abstract: Chain's and ClipMap's
 
-    def _last_parts(self) -> list[tuple[str, Clipper]]:
-        """The parts after which no other one clips."""
-        return self._parts()
-
     @property
     def needs_learning_rate(self) -> bool:  # type: ignore[override]
         """Whether one of the parts does."""
         return any(clipper.needs_learning_rate for _, clipper in self._parts())
 
-    @property
-    def bounds_steps(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts does."""
-        return any(clipper.bounds_steps for _, clipper in self._parts())
-
-    @property
-    def defers(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts does."""
-        return any(clipper.defers for _, clipper in self._parts())
-
-    def in_its_pass(self, grads, variables, state, hyper):
-        """Both passes: each part knows its own."""
-        return self.apply(grads, variables, state, hyper)
-
-    def hyperparameters(self) -> Config:
+    def hyperparameters(self) -> dict[str, Threshold]:
         """The parts' live hyper-parameters, as `part/name`."""
         return {
             f"{part}/{name}": value
@@ -84,34 +59,24 @@ class Composite(Clipper):
                         f"'({owner})'."
                     )
 
-    def _split(self, mapping: Mapping[str, Threshold]) -> dict[str, Config]:
-        """For each part, the entries of `mapping` that are its own, without its name.
-
-        One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
-        """
-        shared = {k: v for k, v in mapping.items() if k in (LEARNING_RATE, PASS)}
-        parts: dict[str, Config] = {name: dict(shared) for name, _ in self._parts()}
-        for key, value in mapping.items():
-            owners = [name for name in parts if key.startswith(f"{name}/")]
-            if owners:
-                owner = max(owners, key=len)
-                parts[owner][key[len(owner) + 1 :]] = value
-        if LATER in mapping:
-            for name, clipper in self._last_parts():
-                if clipper.defers:
-                    parts[name][LATER] = mapping[LATER]
-        return parts
-
-    def with_hyperparameters(self, values):
+    def with_hyperparameters(self, values: Mapping[str, Threshold]) -> Clipper:
         """A copy with other values: see `Clipper.with_hyperparameters`."""
-        known = self.hyperparameters()
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - set(self.hyperparameters()))
         if unknown:
             raise ValueError(f"{type(self).__name__}: unknown hyper-parameters {unknown}.")
-        split = self._split(values)
-        return self._with_parts(
-            {part: clipper.with_hyperparameters(split[part]) for part, clipper in self._parts()}
-        )
+        parts = {}
+        for part, clipper in self._parts():
+            own = {name: f"{part}/{name}" for name in clipper.hyperparameters()}
+            new = {name: values[key] for name, key in own.items() if key in values}
+            parts[part] = clipper.with_hyperparameters(new)
+        return self._with_parts(parts)
+
+
+def _inside(name: str, assignment: Assignment, members: Sequence[int]) -> Assignment:
+    """A part's rule as one of the composite's, whose variables are at `members`."""
+    return assignment._replace(
+        name=f"{name}/{assignment.name}", members=tuple(members[k] for k in assignment.members)
+    )
 
 
 def _prefixes(clipper: Clipper) -> list[str]:
@@ -157,8 +122,8 @@ class ClipMap(Composite):
         "layers that need their own threshold, or none",
         "`calibrate(...).clip_map()`",
     )
-    rules: Any = ()
-    default: Any = None
+    rules: Mapping[str, object] | Sequence[tuple[str, object]] = ()
+    default: object = None
     allow_unmatched: bool = False
     ordered: bool = dataclasses.field(default=False, init=False)
 
@@ -210,16 +175,16 @@ class ClipMap(Composite):
     def _all(self) -> list[tuple[str, Clipper | None]]:
         return [*self.rules, (DEFAULT, self.default)]
 
-    def _parts(self):
+    def _parts(self) -> list[tuple[str, Clipper]]:
         return [(name, c) for name, c in self._all() if c is not None]
 
-    def _with_parts(self, parts):
+    def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
         pairs = [(name, parts.get(name)) for name, _ in self.rules]
         return ClipMap(
             pairs if self.ordered else dict(pairs), parts.get(DEFAULT), self.allow_unmatched
         )
 
-    def _assign(self, variables: Sequence[Variable], check: bool = False) -> list[str]:
+    def _assign(self, variables: Sequence[keras.Variable], check: bool = False) -> list[str]:
         """The name of the rule of each variable.
 
         Raises:
@@ -249,13 +214,13 @@ class ClipMap(Composite):
             )
         return names
 
-    def check_variables(self, variables):
+    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Raise a ValueError on collisions and on rules that match nothing."""
         self._assign(variables, check=True)
         for _, clipper, members in self._groups(variables):
             clipper.check_variables([variables[i] for i in members])
 
-    def _groups(self, variables) -> list[tuple[str, Clipper, list[int]]]:
+    def _groups(self, variables: Sequence[keras.Variable]) -> list[tuple[str, Clipper, list[int]]]:
         assigned = self._assign(variables)
         groups = []
         for name, clipper in self._parts():
@@ -264,66 +229,20 @@ class ClipMap(Composite):
                 groups.append((name, clipper, members))
         return groups
 
-    def rule_of(self, variables):
+    def rule_of(self, variables: Sequence[keras.Variable]) -> list[tuple[str, Clipper | None]]:
         """For each variable, the rule that applies to it and the clipper, if any."""
         clippers = dict(self._all())
         return [(name, clippers[name]) for name in self._assign(variables)]
 
-    def bounded(self, variables):
-        """See `Clipper`: each by its rule."""
-        result = [False] * len(variables)
-        for _, clipper, members in self._groups(variables):
-            part = clipper.bounded([variables[i] for i in members])
-            for i, is_bounded in zip(members, part, strict=True):
-                result[i] = is_bounded
-        return result
+    def assignments(self, variables: Sequence[keras.Variable]) -> list[Assignment]:
+        """See `Clipper`: each variable by the rule that matches it."""
+        return [
+            _inside(name, assignment, members)
+            for name, clipper, members in self._groups(variables)
+            for assignment in clipper.assignments([variables[i] for i in members])
+        ]
 
-    def init(self, variables):
-        """The rules' running states."""
-        state: State = {}
-        for name, clipper, members in self._groups(variables):
-            part = clipper.init([variables[i] for i in members])
-            state.update({f"{name}/{k}": v for k, v in part.items()})
-        return state
-
-    def apply(self, grads, variables, state, hyper):
-        """Clip each variable by its rule: see `Clipper.apply`."""
-        clipped = list(grads)
-        new_state: State = {}
-        groups = []
-        squares: list[Tensor] = [None] * len(variables)
-        states, hypers = self._split(state), self._split(hyper)
-        for name, clipper, members in self._groups(variables):
-            part, part_state, stats = clipper.in_its_pass(
-                [grads[i] for i in members],
-                [variables[i] for i in members],
-                states[name],
-                hypers[name],
-            )
-            new_state.update({f"{name}/{k}": v for k, v in part_state.items()})
-            groups.append((members, stats))
-            for position, i in enumerate(members):
-                clipped[i] = part[position]
-                if stats.square_norms is not None:
-                    squares[i] = stats.square_norms[position]
-
-        mixed = len({stats.unit for _, stats in groups}) > 1
-        weights = [0.0] * len(variables)
-        for members, stats in groups:
-            for i, weight in zip(members, stats.weights, strict=True):
-                weights[i] = float(size_of(variables[i])) if mixed and weight else weight
-
-        def fractions():
-            result: list[Tensor] = [None] * len(variables)
-            for members, stats in groups:
-                for i, fraction in zip(members, stats.fractions(), strict=True):
-                    result[i] = fraction
-            return result
-
-        unit = "elements" if mixed or not groups else groups[0][1].unit
-        return clipped, new_state, ClipStats(fractions, weights, unit, squares)
-
-    def get_config(self):
+    def get_config(self) -> Config:
         """The rules, JSON-able; the order of a list is kept."""
         return {
             "rules": [[name, serialize_value(clipper)] for name, clipper in self.rules],
@@ -333,7 +252,7 @@ class ClipMap(Composite):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, object]) -> Clipper:
         """The map that `get_config` described."""
         known = ("rules", "default", "allow_unmatched", "ordered")
         config = validation.config(cls.__name__, config, known, needed=("rules",))
@@ -375,9 +294,9 @@ class Chain(Composite):
         "a memory and a hard bound",
         '`Chain([ZScoreClip(), NormClip(1.0, "global")])`',
     )
-    clippers: Any = ()
+    clippers: Sequence[object] = ()
 
-    def __new__(cls, clippers: Any = (), *more: Any) -> Chain:
+    def __new__(cls, clippers: Sequence[object] = (), *more: object) -> Chain:
         """Refuse `Chain(first, second)` in better words than Python's."""
         del clippers
         if more:
@@ -404,54 +323,32 @@ class Chain(Composite):
         object.__setattr__(self, "clippers", parts)
         self._check_names()
 
-    def _parts(self):
+    def _parts(self) -> list[tuple[str, Clipper]]:
         return [(str(i), c) for i, c in enumerate(self.clippers)]
 
-    def _with_parts(self, parts):
+    def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
         return Chain([parts[str(i)] for i in range(len(self.clippers))])
 
-    def _last_parts(self):
-        several = sum(c.bounds_steps for c in self.clippers) > 1  # each needs the other's steps
-        return [] if several else self._parts()[-1:]
-
-    def check_variables(self, variables):
+    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Raise a ValueError if one of the clippers cannot serve these variables."""
         for clipper in self.clippers:
             clipper.check_variables(variables)
 
-    def bounded(self, variables):
-        """See `Clipper`: by one of the clippers."""
-        parts = [clipper.bounded(variables) for clipper in self.clippers]
-        return [any(of_variable) for of_variable in zip(*parts, strict=True)]
+    def assignments(self, variables: Sequence[keras.Variable]) -> list[Assignment]:
+        """See `Clipper`: all variables by each clipper in turn."""
+        everything = range(len(variables))
+        return [
+            _inside(name, assignment, everything)
+            for name, clipper in self._parts()
+            for assignment in clipper.assignments(variables)
+        ]
 
-    def init(self, variables):
-        """The clippers' running states."""
-        return {
-            f"{part}/{name}": value
-            for part, clipper in self._parts()
-            for name, value in clipper.init(variables).items()
-        }
-
-    def apply(self, grads, variables, state, hyper):
-        """Clip by each clipper in turn: see `Clipper.apply`."""
-        new_state: State = {}
-        stats: list[ClipStats] = []
-        states, hypers = self._split(state), self._split(hyper)
-        for part, clipper in self._parts():
-            grads, part_state, part_stats = clipper.in_its_pass(
-                grads, variables, states[part], hypers[part]
-            )
-            new_state.update({f"{part}/{k}": v for k, v in part_state.items()})
-            stats.append(part_stats)
-
-        return list(grads), new_state, combined(stats, variables)
-
-    def get_config(self):
+    def get_config(self) -> Config:
         """The clippers, JSON-able."""
         return {"clippers": [serialize_value(c) for c in self.clippers]}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, object]) -> Clipper:
         """The chain that `get_config` described."""
         config = validation.config(cls.__name__, config, ("clippers",), needed=("clippers",))
         return cls(config["clippers"])

@@ -1,4 +1,4 @@
-"""Clippers that bound the elements of each variable's gradient: absolute and exponential."""
+"""Clippers that limit the elements of a gradient: absolute and exponential."""
 
 from __future__ import annotations
 
@@ -7,91 +7,20 @@ from typing import ClassVar
 
 from keras import ops
 
-from keras_gradclip import _kernels as kernels
-from keras_gradclip._deferred import Deferred, Rule, defer
-from keras_gradclip._names import size_of
-from keras_gradclip._types import Tensor, Threshold
-from keras_gradclip.clippers._declaration import Card, parameter
-from keras_gradclip.clippers._exponential import clip_exponential
-from keras_gradclip.clippers.base import Clipper, ClipStats, register
-
-
-def _clip_absolute(x: Tensor, seen: None, limit: Tensor) -> Tensor:
-    del seen
-    return kernels.clip_symmetric(x, limit)
-
-
-def _clip_by_weight(x: Tensor, weight: Tensor, beta: Tensor, gamma: Tensor) -> Tensor:
-    return kernels.clip_symmetric(x, gamma * kernels.exp_of(beta, weight))
-
-
-def _itself(weight: Tensor) -> Tensor:
-    return weight
-
-
-ABSOLUTE = Rule(_clip_absolute)
-EXPONENTIAL = Rule(_clip_by_weight, sees=_itself)
+from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip._types import Hyper, Tensor, Threshold
+from keras_gradclip.clippers.base import Clipper, register
+from keras_gradclip.clippers.limit import Weight
+from keras_gradclip.clippers.parameters import Card, parameter
 
 ALPHA_NOTE = "'alpha' multiplies by exp(β·W) and belongs to ExponentialClip."
-
-
-class _PerVariable(Clipper):
-    """A clipper that treats each variable by itself and bounds elements."""
-
-    rescale: str | None
-    defers: ClassVar[bool] = True
-
-    def apply(self, grads, variables, state, hyper):
-        """Clip each gradient by itself: see `Clipper.apply`."""
-        present = [i for i, g in enumerate(grads) if g is not None]
-        before = [kernels.values(grads[i]) for i in present]
-        clipped: list[Tensor] = [None] * len(grads)
-        for i in present if self.rescale is None else ():
-            clipped[i] = self._deferred(grads[i], variables[i], hyper)
-        now = [i for i in present if clipped[i] is None]
-        after = self._clip([grads[i] for i in now], [variables[i] for i in now], hyper)
-        for i, y in zip(now, after, strict=True):
-            y = rescaled(self.rescale, kernels.values(grads[i]), y)
-            clipped[i] = kernels.with_values(grads[i], y)
-
-        def fractions():
-            result: list[Tensor] = [None] * len(grads)
-            limits = [self._limit(grads[i], variables[i], hyper) for i in present]
-            sizes = [size_of(variables[i]) for i in present]
-            shares = kernels.fractions_over(before, limits, sizes)
-            for i, share in zip(present, shares, strict=True):
-                result[i] = share
-            return result
-
-        weights = [
-            0.0 if g is None else float(size_of(v)) for g, v in zip(grads, variables, strict=True)
-        ]
-        return clipped, state, ClipStats(fractions, weights, "elements")
-
-    def _clip(self, grads, variables, hyper) -> list[Tensor]:
-        """The values of the clipped gradients; the rescale "alpha" is done here as well."""
-        raise NotImplementedError  # abstract: each clipper's own
-
-    def _deferred(self, gradient, variable, hyper) -> Deferred | None:
-        """The gradient whose clip waits for the update, if it may; without a rescale."""
-        raise NotImplementedError  # abstract: each clipper's own
-
-    def _limit(self, gradient, variable, hyper) -> Tensor:
-        """The threshold of one gradient's elements: a scalar, or of the shape of its values."""
-        raise NotImplementedError  # abstract: each clipper's own
-
-
-def rescaled(mode: str | None, before: Tensor, after: Tensor) -> Tensor:
-    """A clipped gradient brought back to its size: see the table of equations in the README."""
-    if mode not in ("norm", "max"):
-        return after
-    size = kernels.max_abs if mode == "max" else lambda x: ops.sqrt(kernels.sum_of_squares(x))
-    return kernels.scale(after, kernels.ratio(size(before), size(after)))
+#: Which attribute of a `Weight` is W.
+WEIGHTS = {"elementwise": "values", "rms": "rms"}
 
 
 @register("absolute")
 @dataclasses.dataclass(frozen=True)
-class AbsoluteClip(_PerVariable):
+class AbsoluteClip(Clipper):
     """Absolute clipping: g' = clip(g, −c, c), element by element.
 
     Args:
@@ -121,19 +50,14 @@ class AbsoluteClip(_PerVariable):
         "Keras's `clipvalue`",
     )
 
-    def _clip(self, grads, variables, hyper):
-        return kernels.clip_each([kernels.values(g) for g in grads], hyper["threshold"])
-
-    def _deferred(self, gradient, variable, hyper):
-        return defer(hyper, ABSOLUTE, gradient, variable, hyper["threshold"])
-
-    def _limit(self, gradient, variable, hyper):
+    def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """C."""
         return hyper["threshold"]
 
 
 @register("exponential")
 @dataclasses.dataclass(frozen=True)
-class ExponentialClip(_PerVariable):
+class ExponentialClip(Clipper):
     """Exponential clipping: the threshold α grows exponentially with the weight W.
 
     α = γ·exp(β·W) element by element, g' = clip(g, −α, α). With γ = 1 the threshold is near 1
@@ -182,30 +106,12 @@ class ExponentialClip(_PerVariable):
         "this library",
     )
 
-    def _clip(self, grads, variables, hyper):
-        return clip_exponential(
-            [kernels.values(g) for g in grads],
-            [self._weight(v, g) for v, g in zip(variables, grads, strict=True)],
-            hyper["beta"],
-            hyper["gamma"],
-            rescale=self.rescale == "alpha",
-        )
+    def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """γ·exp(β·W)."""
+        return hyper["gamma"] * self.growth(weight, hyper)
 
-    def _deferred(self, gradient, variable, hyper):
-        if self.weight == "elementwise":
-            return defer(hyper, EXPONENTIAL, gradient, variable, hyper["beta"], hyper["gamma"])
+    def growth(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """exp(β·W), kept finite."""
         if self.weight == "none":
-            alpha = hyper["gamma"] * kernels.exp_of(hyper["beta"], ops.ones((), "float32"))
-            return defer(hyper, ABSOLUTE, gradient, variable, alpha)
-        return None
-
-    def _limit(self, gradient, variable, hyper):
-        return hyper["gamma"] * kernels.exp_of(hyper["beta"], self._weight(variable, gradient))
-
-    def _weight(self, variable, gradient) -> Tensor:
-        """W of the equation: of the shape of the gradient's values, or a scalar."""
-        if self.weight == "elementwise":
-            return kernels.matching_weight(variable, gradient)
-        if self.weight == "rms":
-            return kernels.rms(ops.convert_to_tensor(kernels.read(variable)))
-        return ops.ones((), "float32")
+            return arithmetic.exp_of(hyper["beta"], ops.ones((), "float32"))
+        return arithmetic.exp_of(hyper["beta"], getattr(weight, WEIGHTS[self.weight]))

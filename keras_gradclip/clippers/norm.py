@@ -1,37 +1,18 @@
-"""Clippers that bound a size of the gradient: its norm, or a variable's root mean square."""
+"""Clippers that limit the norm of a gradient, or a variable's root mean square."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import math
 import warnings
 from typing import ClassVar
 
-from keras import ops
-
-from keras_gradclip import _kernels as kernels
-from keras_gradclip._deferred import Rule, defer
-from keras_gradclip._names import SCOPES, scope_numbers, size_of
-from keras_gradclip._types import Gradient, Hyper, Tensor, Threshold, Variable
-from keras_gradclip.clippers._declaration import Card, parameter
-from keras_gradclip.clippers.base import Clipper, ClipStats, register
-from keras_gradclip.clippers.elementwise import ALPHA_NOTE, rescaled
-
-
-def _scale(x: Tensor, seen: None, factor: Tensor) -> Tensor:
-    del seen
-    return kernels.scale(x, factor)
-
-
-SCALE = Rule(_scale, is_factor=True)
-
-
-def scaled(gradient: Gradient, variable: Variable, factor: Tensor, hyper: Hyper) -> Gradient:
-    """gradient·factor, a scalar: now, or where it is applied."""
-    waiting = defer(hyper, SCALE, gradient, variable, factor)
-    if waiting is not None:
-        return waiting
-    return kernels.with_values(gradient, kernels.scale(kernels.values(gradient), factor))
+from keras_gradclip._names import SCOPES
+from keras_gradclip._types import Hyper, Tensor, Threshold
+from keras_gradclip.clippers.base import Clipper, register
+from keras_gradclip.clippers.elementwise import ALPHA_NOTE
+from keras_gradclip.clippers.limit import Weight
+from keras_gradclip.clippers.parameters import Card, parameter
 
 
 @register("norm")
@@ -64,7 +45,6 @@ class NormClip(Clipper):
         note=ALPHA_NOTE,
     )
     measures: ClassVar[str | None] = "layer_norm"
-    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "g' = g·min(1, c/‖g‖)",
         "the first thing to try; keeps the direction",
@@ -81,42 +61,9 @@ class NormClip(Clipper):
                 stacklevel=3,
             )
 
-    def apply(self, grads, variables, state, hyper):
-        """Clip by the norm of each scope: see `Clipper.apply`."""
-        present = [i for i, g in enumerate(grads) if g is not None]
-        scopes = scope_numbers(self.scope, [variables[i] for i in present])
-        clipped: list[Tensor] = [None] * len(grads)
-        squares: list[Tensor] = [None] * len(grads)
-        weights = [0.0] * len(grads)
-        if not present:
-            return clipped, state, ClipStats(lambda: list(clipped), weights, "norms", squares)
-
-        for i in present:
-            squares[i] = kernels.sum_of_squares(kernels.values(grads[i]))
-        factors = kernels.clip_factors(
-            [squares[i] for i in present],
-            [size_of(variables[i]) for i in present],
-            scopes,
-            hyper["max_norm"],
-        )
-        members = collections.Counter(scopes)
-        for i, scope in zip(present, scopes, strict=True):
-            if self.rescale is None:
-                clipped[i] = scaled(grads[i], variables[i], factors[scope], hyper)
-            else:
-                x = kernels.values(grads[i])
-                y = rescaled(self.rescale, x, kernels.scale(x, factors[scope]))
-                clipped[i] = kernels.with_values(grads[i], y)
-            weights[i] = 1.0 / members[scope]
-
-        def fractions():
-            hit = ops.unstack(kernels.float32(ops.stack(factors) < 1.0), num=len(factors))
-            result: list[Tensor] = [None] * len(grads)
-            for i, scope in zip(present, scopes, strict=True):
-                result[i] = hit[scope]
-            return result
-
-        return clipped, state, ClipStats(fractions, weights, "norms", squares)
+    def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """max_norm."""
+        return hyper["max_norm"]
 
 
 @register("rms")
@@ -144,8 +91,8 @@ class RMSClip(Clipper):
         live=True,
         threshold=True,
     )
+    scope: ClassVar[str] = "variable"
     measures: ClassVar[str | None] = "largest_rms"
-    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "g' = g / max(1, rms(g)/c), for each variable",
         "one threshold for variables of every size",
@@ -153,21 +100,6 @@ class RMSClip(Clipper):
         "Shazeer and Stern, 1804.04235",
     )
 
-    def apply(self, grads, variables, state, hyper):
-        """Clip by the root mean square: see `Clipper.apply`."""
-        clipped, squares, factors = ([None] * len(grads) for _ in range(3))
-        for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
-            if g is None:
-                continue
-            x = kernels.values(g)
-            square = kernels.sum_of_squares(x)
-            # A sparse gradient is zero in the rows that it does not hold: they count.
-            rms = ops.sqrt(square / max(size_of(variable), 1))
-            squares[i], factors[i] = square, kernels.clip_factor(rms, hyper["threshold"])
-            clipped[i] = scaled(g, variable, factors[i], hyper)
-
-        def fractions():
-            return [None if f is None else kernels.float32(f < 1.0) for f in factors]
-
-        weights = [1.0] * len(variables)
-        return clipped, state, ClipStats(fractions, weights, "norms", squares)
+    def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """c·√size, the norm of a gradient whose root mean square is c."""
+        return hyper["threshold"] * math.sqrt(weight.size)

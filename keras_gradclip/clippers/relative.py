@@ -1,41 +1,21 @@
-"""Clippers that measure a gradient by the weights that it will move: AGC, update ratio."""
+"""Clippers whose limit follows from the weights: AGC and the update ratio."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _kernels as kernels
-from keras_gradclip._deferred import Deferred, defer
-from keras_gradclip._names import layers_of, path_of, size_of
-from keras_gradclip._types import Gradient, Hyper, State, Tensor, Threshold, Variable
-from keras_gradclip.clippers._declaration import Card, parameter
-from keras_gradclip.clippers._units import (
-    BIAS,
-    BOUNDS,
-    default_unit_axes,
-    norm_and_limit,
-    number_of_units,
-    rule_over,
-    squares_of_units,
-    unit_factors,
-    unit_squares,
-)
-from keras_gradclip.clippers.base import (
-    GRADIENTS,
-    LEARNING_RATE,
-    PASS,
-    STEPS,
-    Clipper,
-    ClipStats,
-    register,
-    shown,
-)
+from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip._types import Hyper, State, Tensor, Threshold
+from keras_gradclip.clippers.base import Clipper, register, shown
+from keras_gradclip.clippers.limit import Weight
+from keras_gradclip.clippers.parameters import Card, parameter
+from keras_gradclip.clippers.units import check_axes
 
 
 @register("adaptive")
@@ -89,8 +69,8 @@ class AdaptiveClip(Clipper):
     )
     eps: float = parameter(1e-3, help="ε, floor of a unit's weight norm")
     axes: Threshold = parameter(None, help="variable path to the axes of a unit, see unit_axes")
+    scope: ClassVar[str] = "unit"
     measures: ClassVar[str | None] = "unit_ratio"
-    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "each unit's norm at most λ·max(‖W‖, ε)",
         "large batches, no batch normalisation; leave out the final layer",
@@ -111,61 +91,14 @@ class AdaptiveClip(Clipper):
                 ) from error
             object.__setattr__(self, "axes", known)
 
-    def check_variables(self, variables):
+    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Raise a ValueError if `axes` names an axis that a variable does not have."""
         super().check_variables(variables)
-        for variable in variables:
-            rank = len(variable.shape)
-            axes = self._axes_of(variable)
-            if any(not 0 <= a < rank for a in axes) or len(set(axes)) < len(axes):
-                raise ValueError(
-                    f"AdaptiveClip: `axes` gives {list(axes)} for {path_of(variable)!r}, which has "
-                    f"{rank} dimensions. Name each axis once, from 0 to {rank - 1}."
-                )
+        check_axes("AdaptiveClip", self.axes, variables)
 
-    def apply(self, grads, variables, state, hyper):
-        """Clip unit by unit: see `Clipper.apply`."""
-        clipped: list[Gradient | Deferred] = [None] * len(grads)
-        squares: list[Tensor] = [None] * len(grads)
-        axes = [self._axes_of(variable) for variable in variables]
-        units = [number_of_units(v, a) for v, a in zip(variables, axes, strict=True)]
-        share = hyper["clip_factor"]
-        now = []
-        for i, g in enumerate(grads):
-            clipped[i] = None if g is None else self._deferred(g, variables[i], axes[i], hyper)
-            if g is not None and clipped[i] is None:
-                now.append(i)
-        steps, weights = squares_of_units(grads, variables, axes, now)
-        sizes = {i: size_of(variables[i]) for i in now}
-        factors = unit_factors(steps, weights, sizes, share, self.eps)
-        for i in now:
-            y = kernels.scale(kernels.values(grads[i]), factors[i])
-            clipped[i] = kernels.with_values(grads[i], y)
-            squares[i] = ops.sum(steps[i])
-
-        def fractions():
-            result: list[Tensor] = [None] * len(grads)
-            waiting = [i for i, g in enumerate(grads) if g is not None and i not in steps]
-            later = squares_of_units(grads, variables, axes, waiting)
-            for of_units in ((steps, weights), later):
-                for i, step in of_units[0].items():
-                    norm, limit = norm_and_limit(step, of_units[1][i], share, self.eps)
-                    result[i] = ops.sum(kernels.float32(norm > limit)) / max(units[i], 1.0)
-            return result
-
-        return clipped, state, ClipStats(fractions, units, "norms", squares)
-
-    def _deferred(
-        self, gradient: Gradient, variable: Variable, axes: tuple[int, ...], hyper: Hyper
-    ) -> Deferred | None:
-        rule = rule_over(axes, len(variable.shape))
-        if rule is None:
-            return None
-        return defer(hyper, rule, gradient, variable, hyper["clip_factor"], self.eps)
-
-    def _axes_of(self, variable: Variable) -> tuple[int, ...]:
-        known = dict(self.axes or ()).get(path_of(variable))
-        return default_unit_axes(variable) if known is None else known
+    def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """λ·max(‖W_u‖, ε)."""
+        return hyper["clip_factor"] * ops.maximum(weight.norm, self.eps)
 
     def get_config(self):
         """The arguments, JSON-able."""
@@ -245,10 +178,9 @@ class UpdateRatioClip(Clipper):
         choices=(None, "learning_rate"),
         search=True,
     )
-    needs_learning_rate = True
-    bounds_steps = True
+    stage: ClassVar[str] = "update"
+    needs_learning_rate: ClassVar[bool] = True
     measures: ClassVar[str | None] = "unit_step"
-    defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",
         "a learning rate that is not known well, no batch normalisation",
@@ -256,198 +188,23 @@ class UpdateRatioClip(Clipper):
         "this library; relatives: LARC, LARS (1708.03888), AGC",
     )
 
-    def bounded(self, variables):
-        """See `Clipper`: kernels, and biases where they are."""
-        biases = _kernels_of_biases(variables, variables) if self.biases == "unit" else []
-        of_kernels = dict(biases)
-        return [not is_vector(v) or i in of_kernels for i, v in enumerate(variables)]
-
-    def init(self, variables):
+    def memory(self, scopes: int) -> dict[str, object]:
         """The largest learning rate so far, and the present one's share of it."""
+        del scopes
         if self.anneal is None:
             return {}
         return {"largest_rate": np.zeros((), "float32"), "share": np.ones((), "float32")}
 
-    def in_its_pass(self, grads, variables, state, hyper):
-        """See `Clipper`: the learning rate is told in the first pass alone, and kept."""
-        clipped, new, stats = super().in_its_pass(grads, variables, state, hyper)
-        if hyper.get(PASS) != GRADIENTS:
-            return clipped, new, stats
-        new = self._after(new, hyper)
-        factor = hyper["max_ratio"] * new.get("share", 1.0)
-        for i, bound in self._deferred(grads, variables, factor, hyper).items():
-            clipped[i] = bound
-        return clipped, new, stats
-
-    def _after(self, state: State, hyper: Hyper) -> State:
+    def advance(self, state: State, hyper: Hyper) -> tuple[State, Hyper]:
+        """κ·η/η_max for κ, if the limit falls with the learning rate."""
         if self.anneal is None:
-            return state
-        rate = hyper[LEARNING_RATE]
+            return state, hyper
+        rate = hyper["learning_rate"]
         largest = ops.maximum(state["largest_rate"], rate)
-        share = ops.where(largest > 0, rate / ops.maximum(largest, kernels.TINY), 1.0)
-        return {"largest_rate": largest, "share": share}
+        share = ops.where(largest > 0, rate / ops.maximum(largest, arithmetic.TINY), 1.0)
+        annealed = {**hyper, "max_ratio": hyper["max_ratio"] * share}
+        return {"largest_rate": largest, "share": share}, annealed
 
-    def apply(self, grads, variables, state, hyper):
-        """Clip by the norm of each scope: see `Clipper.apply`."""
-        factor, state = self._factor(state, hyper)
-        bounded = [i for i, g in enumerate(grads) if g is not None and not is_vector(variables[i])]
-        axes = [self._axes_of(variable) for variable in variables]
-        # Of the second pass, what the update has bounded on its way.
-        done = {i: grads[i] for i in bounded if isinstance(grads[i], Deferred)}
-        waiting = {} if done else self._deferred(grads, variables, factor, hyper)
-        now = [i for i in bounded if i not in waiting and i not in done]
-        steps, weights = squares_of_units(grads, variables, axes, now)
-        squares = [ops.sum(steps[i]) if i in steps else None for i in range(len(grads))]
-        if self.scope == "layer":
-            for members in _members(variables, bounded):
-                for squares_of in (steps, weights):
-                    total = ops.sum(ops.stack([ops.sum(squares_of[i]) for i in members]))
-                    squares_of.update(dict.fromkeys(members, total))
-
-        clipped = [waiting.get(i, g) for i, g in enumerate(grads)]
-        seen = {i: bound.seen for i, bound in done.items() if bound.rule.is_told}
-        biases = _kernels_of_biases(grads, variables) if self.biases == "unit" else []
-        for i, kernel in biases:
-            clipped[i] = self._waiting_bias(
-                grads[i], variables[i], waiting.get(kernel), factor, hyper
-            )
-            if clipped[i] is None:
-                limit = self._limit_of_bias(variables, i, kernel, factor, {**weights, **seen})
-                clipped[i] = kernels.clip_symmetric(grads[i], limit)
-        sizes = {i: size_of(variables[i]) for i in now}
-        for i, unit_factor in unit_factors(steps, weights, sizes, factor, self.eps).items():
-            y = kernels.scale(kernels.values(grads[i]), unit_factor)
-            clipped[i] = kernels.with_values(grads[i], y)
-
-        def fractions():
-            result: list[Tensor] = [None] * len(grads)
-            later = squares_of_units(grads, variables, axes, list(waiting))
-            all_steps, all_weights = {**steps, **later[0]}, {**weights, **later[1], **seen}
-            for i, step in all_steps.items():
-                norm, limit = norm_and_limit(step, all_weights[i], factor, self.eps)
-                result[i] = ops.mean(kernels.float32(norm > limit))
-            for i, bound in done.items():
-                result[i] = bound.fraction
-            for i, kernel in biases:
-                limit = self._limit_of_bias(variables, i, kernel, factor, all_weights)
-                result[i] = ops.mean(kernels.float32(ops.abs(kernels.float32(grads[i])) > limit))
-            return result
-
-        shares = self._shares(variables, axes, bounded, [i for i, _ in biases])
-        return clipped, state, ClipStats(fractions, shares, "norms", squares)
-
-    def _factor(self, state: State, hyper: Hyper) -> tuple[Tensor, State]:
-        """κ over the learning rate, or what stands for it; and the new state."""
-        if hyper.get(PASS) == STEPS:
-            return hyper["max_ratio"] * state.get("share", 1.0), state  # the rate is in the steps
-        state = self._after(state, hyper)
-        rate = state.get("largest_rate", hyper[LEARNING_RATE])
-        return hyper["max_ratio"] / ops.maximum(rate, kernels.TINY), state
-
-    def _shares(
-        self,
-        variables: Sequence[Variable],
-        axes: Sequence[Sequence[int]],
-        bounded: Sequence[int],
-        biases: Sequence[int],
-    ) -> list[float]:
-        """How much each variable counts: its number of norms."""
-        shares = [0.0] * len(variables)
-        for i in bounded:
-            shares[i] = number_of_units(variables[i], axes[i])
-        if self.scope == "layer":
-            for members in _members(variables, bounded):
-                shares = [1.0 / len(members) if i in members else s for i, s in enumerate(shares)]
-        for i in biases:
-            shares[i] = number_of_units(variables[i], ()) if self.scope == "unit" else 1.0
-        return shares
-
-    def _waiting_bias(
-        self,
-        gradient: Gradient,
-        variable: Variable,
-        kernel: Deferred | None,
-        factor: Tensor,
-        hyper: Hyper,
-    ) -> Deferred | None:
-        """A bias that is clipped after its kernel, which tells the norms of its units then."""
-        if kernel is None or not kernel.rule.is_told:
-            return None
-        return defer(hyper, BIAS, gradient, variable, kernel, factor, self.eps)
-
-    def _limit_of_bias(
-        self,
-        variables: Sequence[Variable],
-        bias: int,
-        kernel: int,
-        factor: Tensor,
-        known: dict[int, Tensor],
-    ) -> Tensor:
-        """What each element of a bias may be at most; `known`: squared norms of kernels' units."""
-        square = known.get(kernel) if self.scope == "unit" else None
-        if square is None:
-            axes = default_unit_axes(variables[kernel])
-            square = unit_squares(ops.convert_to_tensor(variables[kernel]), axes)
-        limit = factor * ops.maximum(ops.sqrt(square), self.eps)
-        return ops.reshape(limit, variables[bias].shape)
-
-    def _deferred(
-        self,
-        grads: Sequence[Gradient],
-        variables: Sequence[Variable],
-        factor: Tensor,
-        hyper: Hyper,
-    ) -> dict[int, Deferred]:
-        """Position to what may wait for the update: the clip, or the bound of its step."""
-        result: dict[int, Deferred] = {}
-        bounds = hyper.get(PASS) == GRADIENTS
-        # A bias wants its kernel's units as they were, of which only the rule by units tells.
-        if self.scope == "layer" or (bounds and self.biases and self.scope != "unit"):
-            return result
-        for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
-            rule = None
-            if g is not None and not is_vector(variable):
-                rule = rule_over(self._axes_of(variable), len(variable.shape))
-            if rule is not None and bounds:
-                rule = BOUNDS[rule]
-            waiting = rule and defer(hyper, rule, g, variable, factor, self.eps)
-            if waiting:
-                result[i] = waiting
-        return result
-
-    def _axes_of(self, variable: Variable) -> tuple[int, ...]:
-        whole = tuple(range(len(variable.shape)))
-        return default_unit_axes(variable) if self.scope == "unit" else whole
-
-
-def is_vector(variable: Variable) -> bool:
-    """Whether a variable is a bias or a scale: of one dimension at most, or called so."""
-    return len(variable.shape) <= 1 or "bias" in path_of(variable).rpartition("/")[2]
-
-
-def _kernels_of_biases(
-    grads: Sequence[Gradient], variables: Sequence[Variable]
-) -> list[tuple[int, int]]:
-    """Positions of biases, each with that of the last kernel in its layer with as many units."""
-    found: dict[int, int | None] = {}
-    for layer in _members(variables, range(len(variables))):
-        units = {
-            i: number_of_units(variables[i], default_unit_axes(variables[i]))
-            for i in layer
-            if not is_vector(variables[i]) and not kernels.is_sparse(grads[i])
-        }
-        for i in layer:
-            g = grads[i]
-            if i not in units and g is not None and not kernels.is_sparse(g):
-                size = math.prod(int(d) for d in variables[i].shape)
-                found[i] = next((k for k, n in reversed(units.items()) if n == size), None)
-    return [(i, kernel) for i, kernel in found.items() if kernel is not None]
-
-
-def _members(variables: Sequence[Variable], of: Sequence[int]) -> list[list[int]]:
-    """The positions `of` variables, layer by layer."""
-    layers: dict[str, list[int]] = {}
-    for i, layer in enumerate(layers_of(variables)):
-        if i in of:
-            layers.setdefault(layer, []).append(i)
-    return list(layers.values())
+    def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """κ·max(‖W‖, ε), of the weight update."""
+        return hyper["max_ratio"] * ops.maximum(weight.norm, self.eps)

@@ -12,91 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _kernels as kernels
-from keras_gradclip._names import SCOPES, scope_numbers
-from keras_gradclip._types import Tensor, Threshold, Variable
-from keras_gradclip.clippers._declaration import Card, parameter
-from keras_gradclip.clippers.base import Clipper, ClipStats, register
-from keras_gradclip.clippers.norm import scaled
-
-#: Stands for "no threshold" and "no norm yet": an infinity would turn into NaN when divided.
-NO_LIMIT = 1e38
-#: The smallest threshold, so that 0/0 cannot occur in the factor.
-SMALLEST = 1e-30
-
-
-class _FromNorms(Clipper):
-    """A norm clipper whose thresholds follow from past norms: one threshold a scope."""
-
-    scope: str
-    defers: ClassVar[bool] = True
-
-    def _limits(
-        self, norms: Tensor, usable: Tensor, state: Tensor, hyper: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The thresholds of this step and the new state.
-
-        Args:
-            norms: float32 `[scopes]`, the norms before the clip; 0 where nothing came.
-            usable: boolean `[scopes]`, the norm is finite and there was a gradient.
-            state: the state.
-            hyper: the live hyper-parameters.
-        """
-        raise NotImplementedError  # abstract: each clipper's own
-
-    def _number(self, variables: Sequence[Variable]) -> int:
-        return max(scope_numbers(self.scope, variables), default=-1) + 1
-
-    def apply(self, grads, variables, state, hyper):
-        """Clip by the norm of each scope: see `Clipper.apply`."""
-        scopes = scope_numbers(self.scope, variables)
-        number = self._number(variables)
-        zero = ops.zeros((), "float32")
-        squares = [None if g is None else kernels.sum_of_squares(kernels.values(g)) for g in grads]
-        if all(g is None for g in grads):
-            nothing: list[Tensor] = [None] * len(grads)
-            return nothing, state, ClipStats(lambda: nothing, [0.0] * len(grads), "norms", squares)
-        stacked = ops.stack([zero if s is None else s for s in squares])
-        norms = ops.sqrt(
-            ops.segment_sum(stacked, ops.convert_to_tensor(scopes, "int32"), num_segments=number)
-        )
-        members = [0] * number
-        for g, scope in zip(grads, scopes, strict=True):
-            members[scope] += g is not None
-        usable = ops.logical_and(
-            ops.isfinite(norms), ops.convert_to_tensor([n > 0 for n in members])
-        )
-        # What is not usable must not get near the arithmetic of the memory: 0 * inf is NaN.
-        limits, new_state = self._limits(
-            ops.where(usable, norms, ops.zeros_like(norms)), usable, state, hyper
-        )
-        limits = ops.clip(limits, SMALLEST, NO_LIMIT)
-        factors = kernels.clip_factor(norms, limits)
-        factor_of = ops.unstack(factors, num=number)
-        clipped: list[Tensor] = [
-            None if g is None else scaled(g, v, factor_of[s], hyper)
-            for g, v, s in zip(grads, variables, scopes, strict=True)
-        ]
-
-        def fractions():
-            hit = ops.unstack(kernels.float32(factors < 1.0), num=number)
-            return [None if g is None else hit[s] for g, s in zip(grads, scopes, strict=True)]
-
-        weights = [
-            0.0 if g is None else 1.0 / members[s] for g, s in zip(grads, scopes, strict=True)
-        ]
-        return clipped, new_state, ClipStats(fractions, weights, "norms", squares)
+from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip._names import SCOPES
+from keras_gradclip._types import Hyper, State, Tensor, Threshold
+from keras_gradclip.clippers.base import Clipper, register
+from keras_gradclip.clippers.enforce import NO_LIMIT
+from keras_gradclip.clippers.parameters import Card, parameter
 
 
 @register("percentile")
 @dataclasses.dataclass(frozen=True)
-class PercentileClip(_FromNorms):
+class PercentileClip(Clipper):
     """AutoClip: the threshold is a percentile of the norms seen so far.
 
     g' = g·min(1, c/‖g‖), c the p-th percentile of the last `window` norms, the present one
@@ -149,23 +80,24 @@ class PercentileClip(_FromNorms):
                 stacklevel=3,
             )
 
-    def init(self, variables):
+    def memory(self, scopes: int) -> dict[str, object]:
         """An empty history: `[scopes, window]` norms, the next slot, and how many are filled."""
-        number = self._number(variables)
         return {
-            "history": np.full((number, self.window), NO_LIMIT, "float32"),
-            "slot": np.zeros((number,), "float32"),
-            "filled": np.zeros((number,), "float32"),
+            "history": np.full((scopes, self.window), NO_LIMIT, "float32"),
+            "slot": np.zeros((scopes,), "float32"),
+            "filled": np.zeros((scopes,), "float32"),
         }
 
-    def _limits(self, norms, usable, state, hyper):
+    def limits(
+        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
+    ) -> tuple[Tensor, State]:
         slot, filled = (ops.convert_to_tensor(state[k]) for k in ("slot", "filled"))
         slots = ops.arange(self.window, dtype="float32")
         here = ops.equal(slots[None, :], slot[:, None])
         here = ops.logical_and(here, usable[:, None])
         history = ops.where(here, norms[:, None], ops.convert_to_tensor(state["history"]))
-        slot = (slot + kernels.float32(usable)) % self.window
-        filled = ops.minimum(filled + kernels.float32(usable), float(self.window))
+        slot = (slot + arithmetic.float32(usable)) % self.window
+        filled = ops.minimum(filled + arithmetic.float32(usable), float(self.window))
 
         # The unused slots hold NO_LIMIT and sort to the end.
         ordered = ops.sort(history, axis=1)
@@ -184,7 +116,7 @@ class PercentileClip(_FromNorms):
 
 @register("zscore")
 @dataclasses.dataclass(frozen=True)
-class ZScoreClip(_FromNorms):
+class ZScoreClip(Clipper):
     """ZClip: clips norms that stand out from their running mean and deviation.
 
     z = (‖g‖ − μ)/(σ + ε). Where z > z_threshold, the norm is brought down to
@@ -234,16 +166,17 @@ class ZScoreClip(_FromNorms):
         "Kumar et al., 2504.02507; the defaults of its code, bluorion-com/ZClip",
     )
 
-    def init(self, variables):
+    def memory(self, scopes: int) -> dict[str, object]:
         """No norms yet: for each scope the mean, the variance and the number of norms."""
-        number = self._number(variables)
         return {
-            "mean": np.zeros((number,), "float32"),
-            "variance": np.zeros((number,), "float32"),
-            "count": np.zeros((number,), "float32"),
+            "mean": np.zeros((scopes,), "float32"),
+            "variance": np.zeros((scopes,), "float32"),
+            "count": np.zeros((scopes,), "float32"),
         }
 
-    def _limits(self, norms, usable, state, hyper):
+    def limits(
+        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
+    ) -> tuple[Tensor, State]:
         mean, variance, count = (
             ops.convert_to_tensor(state[k]) for k in ("mean", "variance", "count")
         )
@@ -271,13 +204,13 @@ class ZScoreClip(_FromNorms):
         return limits, {
             "mean": new(first_mean, later_mean, mean),
             "variance": new(first_variance, later_variance, variance),
-            "count": ops.minimum(count + kernels.float32(usable), float(self.warmup_steps)),
+            "count": ops.minimum(count + arithmetic.float32(usable), float(self.warmup_steps)),
         }
 
 
 @register("ada")
 @dataclasses.dataclass(frozen=True)
-class AdaClip(_FromNorms):
+class AdaClip(Clipper):
     """AdaGC: each tensor's norm is held near the running average of its own clipped norms.
 
     g'_i = g_i·min(1, λ_rel·γ_i/‖g_i‖), then γ_i ← β·γ_i + (1−β)·‖g'_i‖. During the first
@@ -324,18 +257,20 @@ class AdaClip(_FromNorms):
         "not checked against the paper's tables",
     )
 
-    def init(self, variables):
+    def memory(self, scopes: int) -> dict[str, object]:
         """No norms yet: γ for each scope, and the number of updates."""
         return {
-            "gamma": np.full((self._number(variables),), NO_LIMIT, "float32"),
+            "gamma": np.full((scopes,), NO_LIMIT, "float32"),
             "count": np.zeros((1,), "float32"),
         }
 
-    def _limits(self, norms, usable, state, hyper):
+    def limits(
+        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
+    ) -> tuple[Tensor, State]:
         gamma, count = (ops.convert_to_tensor(state[k]) for k in ("gamma", "count"))
         warm = ops.greater_equal(count, self.warmup_steps)
         total = ops.sqrt(ops.sum(ops.square(norms)))
-        global_factor = kernels.clip_factor(total, hyper["lambda_abs"])
+        global_factor = arithmetic.clip_factor(total, hyper["lambda_abs"])
         # A threshold of factor·norm is the global clip, said scope by scope.
         early = ops.where(norms * global_factor < norms, norms * global_factor, NO_LIMIT)
         limits = ops.where(warm, ops.minimum(hyper["lambda_rel"] * gamma, NO_LIMIT), early)

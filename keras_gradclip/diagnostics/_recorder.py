@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Gradient, Gradients, Scalar, Tensor, Variable
 from keras_gradclip.diagnostics.watch import RingBuffer, strategy_scope
 from keras_gradclip.optimizer._hyperparameters import to_numpy
@@ -49,15 +49,16 @@ class Recorder:
     def on_skip(self, gradients: Gradients) -> None:
         """Count the bad gradients of an update that is left out."""
         bad = [
-            0.0 if g is None else 1.0 - kernels.float32(kernels.all_finite([g])) for g in gradients
+            0.0 if g is None else 1.0 - arithmetic.float32(arithmetic.all_finite([g]))
+            for g in gradients
         ]
         self.updates.assign(self.updates + 1.0)
-        self.nonfinite.assign(self.nonfinite + ops.stack([kernels.float32(b) for b in bad]))
+        self.nonfinite.assign(self.nonfinite + ops.stack([arithmetic.float32(b) for b in bad]))
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Take a sample, if it is this update's turn."""
         self.updates.assign(self.updates + 1.0)
-        iterations = kernels.read(self.optimizer.inner_optimizer.iterations)
+        iterations = arithmetic.read(self.optimizer.inner_optimizer.iterations)
         is_due = ops.logical_or(ops.equal(iterations % self.every, 0), self.force > 0)
         aggregation.local_cond(
             is_due,
@@ -75,8 +76,8 @@ class Recorder:
             for x, y, f in zip(update.gradients, update.clipped, fractions, strict=True)
         ]
         figures = ops.transpose(ops.stack([ops.stack(column) for column in columns]))
-        figures = ops.concatenate([figures, kernels.read(self.nonfinite)[None]])
-        window = [kernels.read(self.updates), *(update.hyper[name] for name in self.thresholds)]
+        figures = ops.concatenate([figures, arithmetic.read(self.nonfinite)[None]])
+        window = [arithmetic.read(self.updates), *(update.hyper[name] for name in self.thresholds)]
         self.buffer.write(iterations, figures, ops.stack(window))
         self.force.assign(ops.zeros(()))
         self.updates.assign(ops.zeros(()))
@@ -124,12 +125,12 @@ class Recorder:
 def _figures(before: Gradient, after: Gradient, fraction: Scalar) -> list[Tensor]:
     """The first rows for one variable; zeros where its gradient is not finite."""
     zero = ops.zeros((), "float32")
-    x, y = (kernels.float32(kernels.values(g)) for g in (before, after))
-    square_x, square_y = kernels.sum_of_squares(x), kernels.sum_of_squares(y)
+    x, y = (arithmetic.float32(arithmetic.values(g)) for g in (before, after))
+    square_x, square_y = arithmetic.sum_of_squares(x), arithmetic.sum_of_squares(y)
     # |x/‖x‖ − y/‖y‖|² gives small angles that the cosine loses in float32.
-    direction_x = x * ops.rsqrt(ops.maximum(square_x, kernels.TINY))
-    direction_y = y * ops.rsqrt(ops.maximum(square_y, kernels.TINY))
-    chord = kernels.sum_of_squares(direction_x - direction_y)
+    direction_x = x * ops.rsqrt(ops.maximum(square_x, arithmetic.TINY))
+    direction_y = y * ops.rsqrt(ops.maximum(square_y, arithmetic.TINY))
+    chord = arithmetic.sum_of_squares(direction_x - direction_y)
     is_finite = ops.isfinite(square_x)
-    row = [square_x, square_y, chord, fraction, kernels.max_abs(x)]
-    return [*(ops.where(is_finite, c, zero) for c in row), 1.0 - kernels.float32(is_finite)]
+    row = [square_x, square_y, chord, fraction, arithmetic.max_abs(x)]
+    return [*(ops.where(is_finite, c, zero) for c in row), 1.0 - arithmetic.float32(is_finite)]

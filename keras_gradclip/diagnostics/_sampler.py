@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
-from keras_gradclip.clippers._units import default_unit_axes, unit_squares
+from keras_gradclip.clippers.units import default_unit_axes
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._steps import ignores_scale
@@ -68,21 +68,21 @@ class Sampler:
         """
         if gradient is None:
             return [ops.zeros((), "float32")] * 5
-        x = kernels.float32(kernels.values(gradient))
-        weight = kernels.float32(kernels.matching_weight(variable, gradient))
+        x = arithmetic.float32(arithmetic.values(gradient))
+        weight = arithmetic.float32(arithmetic.matching_rows(arithmetic.read(variable), gradient))
         axes = default_unit_axes(variable)
-        whole = kernels.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
-        unit = ops.sqrt(unit_squares(x, axes))
-        floor = ops.maximum(ops.sqrt(unit_squares(whole, axes)), self.eps)
-        ratio = kernels.max_abs(unit / floor)
+        whole = arithmetic.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
+        unit = ops.sqrt(arithmetic.unit_squares(x, axes))
+        floor = ops.maximum(ops.sqrt(arithmetic.unit_squares(whole, axes)), self.eps)
+        ratio = arithmetic.max_abs(unit / floor)
         step = ratio
         if ignores_scale(self.optimizer.inner_optimizer):
             size = math.prod(int(variable.shape[axis]) for axis in axes)
-            step = kernels.max_abs(math.sqrt(size) / floor)
+            step = arithmetic.max_abs(math.sqrt(size) / floor)
         return [
-            kernels.sum_of_squares(x),
-            kernels.max_abs(x),
-            kernels.max_abs(ops.abs(x) / kernels.exp_of(self.beta, weight)),
+            arithmetic.sum_of_squares(x),
+            arithmetic.max_abs(x),
+            arithmetic.max_abs(ops.abs(x) / arithmetic.exp_of(self.beta, weight)),
             ratio,
             step * rate,
         ]
@@ -90,7 +90,7 @@ class Sampler:
     def _learning_rate(self) -> Tensor:
         """At this step; 0 of an optimizer that has none."""
         rate = getattr(self.optimizer.inner_optimizer, "learning_rate", None)
-        return kernels.float32(0.0 if rate is None else kernels.read(rate))
+        return arithmetic.float32(0.0 if rate is None else arithmetic.read(rate))
 
 
 class Watch(keras.callbacks.Callback):

@@ -13,16 +13,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
 from keras_gradclip._files import write_json
 from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Model, Tensor, Threshold
-from keras_gradclip.clippers._declaration import MEASURES, Measure, parameters
-from keras_gradclip.clippers._units import default_unit_axes
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
+from keras_gradclip.clippers.parameters import MEASURES, Measure, parameters
 from keras_gradclip.clippers.relative import UpdateRatioClip
+from keras_gradclip.clippers.units import default_unit_axes
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics._sampler import Sampler, Watch
 from keras_gradclip.diagnostics._templates import render
@@ -79,7 +79,7 @@ class Calibration:
         beta: β of the exponential clipper.
         eps: ε of the adaptive clipper.
         max_ratio: the largest κ that is suggested: that of `clipper="auto"` for this optimizer
-            and so many kernels.
+            and so many arithmetic.
         anneal: as `clipper="auto"` has it for this optimizer.
         samples: what the thresholds are percentiles of: for each clipper a float64 array
             `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
@@ -133,7 +133,7 @@ class Calibration:
                 for kind in kinds()
                 if kind in samples
             },
-            kernels={layer: list(names) for layer, names in kernels.items()},
+            kernels={layer: list(names) for layer, names in arithmetic.items()},
             global_norm=suggestion(samples["global"]),
             updates=len(samples["global"]),
             nonfinite=nonfinite,
@@ -468,7 +468,7 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
     samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in kinds()}
     bound = step_bound(sampler.optimizer.inner_optimizer, variables)
     if bound.anneal is not None:  # the bound falls with the rate: what counts is the largest so far
-        rates = np.maximum([sampler.rates[i] for i in finite], kernels.TINY)
+        rates = np.maximum([sampler.rates[i] for i in finite], arithmetic.TINY)
         step = step * (np.maximum.accumulate(rates) / rates)[:, None]
     kernels_of: dict[str, list[str]] = {}
     for k, layer in enumerate(layers):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from keras import backend, ops
 
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Model, Optimizer, Strategy, Tensor, Variable
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._telemetry import zeros
@@ -83,12 +83,12 @@ class RingBuffer:
     def write(self, step: Tensor, *arrays: Tensor) -> None:
         """Add a record, in replica context."""
         slots = ops.arange(self.capacity, dtype=self._steps.dtype)
-        mask = ops.equal(slots, kernels.read(self._written) % self.capacity)
+        mask = ops.equal(slots, arithmetic.read(self._written) % self.capacity)
         step = ops.cast(step, self._steps.dtype)
-        self._steps.assign(ops.where(mask, step, kernels.read(self._steps)))
+        self._steps.assign(ops.where(mask, step, arithmetic.read(self._steps)))
         for variable, value in zip(self._arrays, arrays, strict=True):
             wide = ops.reshape(mask, (-1, *(1 for _ in value.shape)))
-            variable.assign(ops.where(wide, value[None], kernels.read(variable)))
+            variable.assign(ops.where(wide, value[None], arithmetic.read(variable)))
         self._written.assign(self._written + 1)
 
     def fetch(self) -> list[tuple[int, list[np.ndarray]]]:

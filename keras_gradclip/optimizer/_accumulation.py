@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Gradients, Scalar, Variable
 
 
@@ -51,14 +51,14 @@ class Accumulation:
                 continue
             self._touched.add(i)
             total = self.sums[i]
-            gradient = kernels.dense(gradient)
+            gradient = arithmetic.dense(gradient)
             if is_overwritten(self._variables[i]):
                 total.assign(ops.maximum(total, gradient))
             else:
                 total.assign_add(ops.cast(gradient, total.dtype))
         marks = np.zeros(self.flags.shape, "float32")
         marks[0, self.touched] = 1.0
-        self.flags.assign(ops.maximum(kernels.read(self.flags), marks))
+        self.flags.assign(ops.maximum(arithmetic.read(self.flags), marks))
 
     def _remember(self) -> None:
         """Learn from the flags, which may come from a file, what has had a gradient.
@@ -74,7 +74,7 @@ class Accumulation:
     def mark_from_sums(self) -> None:
         """Set the flags where there is a sum, for files that do not have them."""
         marks = np.zeros(self.flags.shape, "float32")
-        marks[0] = [np.any(ops.convert_to_numpy(kernels.read(total))) for total in self.sums]
+        marks[0] = [np.any(ops.convert_to_numpy(arithmetic.read(total))) for total in self.sums]
         self.flags.assign(marks)
 
     @property
@@ -85,7 +85,8 @@ class Accumulation:
     def take(self) -> Gradients:
         """The sums; None for a variable that never had a gradient."""
         return [
-            kernels.read(total) if i in self._touched else None for i, total in enumerate(self.sums)
+            arithmetic.read(total) if i in self._touched else None
+            for i, total in enumerate(self.sums)
         ]
 
     def clear(self) -> None:

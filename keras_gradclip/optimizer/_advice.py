@@ -63,7 +63,7 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
 
 
 def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioClip:
-    """What bounds this optimizer's steps in a network of so many kernels.
+    """What bounds this optimizer's steps in a network of so many arithmetic.
 
     Args:
         inner: the inner optimizer.
@@ -109,7 +109,7 @@ def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variabl
     clipped = {
         path_of(v)
         for v, (_, rule) in zip(variables, clipper.rule_of(variables), strict=True)
-        if rule is not None and not rule.bounds_steps
+        if rule is not None and rule.stage != "update"
     }
     matrices = [path for path in muon_matrices(inner, variables) if path in clipped]
     if matrices:

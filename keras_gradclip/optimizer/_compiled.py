@@ -15,20 +15,16 @@ from typing import Any
 import keras
 from keras import backend
 
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
-from keras_gradclip import _kernels as kernels
-from keras_gradclip._deferred import Deferred, Later
 from keras_gradclip._names import path_of
 from keras_gradclip._types import (
     Gradient,
-    Gradients,
     Optimizer,
     Scalar,
     Strategy,
     Tensor,
-    Variable,
 )
-from keras_gradclip.optimizer._fused import FusedUpdate
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
 Kernel = Callable[..., Tensor]
@@ -144,7 +140,6 @@ class CompiledUpdate:
         self._inner = inner
         self.mode = mode
         self._make_kernel = _KERNELS.get(type(inner))
-        self._fused = FusedUpdate(inner)
         #: Path of a variable to the reason why Keras updates it.
         self._refused: dict[str, str] = {}
         self._reason = self._impossible()
@@ -203,18 +198,8 @@ class CompiledUpdate:
         if left:
             default(strategy, left, learning_rate)
 
-    def may_wait(self, gradients: Gradients, variables: Sequence[Variable]) -> Later | None:
-        """Which clips of this update may wait for it; None: not one."""
-        import tensorflow as tf
-
-        if self._reason or self._make_kernel is None or tf.executing_eagerly():
-            return None
-        if _compat.is_traced_for_xla():  # Keras does this update
-            return None
-        return self._fused.may_wait(gradients, variables)
-
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
-        if kernels.is_sparse(gradient):
+        if arithmetic.is_sparse(gradient):
             return "sparse gradient"
         if variable.dtype.name not in ("float32", "float64"):
             return f"{variable.dtype.name}"
@@ -238,29 +223,18 @@ class CompiledUpdate:
         # The scalars are computed once on each device.
         made: dict[tuple[str, str], tuple[Tensor, Tensor, Kernel]] = {}
 
-        def of_one(
-            variable: Tensor, gradient: Gradient | Deferred, slots: list[Tensor], rate: Scalar
-        ) -> None:
+        def of_one(variable: Tensor, gradient: Gradient, slots: list[Tensor], rate: Scalar) -> None:
             key = (variable.device, variable.dtype.name)
             if key not in made:
-                step = tf.cast(kernels.read(self._inner.iterations) + 1, variable.dtype)
+                step = tf.cast(arithmetic.read(self._inner.iterations) + 1, variable.dtype)
                 rate = tf.cast(rate, variable.dtype)
                 made[key] = (rate, step, make(self._inner, rate, step))
             rate, step, kernel = made[key]
-            if isinstance(gradient, Deferred):
-                folded = self._fused.folded(gradient, rate)
-                if folded is not None:
-                    gradient, kernel = folded[0], make(self._inner, folded[1], step)
-                elif self._fused.takes(variable):
-                    self._fused.run(gradient, variable, slots, rate, step)
-                    return
-                else:
-                    gradient = gradient.now(variable.read_value())
             gradient = tf.cast(gradient, variable.dtype)
             kernel(variable.handle, gradient, *(slot.handle for slot in slots))
 
-        rate = kernels.read(learning_rate)
-        for gradient, variable in sorted(pairs, key=_follows):
+        rate = arithmetic.read(learning_rate)
+        for gradient, variable in pairs:
             slots = [slot.value for slot in _compat.slots(self._inner, variable)]
             strategy.extended.update(variable, of_one, args=(gradient, slots, rate), group=False)
 
@@ -270,7 +244,7 @@ class CompiledUpdate:
         """Update the pairs that are worth compiling; return the others."""
         import tensorflow as tf
 
-        least = 0 if self.mode is True else kernels.SMALL
+        least = 0 if self.mode is True else arithmetic.SMALL
         large = [pair for pair in pairs if pair[1].shape.num_elements() >= least]
         size = sum(variable.shape.num_elements() for _, variable in large)
         several = strategy.num_replicas_in_sync > 1
@@ -279,11 +253,11 @@ class CompiledUpdate:
         reason = None
         if tf.executing_eagerly():
             reason = "eager execution"
-        elif size < kernels.WORTH_COMPILING * compilations and self.mode == "auto":
+        elif size < arithmetic.WORTH_COMPILING * compilations and self.mode == "auto":
             reason = f"{size} elements in large variables are too few to pay for XLA"
         elif not several and len({variable.device for _, variable in large}) > 1:
             reason = "variables on several devices"
-        rate = kernels.read(learning_rate)  # of a schedule on replicas: one each
+        rate = arithmetic.read(learning_rate)  # of a schedule on replicas: one each
         if not several:
             rate = tf.convert_to_tensor(rate)
         if reason is None and not type(self._inner).__module__.startswith("keras."):
@@ -323,12 +297,6 @@ class CompiledUpdate:
                 self._inner.update_step(gradient, variable, rate)
 
         return tf.function(run, jit_compile=True, autograph=False)
-
-
-def _follows(pair: tuple[Gradient | Deferred, Tensor]) -> bool:
-    """Whether what another clip has seen is needed for this one; with replicas, all alike."""
-    gradient = getattr(pair[0], "values", (pair[0],))[0]
-    return isinstance(gradient, Deferred) and gradient.rule.follows
 
 
 def _cannot(reason: str) -> str:

@@ -9,10 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Optimizer, Scalar, Tensor, Variable
-from keras_gradclip.clippers.base import LEARNING_RATE, Clipper, current_value
+from keras_gradclip.clippers.base import Clipper, current_value
 
 
 def to_numpy(value: Tensor) -> Tensor:
@@ -115,13 +114,6 @@ class HasThresholds:
                 f"rate, which the clipper {self._clipper} divides by. Use one that does not, e.g. "
                 "AdaptiveClip(0.01)."
             )
-
-    def _told_learning_rate(self) -> dict[str, Scalar]:
-        """What a clipper that asks for it is told beside the thresholds; else nothing."""
-        if not (self._clipper and self._clipper.needs_learning_rate):
-            return {}
-        rate = kernels.read(self.inner_optimizer.learning_rate)
-        return {LEARNING_RATE: ops.cast(rate, "float32")}
 
     @property
     def clipper(self) -> Clipper | None:

@@ -11,14 +11,13 @@ import keras
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
-from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
-from keras_gradclip._deferred import Later
 from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variable
 from keras_gradclip.optimizer._accumulation import is_overwritten
 from keras_gradclip.optimizer._compiled import CompiledUpdate
-from keras_gradclip.optimizer._steps import Bound, BoundedSteps
+from keras_gradclip.optimizer._steps import BoundedSteps, UpdateLimit
 
 # The `ema_overwrite_frequency` of inner optimizers, which we took from them. An optimizer that
 # is compiled a second time is wrapped a second time.
@@ -121,7 +120,7 @@ class InnerUpdate:
         overwriting: Gradients,
         variables: Sequence[Variable],
         indices: Sequence[int],
-        bound: Bound | None = None,
+        bound: UpdateLimit | None = None,
     ) -> None:
         """Apply.
 
@@ -136,8 +135,8 @@ class InnerUpdate:
             return
         factor = self._inner.loss_scale_factor
         if factor:  # Keras will divide by it once more, and cannot divide a sparse gradient
-            gradients = [None if g is None else kernels.dense(g) for g in gradients]
-            gradients = kernels.divided(gradients, 1.0 / factor)
+            gradients = [None if g is None else arithmetic.dense(g) for g in gradients]
+            gradients = arithmetic.divided(gradients, 1.0 / factor)
         merged = [g if o is None else o for g, o in zip(gradients, overwriting, strict=True)]
         with self._steps.by(bound):
             self._inner.apply([merged[i] for i in indices], [variables[i] for i in indices])
@@ -148,14 +147,6 @@ class InnerUpdate:
                 lambda: None,
                 cross_replica=True,
             )
-
-    def may_wait(self, gradients: Gradients, variables: Sequence[Variable]) -> Later | None:
-        """Which clips may wait for the update: see `_deferred`."""
-        if self.is_held or self._inner.loss_scale_factor or not aggregation.is_tensorflow():
-            return None
-        if any(is_overwritten(v) for v in variables):
-            return None
-        return self.compiled.may_wait(gradients, variables)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -10,8 +10,8 @@ import keras
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
-from keras_gradclip import _kernels as kernels
 from keras_gradclip._types import Gradient, Optimizer, Scalar, Tensor, Variable
 
 
@@ -70,20 +70,20 @@ class DynamicLossScale:
 
     def factor(self) -> Scalar:
         """The scale of this step."""
-        return kernels.read(self._outer.dynamic_scale)
+        return arithmetic.read(self._outer.dynamic_scale)
 
     def on_finite(self) -> None:
         """Double the scale every `dynamic_growth_steps` finite updates."""
         outer = self._outer
         full = ops.equal(outer.step_counter, outer.dynamic_growth_steps - 1)
-        counter, scale = kernels.read(outer.step_counter), kernels.read(outer.dynamic_scale)
+        counter, scale = arithmetic.read(outer.step_counter), arithmetic.read(outer.dynamic_scale)
         outer.step_counter.assign(ops.where(full, ops.zeros_like(counter), counter + 1))
         outer.dynamic_scale.assign(ops.where(full, scale * 2.0, scale))
 
     def on_skip(self, was_finite: Tensor) -> None:
         """Halve the scale after an overflow; a spike says nothing of it."""
         outer = self._outer
-        counter, scale = kernels.read(outer.step_counter), kernels.read(outer.dynamic_scale)
+        counter, scale = arithmetic.read(outer.step_counter), arithmetic.read(outer.dynamic_scale)
         outer.step_counter.assign(ops.where(was_finite, counter, ops.zeros_like(counter)))
         outer.dynamic_scale.assign(ops.where(was_finite, scale, scale * 0.5))
 

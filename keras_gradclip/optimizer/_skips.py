@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from keras import ops
 
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Gradients, Scalar, Tensor, Variable
 from keras_gradclip.optimizer._hyperparameters import to_numpy
@@ -40,11 +40,11 @@ class SpikeWindow:
 
         A norm that is not finite is neither a spike nor remembered.
         """
-        present = [kernels.values(g) for g in gradients if g is not None]
-        norm = ops.sqrt(ops.sum(ops.stack(kernels.sums_of_squares(present))))
-        norms, seen = kernels.read(self.norms), kernels.read(self.seen)
+        present = [arithmetic.values(g) for g in gradients if g is not None]
+        norm = ops.sqrt(ops.sum(ops.stack(arithmetic.sums_of_squares(present))))
+        norms, seen = arithmetic.read(self.norms), arithmetic.read(self.seen)
         places = ops.arange(WINDOW, dtype="int32")
-        held = kernels.float32(places < seen)
+        held = arithmetic.float32(places < seen)
         count = ops.maximum(ops.sum(held), 1.0)
         mean = ops.sum(norms) / count
         std = ops.sqrt(ops.sum(held * ops.square(norms - mean)) / count)
@@ -66,12 +66,12 @@ class FirstNonfinite:
         """Look for it in an update that is left out."""
         bad = ops.stack(
             [
-                ops.cast(ops.logical_not(kernels.all_finite([0.0 if g is None else g])), "int32")
+                ops.cast(ops.logical_not(arithmetic.all_finite([0.0 if g is None else g])), "int32")
                 for g in gradients
             ]
         )
         number = ops.where(ops.max(bad) > 0, ops.cast(ops.argmax(bad), "int32") + 1, 0)
-        before = kernels.read(self.number)
+        before = arithmetic.read(self.number)
         self.number.assign(ops.where(before > 0, before, number))
 
 

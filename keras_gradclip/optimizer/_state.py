@@ -17,11 +17,13 @@ from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
 from keras_gradclip.clippers.base import deserialize_value, serialize
+from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._advice import AUTO, choose, warn_of_muon
 from keras_gradclip.optimizer._hyperparameters import HasThresholds, is_schedule, to_numpy
 from keras_gradclip.optimizer._inner import InnerUpdate
 from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
+from keras_gradclip.optimizer._steps import ignores_scale
 from keras_gradclip.optimizer._telemetry import Telemetry
 from keras_gradclip.optimizer._watcher import Watcher
 
@@ -99,7 +101,13 @@ class HasState(HasThresholds):
         state = {}
         if self._clipper is not None:
             self._clipper.check_variables([*variables, *self._frozen_variables])
-            state = self._clipper.init(variables)
+            self._enforcer = Enforcer(
+                self._clipper.assignments(variables),
+                variables,
+                update_is_scaled_gradient=not ignores_scale(self.inner_optimizer),
+            )
+            self._limited_updates = self._enforcer.limited_updates()
+            state = self._enforcer.init()
             warn_of_muon(self.inner_optimizer, self._clipper, variables)
         steps = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = None  # the base class would accumulate as well

@@ -10,21 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import keras
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
-from keras_gradclip import _kernels as kernels
-from keras_gradclip._deferred import is_bound
 from keras_gradclip._types import Gradient, Gradients, Optimizer, Scalar, Tensor, Variable
-from keras_gradclip.clippers.base import Clipper
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class UpdateLimit:
     """What the steps go through before they stay.
 
     Attributes:
@@ -32,7 +29,7 @@ class Bound:
         is_for: whether the step of a variable may be bounded; others are not handed to `apply`.
     """
 
-    apply: Callable[[Sequence[Variable], list[Tensor]], Sequence[Tensor]]
+    apply: Callable[[Sequence[Variable], list[Tensor], list[Tensor]], Sequence[Tensor]]
     is_for: Callable[[Variable], bool]
 
 
@@ -49,12 +46,12 @@ class BoundedSteps:
     """
 
     def __init__(self, inner: Optimizer) -> None:
-        self._bound: Bound | None = None
+        self._bound: UpdateLimit | None = None
         self._may_split = _compat.updates_are_separable(inner)
         _compat.wrap_update(inner, self._update)
 
     @contextlib.contextmanager
-    def by(self, bound: Bound | None) -> Iterator[None]:
+    def by(self, bound: UpdateLimit | None) -> Iterator[None]:
         """Inside, each update's steps go through `bound`, which sees the weights of before."""
         self._bound = bound
         try:
@@ -72,39 +69,33 @@ class BoundedSteps:
         if self._bound is None:
             default(gradients, variables, learning_rate)
             return
-        by_themselves: list[tuple[Gradient, Variable]] = []
-        to_bound: list[tuple[Gradient, Variable]] = []
+        limited: list[tuple[Gradient, Variable]] = []
         free: list[tuple[Gradient, Variable]] = []
         for gradient, variable in zip(gradients, variables, strict=True):
             is_free = self._may_split and not self._bound.is_for(variable)
-            chosen = free if is_free else to_bound
-            (by_themselves if is_bound(gradient) else chosen).append((gradient, variable))
-        # First what tells the others of its weights; last what they may still want to see.
-        if by_themselves:
-            default(*zip(*by_themselves, strict=True), learning_rate)
-        self._update_bounded(default, self._bound, to_bound, learning_rate)
+            (free if is_free else limited).append((gradient, variable))
+        self._update_bounded(default, self._bound, limited, learning_rate)
         if free:
             default(*zip(*free, strict=True), learning_rate)
 
     def _update_bounded(
         self,
         default: Callable[..., None],
-        bound: Bound,
+        bound: UpdateLimit,
         pairs: Sequence[tuple[Gradient, Variable]],
         learning_rate: Scalar,
     ) -> None:
         if not pairs:
-            bound.apply([], [])
+            bound.apply([], [], [])
             return
         gradients, variables = zip(*pairs, strict=True)
-        before = [ops.copy(kernels.read(v)) for v in variables]
+        before = [ops.copy(arithmetic.read(v)) for v in variables]
         default(gradients, variables, learning_rate)
-        after = [kernels.read(v) for v in variables]
+        after = [arithmetic.read(v) for v in variables]
         if keras.backend.backend() == "torch":  # which writes into the tensor that was read
             after = [ops.copy(x) for x in after]
-        aggregation.assign_each(variables, before)
         steps = [b - a for a, b in zip(before, after, strict=True)]
-        bounded = bound.apply(variables, steps)
+        bounded = bound.apply(variables, steps, before)
         aggregation.assign_each(
             variables,
             [
@@ -113,28 +104,3 @@ class BoundedSteps:
                 for old, new, wanted, step in zip(before, after, steps, bounded, strict=True)
             ],
         )
-
-
-class BoundsSteps:
-    """Mixin of an optimizer: whether its clip has a second pass, over what it wants to apply."""
-
-    inner_optimizer: Optimizer
-    _clipper: Clipper | None
-    _inner_update: Any
-    _trainable_variables: list[Variable]
-
-    @property
-    def _bounds_steps(self) -> bool:
-        if self._clipper is None or self._inner_update.is_held:
-            return False
-        return self._clipper.bounds_steps and ignores_scale(self.inner_optimizer)
-
-    def _bound_by(
-        self, apply: Callable[[Sequence[Variable], list[Tensor]], Sequence[Tensor]]
-    ) -> Bound | None:
-        """`apply` for the variables whose steps the clipper may bound, if it does."""
-        if self._clipper is None or not self._bounds_steps:
-            return None
-        are_bounded = self._clipper.bounded(self._trainable_variables)
-        index_of = self._get_variable_index  # type: ignore[attr-defined]
-        return Bound(apply, lambda variable: are_bounded[index_of(variable)])

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import layers_of
 from keras_gradclip._types import Config, Gradients, Scalar, Tensor, Variable
 from keras_gradclip.optimizer._hyperparameters import to_numpy
@@ -60,7 +60,7 @@ class Telemetry:
             self._measure(update)
         else:
             aggregation.local_cond(
-                ops.equal(kernels.read(self.updates) % float(self.every), 0.0),
+                ops.equal(arithmetic.read(self.updates) % float(self.every), 0.0),
                 functools.partial(self._measure, update),
                 self._sums,
                 self._variables,
@@ -88,9 +88,12 @@ class Telemetry:
 
     def mean_clip_fraction(self) -> Scalar:
         """Clipped / all, averaged; NaN before the first measurement, 0 without a clipper."""
-        clipped, counted = ops.sum(kernels.read(self.clipped)), ops.sum(kernels.read(self.counted))
-        nothing = ops.where(kernels.read(self.measured) > 0, 0.0, float("nan"))
-        return ops.where(counted > 0, clipped / ops.maximum(counted, kernels.TINY), nothing)
+        clipped, counted = (
+            ops.sum(arithmetic.read(self.clipped)),
+            ops.sum(arithmetic.read(self.counted)),
+        )
+        nothing = ops.where(arithmetic.read(self.measured) > 0, 0.0, float("nan"))
+        return ops.where(counted > 0, clipped / ops.maximum(counted, arithmetic.TINY), nothing)
 
     def read(self) -> Config:
         """The figures of `ClippedOptimizer.read_telemetry`."""
@@ -208,7 +211,7 @@ def square_norms(update: ClippedUpdate) -> list[Tensor]:
     gradients, stats = update.gradients, update.stats
     squares = list(stats.square_norms) if stats and stats.square_norms else [None] * len(gradients)
     missing = [i for i, g in enumerate(gradients) if g is not None and squares[i] is None]
-    taken = kernels.sums_of_squares([kernels.values(gradients[i]) for i in missing])
+    taken = arithmetic.sums_of_squares([arithmetic.values(gradients[i]) for i in missing])
     for i, square in zip(missing, taken, strict=True):
         squares[i] = square
     zero = ops.zeros((), "float32")
@@ -217,5 +220,5 @@ def square_norms(update: ClippedUpdate) -> list[Tensor]:
 
 def _ratio(total: Variable, count: Variable) -> Scalar:
     """`total / count`; NaN where nothing was counted."""
-    count = kernels.read(count)
-    return ops.where(count > 0, kernels.read(total) / ops.maximum(count, 1.0), float("nan"))
+    count = arithmetic.read(count)
+    return ops.where(count > 0, arithmetic.read(total) / ops.maximum(count, 1.0), float("nan"))

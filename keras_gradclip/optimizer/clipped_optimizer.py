@@ -2,8 +2,7 @@
 
 One update, in this order: add up micro-batches; sum over the replicas (one all-reduce); merge
 duplicate sparse rows; unscale; skip if anything is not finite; clip; rescale; show it to the
-watchers; inner optimizer. Where it pays, a clip waits for the inner optimizer and is done with its
-update (`_deferred`).
+watchers; inner optimizer.
 """
 
 from __future__ import annotations
@@ -16,19 +15,11 @@ import keras
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
-from keras_gradclip._deferred import LATER, is_bound
 from keras_gradclip._types import Gradient, Gradients, Optimizer, State, Tensor, Variable
-from keras_gradclip.clippers.base import (
-    GRADIENTS,
-    LEARNING_RATE,
-    PASS,
-    STEPS,
-    Clipper,
-    as_clipper,
-    combined,
-)
+from keras_gradclip.clippers.base import Clipper, as_clipper
+from keras_gradclip.clippers.enforce import LEARNING_RATE, combined
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._advice import AUTO
 from keras_gradclip.optimizer._call import Call, collect
@@ -41,7 +32,7 @@ from keras_gradclip.optimizer._inner import (
 from keras_gradclip.optimizer._loss_scale import FixedLossScale, KnowsLossScale, LossScale
 from keras_gradclip.optimizer._skips import ReportsSkips, SpikeWindow
 from keras_gradclip.optimizer._state import HasState
-from keras_gradclip.optimizer._steps import BoundsSteps
+from keras_gradclip.optimizer._steps import UpdateLimit
 from keras_gradclip.optimizer._telemetry import ReportsTelemetry, Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watched, Watcher
 
@@ -53,7 +44,6 @@ class ClippedOptimizer(
     ReportsTelemetry,
     ReportsSkips,
     HasState,
-    BoundsSteps,
     Watched,
     keras.optimizers.Optimizer,
 ):
@@ -215,13 +205,13 @@ class ClippedOptimizer(
         """Reduce, merge, unscale; then step or skip."""
         gradients, overwriting = split_overwriting(gradients, self._trainable_variables)
         gradients = aggregation.all_reduce_sum(gradients)
-        gradients = [kernels.merge_duplicate_rows(g) for g in gradients]
+        gradients = [arithmetic.merge_duplicate_rows(g) for g in gradients]
         micro_steps = self._accumulation.steps if self._accumulation else 1
-        gradients = kernels.divided(gradients, micro_steps * call.scale.factor())
+        gradients = arithmetic.divided(gradients, micro_steps * call.scale.factor())
         if not (self.skip_nonfinite or self._spikes or call.scale.checks_finite):
             self._step(call, gradients, overwriting)
             return
-        is_kept = kernels.all_finite(gradients)
+        is_kept = arithmetic.all_finite(gradients)
         if self._spikes is not None:
             is_kept = ops.logical_and(is_kept, ops.logical_not(self._spikes.is_spike(gradients)))
         aggregation.cond(
@@ -235,30 +225,46 @@ class ClippedOptimizer(
     def _step(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
         """Clip, show, apply."""
         update = self._clip(gradients)
-        bound = self._bound_by(functools.partial(self._bound, update))
-        if bound is None:
+        limit = None
+        if (
+            self._clipper is not None
+            and self._enforcer.limits_updates
+            and not self._inner_update.is_held
+        ):
+            limit = UpdateLimit(functools.partial(self._limit_updates, update), self._has_limit)
+        else:
             self._show(update)
         self._inner_update(
-            update.clipped, overwriting, self._trainable_variables, call.indices, bound
+            update.clipped, overwriting, self._trainable_variables, call.indices, limit
         )
         call.scale.on_finite()
 
-    def _bound(
-        self, update: ClippedUpdate, variables: Sequence[Variable], steps: list[Tensor]
+    def _limit_updates(
+        self,
+        update: ClippedUpdate,
+        variables: Sequence[Variable],
+        updates: list[Tensor],
+        weights: list[Tensor],
     ) -> list[Tensor]:
-        """Clip the steps that the inner optimizer is about to take, and show what was clipped."""
-        assert self._clipper is not None and update.stats is not None
+        """Clip the weight updates that the inner optimizer computed, and show what was clipped."""
         indices = [self._get_variable_index(v) for v in variables]
-        everything = [g if is_bound(g) else None for g in update.clipped]
-        for i, step in zip(indices, steps, strict=True):
-            everything[i] = step
-        hyper = {**update.hyper, LEARNING_RATE: ops.ones((), "float32"), PASS: STEPS}
-        clipped, _, stats = self._clipper.in_its_pass(
-            everything, self._trainable_variables, self._read_clip_state(), hyper
+        count = len(self._trainable_variables)
+        all_updates, all_weights = [None] * count, [None] * count
+        for i, of_one, weight in zip(indices, updates, weights, strict=True):
+            all_updates[i], all_weights[i] = of_one, weight
+        clipped, state, stats = self._enforcer.clip_updates(
+            all_updates, all_weights, self._read_clip_state(), self._hyper_now()
         )
-        both = combined([update.stats, stats], self._trainable_variables)
+        self._write_clip_state(state)
+        everything = range(count)
+        both = combined(
+            [(everything, update.stats), (everything, stats)], self._trainable_variables
+        )
         self._show(dataclasses.replace(update, stats=both))
         return [clipped[i] for i in indices]
+
+    def _has_limit(self, variable: Variable) -> bool:
+        return self._get_variable_index(variable) in self._limited_updates
 
     def _show(self, update: ClippedUpdate) -> None:
         for watcher in self._all_watchers:
@@ -271,27 +277,29 @@ class ClippedOptimizer(
         self._first_nonfinite.note(gradients)
         for watcher in self._all_watchers:
             watcher.on_skip(gradients)
-        call.scale.on_skip(kernels.all_finite(gradients))
+        call.scale.on_skip(arithmetic.all_finite(gradients))
 
     def _clip(self, gradients: Gradients) -> ClippedUpdate:
         if self._clipper is None:
             return ClippedUpdate(gradients, gradients, None, {})
-        hyper = self.clip_hyperparameters.at_this_step()
-        told = {**hyper, **self._told_learning_rate()}
-        if self._bounds_steps:
-            told[PASS] = GRADIENTS
-        # Whoever else watches wants to see what was clipped.
-        if self._clipper.defers and not self._watchers:
-            told[LATER] = self._inner_update.may_wait(gradients, self._trainable_variables)
-        clipped, state, stats = self._clipper.in_its_pass(
-            gradients, self._trainable_variables, self._read_clip_state(), told
-        )
-        for key, value in state.items():
-            self._clip_state[key].assign(value)
+        hyper = self._hyper_now()
+        clipped, state, stats = self._enforcer.clip(gradients, self._read_clip_state(), hyper)
+        self._write_clip_state(state)
         return ClippedUpdate(gradients, clipped, stats, hyper)
 
+    def _hyper_now(self) -> dict[str, Tensor]:
+        hyper = self.clip_hyperparameters.at_this_step()
+        if self._clipper is not None and self._clipper.needs_learning_rate:
+            rate = arithmetic.read(self.inner_optimizer.learning_rate)
+            hyper[LEARNING_RATE] = ops.cast(rate, "float32")
+        return hyper
+
+    def _write_clip_state(self, state: State) -> None:
+        for key, value in state.items():
+            self._clip_state[key].assign(value)
+
     def _read_clip_state(self) -> State:
-        return {key: kernels.read(v) for key, v in self._clip_state.items()}
+        return {key: arithmetic.read(v) for key, v in self._clip_state.items()}
 
     @property
     def _all_watchers(self) -> list[Watcher]:

@@ -11,7 +11,7 @@ from oracles import agc, rms_clip
 from references import timm_agc
 
 import keras_gradclip as kgc
-from keras_gradclip.clippers._units import default_unit_axes
+from keras_gradclip.clippers.units import default_unit_axes
 
 AXES = [(0, 1, 2), (0,), (0,), (0,), (0,)]  # of helpers.variables()
 

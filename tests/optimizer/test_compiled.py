@@ -11,7 +11,7 @@ from helpers import strategy
 tf = pytest.importorskip("tensorflow")
 
 import keras_gradclip as kgc  # noqa: E402
-from keras_gradclip import _kernels as kernels  # noqa: E402
+from keras_gradclip import _arithmetic as kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Muon:UserWarning")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ from keras import backend, ops
 
 from keras_gradclip import _compat
 from keras_gradclip._names import size_of
-from keras_gradclip._types import Gradient, Tensor, Variable
+from keras_gradclip._types import Gradient, Tensor
 
 # exp(80) = 5.5e34 still fits float32: a larger exponent would turn a zero gradient into
 # 0 * inf = NaN, and thresholds beyond it clip nothing anyway.
@@ -83,9 +83,8 @@ def with_values(gradient: Gradient, new: Tensor) -> Tensor:
     return new
 
 
-def matching_weight(variable: Variable, gradient: Gradient) -> Tensor:
-    """The part of `variable` that lines up with `values(gradient)`."""
-    weight = ops.convert_to_tensor(read(variable))
+def matching_rows(weight: Tensor, gradient: Gradient) -> Tensor:
+    """The part of `weight` that lines up with `values(gradient)`."""
     return ops.take(weight, gradient.indices, axis=0) if is_sparse(gradient) else weight
 
 
@@ -93,16 +92,6 @@ def clip_symmetric(x: Tensor, limit: Tensor) -> Tensor:
     """clip(x, -limit, limit), `limit` a scalar or a tensor of x's shape; NaN stays NaN."""
     limit = ops.cast(limit, x.dtype)
     return _clip_between(x, -limit, limit)
-
-
-def clip_each(xs: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
-    """`clip_symmetric` of each tensor by one scalar; one operation a tensor on TensorFlow."""
-    bounds: dict[int, tuple[Tensor, Tensor]] = {}
-    for x in xs:
-        if x.dtype not in bounds:
-            high = ops.cast(limit, x.dtype)
-            bounds[x.dtype] = (-high, high)
-    return [_clip_between(x, *bounds[x.dtype]) for x in xs]
 
 
 def _clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -175,6 +164,16 @@ def column_squares(x: Tensor) -> Tensor:
         sums = tf.reduce_sum(tf.reshape(sums, (-1, columns)), axis=0)
         return tf.reshape(sums, (*[1] * (len(shape) - 1), columns))
     return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
+
+
+def unit_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """The sum of x² over `axes`, which stay as dimensions of 1; a scalar over all; float32."""
+    if len(axes) == len(x.shape):
+        return sum_of_squares(x)
+    if tuple(axes) == tuple(range(len(x.shape) - 1)):
+        return column_squares(x)
+    square = ops.square(float32(x))
+    return ops.sum(square, axis=tuple(axes), keepdims=True) if axes else square
 
 
 def _is_for_xla_on_cpu(x: Tensor) -> bool:
@@ -292,43 +291,27 @@ def _flat(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 
 def clip_factors(
-    squares: Sequence[Tensor], sizes: Sequence[int], scopes: Sequence[int], max_norm: Tensor
+    squares: Sequence[Tensor], limits: Sequence[Tensor], sizes: Sequence[int]
 ) -> list[Tensor]:
-    """`clip_factor` of each scope's norm, a list of float32 scalars, one a scope.
+    """`clip_factor` of each scope, a list of float32 scalars.
 
     Args:
-        squares: float32 scalars, the squared norm of each tensor.
-        sizes: the number of elements of each tensor.
-        scopes: for each tensor the number of its scope, from 0 on.
-        max_norm: a float32 scalar.
+        squares: the squared norm of each scope, float32 scalars.
+        limits: what each norm may be at most, float32 scalars.
+        sizes: the number of elements of each scope.
     """
-    members: list[list[int]] = [[] for _ in range(max(scopes) + 1)]
-    for i, scope in enumerate(scopes):
-        members[scope].append(i)
     # TensorFlow's CPU runs an operation when its inputs are there: with a factor of its own, a
     # large gradient is scaled while it is still in the cache. Small ones share their operations.
-    alone = [
-        len(members) == 1 or (runs_on_tensorflow_cpu() and sum(sizes[i] for i in m) >= SMALL)
-        for m in members
-    ]
-    result: list[Tensor] = [None] * len(members)
-    for scope, of_scope in enumerate(members):
-        if alone[scope]:
-            square = squares[of_scope[0]]
-            if len(of_scope) > 1:
-                square = ops.sum(ops.stack([squares[i] for i in of_scope]))
-            result[scope] = clip_factor(ops.sqrt(square), max_norm)
-    together = [scope for scope in range(len(members)) if not alone[scope]]
+    result: list[Tensor] = [None] * len(squares)
+    together = [i for i, size in enumerate(sizes) if size < SMALL or not runs_on_tensorflow_cpu()]
+    for i in {*range(len(sizes))} - {*together}:
+        result[i] = clip_factor(ops.sqrt(squares[i]), limits[i])
     if together:
-        stacked = ops.stack([squares[i] for scope in together for i in members[scope]])
-        ids = [k for k, scope in enumerate(together) for _ in members[scope]]
-        if len(ids) > len(together):
-            stacked = ops.segment_sum(
-                stacked, ops.convert_to_tensor(ids, "int32"), num_segments=len(together)
-            )
-        factors = clip_factor(ops.sqrt(stacked), max_norm)
-        for scope, factor in zip(together, ops.unstack(factors, num=len(together)), strict=True):
-            result[scope] = factor
+        shared = all(limits[i] is limits[together[0]] for i in together)
+        limit = limits[together[0]] if shared else ops.stack([limits[i] for i in together])
+        factors = clip_factor(ops.sqrt(ops.stack([squares[i] for i in together])), limit)
+        for i, factor in zip(together, ops.unstack(factors, num=len(together)), strict=True):
+            result[i] = factor
     return result
 
 
@@ -364,6 +347,14 @@ def ratio(before: Tensor, after: Tensor) -> Tensor:
     return ops.where(ops.isfinite(result), result, ops.ones_like(result))
 
 
+def rescaled(mode: str | None, before: Tensor, after: Tensor) -> Tensor:
+    """A clipped gradient with the L2 norm ("norm") or largest element ("max") of before."""
+    if mode is None:
+        return after
+    size = max_abs if mode == "max" else lambda x: ops.sqrt(sum_of_squares(x))
+    return scale(after, ratio(size(before), size(after)))
+
+
 def all_finite(gradients: Sequence[Gradient]) -> Tensor:
     """A boolean scalar: every element of every gradient is finite (None entries are ignored)."""
     flags = [ops.all(ops.isfinite(values(g))) for g in gradients if g is not None]
@@ -384,3 +375,48 @@ def merge_duplicate_rows(gradient: Gradient) -> Tensor:
     merged = tf.math.unsorted_segment_sum(gradient.values, position, tf.shape(rows)[0])
     merged.set_shape([None, *gradient.values.shape[1:]])
     return tf.IndexedSlices(merged, rows, gradient.dense_shape)
+
+
+class Programs:
+    """XLA programs of functions that are applied to one large gradient at a time.
+
+    TensorFlow writes the result of each operation to memory; XLA goes through it once. Variables
+    of one shape share a program.
+
+    Args:
+        variables: those whose gradients will come, dense: their shapes decide what pays.
+    """
+
+    def __init__(self, variables: Sequence[keras.Variable]) -> None:
+        sizes: dict[tuple[int, ...], int] = {}
+        for v in variables:
+            sizes[tuple(v.shape)] = sizes.get(tuple(v.shape), 0) + size_of(v)
+        self._shapes = {
+            shape
+            for shape, size in sizes.items()
+            if size >= WORTH_COMPILING and math.prod(shape) >= SMALL
+        }
+        self._programs: dict[object, Callable[..., Tensor]] = {}
+
+    def pays(self, x: Tensor) -> bool:
+        """Whether a program for `x` is worth its compilation, here and now."""
+        if backend.backend() != "tensorflow" or tuple(x.shape) not in self._shapes:
+            return False
+        import tensorflow as tf
+
+        return not tf.executing_eagerly() and not _compat.is_traced_for_xla()
+
+    def run(
+        self, key: Hashable, function: Callable[..., Tensor], x: Tensor, *args: object
+    ) -> Tensor:
+        """`function(x, *args)`, compiled.
+
+        Args:
+            key: what distinguishes `function` from others.
+        """
+        import tensorflow as tf
+
+        key = (key, tuple(x.shape), x.dtype)
+        if key not in self._programs:  # TensorFlow warns of a function with many traces
+            self._programs[key] = tf.function(function, jit_compile=True, autograph=False)
+        return self._programs[key](x, *args)
