@@ -24,8 +24,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Gradient, Hyper, State, Tensor, Threshold
-from keras_gradclip.clippers.enforce import Enforcer
-from keras_gradclip.clippers.limit import Assignment, ClipStats, Limit
+from keras_gradclip.clippers.enforce import Assignment, ClipStats, Enforcer, Limit
 from keras_gradclip.clippers.parameters import MEASURES, Card, parameters
 
 
@@ -86,7 +85,7 @@ class Clipper(Limit):
 
     def init(self, variables: Sequence[keras.Variable]) -> dict[str, object]:
         """The running state before the first update: name to NumPy array."""
-        return self._enforcer(variables).init()
+        return self._enforcer(variables).state
 
     def apply(
         self,
@@ -108,7 +107,8 @@ class Clipper(Limit):
         Returns:
             The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
         """
-        return self._enforcer(variables).clip(grads, state, hyper)
+        values = {name: ops.convert_to_tensor(value, "float32") for name, value in hyper.items()}
+        return self._enforcer(variables).clip(grads, state, values)
 
     def __call__(
         self, grads: Sequence[Gradient], variables: Sequence[keras.Variable]

@@ -10,7 +10,7 @@ from keras import ops
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Hyper, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
-from keras_gradclip.clippers.limit import Weight
+from keras_gradclip.clippers.enforce import Weight
 from keras_gradclip.clippers.parameters import Card, parameter
 
 ALPHA_NOTE = "'alpha' multiplies by exp(β·W) and belongs to ExponentialClip."

@@ -1,21 +1,21 @@
 """Enforcement of limits: the one place of the library that clips.
 
-For each rule: take norms over its scope, ask the clipper for the limit, clip, rescale, and count
-what was clipped. Gradients may be dense, sparse or None, of any float dtype, and hold infinities.
+For each clipper: take norms over its scope, ask it for the limit, clip, rescale, and count what was
+clipped. Gradients may be dense, sparse or None, of any float dtype, and hold infinities.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._names import SCOPES, path_of, scope_numbers, size_of
-from keras_gradclip._types import Gradient, Hyper, State, Tensor
-from keras_gradclip.clippers.limit import Assignment, ClipStats, Limit, Weight
+from keras_gradclip._names import SCOPES, scope_numbers, size_of
+from keras_gradclip._types import Gradient, Hyper, Scalar, State, Tensor
 from keras_gradclip.clippers.units import Unit, number_of_units, units_of
 
 LEARNING_RATE = "learning_rate"
@@ -23,414 +23,488 @@ LEARNING_RATE = "learning_rate"
 NO_LIMIT = 1e38
 
 
-class Enforcer:
-    """Enforces rules on gradients, or on the weight updates of an inner optimizer.
+class ClipStats(NamedTuple):
+    """What a clip did, one entry a variable, in the order of the variables.
+
+    Attributes:
+        fractions: a function that returns a list of float32 scalars in 0..1, the share of the
+            variable's elements (or norms) that were clipped; None where no rule applies. A
+            function, because it costs operations that most updates do not need.
+        weights: a list of floats, how much each variable counts in the overall fraction: its
+            number of elements, or its share of a norm.
+        unit: "elements" or "norms", what was counted.
+        square_norms: a list of float32 scalars, the squared L2 norm before the clip, where it
+            was computed anyway; else None.
+    """
+
+    fractions: Callable[[], list[Tensor | None]]
+    weights: list[float]
+    unit: str
+    square_norms: list[Tensor | None] | None = None
+
+
+class Weight:
+    """The weights that one limit is about: those of a unit, a variable, a layer, or the model.
 
     Args:
-        rules: who limits what, in the order in which they clip.
-        variables: the variables, in the order of the gradients.
-        update_is_scaled_gradient: the inner optimizer's update is η·g (SGD), so that a limit on
-            the update is enforced on the gradient. Otherwise `clip_updates` enforces it.
+        read: for each variable in the scope a function that returns its weight.
+        size: the number of elements.
+        axes: of units, the axes that one unit spans; None: all.
+        norm: the norms, where they are known.
     """
 
     def __init__(
         self,
-        rules: Sequence[Assignment],
+        read: Sequence[Callable[[], Tensor]] = (),
+        size: int = 0,
+        axes: Sequence[int] | None = None,
+        norm: Tensor | None = None,
+    ) -> None:
+        self._read, self._axes, self._norm = read, axes, norm
+        #: The number of elements.
+        self.size = size
+
+    @property
+    def values(self) -> Tensor:
+        """The weight itself; of a sparse gradient, the rows that the gradient has."""
+        return self._read[0]()
+
+    @property
+    def norm(self) -> Tensor:
+        """The L2 norm, a float32 scalar; of units, one each, broadcastable to `values`."""
+        if self._norm is None:
+            squares = [arithmetic.unit_squares(read(), self._axes) for read in self._read]
+            self._norm = ops.sqrt(_total(squares))
+        return self._norm
+
+    @property
+    def rms(self) -> Tensor:
+        """The root mean square of `values`, a float32 scalar."""
+        return arithmetic.rms(self.values)
+
+
+class Assignment(NamedTuple):
+    """One clipper and the variables that it limits.
+
+    Attributes:
+        name: what its hyper-parameters and its state are prefixed with, ending in "/"; "" of a
+            clipper by itself.
+        clipper: the clipper; not a `ClipMap` or a `Chain`.
+        members: positions of the variables.
+        calls_apply: the clipper has an `apply` of its own, which is called instead of a limit
+            being enforced.
+    """
+
+    name: str
+    clipper: Limit
+    members: tuple[int, ...]
+    calls_apply: bool = False
+
+
+class Limit:
+    """A limit on the size of gradients, or of weight updates; without a limit, an `apply`.
+
+    The class attributes may be fields of a dataclass as well.
+    """
+
+    #: What one limit is about: "element", "unit" (what makes one output of a kernel), "variable",
+    #: "layer" or "global". A field or a class attribute.
+    scope: ClassVar[str] = "element"
+    #: "gradient", or "update": the limit holds for the change of the weights that the inner
+    #: optimizer computes. For SGD, whose update is η·g, that is a limit of limit/η on the gradient.
+    stage: ClassVar[str] = "gradient"
+    #: What biases and scales are limited by: "own", like any other variable; "unit", each element
+    #: by the norm of its unit in the layer's kernel; None, nothing.
+    biases: ClassVar[str | None] = "own"
+    #: What is given back after the clip: None, "norm", "max" or "alpha". A field or an attribute.
+    rescale: ClassVar[str | None] = None
+    #: The axes of units, by path of the variable; () to ask the layers.
+    axes: ClassVar[Sequence[tuple[str, tuple[int, ...]]] | None] = None
+    #: Whether it needs `hyper["learning_rate"]`.
+    needs_learning_rate: ClassVar[bool] = False
+
+    def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """The largest element (or L2 norm) that is allowed.
+
+        Args:
+            weight: the weights of the scope.
+            hyper: the values of `hyperparameters()` at this update, as float32 scalars, and
+                "learning_rate".
+
+        Returns:
+            A float32 scalar, or a tensor that broadcasts to the gradient (or to `weight.norm`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither `limit` nor `limits`")
+
+    def growth(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """What `rescale="alpha"` multiplies by."""
+        raise NotImplementedError(f"{type(self).__name__} has no rescale='alpha'")
+
+    def memory(self, scopes: int) -> dict[str, object]:
+        """The state before the first update, for this number of scopes: name to NumPy array."""
+        del scopes
+        return {}
+
+    def advance(self, state: State, hyper: Hyper) -> tuple[State, Hyper]:
+        """The new state, and the values that `limit` gets: once an update."""
+        return state, hyper
+
+    def limits(
+        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
+    ) -> tuple[Tensor, State]:
+        """The limit of each scope, and the new state.
+
+        Args:
+            norms: float32 `[scopes]`, before the clip; 0 where `usable` is false.
+            usable: boolean `[scopes]`: the norm is finite and above 0, so that it may be
+                remembered. No gradient, and a gradient of zero, are no evidence.
+            state: what `memory` or the last `limits` returned.
+            hyper: as in `limit`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no memory")
+
+
+class Enforcer:
+    """Enforces limits on gradients, or on the weight updates of an inner optimizer.
+
+    Args:
+        assignments: who limits what, in the order in which they clip.
+        variables: the variables, in the order of the gradients.
+        update_is_scaled_gradient: the inner optimizer's update is η·g (SGD), so that a limit on
+            the update is enforced on the gradient; otherwise on the updates themselves.
+
+    Attributes:
+        state: the state before the first update, name to NumPy array.
+    """
+
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
         variables: Sequence[keras.Variable],
         update_is_scaled_gradient: bool = True,
     ) -> None:
         self.variables = list(variables)
-        units = units_of(self.variables)
-        programs = arithmetic.Programs(self.variables)
-        parts = [_Enforced(rule, self.variables, units, programs) for rule in rules]
-        self._parts = parts
-        late = [p.clipper.stage == "update" and not update_is_scaled_gradient for p in parts]
-        self._on_gradients = [p for p, is_late in zip(parts, late, strict=True) if not is_late]
-        self._on_updates = [p for p, is_late in zip(parts, late, strict=True) if is_late]
+        self._programs = arithmetic.Programs(variables)
+        self._on_gradients: list[_Enforced] = []
+        self._on_updates: list[_Enforced] = []
+        self.state: dict[str, object] = {}
+        for assignment in assignments:
+            enforced = _Enforced(assignment, self.variables, self._programs)
+            late = assignment.clipper.stage == "update" and not update_is_scaled_gradient
+            (self._on_updates if late else self._on_gradients).append(enforced)
+            for name, value in enforced.state.items():
+                self.state[enforced.name + name] = value
 
     @property
     def limits_updates(self) -> bool:
-        """Whether `clip_updates` has anything to do."""
+        """Whether there is anything to do for weight updates."""
         return bool(self._on_updates)
 
     def limited_updates(self) -> set[int]:
         """Positions of the variables whose update may be limited."""
-        return {part.members[i] for part in self._on_updates for i in part.limited()}
-
-    def init(self) -> dict[str, object]:
-        """The state before the first update: name to NumPy array."""
-        return {
-            part.name + name: value for part in self._parts for name, value in part.init().items()
-        }
+        return {i for e in self._on_updates for i in (e.members if e.calls_apply else e.limited)}
 
     def clip(
-        self, grads: Sequence[Gradient], state: State, hyper: Hyper
+        self,
+        grads: Sequence[Gradient],
+        state: State,
+        hyper: Hyper,
+        weights: Sequence[Tensor | None] | None = None,
     ) -> tuple[list[Gradient], State, ClipStats]:
         """The clipped gradients, the state that changed, and what was clipped.
 
         Args:
             grads: one a variable, without duplicate rows; None where there is none.
-            state: of all rules.
-            hyper: of all rules, and "learning_rate" (1 if it is missing).
+            state: of all clippers.
+            hyper: of all clippers, and "learning_rate" (1 if it is missing).
+            weights: None; or `grads` are weight updates, and these the weights from before them.
         """
-        return self._apply(self._on_gradients, grads, [None] * len(grads), state, hyper)
-
-    def clip_updates(
-        self,
-        updates: Sequence[Tensor | None],
-        weights: Sequence[Tensor | None],
-        state: State,
-        hyper: Hyper,
-    ) -> tuple[list[Gradient], State, ClipStats]:
-        """The same for weight updates; `weights` are those from before the update."""
-        return self._apply(self._on_updates, updates, weights, state, hyper, is_update=True)
-
-    def _apply(
-        self,
-        parts: Sequence[_Enforced],
-        grads: Sequence[Gradient],
-        weights: Sequence[Tensor | None],
-        state: State,
-        hyper: Hyper,
-        is_update: bool = False,
-    ) -> tuple[list[Gradient], State, ClipStats]:
-        clipped, new_state = list(grads), dict(state)
+        clipped, new_state = list(grads), {}
         stats: list[tuple[Sequence[int], ClipStats]] = []
-        for part in parts:
-            outcome, part_state, part_stats = part.apply(clipped, weights, state, hyper, is_update)
-            for i, gradient in zip(part.members, outcome, strict=True):
-                clipped[i] = gradient
-            new_state.update({part.name + name: value for name, value in part_state.items()})
-            stats.append((part.members, part_stats))
+        for enforced in self._on_gradients if weights is None else self._on_updates:
+            own_state, own_stats = enforced.clip(clipped, weights, state, hyper)
+            for name, value in own_state.items():
+                new_state[enforced.name + name] = value
+            stats.append((enforced.members, own_stats))
         return clipped, new_state, combined(stats, self.variables)
 
 
 class _Enforced:
-    """One rule, with what is known of its variables before the first update."""
+    """One clipper, with what is known of its variables before the first update."""
 
     def __init__(
         self,
-        rule: Assignment,
+        assignment: Assignment,
         variables: Sequence[keras.Variable],
-        units: Sequence[Unit],
         programs: arithmetic.Programs,
     ) -> None:
-        self.name, self.clipper, self.members, self.calls_apply = rule
-        self.everything, self.programs = variables, programs
-        self.variables = [variables[i] for i in self.members]
-        given = dict(self.clipper.axes or ())
-        self.units = [
-            units[i]._replace(axes=given.get(path_of(variables[i]), units[i].axes))
-            for i in self.members
-        ]
-        self.by_norm = self.clipper.scope in SCOPES
-        self.scopes = scope_numbers(self.clipper.scope, self.variables) if self.by_norm else []
-        self.state_names = tuple(self.init())
-
-    def init(self) -> dict[str, object]:
-        """The rule's state before the first update."""
+        self.name, self.clipper, self.members, self.calls_apply = assignment
+        self.variables, self.programs = variables, programs
+        own = [variables[i] for i in self.members]
         if self.calls_apply:
-            return self.clipper.init(self.variables)
-        return self.clipper.memory(max(self.scopes, default=-1) + 1)
+            self.state = self.clipper.init(own)
+            return
+        #: Positions of the variables that are limited over the clipper's scope ...
+        self.in_scope = list(self.members)
+        #: ... and of biases that are limited, element by element, by their units in a kernel.
+        self.by_kernel: list[int] = []
+        self.units: Mapping[int, Unit] = {}
+        if self.clipper.scope == "unit" or self.clipper.biases != "own":
+            units = units_of(variables, self.clipper.axes)
+            self.units = dict(enumerate(units))
+        if self.clipper.biases != "own":
+            self.in_scope = [i for i in self.members if not self.units[i].is_bias]
+        if self.clipper.biases == "unit":
+            self.by_kernel = [i for i in self.members if self.units[i].kernel is not None]
+        self.scopes: dict[int, int] = {}
+        if self.clipper.scope in SCOPES:
+            numbers = scope_numbers(self.clipper.scope, own)
+            self.scopes = dict(zip(self.members, numbers, strict=True))
+        self.limited = [*self.in_scope, *self.by_kernel]
+        self.state = self.clipper.memory(max(self.scopes.values(), default=-1) + 1)
 
-    def limited(self) -> list[int]:
-        """Members that have a limit, whether or not there is a gradient."""
-        everybody = list(range(len(self.members)))
-        return everybody if self.calls_apply else [*self.in_scope(), *self.by_kernel()]
-
-    def in_scope(self) -> list[int]:
-        """Members that are limited over the clipper's scope."""
-        own = self.clipper.biases == "own"
-        return [k for k, unit in enumerate(self.units) if own or not unit.is_bias]
-
-    def by_kernel(self) -> list[int]:
-        """Biases that are limited, element by element, by their units in the layer's kernel."""
-        if self.clipper.biases != "unit":
-            return []
-        return [k for k, unit in enumerate(self.units) if unit.is_bias and unit.kernel is not None]
-
-    def apply(
+    def clip(
         self,
-        grads: Sequence[Gradient],
-        weights: Sequence[Tensor | None],
+        grads: list[Gradient],
+        weights: Sequence[Tensor | None] | None,
         state: State,
         hyper: Hyper,
-        is_update: bool,
-    ) -> tuple[list[Gradient], State, ClipStats]:
-        """Clip the members' gradients, or updates."""
-        own_grads = [grads[i] for i in self.members]
-        own_state = {name: state[self.name + name] for name in self.state_names}
+    ) -> tuple[State, ClipStats]:
+        """Clip `grads` in place; the clipper's new state, and what was clipped."""
+        rate = hyper.get(LEARNING_RATE, 1.0)
+        own_state = {name: state[self.name + name] for name in self.state}
         own_hyper = {name: hyper[self.name + name] for name in self.clipper.hyperparameters()}
-        rate = hyper.get(LEARNING_RATE, ops.ones((), "float32"))
-        if self.calls_apply:
-            own_hyper[LEARNING_RATE] = ops.ones((), "float32") if is_update else rate
-            return self.clipper.apply(own_grads, self.variables, own_state, own_hyper)
         own_hyper[LEARNING_RATE] = rate
+        if self.calls_apply:
+            if weights is not None:
+                own_hyper[LEARNING_RATE] = ops.ones((), "float32")
+            variables = [self.variables[i] for i in self.members]
+            clipped, own_state, stats = self.clipper.apply(
+                [grads[i] for i in self.members], variables, own_state, own_hyper
+            )
+            for i, gradient in zip(self.members, clipped, strict=True):
+                grads[i] = gradient
+            return own_state, stats
         own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
-        divisor = rate if self.clipper.stage == "update" and not is_update else None
-        update = _Update(self, own_grads, weights, own_hyper, divisor)
-        if self.by_norm:
-            own_state = update.clip_norms(self.in_scope(), own_state)
+        divisor = rate if self.clipper.stage == "update" and weights is None else None
+        clip = _Clip(self, grads, weights, own_hyper, divisor)
+        if self.clipper.scope in SCOPES:
+            own_state = clip.norms(own_state)
         elif self.clipper.scope == "unit":
-            update.clip_units(self.in_scope())
+            clip.units()
         else:
-            update.clip_elements(self.in_scope())
-        update.clip_biases(self.by_kernel())
-        return update.clipped, own_state, update.stats()
+            clip.elements(self.in_scope, clip.weight_of)
+        if self.by_kernel:
+            clip.elements(self.by_kernel, clip.unit_of_bias)
+        return own_state, clip.stats()
 
 
-class _Update:
-    """One rule in one update.
-
-    Args:
-        rule: the rule.
-        grads: of the rule's variables.
-        weights: of all variables of the model; None to read the variable.
-        hyper: the rule's own.
-        divisor: what limits are divided by, or None: the learning rate, where a limit on the
-            update of SGD is enforced on its gradient.
-
-    Attributes:
-        clipped: the clipped gradients.
-    """
+class _Clip:
+    """One clipper in one update: clips `grads`, a list with one entry a variable, in place."""
 
     def __init__(
         self,
-        rule: _Enforced,
-        grads: Sequence[Gradient],
-        weights: Sequence[Tensor | None],
+        enforced: _Enforced,
+        grads: list[Gradient],
+        weights: Sequence[Tensor | None] | None,
         hyper: Hyper,
-        divisor: Tensor | None,
+        divisor: Scalar | None,
     ) -> None:
-        self.rule, self.clipper, self.grads, self._weights = rule, rule.clipper, grads, weights
-        self._hyper, self._divisor = hyper, divisor
-        self.clipped = list(grads)
-        self._sizes = [size_of(v) for v in rule.variables]
-        self._counts = [0.0] * len(grads)
-        self._squares: list[Tensor | None] = [None] * len(grads)
-        self._fractions: list[Callable[[], Mapping[int, Tensor]]] = []
+        self.enforced, self.clipper = enforced, enforced.clipper
+        self.grads, self.weights, self.hyper, self.divisor = grads, weights, hyper, divisor
+        self.before = list(grads)
+        self.counts: dict[int, float] = {}
+        self.squares: dict[int, Tensor] = {}
+        self.fractions: list[Callable[[], Mapping[int, Tensor]]] = []
 
-    def stats(self) -> ClipStats:
-        """What was clipped."""
-
-        def fractions() -> list[Tensor | None]:
-            known = {k: f for function in self._fractions for k, f in function().items()}
-            return [known.get(k) for k in range(len(self.grads))]
-
-        unit = "elements" if self.clipper.scope == "element" else "norms"
-        return ClipStats(fractions, self._counts, unit, self._squares)
-
-    def clip_elements(self, members: Sequence[int]) -> None:
+    def elements(self, members: Sequence[int], weight_of: Callable[[int], Weight]) -> None:
         """G' = clip(g, −L, L), then the rescale."""
-        for k in self._present(members):
-            weight = self._rows(k)
-            is_costly = len(self._limit(weight).shape) > 0  # a limit for each element
-            self._set(k, self._run(_clip_elements, k, weight, is_costly))
-            self._counts[k] = float(self._sizes[k])
-        self._count_elements(self._present(members), self._rows)
-
-    def clip_biases(self, members: Sequence[int]) -> None:
-        """G' = clip(g, −L, L), L from the norm of each element's unit in the layer's kernel."""
-        for k in self._present(members):
-            self._set(k, self._run(_clip_elements, k, self._unit_of_bias(k), False))
-            self._counts[k] = float(self._sizes[k]) if self.clipper.scope == "unit" else 1.0
-        self._count_elements(self._present(members), self._unit_of_bias)
-
-    def _count_elements(self, members: Sequence[int], weight: Callable[[int], Weight]) -> None:
-        def fractions() -> dict[int, Tensor]:
-            xs = [self._values(k) for k in members]
-            limits = [self._limit(weight(k)) for k in members]
-            shares = arithmetic.fractions_over(xs, limits, [self._sizes[k] for k in members])
-            return dict(zip(members, shares, strict=True))
-
-        self._fractions.append(fractions)
-
-    def clip_units(self, members: Sequence[int]) -> None:
-        """g'_u = g_u·min(1, L_u/‖g_u‖) for each unit u."""
-        members = self._present(members)
-        single: list[int] = []  # variables of one unit share their operations
-        for k in members:
-            axes = self.rule.units[k].axes
-            self._counts[k] = number_of_units(self.rule.variables[k], axes)
-            if len(axes) == len(self.rule.variables[k].shape) and self._sizes[k] < arithmetic.SMALL:
-                single.append(k)
+        members = [i for i in members if self.grads[i] is not None]
+        for i in members:
+            x, weight = arithmetic.values(self.before[i]), weight_of(i)
+            limit = self._limit(weight)
+            costly = len(limit.shape) > 0  # a limit for each element
+            if costly and weight_of == self.weight_of and self.enforced.programs.pays(x):
+                y = self._compiled(i, x)
             else:
-                self._set(k, self._run(_clip_units, k, self._unit(k), True))
+                y = _clip_elements(self.clipper, x, weight, limit, self.hyper)
+            self.grads[i] = arithmetic.with_values(self.before[i], y)
+            self.counts[i] = float(size_of(self.enforced.variables[i]))
+
+        def fractions() -> dict[int, Tensor]:
+            xs = [arithmetic.values(self.before[i]) for i in members]
+            limits = [self._limit(weight_of(i)) for i in members]
+            sizes = [size_of(self.enforced.variables[i]) for i in members]
+            return dict(zip(members, arithmetic.fractions_over(xs, limits, sizes), strict=True))
+
+        self.fractions.append(fractions)
+
+    def units(self) -> None:
+        """g'_u = g_u·min(1, L_u/‖g_u‖) for each unit u."""
+        members = [i for i in self.enforced.in_scope if self.grads[i] is not None]
+        single: dict[int, Tensor] = {}  # small ones of one unit share their operations
+        for i in members:
+            x, variable = arithmetic.values(self.before[i]), self.enforced.variables[i]
+            axes = self.enforced.units[i].axes
+            self.counts[i] = number_of_units(variable, axes)
+            if len(axes) == len(variable.shape) and size_of(variable) < arithmetic.SMALL:
+                single[i] = arithmetic.sum_of_squares(x)
+                continue
+            if self.enforced.programs.pays(x):
+                y = self._compiled(i, x)
+            else:
+                y = _clip_units(axes, x, self._limit(self.weight_of(i)))
+            self.grads[i] = arithmetic.with_values(self.before[i], y)
         if single:
-            squares = ops.stack([arithmetic.sum_of_squares(self._values(k)) for k in single])
-            weights = ops.stack([self._unit(k).square for k in single])
-            factors = arithmetic.clip_factor(ops.sqrt(squares), self._limit(Weight(square=weights)))
-            parts = zip(
-                ops.unstack(squares, num=len(single)),
-                ops.unstack(factors, num=len(single)),
-                strict=True,
-            )
-            for k, (square, factor) in zip(single, parts, strict=True):
-                self._squares[k] = square
-                self._set(k, arithmetic.scale(self._values(k), factor))
+            self.squares.update(single)
+            norms = ops.sqrt(ops.stack([*single.values()]))
+            weights = ops.stack([self.weight_of(i).norm for i in single])
+            factors = arithmetic.clip_factor(norms, self._limit(Weight(norm=weights)))
+            for i, factor in zip(single, ops.unstack(factors, num=len(single)), strict=True):
+                y = arithmetic.scale(arithmetic.values(self.before[i]), factor)
+                self.grads[i] = arithmetic.with_values(self.before[i], y)
 
         def fractions() -> dict[int, Tensor]:
             result = {}
-            for k in members:
-                axes = self.rule.units[k].axes
-                norm = ops.sqrt(arithmetic.unit_squares(self._values(k), axes))
-                over = ops.sum(arithmetic.float32(norm > self._limit(self._unit(k))))
-                result[k] = over / max(self._counts[k], 1.0)
+            for i in members:
+                x, axes = arithmetic.values(self.before[i]), self.enforced.units[i].axes
+                norm = ops.sqrt(arithmetic.unit_squares(x, axes))
+                over = ops.sum(arithmetic.float32(norm > self._limit(self.weight_of(i))))
+                result[i] = over / max(self.counts[i], 1.0)
             return result
 
-        self._fractions.append(fractions)
+        self.fractions.append(fractions)
 
-    def clip_norms(self, members: Sequence[int], state: State) -> State:
+    def norms(self, state: State) -> State:
         """G' = g·min(1, L/‖g‖), ‖·‖ over a variable, a layer or everything; the new state."""
-        members = self._present(members)
-        for k in members:
-            self._squares[k] = arithmetic.sum_of_squares(self._values(k))
+        members: dict[int, list[int]] = {}  # of each scope
+        for i in self.enforced.in_scope:
+            if self.grads[i] is not None:
+                members.setdefault(self.enforced.scopes[i], []).append(i)
+                self.squares[i] = arithmetic.sum_of_squares(arithmetic.values(self.before[i]))
         if not members:
             return state
-        of_scope: dict[int, list[int]] = {}
-        for k in members:
-            of_scope.setdefault(self.rule.scopes[k], []).append(k)
-        squares = {s: _total([self._squares[k] for k in of]) for s, of in of_scope.items()}
+        squares = {s: _total([self.squares[i] for i in of]) for s, of in members.items()}
         if type(self.clipper).limits is Limit.limits:
-            weights = [self._weights_of(of) for of in of_scope.values()]
+            weights = [self._weight_over(of) for of in members.values()]
             limits = [self._limit(weight) for weight in weights]
             sizes = [weight.size for weight in weights]
-            all_factors = arithmetic.clip_factors([*squares.values()], limits, sizes)
-            factors = dict(zip(squares, all_factors, strict=True))
+            factors = arithmetic.clip_factors([*squares.values()], limits, sizes)
         else:
-            factors, state = self._remembered(squares, state)
-        for s, of in of_scope.items():
-            for k in of:
-                x = self._values(k)
-                y = arithmetic.scale(x, factors[s])
-                self._set(k, arithmetic.rescaled(self.clipper.rescale, x, y))
-                self._counts[k] = 1.0 / len(of)
+            factors, state = self._factors_from_memory(squares, state)
+        factor_of = dict(zip(members, factors, strict=True))
+        for scope, of_scope in members.items():
+            for i in of_scope:
+                x = arithmetic.values(self.before[i])
+                y = arithmetic.scale(x, factor_of[scope])
+                y = arithmetic.rescaled(self.clipper.rescale, x, y)
+                self.grads[i] = arithmetic.with_values(self.before[i], y)
+                self.counts[i] = 1.0 / len(of_scope)
 
         def fractions() -> dict[int, Tensor]:
-            hit = ops.unstack(
-                arithmetic.float32(ops.stack(list(factors.values())) < 1.0), num=len(factors)
-            )
-            of = dict(zip(factors, hit, strict=True))
-            return {k: of[self.rule.scopes[k]] for k in members}
+            hit = arithmetic.float32(ops.stack(factors) < 1.0)
+            of = dict(zip(members, ops.unstack(hit, num=len(factors)), strict=True))
+            return {i: of[scope] for scope, of_scope in members.items() for i in of_scope}
 
-        self._fractions.append(fractions)
+        self.fractions.append(fractions)
         return state
 
-    def _remembered(
+    def _factors_from_memory(
         self, squares: Mapping[int, Tensor], state: State
-    ) -> tuple[dict[int, Tensor], State]:
+    ) -> tuple[list[Tensor], State]:
         """Factors by a clipper with memory, which sees all scopes at once, and the new state."""
         zero = ops.zeros((), "float32")
-        number = max(self.rule.scopes) + 1
+        number = max(self.enforced.scopes.values()) + 1
         norms = ops.sqrt(ops.stack([squares.get(s, zero) for s in range(number)]))
         usable = ops.logical_and(ops.isfinite(norms), norms > 0)
         # What is not usable must not get near the arithmetic of the memory: 0·inf is NaN.
         safe = ops.where(usable, norms, ops.zeros_like(norms))
-        limits, state = self.clipper.limits(safe, usable, state, self._hyper)
+        limits, state = self.clipper.limits(safe, usable, state, self.hyper)
         factors = arithmetic.clip_factor(norms, ops.clip(limits, arithmetic.TINY, NO_LIMIT))
-        return dict(enumerate(ops.unstack(factors, num=number))), state
+        every = ops.unstack(factors, num=number)
+        return [every[s] for s in squares], state
 
-    # What the three need -----------------------------------------------------------------------
+    def stats(self) -> ClipStats:
+        """What was clipped, an entry a variable of the clipper."""
+        members, fractions = self.enforced.members, list(self.fractions)
 
-    def _present(self, members: Sequence[int]) -> list[int]:
-        return [k for k in members if self.grads[k] is not None]
+        def known() -> list[Tensor | None]:
+            every = {i: f for function in fractions for i, f in function().items()}
+            return [every.get(i) for i in members]
 
-    def _values(self, k: int) -> Tensor:
-        return arithmetic.values(self.grads[k])
-
-    def _set(self, k: int, values: Tensor) -> None:
-        self.clipped[k] = arithmetic.with_values(self.grads[k], values)
+        unit = "elements" if self.clipper.scope == "element" else "norms"
+        counts = [self.counts.get(i, 0.0) for i in members]
+        return ClipStats(known, counts, unit, [self.squares.get(i) for i in members])
 
     def _limit(self, weight: Weight) -> Tensor:
-        return _limit(self.clipper, weight, self._hyper, self._divisor)
+        return _limit(self.clipper, weight, self.hyper, self.divisor)
 
-    def _run(self, function: PerVariable, k: int, weight: Weight, is_costly: bool) -> Tensor:
-        """`function` of one gradient: compiled where it is costly and large."""
-        x, axes = self._values(k), self.rule.units[k].axes
-        if is_costly and self.rule.programs.pays(x):
+    def _compiled(self, i: int, x: Tensor) -> Tensor:
+        """The clip of one gradient, by its elements or its units, as one program of XLA."""
+        clipper, size = self.clipper, size_of(self.enforced.variables[i])
+        axes = self.enforced.units[i].axes if clipper.scope == "unit" else None
 
-            def compiled(x: Tensor, weight: Tensor, hyper: Hyper, divisor: Tensor | None) -> Tensor:
-                of = Weight([lambda: weight], self._sizes[k], axes)
-                return function(self.clipper, axes, x, of, hyper, divisor)
+        def clip(x: Tensor, values: Tensor, hyper: Hyper, divisor: Scalar | None) -> Tensor:
+            weight = Weight([lambda: values], size, axes)
+            limit = _limit(clipper, weight, hyper, divisor)
+            if axes is None:
+                return _clip_elements(clipper, x, weight, limit, hyper)
+            return _clip_units(axes, x, limit)
 
-            key = (self.rule.name, function, axes)
-            arguments = (weight.values, self._hyper, self._divisor)
-            return self.rule.programs.run(key, compiled, x, *arguments)
-        return function(self.clipper, axes, x, weight, self._hyper, self._divisor)
+        arguments = (x, self.weight_of(i).values, self.hyper, self.divisor)
+        return self.enforced.programs.run((self.enforced.name, axes), clip, *arguments)
 
     def _read(self, i: int) -> Tensor:
-        """The weight of variable `i` of the model."""
-        given = self._weights[i]
-        return arithmetic.read(self.rule.everything[i]) if given is None else given
+        """The weight of a variable."""
+        given = None if self.weights is None else self.weights[i]
+        return arithmetic.read(self.enforced.variables[i]) if given is None else given
 
-    def _rows(self, k: int) -> Weight:
-        """The part of a weight that lines up with its gradient's values."""
+    def weight_of(self, i: int) -> Weight:
+        """The weight of a variable, or its units; of a sparse gradient, its rows.
 
-        def read() -> Tensor:
-            return arithmetic.matching_rows(self._read(self.rule.members[k]), self.grads[k])
-
-        return Weight([read], self._sizes[k])
-
-    def _unit(self, k: int) -> Weight:
-        """The units of a kernel; of a sparse gradient's rows, unless a unit spans rows."""
-        axes = self.rule.units[k].axes
+        A unit that spans rows needs them all.
+        """
+        axes = self.enforced.units[i].axes if self.clipper.scope == "unit" else None
 
         def read() -> Tensor:
-            weight = self._read(self.rule.members[k])
-            return weight if 0 in axes else arithmetic.matching_rows(weight, self.grads[k])
+            spans_rows = axes is not None and 0 in axes
+            weight = self._read(i)
+            return weight if spans_rows else arithmetic.matching_rows(weight, self.before[i])
 
-        return Weight([read], self._sizes[k], axes)
+        return Weight([read], size_of(self.enforced.variables[i]), axes)
 
-    def _weights_of(self, members: Sequence[int]) -> Weight:
-        reads = [functools.partial(self._read, self.rule.members[k]) for k in members]
-        return Weight(reads, sum(self._sizes[k] for k in members))
+    def unit_of_bias(self, i: int) -> Weight:
+        """For each element of a bias the norm of its unit in the layer's kernel."""
+        return Weight(norm=self.enforced.units[i].norm_for_bias(self._read))
 
-    def _unit_of_bias(self, k: int) -> Weight:
-        return Weight(square=self.rule.units[k].square_for_bias(self._read))
+    def _weight_over(self, members: Sequence[int]) -> Weight:
+        """The weights of all members together."""
+        size = sum(size_of(self.enforced.variables[i]) for i in members)
+        return Weight([functools.partial(self._read, i) for i in members], size)
 
 
 def _total(squares: Sequence[Tensor]) -> Tensor:
     return squares[0] if len(squares) == 1 else ops.sum(ops.stack(squares))
 
 
-#: The clip of one gradient: `_clip_elements` or `_clip_units`.
-PerVariable = Callable[[Limit, Sequence[int], Tensor, Weight, Hyper, "Tensor | None"], Tensor]
-
-
-def _limit(clipper: Limit, weight: Weight, hyper: Hyper, divisor: Tensor | None) -> Tensor:
+def _limit(clipper: Limit, weight: Weight, hyper: Hyper, divisor: Scalar | None) -> Tensor:
+    """What the clipper allows; per learning rate, where it limits the update of SGD."""
     limit = clipper.limit(weight, hyper)
-    if divisor is not None:
-        limit = limit / ops.maximum(divisor, arithmetic.TINY)
-    return limit
+    return limit if divisor is None else limit / ops.maximum(divisor, arithmetic.TINY)
 
 
 def _clip_elements(
-    clipper: Limit,
-    axes: Sequence[int],
-    x: Tensor,
-    weight: Weight,
-    hyper: Hyper,
-    divisor: Tensor | None,
+    clipper: Limit, x: Tensor, weight: Weight, limit: Tensor, hyper: Hyper
 ) -> Tensor:
-    del axes
-    y = arithmetic.clip_symmetric(x, _limit(clipper, weight, hyper, divisor))
+    y = arithmetic.clip_symmetric(x, limit)
     if clipper.rescale == "alpha":
         return arithmetic.scale(y, clipper.growth(weight, hyper))
     return arithmetic.rescaled(clipper.rescale, x, y)
 
 
-def _clip_units(
-    clipper: Limit,
-    axes: Sequence[int],
-    x: Tensor,
-    weight: Weight,
-    hyper: Hyper,
-    divisor: Tensor | None,
-) -> Tensor:
+def _clip_units(axes: Sequence[int], x: Tensor, limit: Tensor) -> Tensor:
     norm = ops.sqrt(arithmetic.unit_squares(x, axes))
-    return arithmetic.scale(
-        x, arithmetic.clip_factor(norm, _limit(clipper, weight, hyper, divisor))
-    )
+    return arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
 
 
 def combined(

@@ -13,7 +13,7 @@ from keras import ops
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register, shown
-from keras_gradclip.clippers.limit import Weight
+from keras_gradclip.clippers.enforce import Weight
 from keras_gradclip.clippers.parameters import Card, parameter
 from keras_gradclip.clippers.units import check_axes
 

@@ -106,22 +106,30 @@ class Unit(NamedTuple):
     kernel_axes: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
 
-    def square_for_bias(self, read: Callable[[int], Tensor]) -> Tensor:
+    def norm_for_bias(self, read: Callable[[int], Tensor]) -> Tensor:
         """The squared norms of the kernel's units, of the bias's shape."""
         import keras
 
         square = arithmetic.unit_squares(read(self.kernel), self.kernel_axes)
-        return keras.ops.reshape(square, self.shape)
+        return keras.ops.sqrt(keras.ops.reshape(square, self.shape))
 
 
-def units_of(variables: Sequence[keras.Variable]) -> list[Unit]:
+def units_of(variables: Sequence[keras.Variable], given=None) -> list[Unit]:
     """For each variable what its units are."""
     biases = dict(_kernels_of_biases(variables))
     result = []
     for i, v in enumerate(variables):
         kernel = biases.get(i)
         axes = () if kernel is None else default_unit_axes(variables[kernel])
-        result.append(Unit(default_unit_axes(v), is_vector(v), kernel, axes, tuple(v.shape)))
+        result.append(
+            Unit(
+                dict(given or ()).get(path_of(v), default_unit_axes(v)),
+                is_vector(v),
+                kernel,
+                axes,
+                tuple(v.shape),
+            )
+        )
     return result
 
 

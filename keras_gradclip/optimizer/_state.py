@@ -107,7 +107,7 @@ class HasState(HasThresholds):
                 update_is_scaled_gradient=not ignores_scale(self.inner_optimizer),
             )
             self._limited_updates = self._enforcer.limited_updates()
-            state = self._enforcer.init()
+            state = self._enforcer.state
             warn_of_muon(self.inner_optimizer, self._clipper, variables)
         steps = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = None  # the base class would accumulate as well

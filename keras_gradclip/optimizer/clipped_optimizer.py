@@ -252,8 +252,8 @@ class ClippedOptimizer(
         all_updates, all_weights = [None] * count, [None] * count
         for i, of_one, weight in zip(indices, updates, weights, strict=True):
             all_updates[i], all_weights[i] = of_one, weight
-        clipped, state, stats = self._enforcer.clip_updates(
-            all_updates, all_weights, self._read_clip_state(), self._hyper_now()
+        clipped, state, stats = self._enforcer.clip(
+            all_updates, self._read_clip_state(), self._hyper_now(), all_weights
         )
         self._write_clip_state(state)
         everything = range(count)
