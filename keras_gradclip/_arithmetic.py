@@ -166,9 +166,9 @@ def column_squares(x: Tensor) -> Tensor:
     return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
 
 
-def unit_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
+def unit_squares(x: Tensor, axes: Sequence[int] | None) -> Tensor:
     """The sum of x² over `axes`, which stay as dimensions of 1; a scalar over all; float32."""
-    if len(axes) == len(x.shape):
+    if axes is None or len(axes) == len(x.shape):
         return sum_of_squares(x)
     if tuple(axes) == tuple(range(len(x.shape) - 1)):
         return column_squares(x)

@@ -73,7 +73,8 @@ class Weight:
     def norm(self) -> Tensor:
         """The L2 norm, a float32 scalar; of units, one each, broadcastable to `values`."""
         if self._norm is None:
-            squares = [arithmetic.unit_squares(read(), self._axes) for read in self._read]
+            weights = [read() for read in self._read]
+            squares = [arithmetic.unit_squares(w, self._axes) for w in weights]
             self._norm = ops.sqrt(_total(squares))
         return self._norm
 
