@@ -211,6 +211,8 @@ class CompiledUpdate:
             return None
         if _compat.is_traced_for_xla():  # Keras does this update
             return None
+        if any(_compat.slots(self._inner, v) is None for v in variables):
+            return None
         return self._fused.may_wait(gradients, variables)
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
@@ -218,6 +220,8 @@ class CompiledUpdate:
             return "sparse gradient"
         if variable.dtype.name not in ("float32", "float64"):
             return f"{variable.dtype.name}"
+        if self._make_kernel is not None and _compat.slots(self._inner, variable) is None:
+            return "setting changed after the build"  # Keras says what it lacks
         return None
 
     def _refuse(self, variable: Tensor, reason: str) -> None:
@@ -261,7 +265,7 @@ class CompiledUpdate:
 
         rate = kernels.read(learning_rate)
         for gradient, variable in sorted(pairs, key=_follows):
-            slots = [slot.value for slot in _compat.slots(self._inner, variable)]
+            slots = [slot.value for slot in _compat.slots(self._inner, variable) or ()]
             strategy.extended.update(variable, of_one, args=(gradient, slots, rate), group=False)
 
     def _update_by_xla(
