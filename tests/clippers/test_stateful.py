@@ -177,7 +177,7 @@ def test_a_gradient_of_zero_is_no_evidence(case, scope, zeros):
         kgc.PercentileClip(90.0, window=20, scope="variable"),
         kgc.ZScoreClip(scope="variable"),
         kgc.ZScoreClip(option="mean", scope="variable"),
-        kgc.AdaClip(),
+        kgc.AdaClip(lambda_abs=10.0),
     ],
     ids=str,
 )
