@@ -52,6 +52,11 @@ def build_with_all_tracked(optimizer: Optimizer, variables: list) -> None:
             optimizer._track_variable(value)
 
 
+def knows(optimizer: Optimizer, variable: Variable) -> bool:
+    """Whether a built optimizer has state for a variable; no public method tells."""
+    return optimizer._var_key(variable) in optimizer._trainable_variables_indices
+
+
 def overwrite_with_average(optimizer: Optimizer, variables: list) -> None:
     """Copy the moving averages into `variables`; to be called in cross-replica context.
 
@@ -200,21 +205,26 @@ def tensorflow_random_state() -> Iterator[None]:
             host.clear_kernel_cache()
 
 
-# Where Keras keeps an optimizer's slots, in the order in which TensorFlow's kernels take them.
-_SLOTS: dict[type, tuple[str, ...]] = {
-    keras.optimizers.SGD: ("momentums",),
-    keras.optimizers.Adam: ("_momentums", "_velocities", "_velocity_hats"),
-    keras.optimizers.AdamW: ("_momentums", "_velocities", "_velocity_hats"),
-    keras.optimizers.Adamax: ("_m", "_u"),
-    keras.optimizers.Adadelta: ("_accumulated_grads", "_accumulated_delta_vars"),
+def _adam_slots(adam: Optimizer) -> tuple[str, ...]:
+    return ("_momentums", "_velocities", *(["_velocity_hats"] if adam.amsgrad else []))
+
+
+# Where Keras keeps what an update by the present settings uses, in the order of TensorFlow's
+# kernels. A setting may have changed since the optimizer was built.
+_SLOTS: dict[type, Callable[[Optimizer], tuple[str, ...]]] = {
+    keras.optimizers.SGD: lambda sgd: ("momentums",) if sgd.momentum else (),
+    keras.optimizers.Adam: _adam_slots,
+    keras.optimizers.AdamW: _adam_slots,
+    keras.optimizers.Adamax: lambda _: ("_m", "_u"),
+    keras.optimizers.Adadelta: lambda _: ("_accumulated_grads", "_accumulated_delta_vars"),
 }
 
 
-def slots(optimizer: Optimizer, variable: Variable) -> list[Variable]:
-    """What an optimizer of `_SLOTS` remembers of a variable; what it does not use is left out."""
+def slots(optimizer: Optimizer, variable: Variable) -> list[Variable] | None:
+    """What an update of a variable by an optimizer of `_SLOTS` uses; None if it was never made."""
     i = optimizer._get_variable_index(variable)
-    lists = (getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)])
-    return [slot_list[i] for slot_list in lists if slot_list]
+    lists = [getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)](optimizer)]
+    return [slot_list[i] for slot_list in lists] if all(lists) else None
 
 
 def muon_uses_adamw(muon: Optimizer, variable: Variable) -> bool:
@@ -286,7 +296,9 @@ def _decay_weights(optimizer: Optimizer, variables: Sequence[Variable]) -> None:
             strategy.extended.update(variable, of_one, args=(rate,), group=False)
 
     native = [v.value if isinstance(v, keras.Variable) else v for v in variables]
-    rate = tf.cast(optimizer.weight_decay, "float32") * optimizer.learning_rate
+    # One product for all, in float32, or in float64 where a variable is.
+    wide = "float64" if any(v.dtype == tf.float64 for v in native) else "float32"
+    rate = tf.cast(optimizer.weight_decay, wide) * tf.cast(optimizer.learning_rate, wide)
     strategy = optimizer._distribution_strategy
     tf.__internal__.distribute.interim.maybe_merge_call(merged, strategy, native, rate)
 

@@ -93,13 +93,17 @@ class PercentileOracle:
         limits = {}
         for s, n in norms.items():
             past = self.history.setdefault(s, [])
-            past.append(n)
-            limits[s] = np.percentile(past[-self.window :], self.percentile)
+            if n > 0:
+                past.append(n)
+            limits[s] = np.percentile(past[-self.window :], self.percentile) if past else np.inf
         return limits
 
 
 class ZScoreOracle:
-    """The reference code of arXiv 2504.02507, mode "zscore", without its bound of 1."""
+    """The reference code of arXiv 2504.02507, mode "zscore", without its bound of 1.
+
+    Except that a norm of 0 is not remembered, and that the deviation is at least 0.1 of the mean.
+    """
 
     def __init__(self, threshold, alpha, warmup, option, eps=1e-6):
         self.threshold, self.alpha, self.warmup = threshold, alpha, warmup
@@ -110,6 +114,8 @@ class ZScoreOracle:
         limits = {}
         for s, n in norms.items():
             limits[s] = np.inf
+            if n == 0:
+                continue
             if s not in self.moments:
                 buffer = self.buffer.setdefault(s, [])
                 buffer.append(n)
@@ -117,10 +123,11 @@ class ZScoreOracle:
                     self.moments[s] = (np.mean(buffer), np.var(buffer))
                 continue
             mean, var = self.moments[s]
-            z = (n - mean) / (np.sqrt(var) + self.eps)
+            deviation = max(np.sqrt(var), 0.1 * mean)
+            z = (n - mean) / (deviation + self.eps)
             if z > self.threshold:
                 eta = z / self.threshold
-                adaptive = mean + self.threshold * np.sqrt(var) / eta
+                adaptive = mean + self.threshold * deviation / eta
                 n = limits[s] = mean if self.option == "mean" else adaptive
             mean = self.alpha * mean + (1 - self.alpha) * n
             var = self.alpha * var + (1 - self.alpha) * (n - mean) ** 2

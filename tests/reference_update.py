@@ -135,12 +135,12 @@ class ReferenceUpdate:
     def _is_spike(self, grads):
         sigmas, window = self.spikes
         norm = np.sqrt(sum(np.sum(g * g) for g in grads))
-        last = self.norms[-window:]
-        self.norms.append(norm)
-        if len(last) < window // 2:
-            return False
-        limit = np.mean(last) + sigmas * np.std(last)
-        self.is_close |= bool(abs(norm - limit) <= 1e-3 * limit)
+        last, limit = self.norms[-window:], np.inf
+        if len(last) >= window // 2:
+            limit = np.mean(last) + sigmas * max(np.std(last), 0.01 * np.mean(last))
+            self.is_close |= bool(abs(norm - limit) <= 1e-3 * limit)
+        if norm > 0:
+            self.norms.append(min(norm, limit))
         return norm > limit
 
     def _apply(self, present, clipped):

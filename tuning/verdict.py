@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import PermutationMethod, mannwhitneyu
 
+from recipes.training.recipe import at_chance
 from tuning.rows import TrialRow, best_row, contest, describe, formatter
 
 #: It matters where chance alone would do it less often than this.
@@ -21,7 +22,6 @@ SIGNIFICANCE = 0.05
 #: The fewest runs a trial whose ranks can show it: 2 of the C(8, 4) = 70 orders are so extreme.
 LEAST_RUNS = 4
 _ORDERS = 200_000  # of two times ten runs are all tried; of more, so many at random
-_LEARNED = 0.1  # of the way from guessing to perfect; below, a model may as well guess
 
 Effect = Literal["helps", "harms", "not shown", "not tested"]
 
@@ -103,7 +103,7 @@ def _at_chance(best: TrialRow, objective) -> bool:
     """Whether even the best trial is about as good as a guess; only accuracies tell."""
     if math.isnan(best.chance) or objective.direction != "max":
         return False
-    return best.score < best.chance + _LEARNED * (1 - best.chance)
+    return at_chance(best.score, best.chance)
 
 
 def _runs(row: TrialRow, show) -> str:

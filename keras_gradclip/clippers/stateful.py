@@ -3,9 +3,11 @@
 What they remember is a handful of numbers for each scope (a layer, a variable, or the whole
 model), kept in the optimizer's variables: the same on every replica, since every replica sees the
 same reduced gradients; saved and resumed with the optimizer. Norms that are not finite are never
-remembered. Called as a function, `clipper(grads, variables)`, each starts from an empty memory;
-loops that want the memory use `init` and `apply`, or `ClippedOptimizer`. Counters are float32 and
-bounded: TensorFlow keeps int32 variables off the GPU, where a compiled step cannot reach them.
+remembered, nor are norms of 0: they come of a masked batch, an expert or a head that had no
+example, and say nothing about its next gradient. Called as a function, `clipper(grads, variables)`,
+each starts from an empty memory; loops that want the memory use `init` and `apply`, or
+`ClippedOptimizer`. Counters are float32 and bounded: TensorFlow keeps int32 variables off the GPU,
+where a compiled step cannot reach them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from keras_gradclip._types import Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.clippers.enforce import NO_LIMIT
 from keras_gradclip.clippers.parameters import Card, parameter
+
+#: The least deviation of `ZScoreClip`, as a share of the mean: where all norms of the warm-up are
+#: nearly the same, the next one that differs is no spike.
+LEAST_DEVIATION = 0.1
 
 
 @register("percentile")
@@ -122,7 +128,8 @@ class ZScoreClip(Clipper):
     z = (‖g‖ − μ)/(σ + ε). Where z > z_threshold, the norm is brought down to
     μ + σ·z_threshold²/z ("adaptive": the further out, the harder) or to μ ("mean"). Then
     μ ← α·μ + (1−α)·n and σ² ← α·σ² + (1−α)·(n − μ)², n the norm after the clip. The first
-    `warmup_steps` norms are not clipped and give the first μ and σ.
+    `warmup_steps` norms are not clipped and give the first μ and σ. Two departures: σ counts as at
+    least 0.1·μ, and a norm of 0 is not remembered.
 
     When to use it: a guard against loss spikes in long runs, at little cost in the other steps.
     Suggested: α = 0.97, z_threshold = 2.5, warmup_steps = 25. Source: Kumar et al., "ZClip:
@@ -181,7 +188,7 @@ class ZScoreClip(Clipper):
             ops.convert_to_tensor(state[k]) for k in ("mean", "variance", "count")
         )
         warm = ops.greater_equal(count, self.warmup_steps)
-        deviation = ops.sqrt(variance)
+        deviation = ops.maximum(ops.sqrt(variance), LEAST_DEVIATION * mean)
         z = (norms - mean) / (deviation + self.eps)
         if self.option == "mean":
             target = mean
@@ -279,7 +286,7 @@ class AdaClip(Clipper):
         average = self.beta * gamma + (1 - self.beta) * norm
         unknown = gamma >= NO_LIMIT
         later = ops.where(unknown, norm, average)
-        remembered = ops.logical_and(ops.logical_and(usable, norm > 0), ops.isfinite(total))
+        remembered = ops.logical_and(usable, ops.isfinite(total))
         updated = ops.where(warm, later, ops.minimum(gamma, norm))
         return limits, {
             "gamma": ops.where(remembered, updated, gamma),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,24 @@ from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: File names inside `run_dir`.
 MONITOR_CSV, THRESHOLDS_CSV, MONITOR_JSON = "monitor.csv", "thresholds.csv", "monitor.json"
-HEADS = {
-    MONITOR_CSV: ("step", "epoch", "variable", *FIELDS),
-    THRESHOLDS_CSV: ("step", "name", "value"),
+
+
+def step_of(text: str) -> int:
+    """A number of steps that an array can hold."""
+    return int(np.int64(int(text)))
+
+
+#: The columns of each table, and what reads a field of each.
+COLUMNS: dict[str, dict[str, Callable[[str], object]]] = {
+    MONITOR_CSV: {"step": step_of, "epoch": int, "variable": str, **dict.fromkeys(FIELDS, float)},
+    THRESHOLDS_CSV: {"step": step_of, "name": str, "value": float},
 }
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of `monitor.csv` or `thresholds.csv`, and a line of text for each damaged one."""
+    columns = COLUMNS[path.name]
+    return files.read_damaged_csv(path, columns, [name for name in columns if name != "epoch"])
 
 
 class MonitorFiles:
@@ -40,8 +54,8 @@ class MonitorFiles:
         self.folder, self.names = folder, names
         folder.mkdir(parents=True, exist_ok=True)
         start = int(to_numpy(optimizer.iterations))
-        for name, head in HEADS.items():
-            files.write_csv(folder / name, head, _rows_before(folder / name, start, len(head)))
+        for name, columns in COLUMNS.items():
+            files.write_csv(folder / name, list(columns), _rows_before(folder / name, start))
         files.write_json(folder / MONITOR_JSON, _description(optimizer, names, every))
 
     def add(
@@ -54,7 +68,7 @@ class MonitorFiles:
         """Add a sample."""
         files.append_csv(
             self.folder / MONITOR_CSV,
-            HEADS[MONITOR_CSV],
+            list(COLUMNS[MONITOR_CSV]),
             [
                 [step, epoch, path, *(f"{row[field][i]:.6g}" for field in FIELDS)]
                 for i, path in enumerate(self.names)
@@ -62,18 +76,23 @@ class MonitorFiles:
         )
         files.append_csv(
             self.folder / THRESHOLDS_CSV,
-            HEADS[THRESHOLDS_CSV],
+            list(COLUMNS[THRESHOLDS_CSV]),
             [[step, name, f"{value:.9g}"] for name, value in thresholds.items()],
         )
 
 
-def _rows_before(path: Path, start: int, width: int) -> list[list[str]]:
+def _rows_before(path: Path, start: int) -> list[dict[str, str]]:
     """The rows of an earlier run that this one goes on from: of the steps before `start`."""
     if not path.exists() or not start:
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return [row for row in rows if len(row) == width and row[0].isdigit() and int(row[0]) < start]
+    rows, problems = read_rows(path)
+    if problems:
+        warnings.warn(
+            f"ClipMonitor: damaged lines were left out of {path}: {'; '.join(problems[:3])}"
+            + (f" and {len(problems) - 3} more." if len(problems) > 3 else "."),
+            stacklevel=2,
+        )
+    return [row for row in rows if step_of(row["step"]) < start]
 
 
 def _description(optimizer: ClippedOptimizer, names: list[str], every: int) -> Config:

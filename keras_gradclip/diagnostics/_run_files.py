@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from keras_gradclip._files import read_json
 from keras_gradclip._types import Config
-from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV, MONITOR_JSON, THRESHOLDS_CSV
+from keras_gradclip.diagnostics._monitor_files import (
+    MONITOR_CSV,
+    MONITOR_JSON,
+    THRESHOLDS_CSV,
+    read_rows,
+    step_of,
+)
 from keras_gradclip.diagnostics._recorder import FIELDS
 
 #: The keys of each entry of "variables" in `monitor.json` and their types.
@@ -110,34 +115,6 @@ def _description(path: Path) -> Config:
     return content
 
 
-def _rows(path: Path, columns: Sequence[str], problems: list[str]) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of each line of a CSV file that the `csv` module can read."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        try:
-            header = reader.fieldnames or ()
-        except csv.Error:
-            header = ()
-        missing = [c for c in columns if c not in header]
-        if missing:
-            raise ValueError(
-                f"report: line 1 of {path} is no header: it lacks {', '.join(missing)}. Remove "
-                "the file and monitor the run anew."
-            )
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                problems.append(f"line {reader.line_num + 1} of {path.name}: {error}")
-                continue
-            if None in row or None in row.values():
-                problems.append(f"line {reader.line_num} of {path.name}: not {len(header)} columns")
-            else:
-                yield reader.line_num, row
-
-
 def _samples(
     path: Path, names: Sequence[str], problems: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -150,13 +127,11 @@ def _samples(
     samples: list[np.ndarray] = []
     unknown: dict[str, int] = {}
     sampled: set[str] = set()
-    for line, row in _rows(path, ("step", "variable", *FIELDS), problems):
-        try:
-            step, name = int(np.int64(row["step"])), row["variable"]
-            values = [float(row[field]) for field in FIELDS]
-        except (ValueError, OverflowError) as error:
-            problems.append(f"line {line} of {path.name}: {error}")
-            continue
+    rows, damaged = read_rows(path)
+    problems += damaged
+    for row in rows:
+        step, name = step_of(row["step"]), row["variable"]
+        values = [float(row[field]) for field in FIELDS]
         if name not in index:
             unknown[name] = unknown.get(name, 0) + 1
             continue
@@ -185,19 +160,13 @@ def _thresholds(path: Path, problems: list[str]) -> dict[str, tuple[np.ndarray, 
     pairs: dict[str, list[tuple[int, float]]] = {}
     if not path.is_file():
         return {}
-    try:
-        for line, row in _rows(path, ("step", "name", "value"), problems):
-            try:
-                point = int(np.int64(row["step"])), float(row["value"])
-                pairs.setdefault(row["name"], []).append(point)
-            except (ValueError, OverflowError) as error:
-                problems.append(f"line {line} of {path.name}: {error}")
-    except ValueError as error:  # the page does without its curve of thresholds
-        problems.append(str(error).removeprefix("report: "))
+    rows, damaged = read_rows(path)
+    problems += damaged
+    for row in rows:
+        pairs.setdefault(row["name"], []).append((step_of(row["step"]), float(row["value"])))
     return {
         name: (np.array([s for s, _ in found]), np.array([v for _, v in found]))
         for name, found in pairs.items()
-        if found
     }
 
 

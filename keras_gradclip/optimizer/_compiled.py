@@ -203,6 +203,8 @@ class CompiledUpdate:
             return "sparse gradient"
         if variable.dtype.name not in ("float32", "float64"):
             return f"{variable.dtype.name}"
+        if self._make_kernel is not None and _compat.slots(self._inner, variable) is None:
+            return "setting changed after the build"  # Keras says what it lacks
         return None
 
     def _refuse(self, variable: Tensor, reason: str) -> None:
@@ -235,7 +237,7 @@ class CompiledUpdate:
 
         rate = arithmetic.read(learning_rate)
         for gradient, variable in pairs:
-            slots = [slot.value for slot in _compat.slots(self._inner, variable)]
+            slots = [slot.value for slot in _compat.slots(self._inner, variable) or ()]
             strategy.extended.update(variable, of_one, args=(gradient, slots, rate), group=False)
 
     def _update_by_xla(

@@ -12,16 +12,19 @@ from keras_gradclip._types import Gradients, Scalar, Tensor, Variable
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._telemetry import zeros
 
-#: Norms that a spike is measured by; while fewer than half of them were seen, none is one.
+#: The number of norms to compare with; before half of them were seen, no finite norm is a spike.
 WINDOW = 128
+#: The least standard deviation, as a share of the mean: among equal norms, rounding is no spike.
+LEAST_DEVIATION = 0.01
 
 
 class SpikeWindow:
-    """The last global norms before the clip; a spike is what stands out of them.
+    """The last global norms before the clip; a spike is far above them.
 
-    ‖g‖ > mean + σ·std of the last `WINDOW` norms, those of spikes among them: norms that have
-    risen for good are taken for normal before long. The rule of OLMo (arXiv 2501.00656) and
-    MaxText.
+    ‖g‖ > mean + σ·std of the last `WINDOW` norms, the rule of OLMo (arXiv 2501.00656) and MaxText.
+    A spike is remembered as the limit that it exceeded: one spike does not hide the next, and
+    norms that have risen for good are normal before long. A norm of 0 says nothing about the
+    others (a masked batch, a reward that did not come) and is not remembered.
 
     Args:
         sigmas: σ.
@@ -36,9 +39,9 @@ class SpikeWindow:
         self.seen = add_variable((), "zeros", "int32", "none", name="spike_norms_seen")
 
     def is_spike(self, gradients: Gradients) -> Tensor:
-        """Whether to leave these gradients out, a boolean scalar; remembers their norm.
+        """Whether to skip these gradients, a boolean scalar; remembers their norm.
 
-        A norm that is not finite is neither a spike nor remembered.
+        A norm that is not finite, though its elements may be, is a spike and not remembered.
         """
         present = [arithmetic.values(g) for g in gradients if g is not None]
         norm = ops.sqrt(ops.sum(ops.stack(arithmetic.sums_of_squares(present))))
@@ -48,12 +51,14 @@ class SpikeWindow:
         count = ops.maximum(ops.sum(held), 1.0)
         mean = ops.sum(norms) / count
         std = ops.sqrt(ops.sum(held * ops.square(norms - mean)) / count)
+        limit = mean + self.sigmas * ops.maximum(std, LEAST_DEVIATION * mean)
+        is_spike = ops.logical_and(norm > limit, seen >= WINDOW // 2)
         is_finite = ops.isfinite(norm)
-        is_here = ops.logical_and(ops.equal(places, seen % WINDOW), is_finite)
-        self.norms.assign(ops.where(is_here, norm, norms))
-        self.seen.assign(seen + ops.cast(is_finite, "int32"))
-        stands_out = ops.logical_and(is_finite, norm > mean + self.sigmas * std)
-        return ops.logical_and(stands_out, seen >= WINDOW // 2)
+        is_evidence = ops.logical_and(is_finite, norm > 0)
+        is_here = ops.logical_and(ops.equal(places, seen % WINDOW), is_evidence)
+        self.norms.assign(ops.where(is_here, ops.where(is_spike, limit, norm), norms))
+        self.seen.assign(seen + ops.cast(is_evidence, "int32"))
+        return ops.logical_or(is_spike, ops.logical_not(is_finite))
 
 
 class FirstNonfinite:
@@ -64,13 +69,15 @@ class FirstNonfinite:
 
     def note(self, gradients: Gradients) -> None:
         """Look for it in an update that is left out."""
-        bad = ops.stack(
-            [
-                ops.cast(ops.logical_not(arithmetic.all_finite([0.0 if g is None else g])), "int32")
-                for g in gradients
-            ]
-        )
-        number = ops.where(ops.max(bad) > 0, ops.cast(ops.argmax(bad), "int32") + 1, 0)
+        none = float(len(gradients) + 1)
+        # A minimum of floats, since a GPU has no kernel for an argmax of integers.
+        numbers = [
+            ops.where(arithmetic.all_finite([g]), none, float(i))
+            for i, g in enumerate(gradients, start=1)
+            if g is not None
+        ]
+        first = ops.min(ops.stack(numbers))
+        number = ops.cast(ops.where(first < none, first, 0.0), "int32")
         before = arithmetic.read(self.number)
         self.number.assign(ops.where(before > 0, before, number))
 

@@ -15,6 +15,7 @@ from keras import backend, ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
+from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
 from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.clippers.enforce import Enforcer
@@ -93,7 +94,9 @@ class HasState(HasThresholds):
             self._build(variables)
 
     def _build(self, variables: list[Variable]) -> None:
-        if not self.inner_optimizer.built:
+        if self.inner_optimizer.built:
+            self._check_inner_knows(variables)
+        else:
             _compat.build_with_all_tracked(self.inner_optimizer, variables)
         if self._is_auto:
             self._set_clipper(choose(self.inner_optimizer, variables)[0])
@@ -136,6 +139,18 @@ class HasState(HasThresholds):
         self._first_nonfinite = FirstNonfinite()
         self._start_telemetry()
 
+    def _check_inner_knows(self, variables: Sequence[Variable]) -> None:
+        """Raise a ValueError if the inner optimizer was built without some of the variables."""
+        unknown = [v for v in variables if not _compat.knows(self.inner_optimizer, v)]
+        if unknown:
+            kind = type(self.inner_optimizer).__name__
+            raise ValueError(
+                f"ClippedOptimizer: `inner_optimizer` ({kind}) was built without "
+                f"{path_of(unknown[0])!r} and {len(unknown) - 1} other variables of "
+                f"{len(variables)}, and has no state for them. After unfreezing a layer, pass a "
+                f"new one: ClippedOptimizer({kind}(...), ...)."
+            )
+
     def _saved(self) -> dict[str, Variable]:
         """The wrapper's own variables by stable names."""
         named = {"calls": self._iterations}
@@ -169,11 +184,17 @@ class HasState(HasThresholds):
         if self.built and self._accumulation is not None and "touched" not in saved:
             self._accumulation.mark_from_sums()  # of 0.1
             del own["touched"]
-        missing = sorted({*own, *saved} - {*fitting})
+        missing = {*own, *saved} - {*fitting}
+        if not self.built:  # a counter, and what "auto" chooses anew, are no loss
+            missing -= {"skipped"}
+            if self._is_auto:
+                missing = {name for name in missing if not name.startswith("hyper:")}
+        elif "skipped" not in saved:  # saved before it was built: there was no state yet
+            missing -= {*own}
         if missing:
             warnings.warn(
                 f"ClippedOptimizer: not loaded, because this optimizer and the saved one differ "
-                f"in them: {missing[:6]}. "
+                f"in them: {sorted(missing)[:6]}. "
                 + (
                     "Use the clipper and the gradient_accumulation_steps that it was saved with."
                     if self.built

@@ -211,9 +211,10 @@ class ClippedOptimizer(
         if not (self.skip_nonfinite or self._spikes or call.scale.checks_finite):
             self._step(call, gradients, overwriting)
             return
-        is_kept = arithmetic.all_finite(gradients)
-        if self._spikes is not None:
-            is_kept = ops.logical_and(is_kept, ops.logical_not(self._spikes.is_spike(gradients)))
+        if self._spikes is None:
+            is_kept = arithmetic.all_finite(gradients)
+        else:
+            is_kept = ops.logical_not(self._spikes.is_spike(gradients))
         aggregation.cond(
             is_kept,
             functools.partial(self._step, call),

@@ -10,8 +10,8 @@ own come from `--import MODULE`.
 
 Writes `compare.csv` (a row a run), `compare.png` and a table into `runs/compare-RECIPE` (or
 `--output`). The same command again goes on where it was interrupted. A run is `diverged` when its
-loss or weights became NaN or infinite, `at chance` when its best validation accuracy stayed below
-twice that of guessing, else `learned`.
+loss or weights became NaN or infinite, `at chance` when its best validation accuracy was about that
+of guessing, else `learned`.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from recipes.errors import RecipeError, TrainingDiverged, plain_errors
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
 from recipes.training.folder import folder_named
+from recipes.training.recipe import at_chance
 
 COLUMNS = (
     "recipe",
@@ -103,7 +104,7 @@ def run_cell(recipe, values: dict, folder: Path) -> dict:
         return row
     guess = 1 / result.data.num_outputs
     return row | {
-        "status": "learned" if result.best >= 2 * guess else "at chance",
+        "status": "at chance" if at_chance(result.best, guess) else "learned",
         "val_accuracy": result.best,
         "test_accuracy": result.test.get("accuracy", ""),
         "clip_fraction": result.clip_fraction,

@@ -6,7 +6,8 @@
 Writes `evidence.csv` (a row a run, with all that tells it from the others), `evidence.md` (a table
 a study), one picture a study, and one for readers in a hurry (`evidence.png`) into `--output`. The
 same command again goes on where it was interrupted; `--tables` only draws. A run is `diverged` when
-its loss became NaN or infinite; in means it counts as guessing.
+its loss became NaN or infinite (in means it counts as guessing), `at chance` when its test accuracy
+is about that of guessing, else `learned`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from recipes.tools._studies import (
 )
 from recipes.tools._yardstick import searched
 from recipes.training.folder import folder_named
+from recipes.training.recipe import at_chance
 
 CLASSES = 10
 
@@ -179,8 +181,11 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     train_loss = history.history["loss"][-1]
     finite = math.isfinite(train_loss) and all(np.isfinite(w).all() for w in model.get_weights())
     accuracy = model.evaluate(x_test, y_test, batch_size=500, verbose=0)[1] if finite else math.nan
+    status = "learned" if finite else "diverged"
+    if finite and at_chance(accuracy, 1 / CLASSES):
+        status = "at chance"
     return {
-        "status": "learned" if finite else "diverged",
+        "status": status,
         "test_accuracy": f"{accuracy:.4f}",
         "train_loss": f"{train_loss:.4g}",
         "clip_fraction": f"{optimizer.read_telemetry()['clip_fraction']:.4f}",
@@ -234,8 +239,9 @@ def table(rows: list[dict]) -> str:
                 text = f"{statistics.fmean(scores):.1f} ({min(scores):.1f}–{max(scores):.1f})"
             else:
                 text = "".join(f"{score:.1f}" for score in scores)
-            diverged = sum(r["status"] == "diverged" for r in runs)
-            text += f", {diverged} of {len(runs)} diverged" if diverged else ""
+            for status in ("diverged", "at chance"):
+                count = sum(r["status"] == status for r in runs)
+                text += f", {count} of {len(runs)} {status}" if count else ""
             text += f", {len(runs)} of {seeds} seeds" if 0 < len(runs) < seeds else ""
             cells.append(text)
         lines.append(f"| `{clipper}` | " + " | ".join(cells) + " |")
@@ -365,14 +371,16 @@ def train(study: Study, path: Path, data_dir: str) -> None:
         return
     name, _, side = study.data.partition("@")
     images = load_images(name, int(side), data_dir)
-    for key, clipper in missing:
+    for number, (key, clipper) in enumerate(missing, start=1):
         rate, seed = float(key["learning_rate"]), int(key["seed"])
         if clipper == SEARCHED:
             clipper = _searched(study, rate, images, path.with_name("evidence-search.json"))
         row = key | run(study, clipper, rate, seed, images)
         append_csv(path, COLUMNS, [[row[column] for column in COLUMNS]])
-        print(*(row[k] for k in ("study", "clipper", "learning_rate", "seed")), end=": ")
-        print(f"{row['status']}, {row['test_accuracy']}, {row['seconds']} s", flush=True)
+        cell = f"{study.name}: {row['clipper']} at {row['learning_rate']}, seed {row['seed']}"
+        score = "" if row["status"] == "diverged" else f", {accuracy_of(row):.1f} %"
+        print(f"{number} of {len(missing)}, {cell}: {row['status']}{score}, {row['seconds']} s")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

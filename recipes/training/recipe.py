@@ -98,3 +98,11 @@ class Result:
     clip_fraction: float
     seconds: float
     data: Data
+
+
+def at_chance(accuracy: float, guess: float) -> bool:
+    """Whether a classifier's accuracy is about that of guessing, `guess`; so is a NaN.
+
+    What has learned reaches twice that, or a tenth of the way from there to 1 where that is less.
+    """
+    return not accuracy >= min(2 * guess, guess + 0.1 * (1 - guess))

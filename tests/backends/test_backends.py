@@ -246,6 +246,23 @@ def test_accumulation_clips_the_mean_and_skips_bad_updates(eager):
     assert optimizer.read_telemetry()["skipped"] == 1
 
 
+@pytest.mark.parametrize("model_class", [keras.Model, kgc.ClippedModel])
+def test_an_inner_optimizer_that_was_built_without_a_variable_is_refused(model_class):
+    """As after unfreezing a layer; Keras's own message may print all values of the variable."""
+    x, y = data(2)
+    model = model_of(model_class)
+    model.layers[1].trainable = False
+    inner = keras.optimizers.Adam()
+    model.compile(kgc.ClippedOptimizer(inner, "absolute"), "mse")
+    model.fit(x, y, verbose=0)
+    model.layers[1].trainable = True
+    model.compile(kgc.ClippedOptimizer(inner, "absolute"), "mse")
+    path = model.layers[1].kernel.path
+    with pytest.raises(ValueError, match=rf"inner_optimizer.*{path}.*pass a new one") as error:
+        model.fit(x, y, verbose=0)
+    assert len(str(error.value)) < 400
+
+
 def test_an_unfinished_window_waits():
     x, y = data(3)
     model = model_of()

@@ -149,6 +149,63 @@ def test_zero_and_none_gradients(case):
     assert got == [None] * len(vs)
 
 
+@pytest.mark.parametrize("zeros", [1, 30, 300])
+@pytest.mark.parametrize("scope", ["global", "layer", "variable"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_gradient_of_zero_is_no_evidence(case, scope, zeros):
+    """Heads, experts and masked batches without an example: the memory is that of the others."""
+    clipper = CASES[case][0](scope)
+    vs = variables()
+    with_zeros = without = clipper.init(vs)
+    for step in range(20):
+        gs, _ = spiky(step)
+        for _ in range(zeros if step in (0, 12) else 0):
+            nothing = [ops.zeros_like(g) for g in gs]
+            _, with_zeros, _ = clipper.apply(nothing, vs, with_zeros, hyper_of(clipper))
+        _, with_zeros, _ = clipper.apply(gs, vs, with_zeros, hyper_of(clipper))
+        _, without, _ = clipper.apply(gs, vs, without, hyper_of(clipper))
+    for key in without:
+        if case != "ada":  # whose warm-up counts updates, as in the paper
+            np.testing.assert_array_equal(to64(with_zeros[key]), to64(without[key]))
+        assert to64(with_zeros[key]).min() > 0 or key in ("slot",)
+
+
+@pytest.mark.parametrize(
+    "clipper",
+    [
+        kgc.PercentileClip(90.0, window=1000, scope="variable"),
+        kgc.PercentileClip(90.0, window=20, scope="variable"),
+        kgc.ZScoreClip(scope="variable"),
+        kgc.ZScoreClip(option="mean", scope="variable"),
+        kgc.AdaClip(lambda_abs=10.0),
+    ],
+    ids=str,
+)
+def test_heads_that_are_seldom_used_train(clipper):
+    every = np.array([3, 12, 40])
+    heads = [keras.Variable(np.zeros(4, "float32"), name=f"head{n}") for n in every]
+    state, hyper = clipper.init(heads), hyper_of(clipper)
+    free = moved = np.zeros(3)
+    rng = np.random.default_rng(0)
+    for step in range(240):
+        sizes = np.where(step % every == every - 1, rng.uniform(0.8, 1.2, 3), 0.0)
+        gs, state, _ = clipper.apply([ops.full((4,), s) for s in sizes], heads, state, hyper)
+        free, moved = free + sizes, moved + [to64(g)[0] for g in gs]
+    assert (moved > 0.5 * free).all()
+
+
+def test_zscore_takes_no_ordinary_difference_for_a_spike():
+    """After a warm-up of equal norms, the deviation alone would be 0."""
+    v = keras.Variable(np.zeros(4, "float32"))
+    clipper = kgc.ZScoreClip(warmup_steps=5)
+    state = clipper.init([v])
+    for size in (1.0,) * 8 + (1.2,):
+        (got,), state, _ = clipper.apply([size * ops.ones(4)], [v], state, hyper_of(clipper))
+        np.testing.assert_allclose(to64(got), size, rtol=1e-6)
+    (got,), _, _ = clipper.apply([10.0 * ops.ones(4)], [v], state, hyper_of(clipper))
+    assert to64(got).max() < 1.2
+
+
 def test_ada_lets_a_zero_initialised_tensor_wake_up():
     """A tensor without a gradient during the warm-up is not frozen afterwards."""
     v = keras.Variable(np.zeros(4, "float32"), name="gamma")

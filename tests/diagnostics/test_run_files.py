@@ -1,18 +1,23 @@
 """Reading a run's files: whole, damaged, cut and mixed."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from run_files import CLIPPED, write_run
 
 import keras_gradclip as kgc
+from keras_gradclip import _files as files
+from keras_gradclip.diagnostics._monitor_files import _rows_before, read_rows
 from keras_gradclip.diagnostics._run_files import read_run
 from keras_gradclip.diagnostics.findings import findings
 
 
 def append(path, text):
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -113,3 +118,75 @@ def test_a_step_may_be_sampled_twice(tmp_path):
     text = (run / "monitor.csv").read_text().replace("\n1,", "\n0,")
     (run / "monitor.csv").write_text(text)
     np.testing.assert_array_equal(read_run(run).steps, [0, 0])
+
+
+ROW = "9,0,conv1/kernel,1,1,0,1,0,0"
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        (name, damage)
+        for name, row in (("monitor.csv", ROW), ("thresholds.csv", "9,max_norm,1"))
+        for damage in (
+            b"\0" * 200_000,
+            b"\0" * 99 + row.encode() + b"\r\n",
+            b"\xff,0\r\n",
+            row.encode()[:-4] + b"\xff\xfe" + row.encode()[-4:] + b"\r\n",
+            "²".encode() + row[1:].encode() + b"\r\n",
+            b"99999999999999999999" + row[1:].encode() + b"\r\n",
+            row[:-3].encode().replace(b"9,", b'9,"', 1) + b"\r\n",
+            b'"' + b"x" * 200_000 + b"\r\n",
+            row.encode() + b",1\r\n",
+        )
+    ],
+)
+@pytest.mark.parametrize("at", ["start", "head", "middle", "end"])
+def test_what_can_be_read_is_kept_by_a_run_that_goes_on(name, damage, at, tmp_path):
+    """The report and the resumed monitor read one format, and leave out the same lines."""
+    run = write_run(
+        tmp_path / "r", [{"conv1": CLIPPED}] * 3, thresholds=[[i, "max_norm", i] for i in range(3)]
+    )
+    path = run / name
+    whole, _ = read_rows(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    place = {"start": 0, "head": 1, "middle": 2, "end": len(lines)}[at]
+    if at == "head":
+        lines[0] = b""
+    path.write_bytes(b"".join([*lines[:place], damage, *lines[place:]]))
+    rows, problems = read_rows(path)
+    assert [row for row in rows if row["step"] != "9"] == whole
+    assert len(rows) - len(whole) == damage.startswith(b"\0" * 99 + b"9"), "a row behind NULs"
+    assert len(problems) == 1 + (at == "head"), problems
+    assert f"line {place + (at != 'head')} of {name}" in problems[-1]
+    assert kgc.report(run).exists()
+    with pytest.warns(UserWarning, match=f"damaged lines were left out of .*{name}"):
+        assert _rows_before(path, 9) == whole
+    assert _rows_before(path, 0) == [], "a fresh run begins anew"
+
+
+def test_names_over_two_lines_are_rows(tmp_path):
+    path = tmp_path / "thresholds.csv"
+    names = ['a "b", c', "one\ntwo", "größe", "last"]
+    files.write_csv(path, ["step", "name", "value"], [[i, n, 1.0] for i, n in enumerate(names)])
+    rows, problems = read_rows(path)
+    assert [row["name"] for row in rows] == names
+    assert problems == []
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    run = write_run(tmp_path / "r", [])
+    append(run / "thresholds.csv", "1,größe,0.5\n")
+    script = (
+        "import sys, pathlib\n"
+        "from keras_gradclip.diagnostics._monitor_files import read_rows\n"
+        "print(ascii(read_rows(pathlib.Path(sys.argv[1]))))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", script, str(run / "thresholds.csv")],
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "gr\\xf6\\xdfe" in result.stdout

@@ -12,6 +12,7 @@ tf = pytest.importorskip("tensorflow")
 
 import keras_gradclip as kgc  # noqa: E402
 from keras_gradclip import _arithmetic as kernels  # noqa: E402
+from keras_gradclip.clippers.base import selectable  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Muon:UserWarning")
 
@@ -179,6 +180,87 @@ def test_an_unknown_update_is_refused_on_replicas(small_is_large):
 
 def test_eager_updates_are_compiled_by_kernels():
     assert_parity(BY_KERNELS["momentum"], steps=3, graph=False)
+
+
+def taken(make, change, wrapped, *, graph):
+    """Weights after updates before and after a setting of the optimizer is changed."""
+    ours = variables(SHAPES[:2])
+    inner = make()
+    optimizer = kgc.ClippedOptimizer(inner, "exponential") if wrapped else inner
+    optimizer.build(ours)
+    gradients = [tf.constant(0.1 * np.cos(v.numpy())) for v in ours]
+    for settings in ({}, change):
+        for name, value in settings.items():
+            setattr(inner, name, value)
+        step = tf.function(lambda: optimizer.apply(gradients)) if graph else None
+        for _ in range(3):
+            step() if step else optimizer.apply(gradients)
+    return [v.numpy() for v in ours]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        ("momentum", {"momentum": 0.0}),
+        ("momentum", {"momentum": 0.5}),
+        ("momentum", {"nesterov": True}),
+        ("nesterov, schedule", {"momentum": 0.0}),
+        ("momentum, decay", {"momentum": 0.0, "weight_decay": None}),
+        ("Adam", {"weight_decay": 0.1}),
+        ("Adam, AMSGrad, EMA", {"amsgrad": False}),
+        ("AdamW", {"weight_decay": None, "beta_1": 0.5}),
+    ],
+)
+def test_a_setting_may_change_between_updates(make, change, graph, small_is_large):
+    got, want = (taken(BY_KERNELS[make], change, wrapped, graph=graph) for wrapped in (True, False))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (functools.partial(optimizers.SGD, 0.1), {"momentum": 0.9}),
+        (functools.partial(optimizers.Adam, 0.1), {"amsgrad": True}),
+    ],
+)
+def test_a_setting_that_needs_what_was_never_made_fails_as_in_keras(make, change):
+    errors = []
+    for wrapped in (True, False):
+        with pytest.raises((IndexError, AttributeError)) as caught:
+            taken(make, change, wrapped, graph=False)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("floatx", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["schedule", "function", "number"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion"])
+def test_a_learning_rate_of_any_type_decays_weights_as_in_keras(name, kind, floatx):
+    class Falling(optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return tf.constant(0.1, tf.float64) / (1.0 + tf.cast(step, tf.float64))
+
+    rates = {"schedule": Falling(), "function": lambda: tf.constant(0.1, tf.float64), "number": 0.1}
+
+    def run(wrapped):
+        inner = getattr(optimizers, name)(rates[kind], weight_decay=0.1)
+        optimizer = kgc.ClippedOptimizer(inner) if wrapped else inner
+        weight = keras.Variable(np.linspace(-1, 1, 12).reshape(4, 3), dtype=floatx)
+        optimizer.build([weight])
+        for _ in range(3):
+            optimizer.apply([tf.ones((4, 3), floatx)])
+        return weight.numpy()
+
+    keras.config.set_floatx(floatx)
+    try:
+        rtol = 2e-6 if floatx == "float32" else 1e-13
+        if name == "AdamW":
+            rtol = 1e-4  # Keras rounds its constants to float32
+        np.testing.assert_allclose(run(True), run(False), rtol=rtol)
+    finally:
+        keras.config.set_floatx("float32")
 
 
 def test_a_clipper_with_a_state_in_front():
@@ -575,3 +657,49 @@ def test_every_operation_of_an_update_has_a_gpu_kernel(inner, monkeypatch):
             assert any(not host & {"grad", "delta"} for host in on_gpu[node.op]), node.op
         by_host = {"PyFunc", "EagerPyFunc", "PyFuncStateless"}
         assert not by_host & {node.op for node in nodes}, name
+
+
+def without_gpu_kernel(function):
+    """The operations of a traced function that no GPU has a kernel for, with their types.
+
+    By TensorFlow's registry, which the wheel fills for GPUs on a machine without one, too.
+    """
+    from tensorflow.python.framework import kernels as registry
+
+    constraints = {}
+    for kernel in registry.get_all_registered_kernels().kernel:
+        if kernel.device_type in ("GPU", "DEFAULT"):
+            allowed = {c.name: set(c.allowed_values.list.type) for c in kernel.constraint}
+            constraints.setdefault(kernel.op, []).append(allowed)
+    assert not any(c["T"] == {tf.int32.as_datatype_enum} for c in constraints["ArgMax"])
+    found = set()
+    for node in operations_of(function):
+        if node.op.startswith("__") or node.op in ("Placeholder", "NoOp"):
+            continue
+        types = {name: value.type for name, value in node.attr.items() if value.type}
+        fits = [
+            all(types[name] in allowed for name, allowed in kernel.items() if name in types)
+            for kernel in constraints.get(node.op, [])
+        ]
+        if not any(fits):
+            found.add((node.op, *(tf.as_dtype(t).name for t in types.values())))
+    return found
+
+
+EVERY_PATH = {"skip_nonfinite": True, "skip_spikes": 6, "telemetry": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERY_PATH, {**EVERY_PATH, "gradient_accumulation_steps": 2}],
+    ids=["plain", "every path", "accumulation"],
+)
+@pytest.mark.parametrize("name", [None, "auto", *selectable()])
+def test_no_operation_is_of_a_type_that_a_gpu_lacks(name, options, monkeypatch):
+    """The branch of a skipped update as well: a compiled step fails where one has no kernel."""
+    monkeypatch.setattr(kernels, "_has_tensorflow_gpu", lambda: True)
+    ours = variables(((6, 4), (4,)))
+    optimizer = kgc.ClippedOptimizer(optimizers.SGD(0.1, momentum=0.9), name, **options)
+    optimizer.build(ours)
+    function = tf.function(lambda: optimizer.apply([tf.ones(v.shape) for v in ours]))
+    assert not without_gpu_kernel(function.get_concrete_function())

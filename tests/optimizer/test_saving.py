@@ -1,5 +1,8 @@
 """Interrupted equals never interrupted, bit for bit on one device."""
 
+import pickle
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -82,13 +85,64 @@ def test_weights_file_keeps_the_optimizer(tmp_path):
 
 
 def test_weights_alone_go_into_an_optimizer_that_is_not_built(tmp_path):
-    model = compiled()
+    model = compiled(accumulate=3)
     fit(model)
     model.save_weights(tmp_path / "m.weights.h5")
-    other = compiled()
+    other = compiled(accumulate=3)
     with pytest.warns(UserWarning, match="Build it first"):
         other.load_weights(tmp_path / "m.weights.h5")
     np.testing.assert_array_equal(weights(model), weights(other))
+
+
+STATES = [
+    lambda: kgc.ClippedOptimizer("sgd", "absolute"),
+    lambda: kgc.ClippedOptimizer("sgd", "auto"),
+    lambda: kgc.ClippedOptimizer("sgd", "percentile", skip_spikes=6),
+    lambda: kgc.ClippedOptimizer("sgd", "zscore", gradient_accumulation_steps=2),
+]
+
+
+def warnings_of(caught):
+    return [str(w.message) for w in caught if "ClippedOptimizer" in str(w.message)]
+
+
+@pytest.mark.parametrize("make", STATES)
+@pytest.mark.parametrize("model_class", [keras.Model, kgc.ClippedModel])
+def test_what_was_not_trained_is_loaded_without_a_warning(make, model_class, tmp_path):
+    model = net(model_class)
+    model.compile(make(), loss())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save(tmp_path / "m.keras")
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+        model.save_weights(tmp_path / "m.weights.h5")
+        loaded.load_weights(tmp_path / "m.weights.h5")
+        pickle.loads(pickle.dumps(model))
+    assert warnings_of(caught) == []
+    fit(loaded)
+
+
+@pytest.mark.parametrize("make, warns", [*zip(STATES, (False, False, True, True), strict=True)])
+def test_weights_into_a_new_model_warn_of_lost_state_alone(make, warns, tmp_path):
+    """As each round of a search does, whose models were not trained yet."""
+    model, other = net(), net()
+    model.compile(make(), loss())
+    fit(model)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other.compile(make(), loss())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other.load_weights(tmp_path / "m.weights.h5")
+    assert bool(warnings_of(caught)) == warns
+
+
+def test_another_threshold_is_told_also_of_what_was_not_trained():
+    store = {}
+    kgc.ClippedOptimizer("sgd", kgc.AbsoluteClip(0.1)).save_own_variables(store)
+    other = kgc.ClippedOptimizer("sgd", kgc.NormClip(0.1))
+    other.build([keras.Variable([1.0])])
+    with pytest.warns(UserWarning, match="hyper:threshold"):
+        other.load_own_variables(store)
 
 
 @pytest.mark.parametrize("replicas", [2, 4])

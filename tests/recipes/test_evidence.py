@@ -8,6 +8,7 @@ import pytest
 import keras_gradclip as kgc
 from keras_gradclip._files import read_csv, read_json
 from recipes.tools import _yardstick, evidence
+from recipes.training.recipe import at_chance
 
 
 def study(**changes):
@@ -36,7 +37,9 @@ def test_a_study_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     rows = read_csv(path, numbers=False)
     assert [row["clipper"] for row in rows] == ["none", str(kgc.UpdateRatioClip())]
     assert float(rows[1]["clip_fraction"]) > 0
-    assert capsys.readouterr().out.count("learned") == 2
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["1 of 1, tiny"] * 2
+    assert "at 0.3, seed 1: " in printed[0] and " %, " in printed[0]
     evidence.report((study(),), rows, tmp_path)
     assert (tmp_path / "evidence-tiny.png").stat().st_size > 5_000
 
@@ -61,6 +64,36 @@ def test_missing_data_is_said(tmp_path, capsys):
     )
     assert status == 2
     assert f"--data-dir {tmp_path} holds no prepared cifar10" in capsys.readouterr().err
+
+
+def test_a_run_that_learned_nothing_is_at_chance(tmp_path, monkeypatch, capsys):
+    """The labels say nothing of the images."""
+    x = np.random.default_rng(0).normal(size=(100, 14, 14, 1)).astype("float32")
+    y = np.arange(100) % 10
+    monkeypatch.setattr(evidence, "load_images", lambda *_: (x, y, np.zeros_like(x), y))
+    evidence.train(study(clippers=(evidence.NONE,)), tmp_path / "evidence.csv", "")
+    [row] = evidence.read(tmp_path / "evidence.csv")
+    assert row["status"] == "at chance" and float(row["test_accuracy"]) == pytest.approx(0.1)
+    assert "at chance, 10.0 %" in capsys.readouterr().out
+    assert "| `none` | 10.0, 1 of 1 at chance |" in evidence.table([row])
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "expected"),
+    [
+        (0.1, 10, True),
+        (0.18, 10, True),
+        (0.25, 10, False),
+        (0.52, 2, True),
+        (0.6, 2, False),
+        (1.0, 2, False),
+        (0.0015, 1000, True),
+        (0.01, 1000, False),
+        (float("nan"), 10, True),
+    ],
+)
+def test_what_is_at_chance(accuracy, classes, expected):
+    assert at_chance(accuracy, 1 / classes) == expected
 
 
 @pytest.mark.slow
