@@ -190,7 +190,7 @@ class Clip:
         divisor = self.largest_rate if getattr(self.clipper, "anneal", None) else rate
         divisor = divisor / rate if self.steps else divisor
         clipped = self.own(self.clipper, grads, weights, paths, step, divisor)
-        if getattr(self.clipper, "biases", None):
+        if self.clipper.biases == "unit":
             dense = {p: w for p, w in self.everything.items() if p not in self.sparse}
             clipped = bound_biases(self.clipper, clipped, paths, step, divisor, dense)
         return clipped

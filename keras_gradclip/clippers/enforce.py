@@ -7,6 +7,7 @@ clipped. Gradients may be dense, sparse or None, of any float dtype, and hold in
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -51,6 +52,7 @@ class Weight:
         size: the number of elements.
         axes: of units, the axes that one unit spans; None: all.
         norm: the norms, where they are known.
+        rows: of a sparse gradient, a function that returns the rows that the gradient has.
     """
 
     def __init__(
@@ -59,15 +61,16 @@ class Weight:
         size: int = 0,
         axes: Sequence[int] | None = None,
         norm: Tensor | None = None,
+        rows: Callable[[], Tensor] | None = None,
     ) -> None:
-        self._read, self._axes, self._norm = read, axes, norm
+        self._read, self._axes, self._norm, self._rows = read, axes, norm, rows
         #: The number of elements.
         self.size = size
 
     @property
     def values(self) -> Tensor:
         """The weight itself; of a sparse gradient, the rows that the gradient has."""
-        return self._read[0]()
+        return self._read[0]() if self._rows is None else self._rows()
 
     @property
     def norm(self) -> Tensor:
@@ -80,8 +83,8 @@ class Weight:
 
     @property
     def rms(self) -> Tensor:
-        """The root mean square of `values`, a float32 scalar."""
-        return arithmetic.rms(self.values)
+        """The root mean square, a float32 scalar."""
+        return self.norm / math.sqrt(max(self.size, 1))
 
 
 class Assignment(NamedTuple):
@@ -461,18 +464,18 @@ class _Clip:
         return arithmetic.read(self.enforced.variables[i]) if given is None else given
 
     def weight_of(self, i: int) -> Weight:
-        """The weight of a variable, or its units; of a sparse gradient, its rows.
-
-        A unit that spans rows needs them all.
+        """The weight of a variable, or its units; of a sparse gradient's rows, unless a unit
+        spans rows.
         """
-        axes = self.enforced.units[i].axes if self.clipper.scope == "unit" else None
+        size, whole = size_of(self.enforced.variables[i]), functools.partial(self._read, i)
 
-        def read() -> Tensor:
-            spans_rows = axes is not None and 0 in axes
-            weight = self._read(i)
-            return weight if spans_rows else arithmetic.matching_rows(weight, self.before[i])
+        def rows() -> Tensor:
+            return arithmetic.matching_rows(self._read(i), self.before[i])
 
-        return Weight([read], size_of(self.enforced.variables[i]), axes)
+        if self.clipper.scope != "unit":
+            return Weight([whole], size, rows=rows)
+        axes = self.enforced.units[i].axes
+        return Weight([whole if 0 in axes else rows], size, axes)
 
     def unit_of_bias(self, i: int) -> Weight:
         """For each element of a bias the norm of its unit in the layer's kernel."""

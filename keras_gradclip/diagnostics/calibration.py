@@ -79,7 +79,7 @@ class Calibration:
         beta: β of the exponential clipper.
         eps: ε of the adaptive clipper.
         max_ratio: the largest κ that is suggested: that of `clipper="auto"` for this optimizer
-            and so many arithmetic.
+            and so many kernels.
         anneal: as `clipper="auto"` has it for this optimizer.
         samples: what the thresholds are percentiles of: for each clipper a float64 array
             `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
@@ -133,7 +133,7 @@ class Calibration:
                 for kind in kinds()
                 if kind in samples
             },
-            kernels={layer: list(names) for layer, names in arithmetic.items()},
+            kernels={layer: list(names) for layer, names in kernels.items()},
             global_norm=suggestion(samples["global"]),
             updates=len(samples["global"]),
             nonfinite=nonfinite,

@@ -63,7 +63,7 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
 
 
 def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioClip:
-    """What bounds this optimizer's steps in a network of so many arithmetic.
+    """What bounds this optimizer's steps in a network of so many kernels.
 
     Args:
         inner: the inner optimizer.
