@@ -7,7 +7,6 @@ import oracles
 
 import keras_gradclip as kgc
 from keras_gradclip.clippers._units import default_unit_axes
-from keras_gradclip.clippers.relative import is_vector
 
 
 class Variable:
@@ -15,6 +14,10 @@ class Variable:
 
     def __init__(self, path, shape):
         self.path, self.shape = path, shape
+
+
+def is_vector(variable):
+    return len(variable.shape) <= 1 or "bias" in variable.path.rpartition("/")[2]
 
 
 def scopes(scope, paths):

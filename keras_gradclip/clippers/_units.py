@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import ops
 
-from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._deferred import Rule
-from keras_gradclip._names import path_of
-from keras_gradclip._types import Gradient, Model, Tensor, Variable
+from keras_gradclip._layers import ByVariable, is_normalisation, owners_of
+from keras_gradclip._names import layers_of, path_of
+from keras_gradclip._types import Gradient, Layer, Model, Tensor, Variable
 
 
 def number_of_units(variable: Variable, axes: Sequence[int]) -> float:
@@ -94,7 +94,8 @@ def _clip_bias(
 ) -> Tensor:
     del seen
     limit = share * ops.maximum(ops.sqrt(kernels_squares), eps)
-    return kernels.clip_symmetric(x, ops.reshape(limit, x.shape))
+    is_one = math.prod(int(d) for d in limit.shape) == 1
+    return kernels.clip_symmetric(x, ops.reshape(limit, () if is_one else x.shape))
 
 
 def _rule(squares_of: Callable[[Tensor], Tensor], *, is_told: bool) -> Rule:
@@ -103,8 +104,8 @@ def _rule(squares_of: Callable[[Tensor], Tensor], *, is_told: bool) -> Rule:
 
 
 COLUMNS = _rule(kernels.column_squares, is_told=True)
-WHOLE = _rule(kernels.sum_of_squares, is_told=False)
-BIAS = Rule(_clip_bias, follows=True)
+WHOLE = _rule(kernels.sum_of_squares, is_told=True)
+BESIDE_KERNEL = Rule(_clip_bias, follows=True)
 #: The same for the step that an update is about to take.
 BOUNDS = {
     rule: dataclasses.replace(rule, clip=functools.partial(_bound, squares_of), bounds_step=True)
@@ -119,23 +120,50 @@ def rule_over(axes: Sequence[int], rank: int) -> Rule | None:
     return WHOLE if len(axes) == rank else None
 
 
-def default_unit_axes(variable: Variable) -> tuple[int, ...]:
-    """The axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
-    shape = tuple(int(d) for d in variable.shape)
-    rank = len(shape)
-    layer, _, name = path_of(variable).rpartition("/")
-    layer = layer.rpartition("/")[2]
-    if sum(d != 1 for d in shape) <= 1 or "bias" in name:
-        return tuple(range(rank))
-    if name == "embeddings":
-        return (rank - 1,)
-    if rank >= 3 and ("depthwise" in name or ("depthwise" in layer and name == "kernel")):
-        return tuple(range(rank - 2))
-    if rank >= 3 and "transpose" in layer:
-        return (*range(rank - 2), rank - 1)
-    if rank == 3 and layer in ("query", "key", "value"):
-        return (0,)
-    return tuple(range(rank - 1))
+KERNEL, TABLE, BIAS, OTHER = "kernel", "table", "bias", "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What a variable is to its layer, and what one unit of it is.
+
+    Attributes:
+        kind: `KERNEL`; `TABLE`, whose rows are looked up; `BIAS`; or `OTHER`, such as a scale.
+        axes: the axes that one unit spans.
+        kernels: of a bias, the names of the kernels in its layer whose units it belongs to: of one,
+            or, row by row, of several.
+        letters: of a bias of EinsumDense, a letter an axis of its kernel's and of its own; a dot
+            where an axis is summed over or is 1.
+        is_known: whether the layer said so; else it is guessed from name and shape.
+    """
+
+    kind: str
+    axes: tuple[int, ...]
+    kernels: tuple[str, ...] = ()
+    letters: tuple[str, str] | None = None
+    is_known: bool = True
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether its own norm bounds it: a kernel or a table."""
+        return self.kind in (KERNEL, TABLE)
+
+
+_UNITS: ByVariable[Unit] = ByVariable()
+
+
+def unit_of(variable: Variable) -> Unit:
+    """What the layer of a variable says of it; where no layer is known, a guess."""
+    return units_of([variable])[0]
+
+
+def units_of(variables: Sequence[Variable]) -> list[Unit]:
+    """`unit_of` each; layers are looked up for all together, once."""
+    for v, owner in zip(variables, owners_of(variables), strict=True):
+        if v not in _UNITS:
+            layer = None if owner is None else owner()
+            _UNITS[v] = (None if layer is None else _of_layer(layer, v)) or _guess(v)
+    return [_UNITS[v] for v in variables]
 
 
 def unit_axes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -156,38 +184,194 @@ def unit_axes(model: Model) -> dict[str, tuple[int, ...]]:
             "unit_axes: `model` has no trainable variables. Build it first, e.g. by calling it on "
             "a batch."
         )
-    result = {
-        path_of(v): default_unit_axes(v) for v in model.trainable_variables if len(v.shape) > 1
-    }
-    layers = keras.layers
-    transposes = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-    convolutions = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-    for layer in _compat.all_layers(model):
-        kernel = getattr(layer, "kernel", None) if layer.trainable_variables else None
-        if kernel is None or path_of(kernel) not in result:
-            continue
-        rank = len(kernel.shape)
-        if sum(int(d) != 1 for d in kernel.shape) <= 1:
-            axes = tuple(range(rank))
-        elif isinstance(layer, layers.EinsumDense):
-            axes = _contracted(layer.equation)
-        elif isinstance(layer, transposes):
-            axes = (*range(rank - 2), rank - 1)
-        elif isinstance(layer, (layers.DepthwiseConv1D, layers.DepthwiseConv2D)):
-            axes = tuple(range(rank - 2))
-        elif isinstance(layer, (*convolutions, layers.Dense)):
-            axes = tuple(range(rank - 1))
-        else:
-            continue
-        result[path_of(kernel)] = axes
-    return result
+    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
+    return {path_of(v): u.axes for v, u in zip(variables, units_of(variables), strict=True)}
 
 
-def _contracted(equation: str) -> tuple[int, ...]:
-    """The axes of an EinsumDense kernel over which its equation sums."""
-    inputs, output = equation.replace(" ", "").replace("...", "").split("->")
+def _columns(rank: int) -> tuple[int, ...]:
+    return tuple(range(rank - 1))  # (..., in, out)
+
+
+def _spatial(rank: int) -> tuple[int, ...]:
+    return tuple(range(rank - 2))  # (..., in, multiplier)
+
+
+def _transposed(rank: int) -> tuple[int, ...]:
+    return (*range(rank - 2), rank - 1)  # (..., out, in)
+
+
+def _rows(rank: int) -> tuple[int, ...]:
+    return (rank - 1,)  # (words, dimension)
+
+
+L = keras.layers
+#: For each kind of layer its kernels, as a function from their rank to a unit's axes, and the
+#: kernel that its bias is added to the outputs of. The first that fits; subclasses do.
+_LAYERS: tuple[tuple[tuple[type, ...], dict[str, Callable[[int], tuple[int, ...]]], str], ...] = (
+    (
+        (L.Dense, L.EinsumDense, L.Conv1D, L.Conv2D, L.Conv3D),
+        {"kernel": _columns, "lora_kernel_a": _columns, "lora_kernel_b": _columns},
+        "kernel",
+    ),
+    ((L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose), {"kernel": _transposed}, "kernel"),
+    ((L.DepthwiseConv1D, L.DepthwiseConv2D), {"kernel": _spatial}, "kernel"),
+    (
+        (L.SeparableConv1D, L.SeparableConv2D),
+        {"depthwise_kernel": _spatial, "pointwise_kernel": _columns},
+        "pointwise_kernel",
+    ),
+    (
+        (L.Embedding,),
+        {
+            "embeddings": _rows,
+            "lora_embeddings_a": _rows,
+            "lora_embeddings_b": _columns,
+            "reverse_embeddings": _columns,
+        },
+        "",
+    ),
+)
+
+
+def _of_layer(layer: Layer, variable: Variable) -> Unit | None:
+    """What `layer` says of its own variable; None of a class that is not known."""
+    name, shape = str(variable.name), tuple(int(d) for d in variable.shape)
+    rank = len(shape)
+    whole = tuple(range(rank))
+    if isinstance(layer, L.PReLU) or is_normalisation(layer):
+        return Unit(OTHER, whole)
+    if isinstance(layer, L.EinsumDense) and name in ("kernel", "bias"):
+        return _of_einsum(layer, name, shape)
+    if hasattr(layer, "recurrent_kernel"):  # any cell: the gates' units are columns
+        if (
+            name == "bias"
+        ):  # of a GRU by rows: what is added to the inputs' part, and to the states'
+            both = ("kernel", "recurrent_kernel")
+            return Unit(BIAS, whole, both if rank == 2 and shape[0] == 2 else both[1:])
+        return Unit(KERNEL, _spread(shape, _columns(rank))) if "kernel" in name else None
+    for classes, kernels_of, biased in _LAYERS:
+        if isinstance(layer, classes):
+            if name == "bias":
+                return Unit(BIAS, whole, (biased,))
+            if name in kernels_of:
+                kind = TABLE if kernels_of[name] is _rows else KERNEL
+                return Unit(kind, _spread(shape, kernels_of[name](rank)))
+    return None
+
+
+def _spread(shape: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """`axes`; all of them where all dimensions but one are 1, as in AGC: one unit."""
+    return axes if sum(d != 1 for d in shape) > 1 else tuple(range(len(shape)))
+
+
+def _of_einsum(layer: Layer, name: str, shape: Sequence[int]) -> Unit:
+    inputs, output = layer.equation.replace(" ", "").replace("...", "").split("->")
     kernel = inputs.split(",")[1]
-    return tuple(i for i, letter in enumerate(kernel) if letter not in output)
+    if name == "kernel":
+        summed = tuple(i for i, letter in enumerate(kernel) if letter not in output)
+        return Unit(KERNEL, _spread(shape, summed))
+    units = "".join(letter if letter in output else "." for letter in kernel)
+    # Keras gives a bias the output's axes from its first one on; those it does not have are 1.
+    own = output[min(output.find(letter) for letter in layer.bias_axes) :]
+    own = "".join(letter if letter in layer.bias_axes else "." for letter in own)
+    return Unit(BIAS, tuple(range(len(shape))), ("kernel",), (units, own.ljust(len(shape), ".")))
+
+
+def _guess(variable: Variable) -> Unit:
+    name = path_of(variable).rpartition("/")[2]
+    kind = OTHER if len(variable.shape) <= 1 else TABLE if "embedding" in name else KERNEL
+    kind = BIAS if "bias" in name else kind
+    return Unit(kind, default_unit_axes(variable), is_known=False)
+
+
+def default_unit_axes(variable: Variable) -> tuple[int, ...]:
+    """A guess of the axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
+    shape = tuple(int(d) for d in variable.shape)
+    rank = len(shape)
+    layer, _, name = path_of(variable).rpartition("/")
+    layer = layer.rpartition("/")[2]
+    if sum(d != 1 for d in shape) <= 1 or "bias" in name:
+        return tuple(range(rank))
+    if name == "embeddings":
+        return (rank - 1,)
+    if rank >= 3 and ("depthwise" in name or ("depthwise" in layer and name == "kernel")):
+        return _spatial(rank)
+    if rank >= 3 and "transpose" in layer:
+        return _transposed(rank)
+    if rank == 3 and layer in ("query", "key", "value"):
+        return (0,)
+    return _columns(rank)
+
+
+def kernels_of_biases(
+    grads: Sequence[Gradient], variables: Sequence[Variable], units: Sequence[Unit]
+) -> dict[int, list[int]]:
+    """Position of each bias to those of the kernels whose units it belongs to.
+
+    A bias of which no layer is known, or any other vector, belongs to the last kernel in its layer
+    of as many units; one of n rows to n kernels, if there are n of as many units as a row has.
+    """
+    dense = [i for i, g in enumerate(grads) if g is not None and not kernels.is_sparse(g)]
+    counts = {
+        i: number_of_units(variables[i], unit.axes)
+        for i, unit in enumerate(units)
+        if unit.kind == KERNEL and not kernels.is_sparse(grads[i])
+    }
+    owners, layers = owners_of(variables), layers_of(variables)
+    named = {(id(owners[k]), str(variables[k].name)): k for k in counts if owners[k] is not None}
+    found: dict[int, list[int]] = {}
+    for i in dense:
+        unit, shape = units[i], tuple(int(d) for d in variables[i].shape)
+        size, rows = math.prod(shape), shape[0] if len(shape) == 2 else 0
+        if unit.is_kernel or (unit.kind == OTHER and unit.is_known):
+            continue
+        if unit.is_known:
+            of = [named.get((id(owners[i]), name), -1) for name in unit.kernels]
+            share = size / len(of)
+            fits = all(k in counts and counts[k] in (1, share) for k in of)
+            if fits or (unit.letters and of[0] in counts):
+                found[i] = of
+            continue
+        mine = [k for k in counts if layers[k] == layers[i]]
+        last = [k for k in mine if counts[k] == size][-1:]
+        each = [k for k in mine if counts[k] * rows == size]
+        if last or (rows and len(each) == rows):
+            found[i] = last or each
+    return found
+
+
+def limits_of_bias(unit: Unit, shape: Sequence[int], of_kernels: Sequence[Tensor]) -> Tensor:
+    """What each element of a bias may be at most.
+
+    Args:
+        unit: of the bias.
+        shape: of the bias.
+        of_kernels: the limits of its kernels' units, one tensor a kernel; axes that a unit spans
+            are 1.
+
+    Returns:
+        A tensor of `shape`. An element that is added to several units has the least of their
+        limits.
+    """
+    shape = tuple(int(d) for d in shape)
+    if len(of_kernels) > 1:
+        rows = [ops.broadcast_to(ops.reshape(x, (-1,)), shape[1:]) for x in of_kernels]
+        return ops.stack(rows)
+    (limit,) = of_kernels
+    if math.prod(int(d) for d in limit.shape) == 1:
+        return ops.broadcast_to(ops.reshape(limit, ()), shape)
+    if unit.letters is None:
+        return ops.reshape(limit, shape)
+    units, own = unit.letters
+    limit = ops.reshape(limit, [d for d, x in zip(limit.shape, units, strict=True) if x != "."])
+    units = units.replace(".", "")
+    shared = tuple(i for i, letter in enumerate(units) if letter not in own)
+    limit = ops.min(limit, axis=shared) if shared else limit
+    kept = [letter for letter in units if letter in own]
+    limit = ops.transpose(limit, [kept.index(x) for x in own if x in kept])
+    at = [i for i, letter in enumerate(own) if letter in kept]
+    spread = [shape[i] if i in at else 1 for i in range(len(shape))]
+    return ops.broadcast_to(ops.reshape(limit, spread), shape)
 
 
 def weight_of(variable: Variable, gradient: Gradient, axes: Sequence[int]) -> Tensor:

@@ -105,6 +105,8 @@ class Clipper:
     #: Whether it bounds steps, η·g. Where the inner optimizer ignores a gradient's scale, `apply`
     #: gets the steps themselves in the place of the gradients, and a learning rate of 1.
     bounds_steps: ClassVar[bool] = False
+    #: Whether it multiplies each variable's gradient by one number.
+    keeps_direction: ClassVar[bool] = False
     #: Whether `apply` asks `hyper[LATER]` which clips may wait for the update: see `_deferred`.
     defers: ClassVar[bool] = False
 
@@ -218,8 +220,12 @@ class Clipper:
         """For each variable, the name of the rule that applies to it and the clipper."""
         return [("*", self)] * len(variables)
 
+    def remarks(self, variables: Sequence[Variable]) -> list[str]:
+        """For each variable what is unexpected about its clip, in a few words; else ""."""
+        return [""] * len(variables)
+
     def describe(self, model: Model) -> str:
-        """A table of which rule hits which variable.
+        """A table of which rule hits which variable, and of what is unexpected.
 
         Args:
             model: a built `keras.Model`, or a list of variables.
@@ -240,11 +246,11 @@ class Clipper:
             )
         self.check_variables(variables)
         rows = [("variable", "shape", "rule", "clipper")]
-        for variable, (rule, clipper) in zip(variables, self.rule_of(variables), strict=True):
+        rules, remarks = self.rule_of(variables), self.remarks(variables)
+        for variable, (rule, clipper), remark in zip(variables, rules, remarks, strict=True):
             shape = "×".join(str(d) for d in variable.shape) or "scalar"
-            rows.append(
-                (path_of(variable), shape, rule, "off" if clipper is None else str(clipper))
-            )
+            text = "off" if clipper is None else str(clipper)
+            rows.append((path_of(variable), shape, rule, f"{text}  ({remark})" if remark else text))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from keras_gradclip import _validation as validation
 from keras_gradclip._deferred import LATER
-from keras_gradclip._names import path_of, size_of
+from keras_gradclip._names import names_of, path_of, size_of
 from keras_gradclip._types import Config, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card
 from keras_gradclip.clippers.base import (
@@ -52,6 +52,11 @@ class Composite(Clipper):
     def bounds_steps(self) -> bool:  # type: ignore[override]
         """Whether one of the parts does."""
         return any(clipper.bounds_steps for _, clipper in self._parts())
+
+    @property
+    def keeps_direction(self) -> bool:  # type: ignore[override]
+        """Whether all of the parts do."""
+        return all(clipper.keeps_direction for _, clipper in self._parts())
 
     @property
     def defers(self) -> bool:  # type: ignore[override]
@@ -136,6 +141,9 @@ class ClipMap(Composite):
     ```python
     ClipMap({"conv1/.*": AbsoluteClip(0.01), ".*/bias": None}, default=NormClip(1.0))
     ```
+
+    Where two layers have one path (two networks), the second's is `head#2/kernel`, as reports have
+    it: a rule that matches this name comes first, and one for the plain path has both.
 
     In a dict, no rule comes before another, so that two rules that match one variable are an
     error. In a list of `(regex, clipper)` pairs the first match wins. Live hyper-parameters are
@@ -229,7 +237,10 @@ class ClipMap(Composite):
         hits = dict.fromkeys((name for name, _ in self.rules), 0)
         names = []
         paths = tuple(path_of(v) for v in variables)
-        for path, matches in zip(paths, _matches(tuple(hits), paths), strict=True):
+        by_name = _matches(tuple(hits), tuple(names_of(variables)))
+        by_path = _matches(tuple(hits), paths)
+        for path, own, shared in zip(paths, by_name, by_path, strict=True):
+            matches = own or shared
             if len(matches) > 1 and not self.ordered:
                 raise ValueError(
                     f"ClipMap: the rules {list(matches)} all match the variable {path!r}, and a "
@@ -241,7 +252,7 @@ class ClipMap(Composite):
             names.append(matches[0] if matches else DEFAULT)
         unmatched = [name for name, count in hits.items() if count == 0]
         if check and unmatched and not self.allow_unmatched:
-            near = difflib.get_close_matches(unmatched[0], paths, n=3, cutoff=0.0)
+            near = difflib.get_close_matches(unmatched[0], names_of(variables), n=3, cutoff=0.0)
             raise ValueError(
                 f"ClipMap: the rule {unmatched[0]!r} matches none of the {len(paths)} variables; "
                 f"paths that come near: {near}. A rule must match the whole path (`.*` at its "
@@ -268,6 +279,15 @@ class ClipMap(Composite):
         """For each variable, the rule that applies to it and the clipper, if any."""
         clippers = dict(self._all())
         return [(name, clippers[name]) for name in self._assign(variables)]
+
+    def remarks(self, variables):
+        """See `Clipper`: each by its rule."""
+        result = [""] * len(variables)
+        for _, clipper, members in self._groups(variables):
+            part = clipper.remarks([variables[i] for i in members])
+            for i, remark in zip(members, part, strict=True):
+                result[i] = remark
+        return result
 
     def bounded(self, variables):
         """See `Clipper`: each by its rule."""
@@ -418,6 +438,11 @@ class Chain(Composite):
         """Raise a ValueError if one of the clippers cannot serve these variables."""
         for clipper in self.clippers:
             clipper.check_variables(variables)
+
+    def remarks(self, variables):
+        """See `Clipper`: of all clippers."""
+        parts = [clipper.remarks(variables) for clipper in self.clippers]
+        return ["; ".join(filter(None, of_one)) for of_one in zip(*parts, strict=True)]
 
     def bounded(self, variables):
         """See `Clipper`: by one of the clippers."""

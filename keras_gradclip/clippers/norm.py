@@ -64,6 +64,7 @@ class NormClip(Clipper):
         note=ALPHA_NOTE,
     )
     measures: ClassVar[str | None] = "layer_norm"
+    keeps_direction: ClassVar[bool] = True
     defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "g' = g·min(1, c/‖g‖)",
@@ -145,6 +146,7 @@ class RMSClip(Clipper):
         threshold=True,
     )
     measures: ClassVar[str | None] = "largest_rms"
+    keeps_direction: ClassVar[bool] = True
     defers: ClassVar[bool] = True
     card: ClassVar[Card | None] = Card(
         "g' = g / max(1, rms(g)/c), for each variable",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -16,15 +15,20 @@ from keras_gradclip._names import layers_of, path_of, size_of
 from keras_gradclip._types import Gradient, Hyper, State, Tensor, Threshold, Variable
 from keras_gradclip.clippers._declaration import Card, parameter
 from keras_gradclip.clippers._units import (
+    BESIDE_KERNEL,
     BIAS,
     BOUNDS,
-    default_unit_axes,
+    KERNEL,
+    Unit,
+    kernels_of_biases,
+    limits_of_bias,
     norm_and_limit,
     number_of_units,
     rule_over,
     squares_of_units,
     unit_factors,
     unit_squares,
+    units_of,
 )
 from keras_gradclip.clippers.base import (
     GRADIENTS,
@@ -34,13 +38,77 @@ from keras_gradclip.clippers.base import (
     Clipper,
     ClipStats,
     register,
-    shown,
 )
+
+
+class ByUnit(Clipper):
+    """A clipper that goes by units, with `axes` for those that no layer tells of."""
+
+    axes: Threshold
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.axes is not None:
+            try:
+                pairs = dict(self.axes).items()
+                known = tuple((str(path), tuple(int(a) for a in axes)) for path, axes in pairs)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{type(self).__name__}: `axes` must be a dict from variable path to a list of "
+                    f"axes, such as unit_axes(model), but is {self.axes!r}."
+                ) from error
+            object.__setattr__(self, "axes", known)
+
+    def check_variables(self, variables):
+        """Raise a ValueError if `axes` names an axis that a variable does not have."""
+        super().check_variables(variables)
+        for variable, unit in zip(variables, self._units_of(variables), strict=True):
+            rank, axes = len(variable.shape), unit.axes
+            if any(not 0 <= a < rank for a in axes) or len(set(axes)) < len(axes):
+                raise ValueError(
+                    f"{type(self).__name__}: `axes` gives {list(axes)} for "
+                    f"{path_of(variable)!r}, which has {rank} dimensions. Name each axis once, "
+                    f"from 0 to {rank - 1}."
+                )
+
+    def _units_of(self, variables: Sequence[Variable]) -> list[Unit]:
+        """For each variable what one unit of it is: `axes`, its layer, or a guess."""
+        given = dict(self.axes or ())
+        units = units_of(variables)
+        for i, variable in enumerate(variables if given else ()):
+            axes = given.get(path_of(variable))
+            if axes is not None and axes != units[i].axes:
+                is_one = len(axes) == len(variable.shape)
+                kind = units[i].kind if is_one else KERNEL
+                units[i] = Unit(kind, axes, units[i].kernels, None, is_known=True)
+        return units
+
+    def remarks(self, variables):
+        """See `Clipper`: units that had to be guessed; those of a matrix are its columns."""
+        return [
+            ""
+            if unit.is_known or unit.kind != KERNEL or sum(int(d) != 1 for d in v.shape) < 3
+            else f"units over the axes {unit.axes}: a guess, pass `axes`"
+            for v, unit in zip(variables, self._units_of(variables), strict=True)
+        ]
+
+    def get_config(self):
+        """The arguments, JSON-able."""
+        config = super().get_config()
+        if self.axes is not None:
+            config["axes"] = {path: list(axes) for path, axes in self.axes}
+        return config
+
+    def __str__(self) -> str:
+        if self.axes is None:
+            return super().__str__()
+        rest = str(self.with_hyperparameters({"axes": None})).removesuffix(")")
+        return f"{rest}, axes of {len(self.axes)} variables)"
 
 
 @register("adaptive")
 @dataclasses.dataclass(frozen=True)
-class AdaptiveClip(Clipper):
+class AdaptiveClip(ByUnit):
     """Adaptive gradient clipping (AGC): no unit's gradient outgrows its weights.
 
     g'_u = g_u · min(1, λ·max(‖W_u‖, ε)/‖g_u‖) for each unit u. A unit is what makes one output:
@@ -52,7 +120,8 @@ class AdaptiveClip(Clipper):
     Recognition Without Normalization", arXiv 2102.06171, equation 3; the same as
     `optax.adaptive_grad_clip` and timm's `adaptive_clip_grad` where they agree on the axes.
 
-    The axes over which a unit's norm is taken, by the variable's path and shape:
+    What a unit is, the layer of a variable says, whatever its name: Keras's layers, subclasses of
+    them and recurrent cells are known. Of other variables it is guessed, by path and shape:
 
     | rank | variable | axes |
     |---|---|---|
@@ -66,14 +135,12 @@ class AdaptiveClip(Clipper):
     | 3, 4 | `...depthwise...` layers, variables (..., in, multiplier) | all but the last two |
     | other | | all but the last |
 
-    Shapes alone cannot tell a transposed convolution from an ordinary one, so renamed layers and
-    EinsumDense need `axes=unit_axes(model)`, which asks the layers themselves.
+    Of more than two axes a guess may be wrong: it is warned of once, and `axes` puts it right.
 
     Args:
         clip_factor: λ, a positive number or a LearningRateSchedule.
         eps: ε, the floor of a unit's weight norm, so that zero-initialised units can move.
-        axes: a dict from variable path to the axes to reduce, for variables to which the table
-            does not apply, e.g. `unit_axes(model)`.
+        axes: a dict from variable path to the axes that a unit spans, before what layers say.
 
     Raises:
         ValueError: λ or ε not above 0, or axes that a variable does not have.
@@ -98,36 +165,11 @@ class AdaptiveClip(Clipper):
         "Brock et al., 2102.06171",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.axes is not None:
-            try:
-                pairs = dict(self.axes).items()
-                known = tuple((str(path), tuple(int(a) for a in axes)) for path, axes in pairs)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    "AdaptiveClip: `axes` must be a dict from variable path to a list of axes, "
-                    f"such as unit_axes(model), but is {self.axes!r}."
-                ) from error
-            object.__setattr__(self, "axes", known)
-
-    def check_variables(self, variables):
-        """Raise a ValueError if `axes` names an axis that a variable does not have."""
-        super().check_variables(variables)
-        for variable in variables:
-            rank = len(variable.shape)
-            axes = self._axes_of(variable)
-            if any(not 0 <= a < rank for a in axes) or len(set(axes)) < len(axes):
-                raise ValueError(
-                    f"AdaptiveClip: `axes` gives {list(axes)} for {path_of(variable)!r}, which has "
-                    f"{rank} dimensions. Name each axis once, from 0 to {rank - 1}."
-                )
-
     def apply(self, grads, variables, state, hyper):
         """Clip unit by unit: see `Clipper.apply`."""
         clipped: list[Gradient | Deferred] = [None] * len(grads)
         squares: list[Tensor] = [None] * len(grads)
-        axes = [self._axes_of(variable) for variable in variables]
+        axes = [unit.axes for unit in self._units_of(variables)]
         units = [number_of_units(v, a) for v, a in zip(variables, axes, strict=True)]
         share = hyper["clip_factor"]
         now = []
@@ -163,31 +205,17 @@ class AdaptiveClip(Clipper):
             return None
         return defer(hyper, rule, gradient, variable, hyper["clip_factor"], self.eps)
 
-    def _axes_of(self, variable: Variable) -> tuple[int, ...]:
-        known = dict(self.axes or ()).get(path_of(variable))
-        return default_unit_axes(variable) if known is None else known
-
-    def get_config(self):
-        """The arguments, JSON-able."""
-        config = super().get_config()
-        if self.axes is not None:
-            config["axes"] = {path: list(axes) for path, axes in self.axes}
-        return config
-
-    def __str__(self) -> str:
-        axes = "" if self.axes is None else f", axes of {len(self.axes)} variables"
-        return f"AdaptiveClip(clip_factor={shown(self.clip_factor)}, eps={self.eps:g}{axes})"
-
 
 @register("update_ratio")
 @dataclasses.dataclass(frozen=True)
-class UpdateRatioClip(Clipper):
+class UpdateRatioClip(ByUnit):
     """No step moves a unit by more than a share of its own norm, at any learning rate.
 
     g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. Vectors
     (biases, γ, β of a normalisation) are left alone; with `biases="unit"`, a bias b_u may move by
-    what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its layer's kernel. Biases
-    without a kernel of as many units in their layer are left alone.
+    what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its layer's kernel
+    (of recurrent layers the recurrent kernel's; of a GRU's bias of two rows, either kernel's).
+    Biases whose kernel is not clipped with them (it is frozen, say) stay free; they are warned of.
 
     When to use it: where the learning rate is not known well or the network has no batch
     normalisation: κ has no dimension and stays as it is when η changes. Source: this library; the
@@ -211,14 +239,15 @@ class UpdateRatioClip(Clipper):
     Args:
         max_ratio: κ, a positive number or a LearningRateSchedule.
         eps: ε, the floor of the weight's norm, so that zero-initialised weights can move.
-        scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has it
-            (its table of axes); "variable", a kernel; "layer", all kernels of a layer.
+        scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has
+            it; "variable", a kernel; "layer", all kernels of a layer.
         biases: None leaves them alone; "unit" bounds them, too. At ten times the largest learning
             rate that plain training survives, free biases are what fails (docs/evidence.md).
         anneal: None leaves κ as it is; "learning_rate" lets it fall with the learning rate.
+        axes: as of `AdaptiveClip`.
 
     Raises:
-        ValueError: κ or ε not above 0, or an unknown word.
+        ValueError: κ or ε not above 0, an unknown word, or axes that a variable does not have.
     """
 
     max_ratio: Threshold = parameter(
@@ -245,6 +274,7 @@ class UpdateRatioClip(Clipper):
         choices=(None, "learning_rate"),
         search=True,
     )
+    axes: Threshold = parameter(None, help="variable path to the axes of a unit, see unit_axes")
     needs_learning_rate = True
     bounds_steps = True
     measures: ClassVar[str | None] = "unit_step"
@@ -258,9 +288,22 @@ class UpdateRatioClip(Clipper):
 
     def bounded(self, variables):
         """See `Clipper`: kernels, and biases where they are."""
-        biases = _kernels_of_biases(variables, variables) if self.biases == "unit" else []
-        of_kernels = dict(biases)
-        return [not is_vector(v) or i in of_kernels for i, v in enumerate(variables)]
+        units = self._units_of(variables)
+        biases = self._biases(variables, variables, units)
+        return [unit.is_kernel or i in biases for i, unit in enumerate(units)]
+
+    def remarks(self, variables):
+        """See `Clipper`: also biases that stay free although `biases="unit"`."""
+        units = self._units_of(variables)
+        biases = self._biases(variables, variables, units)
+        is_free = [
+            self.biases == "unit" and unit.kind == BIAS and i not in biases
+            for i, unit in enumerate(units)
+        ]
+        return [
+            "free: a bias without its kernel among the clipped variables" if free else remark
+            for free, remark in zip(is_free, super().remarks(variables), strict=True)
+        ]
 
     def init(self, variables):
         """The largest learning rate so far, and the present one's share of it."""
@@ -290,8 +333,9 @@ class UpdateRatioClip(Clipper):
     def apply(self, grads, variables, state, hyper):
         """Clip by the norm of each scope: see `Clipper.apply`."""
         factor, state = self._factor(state, hyper)
-        bounded = [i for i, g in enumerate(grads) if g is not None and not is_vector(variables[i])]
-        axes = [self._axes_of(variable) for variable in variables]
+        units = self._units_of(variables)
+        bounded = [i for i, g in enumerate(grads) if g is not None and units[i].is_kernel]
+        axes = self._axes(variables, units)
         # Of the second pass, what the update has bounded on its way.
         done = {i: grads[i] for i in bounded if isinstance(grads[i], Deferred)}
         waiting = {} if done else self._deferred(grads, variables, factor, hyper)
@@ -306,13 +350,16 @@ class UpdateRatioClip(Clipper):
 
         clipped = [waiting.get(i, g) for i, g in enumerate(grads)]
         seen = {i: bound.seen for i, bound in done.items() if bound.rule.is_told}
-        biases = _kernels_of_biases(grads, variables) if self.biases == "unit" else []
-        for i, kernel in biases:
-            clipped[i] = self._waiting_bias(
-                grads[i], variables[i], waiting.get(kernel), factor, hyper
-            )
+        biases = self._biases(grads, variables, units)
+        for i, of in biases.items():
+            # A kernel whose clip waits for the update tells the norms of its units then.
+            kernel = waiting.get(of[0]) if len(of) == 1 and self.scope == "unit" else None
+            clipped[i] = None
+            if kernel is not None and not units[i].letters:
+                arguments = (kernel, factor, self.eps)
+                clipped[i] = defer(hyper, BESIDE_KERNEL, grads[i], variables[i], *arguments)
             if clipped[i] is None:
-                limit = self._limit_of_bias(variables, i, kernel, factor, {**weights, **seen})
+                limit = self._limit_of_bias(variables, units, i, of, factor, {**weights, **seen})
                 clipped[i] = kernels.clip_symmetric(grads[i], limit)
         sizes = {i: size_of(variables[i]) for i in now}
         for i, unit_factor in unit_factors(steps, weights, sizes, factor, self.eps).items():
@@ -328,12 +375,12 @@ class UpdateRatioClip(Clipper):
                 result[i] = ops.mean(kernels.float32(norm > limit))
             for i, bound in done.items():
                 result[i] = bound.fraction
-            for i, kernel in biases:
-                limit = self._limit_of_bias(variables, i, kernel, factor, all_weights)
+            for i, of in biases.items():
+                limit = self._limit_of_bias(variables, units, i, of, factor, all_weights)
                 result[i] = ops.mean(kernels.float32(ops.abs(kernels.float32(grads[i])) > limit))
             return result
 
-        shares = self._shares(variables, axes, bounded, [i for i, _ in biases])
+        shares = self._shares(variables, axes, bounded, list(biases))
         return clipped, state, ClipStats(fractions, shares, "norms", squares)
 
     def _factor(self, state: State, hyper: Hyper) -> tuple[Tensor, State]:
@@ -362,34 +409,29 @@ class UpdateRatioClip(Clipper):
             shares[i] = number_of_units(variables[i], ()) if self.scope == "unit" else 1.0
         return shares
 
-    def _waiting_bias(
-        self,
-        gradient: Gradient,
-        variable: Variable,
-        kernel: Deferred | None,
-        factor: Tensor,
-        hyper: Hyper,
-    ) -> Deferred | None:
-        """A bias that is clipped after its kernel, which tells the norms of its units then."""
-        if kernel is None or not kernel.rule.is_told:
-            return None
-        return defer(hyper, BIAS, gradient, variable, kernel, factor, self.eps)
+    def _biases(
+        self, grads: Sequence[Gradient], variables: Sequence[Variable], units: Sequence[Unit]
+    ) -> dict[int, list[int]]:
+        """Position of each bias that is bounded to those of its kernels."""
+        return kernels_of_biases(grads, variables, units) if self.biases == "unit" else {}
 
     def _limit_of_bias(
         self,
         variables: Sequence[Variable],
+        units: Sequence[Unit],
         bias: int,
-        kernel: int,
+        of: Sequence[int],
         factor: Tensor,
         known: dict[int, Tensor],
     ) -> Tensor:
         """What each element of a bias may be at most; `known`: squared norms of kernels' units."""
-        square = known.get(kernel) if self.scope == "unit" else None
-        if square is None:
-            axes = default_unit_axes(variables[kernel])
-            square = unit_squares(ops.convert_to_tensor(variables[kernel]), axes)
-        limit = factor * ops.maximum(ops.sqrt(square), self.eps)
-        return ops.reshape(limit, variables[bias].shape)
+        limits = []
+        for k in of:
+            square = known.get(k) if self.scope == "unit" else None
+            if square is None:
+                square = unit_squares(ops.convert_to_tensor(variables[k]), units[k].axes)
+            limits.append(factor * ops.maximum(ops.sqrt(square), self.eps))
+        return limits_of_bias(units[bias], variables[bias].shape, limits)
 
     def _deferred(
         self,
@@ -404,10 +446,12 @@ class UpdateRatioClip(Clipper):
         # A bias wants its kernel's units as they were, of which only the rule by units tells.
         if self.scope == "layer" or (bounds and self.biases and self.scope != "unit"):
             return result
+        units = self._units_of(variables)
+        axes = self._axes(variables, units)
         for i, (g, variable) in enumerate(zip(grads, variables, strict=True)):
             rule = None
-            if g is not None and not is_vector(variable):
-                rule = rule_over(self._axes_of(variable), len(variable.shape))
+            if g is not None and units[i].is_kernel:
+                rule = rule_over(axes[i], len(variable.shape))
             if rule is not None and bounds:
                 rule = BOUNDS[rule]
             waiting = rule and defer(hyper, rule, g, variable, factor, self.eps)
@@ -415,33 +459,11 @@ class UpdateRatioClip(Clipper):
                 result[i] = waiting
         return result
 
-    def _axes_of(self, variable: Variable) -> tuple[int, ...]:
-        whole = tuple(range(len(variable.shape)))
-        return default_unit_axes(variable) if self.scope == "unit" else whole
-
-
-def is_vector(variable: Variable) -> bool:
-    """Whether a variable is a bias or a scale: of one dimension at most, or called so."""
-    return len(variable.shape) <= 1 or "bias" in path_of(variable).rpartition("/")[2]
-
-
-def _kernels_of_biases(
-    grads: Sequence[Gradient], variables: Sequence[Variable]
-) -> list[tuple[int, int]]:
-    """Positions of biases, each with that of the last kernel in its layer with as many units."""
-    found: dict[int, int | None] = {}
-    for layer in _members(variables, range(len(variables))):
-        units = {
-            i: number_of_units(variables[i], default_unit_axes(variables[i]))
-            for i in layer
-            if not is_vector(variables[i]) and not kernels.is_sparse(grads[i])
-        }
-        for i in layer:
-            g = grads[i]
-            if i not in units and g is not None and not kernels.is_sparse(g):
-                size = math.prod(int(d) for d in variables[i].shape)
-                found[i] = next((k for k, n in reversed(units.items()) if n == size), None)
-    return [(i, kernel) for i, kernel in found.items() if kernel is not None]
+    def _axes(self, variables: Sequence[Variable], units: Sequence[Unit]) -> list[tuple[int, ...]]:
+        """For each variable the axes of one norm."""
+        if self.scope == "unit":
+            return [unit.axes for unit in units]
+        return [tuple(range(len(variable.shape))) for variable in variables]
 
 
 def _members(variables: Sequence[Variable], of: Sequence[int]) -> list[list[int]]:

@@ -41,6 +41,7 @@ class _FromNorms(Clipper):
 
     scope: str
     defers: ClassVar[bool] = True
+    keeps_direction: ClassVar[bool] = True
 
     def _limits(
         self, norms: Tensor, usable: Tensor, state: Tensor, hyper: Tensor

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
-from keras_gradclip.clippers._units import default_unit_axes, unit_squares
+from keras_gradclip.clippers._units import unit_of, unit_squares
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._steps import ignores_scale
@@ -70,7 +70,7 @@ class Sampler:
             return [ops.zeros((), "float32")] * 5
         x = kernels.float32(kernels.values(gradient))
         weight = kernels.float32(kernels.matching_weight(variable, gradient))
-        axes = default_unit_axes(variable)
+        axes = unit_of(variable).axes
         whole = kernels.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
         unit = ops.sqrt(unit_squares(x, axes))
         floor = ops.maximum(ops.sqrt(unit_squares(whole, axes)), self.eps)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_gradclip import _compat
-from keras_gradclip._names import path_of
+from keras_gradclip._names import names_of, path_of
 from keras_gradclip._types import Optimizer, Variable
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
@@ -105,11 +105,14 @@ def muon_matrices(inner: Optimizer, variables: Sequence[Variable]) -> list[str]:
 
 
 def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variable]) -> None:
-    """Warn of a clip in front of Muon's matrices, with the ClipMap that leaves them alone."""
+    """Warn of a clip in front of Muon's matrices, with the ClipMap that leaves them alone.
+
+    Of one that multiplies a matrix by a number: any other changes the direction of Muon's step.
+    """
     clipped = {
         path_of(v)
         for v, (_, rule) in zip(variables, clipper.rule_of(variables), strict=True)
-        if rule is not None and not rule.bounds_steps
+        if rule is not None and rule.keeps_direction and not rule.bounds_steps
     }
     matrices = [path for path in muon_matrices(inner, variables) if path in clipped]
     if matrices:
@@ -120,4 +123,17 @@ def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variabl
             "shifts the weight of this step in its momentum. Leave them alone: "
             f"ClipMap({{{rules}}}, default={clipper!r}).",
             stacklevel=3,
+        )
+
+
+def warn_of_remarks(clipper: Clipper, variables: Sequence[Variable]) -> None:
+    """Warn of what is unexpected about the clip of some variables, as `describe` shows it."""
+    paths: dict[str, list[str]] = {}
+    for name, remark in zip(names_of(variables), clipper.remarks(variables), strict=True):
+        if remark:
+            paths.setdefault(remark, []).append(name)
+    for remark, names in paths.items():
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        warnings.warn(
+            f"ClippedOptimizer: `clipper` ({clipper}): {remark}: {names[:6]}{more}.", stacklevel=3
         )
