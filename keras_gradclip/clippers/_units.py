@@ -48,8 +48,13 @@ def squares_of_units(
 def norm_and_limit(
     square: Tensor, weight_square: Tensor, share: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """‖g‖, and share·max(‖W‖, ε), which it may be at most."""
-    return ops.sqrt(square), share * ops.maximum(ops.sqrt(weight_square), eps)
+    """‖g‖, and its limit."""
+    return ops.sqrt(square), limit_of(weight_square, share, eps)
+
+
+def limit_of(weight_square: Tensor, share: Tensor, eps: Tensor) -> Tensor:
+    """share·max(‖W‖, ε), where ‖W‖ may be beyond float32 and the share rounded to 0."""
+    return share * ops.clip(ops.sqrt(weight_square), eps, kernels.LARGEST)
 
 
 def unit_factors(
@@ -93,7 +98,7 @@ def _clip_bias(
     x: Tensor, seen: None, kernels_squares: Tensor, share: Tensor, eps: Tensor
 ) -> Tensor:
     del seen
-    limit = share * ops.maximum(ops.sqrt(kernels_squares), eps)
+    limit = limit_of(kernels_squares, share, eps)
     is_one = math.prod(int(d) for d in limit.shape) == 1
     return kernels.clip_symmetric(x, ops.reshape(limit, () if is_one else x.shape))
 

@@ -297,10 +297,10 @@ def current_value(value: object, iterations: Variable) -> Tensor:
     """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar.
 
     A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
-    clip would turn gradients around.
+    clip would turn gradients around. One that grows out of float32 counts as the largest.
     """
     if isinstance(value, validation.LearningRateSchedule):
-        value = ops.maximum(ops.cast(value(iterations), "float32"), kernels.TINY)
+        value = ops.clip(ops.cast(value(iterations), "float32"), kernels.TINY, kernels.LARGEST)
     return ops.cast(kernels.read(value), "float32")
 
 

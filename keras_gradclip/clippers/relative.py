@@ -21,6 +21,7 @@ from keras_gradclip.clippers._units import (
     KERNEL,
     Unit,
     kernels_of_biases,
+    limit_of,
     limits_of_bias,
     norm_and_limit,
     number_of_units,
@@ -430,7 +431,7 @@ class UpdateRatioClip(ByUnit):
             square = known.get(k) if self.scope == "unit" else None
             if square is None:
                 square = unit_squares(ops.convert_to_tensor(variables[k]), units[k].axes)
-            limits.append(factor * ops.maximum(ops.sqrt(square), self.eps))
+            limits.append(limit_of(square, factor, self.eps))
         return limits_of_bias(units[bias], variables[bias].shape, limits)
 
     def _deferred(

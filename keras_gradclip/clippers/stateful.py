@@ -258,7 +258,8 @@ class ZScoreClip(_FromNorms):
         if self.option == "mean":
             target = mean
         else:
-            target = mean + deviation * hyper["z_threshold"] ** 2 / ops.maximum(z, self.eps)
+            threshold = hyper["z_threshold"]  # its square may be beyond float32
+            target = mean + deviation * threshold * (threshold / ops.maximum(z, self.eps))
         spike = ops.logical_and(warm, z > hyper["z_threshold"])
         limits = ops.where(spike, target, ops.full_like(norms, NO_LIMIT))
 
