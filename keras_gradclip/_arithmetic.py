@@ -30,6 +30,9 @@ MAX_EXPONENT = 80.0
 # Far below any useful threshold, far above float32's subnormal numbers.
 TINY = 1e-30
 
+# Of float32. A limit beyond it is as good as none, but infinity over infinity is NaN.
+LARGEST = float(np.finfo("float32").max)
+
 # Elements. Below, what a gradient costs is the number of operations on it; above, the memory that
 # they go through. In ResNet-50, 172 of 214 gradients are below and hold 8 % of the elements.
 SMALL = 1 << 16
@@ -39,6 +42,15 @@ WORTH_COMPILING = 1 << 20
 
 # Elements. Below, a square and a sum take less than the 0.1 ms that a convolution starts with.
 WORTH_CONVOLVING = 1 << 20
+
+# Rows. A column of so many is added up to 1e-5; longer ones are not.
+LONG = 1 << 12
+
+# Elements of a row, where several are put side by side: for a convolution, and for XLA.
+SIDE_BY_SIDE, SIDE_BY_SIDE_XLA = 1 << 15, 1 << 13
+
+# Of which XLA adds up the squares of a matrix, see `_folded_squares`.
+XLA_BLOCKS = 8
 
 
 def is_sparse(gradient: Gradient) -> bool:
@@ -131,8 +143,10 @@ def sum_of_squares(x: Tensor) -> Tensor:
         import tensorflow as tf
 
         if _is_for_xla_on_cpu(x):
-            width = math.gcd(math.prod(x.shape), 1024)
-            return ops.sum(_folded_squares(tf.reshape(x, (-1, width))))
+            squares = column_squares(x if len(x.shape) > 1 else x[:, None])
+            if squares.shape[-1] > LONG:
+                squares = column_squares(ops.reshape(ops.sqrt(squares), (-1, 1)))
+            return ops.sum(_apart(squares))
         return 2.0 * tf.nn.l2_loss(x)  # one pass, no temporary
     return ops.sum(ops.square(x))
 
@@ -140,30 +154,35 @@ def sum_of_squares(x: Tensor) -> Tensor:
 def column_squares(x: Tensor) -> Tensor:
     """The sum of x² over all axes but the last, which stay as dimensions of 1; float32."""
     x, shape = float32(x), tuple(x.shape)
-    if _is_for_xla_on_cpu(x):
-        sums = ops.sum(_folded_squares(ops.reshape(x, (-1, shape[-1]))), axis=0)
-        return ops.reshape(sums, (*[1] * (len(shape) - 1), shape[-1]))
-    is_large = all(shape) and math.prod(shape) >= WORTH_CONVOLVING
-    if is_large and runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla():
-        import tensorflow as tf
+    is_xla = _is_for_xla_on_cpu(x)
+    is_known = all(shape)  # and not empty
+    rows, columns = (math.prod(shape[:-1]), shape[-1]) if is_known else (0, 0)
+    is_large = rows * columns >= WORTH_CONVOLVING
+    if not (is_xla or is_large or rows > LONG) or not runs_on_tensorflow_cpu():
+        return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
+    # TensorFlow adds up a column one element after the other, and so loses digits with every
+    # thousand of them. Rows side by side make each sum one of few numbers: about the root of all.
+    limit = max((SIDE_BY_SIDE_XLA if is_xla else SIDE_BY_SIDE) // columns, 1)
+    width = 1 << (min(math.isqrt(rows), limit).bit_length() - 1)
+    block = width * (XLA_BLOCKS if is_xla else 1)
+    whole = rows - rows % block
+    x = ops.reshape(x, (rows, columns))
+    wide = ops.reshape(x[:whole], (whole // width, width * columns))
+    if is_xla:
+        sums = ops.sum(_folded_squares(wide), axis=0)
+    elif is_large and not _compat.is_traced_for_xla():
+        sums = _convolved_squares(wide)
+    else:
+        sums = ops.sum(ops.square(wide), axis=0)
+    total = ops.sum(_apart(ops.reshape(sums, (width, columns))), axis=0)
+    if whole < rows:
+        total = total + ops.sum(ops.square(x[whole:]), axis=0)
+    return ops.reshape(total, (*[1] * (len(shape) - 1), columns))
 
-        # The gradient of a 1 × 1 depthwise filter is a sum of products, column by column: one
-        # pass without a temporary, where a square and a sum take up to three times as long. Rows
-        # side by side make each sum one of few numbers, whose rounding does not add up.
-        rows, columns = math.prod(shape[:-1]), shape[-1]
-        most = max((1 << 15) // columns, 1)
-        width = math.gcd(rows, 1 << (most.bit_length() - 1)) * columns
-        image = tf.reshape(x, (1, -1, 1, width))
-        sums = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
-            input=image,
-            filter_sizes=[1, 1, width, 1],
-            out_backprop=image,
-            strides=[1, 1, 1, 1],
-            padding="VALID",
-        )
-        sums = tf.reduce_sum(tf.reshape(sums, (-1, columns)), axis=0)
-        return tf.reshape(sums, (*[1] * (len(shape) - 1), columns))
-    return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
+
+def _apart(sums: Tensor) -> Tensor:
+    """Sums of squares that XLA does not take for a part of the next sum, to add up all at once."""
+    return ops.abs(sums)
 
 
 def unit_squares(x: Tensor, axes: Sequence[int] | None) -> Tensor:
@@ -187,15 +206,33 @@ def _is_for_xla_on_cpu(x: Tensor) -> bool:
 
 
 def _folded_squares(x: Tensor) -> Tensor:
-    """The squares of a matrix, its rows added up in blocks, 8 at most: fewer rows are left.
+    """The squares of a matrix, its rows added up in `XLA_BLOCKS` blocks: fewer rows are left.
 
     On a CPU, XLA adds up a column as the order of a float sum demands, one element after the other
     from the memory. A sum of blocks goes through it in vectors: an eighth is left for the order.
     """
-    rows = x.shape[0]
-    pieces = next(n for n in range(8, 0, -1) if rows % n == 0)
-    blocks = [x[k * (rows // pieces) : (k + 1) * (rows // pieces)] for k in range(pieces)]
+    rows = x.shape[0] // XLA_BLOCKS
+    blocks = [x[k * rows : (k + 1) * rows] for k in range(XLA_BLOCKS)]
     return functools.reduce(operator.add, [ops.square(block) for block in blocks])
+
+
+def _convolved_squares(x: Tensor) -> Tensor:
+    """The sum of the squares of each column of a matrix.
+
+    The gradient of a 1 × 1 depthwise filter is a sum of products, column by column: one pass
+    without a temporary, where a square and a sum take up to three times as long.
+    """
+    import tensorflow as tf
+
+    image = tf.reshape(x, (1, -1, 1, x.shape[1]))
+    sums = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+        input=image,
+        filter_sizes=[1, 1, x.shape[1], 1],
+        out_backprop=image,
+        strides=[1, 1, 1, 1],
+        padding="VALID",
+    )
+    return tf.reshape(sums, (-1,))
 
 
 def rms(x: Tensor) -> Tensor:
@@ -322,6 +359,7 @@ def clip_factor(norm: Tensor, max_norm: Tensor) -> Tensor:
     beside it become 0 and only the element itself becomes NaN, where `global_clipnorm` of Keras
     makes every gradient NaN.
     """
+    max_norm = ops.minimum(max_norm, LARGEST)
     factor = max_norm / ops.maximum(ops.maximum(norm, max_norm), TINY)
     return ops.where(ops.isfinite(norm), factor, ops.zeros_like(factor))
 

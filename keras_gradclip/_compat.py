@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -106,6 +107,31 @@ def replace_optimizer(model: Model, optimizer: Optimizer) -> None:
     if hasattr(model, "_compile_config"):
         model._compile_config.config["optimizer"] = optimizer
     model.train_function = None
+
+
+def living_layers() -> list[Layer]:
+    """Every layer that is alive, models included, whoever made it.
+
+    Keras links layers to variables, never back, and keeps no list of layers. Python's garbage
+    collector has one of all objects (`gc.get_objects`), and looking through it once (40 ms beside
+    TensorFlow) finds layers that were made before this package was imported, too, which a hook in
+    `Layer` would miss. `type(x)`, since asking a proxy for its `__class__` may run its code.
+    """
+    return [x for x in gc.get_objects() if issubclass(type(x), keras.layers.Layer)]
+
+
+def own_variables(layer: Layer) -> list[Variable]:
+    """The variables of a layer, less those of the layers inside, which `variables` has as well.
+
+    Through `vars`, since a layer may be found while it is being made.
+    """
+    own = vars(layer)
+    return [*own.get("_trainable_variables", ()), *own.get("_non_trainable_variables", ())]
+
+
+def own_layers(layer: Layer) -> list[Layer]:
+    """The layers directly inside a layer; only models have a public list of them."""
+    return list(vars(layer).get("_layers", ()))
 
 
 def build_under(scope: Callable[..., AbstractContextManager], model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from keras_gradclip._layers import owners_of
 from keras_gradclip._types import Variable
 
 
@@ -20,18 +21,33 @@ def layer_of(variable: Variable) -> str:
 
 
 def layers_of(variables: Sequence[Variable]) -> list[str]:
-    """The layer of each variable.
+    """The layer of each variable, by the name that reports have for it.
 
-    Two layers may have one path (two towers with a Dense of the same name in each): where a path
-    comes a second time, it belongs to a second layer, whose name gets `#2`.
+    Two layers may have one path (two towers with a Dense of the same name in each): the second's
+    name gets `#2`. Which variable belongs to which is known from the layers; of variables that
+    were made outside of layers, a path that comes again begins the next layer.
     """
-    counts: dict[str, int] = {}
-    layers = []
-    for variable in variables:
-        path = path_of(variable)
-        counts[path] = counts.get(path, 0) + 1
-        layers.append(layer_of(variable) + (f"#{counts[path]}" if counts[path] > 1 else ""))
-    return layers
+    groups: dict[str, list[tuple[object, set[str]]]] = {}
+    names = []
+    for variable, owner in zip(variables, owners_of(variables), strict=True):
+        path, layer = path_of(variable), layer_of(variable)
+        of_path = groups.setdefault(layer, [])
+        own = [n for n, (known, _) in enumerate(of_path) if known is owner]
+        if not own or path in of_path[own[-1]][1]:
+            own.append(len(of_path))
+            of_path.append((owner, set()))
+        of_path[own[-1]][1].add(path)
+        names.append(layer if own[-1] == 0 else f"{layer}#{own[-1] + 1}")
+    return names
+
+
+def names_of(variables: Sequence[Variable]) -> list[str]:
+    """`variable.path`, each once: the second of one path belongs to layer `#2`."""
+    names = []
+    for variable, layer in zip(variables, layers_of(variables), strict=True):
+        _, slash, tail = path_of(variable).rpartition("/")
+        names.append(f"{layer}/{tail}" if slash else layer)
+    return names
 
 
 def size_of(variable: Variable) -> int:

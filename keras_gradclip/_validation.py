@@ -9,15 +9,21 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+
+#: Of float32: normal numbers, for TensorFlow and XLA take smaller ones for 0.
+_SMALLEST = float(np.finfo("float32").tiny)
+_LARGEST = float(np.finfo("float32").max)
+CLIP_NOTHING = "To clip nothing, pass `clipper=None` (or None as the rule of a ClipMap)."
 
 
 def positive(owner: str, name: str, value: object) -> float:
     """`value` as a float.
 
     Raises:
-        ValueError: it is not a number, not finite, or not above 0.
+        ValueError: it is not a number, not finite, not above 0, or not one that float32 has.
     """
     is_number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
     result = None
@@ -35,10 +41,20 @@ def positive(owner: str, name: str, value: object) -> float:
         )
     if not math.isfinite(result) or result <= 0:
         raise ValueError(
-            f"{owner}: `{name}` must be a finite number above 0, but is {result!r}. "
-            "To clip nothing, pass `clipper=None` (or None as the rule of a ClipMap)."
+            f"{owner}: `{name}` must be a finite number above 0, but is {result!r}. {CLIP_NOTHING}"
+        )
+    if result < _SMALLEST or not fits_float32(result):
+        raise ValueError(
+            f"{owner}: `{name}` must be within the range of float32, {_SMALLEST:.3g} to "
+            f"{_LARGEST:.3g}, but is {result!r}. {CLIP_NOTHING}"
         )
     return result
+
+
+def fits_float32(value: float) -> bool:
+    """Whether `value` is finite in float32, in which limits are computed."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.float32(value)))
 
 
 def threshold(owner: str, name: str, value: object) -> Any:
@@ -46,6 +62,7 @@ def threshold(owner: str, name: str, value: object) -> Any:
     if isinstance(value, dict) and "class_name" in value:  # a schedule from a saved config
         value = made_of(owner, name, value, keras.optimizers.schedules.deserialize)
     if isinstance(value, LearningRateSchedule):
+        _check_constants(owner, name, value)
         return value
     if value is None:
         raise ValueError(
@@ -53,6 +70,20 @@ def threshold(owner: str, name: str, value: object) -> Any:
             "None. To clip nothing, pass `clipper=None`."
         )
     return positive(owner, name, value)
+
+
+def _check_constants(owner: str, name: str, schedule: LearningRateSchedule) -> None:
+    """Raise a ValueError if a schedule is made of a number that float32 does not have."""
+    try:
+        config = schedule.get_config()
+    except NotImplementedError:  # somebody's own, without a config
+        return
+    for value in keras.tree.flatten(config):
+        if isinstance(value, (int, float)) and not fits_float32(value):
+            raise ValueError(
+                f"{owner}: the schedule of `{name}` has the constant {value!r}, which float32 "
+                f"does not have. {CLIP_NOTHING}"
+            )
 
 
 def bounds(

@@ -13,6 +13,7 @@ import keras
 from keras import ops, tree
 
 from keras_gradclip import _compat
+from keras_gradclip import _arithmetic as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Layer, Model, Tensor
 
@@ -77,8 +78,9 @@ class ActivationGate:
 
     @property
     def threshold(self) -> float:
-        """c/(γ·lr₀): the |input| above which the gradient is scaled."""
-        return self.clip_value / (self.gamma * self.initial_learning_rate)
+        """c/(γ·lr₀): the |input| above which the gradient is scaled; at most float32's largest."""
+        quotient = self.clip_value / (self.gamma * self.initial_learning_rate)
+        return min(quotient, kernels.LARGEST)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` itself, a float tensor of any shape, with the gated gradient behind it."""
@@ -316,7 +318,7 @@ def _gate(x: Tensor, threshold: float, gamma: float) -> Tensor:
         def grad(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
             dx = args[0] if upstream is None else upstream
             large = ops.abs(ops.cast(x, "float32")) > threshold
-            return ops.where(large, dx * ops.cast(gamma, dx.dtype), dx)
+            return ops.where(large, kernels.scale(dx, gamma), dx)  # γ may be infinite in float16
 
         return x, grad
 

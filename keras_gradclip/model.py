@@ -105,7 +105,6 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         runtime.metrics = []
         if wrapper is not None:
             wrapper.telemetry = wrapper.telemetry or MEASURED_EVERY
-            wrapper.set_frozen_variables(self._untrained())
             runtime.metrics = [
                 _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")
             ]
@@ -117,11 +116,6 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         self._clip_runtime().gate = new_gate
         if new_gate is not None:
             gate.instrument(new_gate, self)
-
-    def _untrained(self) -> list[Variable]:
-        """The variables that do not train now, for the rules of a ClipMap."""
-        trained = {id(v) for v in self.trainable_variables}  # type: ignore[attr-defined]
-        return [v for v in self.variables if id(v) not in trained]  # type: ignore[attr-defined]
 
     @property
     def clip_hyperparameters(self) -> ClipHyperparameters:

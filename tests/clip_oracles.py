@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 
 import keras_gradclip as kgc
-from keras_gradclip.clippers.units import default_unit_axes, is_vector
+from keras_gradclip.clippers.units import default_unit_axes
 
 
 class Variable:
@@ -14,6 +14,10 @@ class Variable:
 
     def __init__(self, path, shape):
         self.path, self.shape = path, shape
+
+
+def is_vector(variable):
+    return len(variable.shape) <= 1 or "bias" in variable.path.rpartition("/")[2]
 
 
 def scopes(scope, paths):

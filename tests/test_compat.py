@@ -22,6 +22,22 @@ def test_functional_is_what_keras_model_returns():
     )
 
 
+def test_a_layer_has_its_own_variables_and_layers_and_is_found():
+    inner = keras.layers.Dense(2)
+    outer = keras.layers.TimeDistributed(inner)
+    outer.build((None, 3, 4))
+    inner.kernel.trainable = False
+    assert [v.name for v in _compat.own_variables(inner)] == ["kernel", "bias"], (
+        "Layer._trainable_variables and _non_trainable_variables no longer hold a layer's own"
+    )
+    assert _compat.own_variables(outer) == []
+    assert [layer is inner for layer in _compat.own_layers(outer)] == [True], (
+        "Layer._layers is gone"
+    )
+    living = {id(layer) for layer in _compat.living_layers()}
+    assert {id(inner), id(outer)} <= living
+
+
 @pytest.mark.parametrize(
     ("version", "word"),
     [

@@ -209,3 +209,34 @@ def test_column_squares(shape):
     # A convolution of a small tensor takes eight times as long as a square and a sum.
     convolutions = [op for op in traced.graph.get_operations() if "Depthwise" in op.type]
     assert bool(convolutions) == (x.size >= kernels.WORTH_CONVOLVING)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1000003, 3),
+        (1 << 20, 3),
+        (154587, 10),
+        (4001, 1023),
+        (4096, 1024),
+        (1 << 20, 1),
+        (999983,),
+        (1 << 20,),
+        (300007, 3),
+        (65521, 2),
+        (3, 3, 511, 251),
+        (7, 300000),
+    ],
+    ids=str,
+)
+def test_precision_does_not_depend_on_the_shape(shape, jit_compile):
+    """Equal numbers, of which a long sum loses most, to the fifth digit."""
+    x = tf.fill(shape, tf.constant(0.1, "float32"))
+    square, count = float(np.float32(0.1)) ** 2, np.prod(shape)
+    functions = {kernels.sum_of_squares: count}
+    if len(shape) > 1:
+        functions[kernels.column_squares] = count / shape[-1]
+    for function, count in functions.items():
+        got = tf.function(function, jit_compile=jit_compile, autograph=False)(x)
+        np.testing.assert_allclose(np.ravel(got), count * square, rtol=3e-5)

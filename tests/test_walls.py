@@ -10,7 +10,7 @@ grimp = pytest.importorskip("grimp")
 
 #: The plugin's rooms, from the ground up; a room imports those before it and itself.
 ROOMS = (
-    ("_types", "_validation", "_names", "_compat", "_deferred", "_files", "_host"),
+    ("_types", "_validation", "_compat", "_layers", "_names", "_deferred", "_files", "_host"),
     ("_kernels", "_aggregation", "_workers"),
     ("clippers",),
     ("optimizer",),

@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return Session(args, rest, argv).run()
         except ModuleNotFoundError as error:
-            extras = "keras-gradclip[recipes,tuning,optuna]"
-            raise RecipeError(f"{error.name} is missing: pip install '{extras}'") from error
+            remedy = "`make venv`, or pip install '.[recipes,tuning,optuna]' in the checkout"
+            raise RecipeError(f"{error.name} is missing: {remedy}") from error
         except ValueError as error:
             raise RecipeError(first_line(error)) from error
         except RuntimeError as error:

@@ -161,7 +161,7 @@ class Clipper(Limit):
         return [("*", self)] * len(variables)
 
     def describe(self, model: keras.Model | Sequence[keras.Variable]) -> str:
-        """A table of which rule hits which variable.
+        """A table of which rule hits which variable, and of what is unexpected.
 
         Args:
             model: a built `keras.Model`, or a list of variables.
@@ -182,11 +182,11 @@ class Clipper(Limit):
             )
         self.check_variables(variables)
         rows = [("variable", "shape", "rule", "clipper")]
-        for variable, (rule, clipper) in zip(variables, self.rule_of(variables), strict=True):
+        rules, remarks = self.rule_of(variables), self._enforcer(variables).remarks()
+        for variable, (rule, clipper), remark in zip(variables, rules, remarks, strict=True):
             shape = "×".join(str(d) for d in variable.shape) or "scalar"
-            rows.append(
-                (path_of(variable), shape, rule, "off" if clipper is None else str(clipper))
-            )
+            text = "off" if clipper is None else str(clipper)
+            rows.append((path_of(variable), shape, rule, f"{text}  ({remark})" if remark else text))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
@@ -233,10 +233,11 @@ def current_value(value: object, iterations: keras.Variable | int) -> Tensor:
     """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar.
 
     A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
-    clip would turn gradients around.
+    clip would turn gradients around. One that grows out of float32 counts as the largest.
     """
     if isinstance(value, validation.LearningRateSchedule):
-        value = ops.maximum(ops.cast(value(iterations), "float32"), arithmetic.TINY)
+        value = ops.cast(value(iterations), "float32")
+        value = ops.clip(value, arithmetic.TINY, arithmetic.LARGEST)
     return ops.cast(arithmetic.read(value), "float32")
 
 

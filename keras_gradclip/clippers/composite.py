@@ -12,7 +12,7 @@ from typing import ClassVar
 import keras
 
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import path_of
+from keras_gradclip._names import names_of, path_of
 from keras_gradclip._types import Config, Threshold
 from keras_gradclip.clippers.base import Clipper, as_clipper, register, serialize_value
 from keras_gradclip.clippers.enforce import Assignment
@@ -101,6 +101,9 @@ class ClipMap(Composite):
     ```python
     ClipMap({"conv1/.*": AbsoluteClip(0.01), ".*/bias": None}, default=NormClip(1.0))
     ```
+
+    Where two layers have one path (two networks), the second's is `head#2/kernel`, as reports have
+    it: a rule that matches this name comes first, and one for the plain path has both.
 
     In a dict, no rule comes before another, so that two rules that match one variable are an
     error. In a list of `(regex, clipper)` pairs the first match wins. Live hyper-parameters are
@@ -194,7 +197,10 @@ class ClipMap(Composite):
         hits = dict.fromkeys((name for name, _ in self.rules), 0)
         names = []
         paths = tuple(path_of(v) for v in variables)
-        for path, matches in zip(paths, _matches(tuple(hits), paths), strict=True):
+        by_name = _matches(tuple(hits), tuple(names_of(variables)))
+        by_path = _matches(tuple(hits), paths)
+        for path, own, shared in zip(paths, by_name, by_path, strict=True):
+            matches = own or shared
             if len(matches) > 1 and not self.ordered:
                 raise ValueError(
                     f"ClipMap: the rules {list(matches)} all match the variable {path!r}, and a "
@@ -206,7 +212,7 @@ class ClipMap(Composite):
             names.append(matches[0] if matches else DEFAULT)
         unmatched = [name for name, count in hits.items() if count == 0]
         if check and unmatched and not self.allow_unmatched:
-            near = difflib.get_close_matches(unmatched[0], paths, n=3, cutoff=0.0)
+            near = difflib.get_close_matches(unmatched[0], names_of(variables), n=3, cutoff=0.0)
             raise ValueError(
                 f"ClipMap: the rule {unmatched[0]!r} matches none of the {len(paths)} variables; "
                 f"paths that come near: {near}. A rule must match the whole path (`.*` at its "

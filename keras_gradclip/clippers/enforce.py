@@ -17,7 +17,16 @@ from keras import ops
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import SCOPES, scope_numbers, size_of
 from keras_gradclip._types import Gradient, Hyper, Scalar, State, Tensor
-from keras_gradclip.clippers.units import Unit, number_of_units, units_of
+from keras_gradclip.clippers.units import (
+    BIAS,
+    KERNEL,
+    Unit,
+    kernels_of_biases,
+    norms_for_bias,
+    number_of_units,
+    units_of,
+    with_axes,
+)
 
 LEARNING_RATE = "learning_rate"
 #: Stands for "no limit": an infinity would turn into NaN when divided.
@@ -208,6 +217,14 @@ class Enforcer:
         """Positions of the variables whose update may be limited."""
         return {i for e in self._on_updates for i in (e.members if e.calls_apply else e.limited)}
 
+    def remarks(self) -> list[str]:
+        """For each variable what is unexpected about its clip, in a few words; else ""."""
+        every = [enforced.remarks() for enforced in [*self._on_gradients, *self._on_updates]]
+        return [
+            "; ".join(remarks[i] for remarks in every if i in remarks)
+            for i in range(len(self.variables))
+        ]
+
     def clip(
         self,
         grads: Sequence[Gradient],
@@ -245,27 +262,39 @@ class _Enforced:
         self.name, self.clipper, self.members, self.calls_apply = assignment
         self.variables, self.programs = variables, programs
         own = [variables[i] for i in self.members]
+        self.units: list[Unit] = []
         if self.calls_apply:
             self.state = self.clipper.init(own)
             return
+        needs_units = self.clipper.scope == "unit" or self.clipper.biases != "own"
+        units = units_of(variables) if needs_units else []
+        self.units = with_axes(units, variables[: len(units)], self.clipper.axes)
         #: Positions of the variables that are limited over the clipper's scope ...
         self.in_scope = list(self.members)
-        #: ... and of biases that are limited, element by element, by their units in a kernel.
-        self.by_kernel: list[int] = []
-        self.units: Mapping[int, Unit] = {}
-        if self.clipper.scope == "unit" or self.clipper.biases != "own":
-            units = units_of(variables, self.clipper.axes)
-            self.units = dict(enumerate(units))
         if self.clipper.biases != "own":
-            self.in_scope = [i for i in self.members if not self.units[i].is_bias]
+            self.in_scope = [i for i in self.members if self.units[i].is_kernel]
+        #: ... and of biases, with those of the kernels whose units limit them by the element.
+        self.by_kernel: dict[int, list[int]] = {}
         if self.clipper.biases == "unit":
-            self.by_kernel = [i for i in self.members if self.units[i].kernel is not None]
+            kernels = kernels_of_biases(variables, self.units)
+            self.by_kernel = {i: kernels[i] for i in self.members if i in kernels}
         self.scopes: dict[int, int] = {}
         if self.clipper.scope in SCOPES:
             numbers = scope_numbers(self.clipper.scope, own)
             self.scopes = dict(zip(self.members, numbers, strict=True))
         self.limited = [*self.in_scope, *self.by_kernel]
         self.state = self.clipper.memory(max(self.scopes.values(), default=-1) + 1)
+
+    def remarks(self) -> dict[int, str]:
+        """What is unexpected about the clip of a variable, by position."""
+        result: dict[int, str] = {}
+        for i in self.members if self.units and not self.calls_apply else ():
+            unit, shape = self.units[i], self.variables[i].shape
+            if self.clipper.biases == "unit" and unit.kind == BIAS and i not in self.by_kernel:
+                result[i] = "free: a bias without its kernel among the trained variables"
+            elif not unit.is_known and unit.kind == KERNEL and sum(int(d) != 1 for d in shape) > 2:
+                result[i] = f"units over the axes {unit.axes}: a guess, pass `axes`"
+        return result
 
     def clip(
         self,
@@ -299,7 +328,7 @@ class _Enforced:
         else:
             clip.elements(self.in_scope, clip.weight_of)
         if self.by_kernel:
-            clip.elements(self.by_kernel, clip.unit_of_bias)
+            clip.elements([*self.by_kernel], clip.unit_of_bias)
         return own_state, clip.stats()
 
 
@@ -424,7 +453,9 @@ class _Clip:
         # What is not usable must not get near the arithmetic of the memory: 0·inf is NaN.
         safe = ops.where(usable, norms, ops.zeros_like(norms))
         limits, state = self.clipper.limits(safe, usable, state, self.hyper)
-        factors = arithmetic.clip_factor(norms, ops.clip(limits, arithmetic.TINY, NO_LIMIT))
+        factors = arithmetic.clip_factor(
+            norms, ops.clip(limits, arithmetic.TINY, arithmetic.LARGEST)
+        )
         every = ops.unstack(factors, num=number)
         return [every[s] for s in squares], state
 
@@ -479,7 +510,13 @@ class _Clip:
 
     def unit_of_bias(self, i: int) -> Weight:
         """For each element of a bias the norm of its unit in the layer's kernel."""
-        return Weight(norm=self.enforced.units[i].norm_for_bias(self._read))
+        units = self.enforced.units
+        squares = [
+            arithmetic.unit_squares(self._read(k), units[k].axes)
+            for k in self.enforced.by_kernel[i]
+        ]
+        shape = self.enforced.variables[i].shape
+        return Weight(norm=norms_for_bias(units[i], shape, [ops.sqrt(s) for s in squares]))
 
     def _weight_over(self, members: Sequence[int]) -> Weight:
         """The weights of all members together."""

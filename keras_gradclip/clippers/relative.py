@@ -4,23 +4,69 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Hyper, State, Tensor, Threshold
-from keras_gradclip.clippers.base import Clipper, register, shown
+from keras_gradclip._names import path_of
+from keras_gradclip._types import Config, Hyper, State, Tensor, Threshold
+from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.clippers.enforce import Weight
 from keras_gradclip.clippers.parameters import Card, parameter
-from keras_gradclip.clippers.units import check_axes
+
+#: Pairs of a variable's path and the axes that a unit of it spans.
+Axes: TypeAlias = Sequence[tuple[str, tuple[int, ...]]] | None
+
+
+class ByUnit(Clipper):
+    """A clipper that goes by units, with `axes` for those that no layer knows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.axes is not None:
+            try:
+                pairs = dict(self.axes).items()
+                known = tuple((str(path), tuple(int(a) for a in axes)) for path, axes in pairs)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{type(self).__name__}: `axes` must be a dict from variable path to a list of "
+                    f"axes, such as unit_axes(model), but is {self.axes!r}."
+                ) from error
+            object.__setattr__(self, "axes", known)
+
+    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
+        """Raise a ValueError if `axes` names an axis that a variable does not have."""
+        super().check_variables(variables)
+        given = dict(self.axes or ())
+        for variable in variables:
+            rank, axes = len(variable.shape), given.get(path_of(variable), ())
+            if any(not 0 <= a < rank for a in axes) or len(set(axes)) < len(axes):
+                raise ValueError(
+                    f"{type(self).__name__}: `axes` gives {list(axes)} for "
+                    f"{path_of(variable)!r}, which has {rank} dimensions. Name each axis once, "
+                    f"from 0 to {rank - 1}."
+                )
+
+    def get_config(self) -> Config:
+        """The arguments, JSON-able."""
+        config = super().get_config()
+        if self.axes is not None:
+            config["axes"] = {path: list(axes) for path, axes in self.axes}
+        return config
+
+    def __str__(self) -> str:
+        if self.axes is None:
+            return super().__str__()
+        rest = str(dataclasses.replace(self, axes=None)).removesuffix(")")
+        return f"{rest}, axes of {len(self.axes)} variables)"
 
 
 @register("adaptive")
 @dataclasses.dataclass(frozen=True)
-class AdaptiveClip(Clipper):
+class AdaptiveClip(ByUnit):
     """Adaptive gradient clipping (AGC): no unit's gradient outgrows its weights.
 
     g'_u = g_u · min(1, λ·max(‖W_u‖, ε)/‖g_u‖) for each unit u. A unit is what makes one output:
@@ -32,7 +78,8 @@ class AdaptiveClip(Clipper):
     Recognition Without Normalization", arXiv 2102.06171, equation 3; the same as
     `optax.adaptive_grad_clip` and timm's `adaptive_clip_grad` where they agree on the axes.
 
-    The axes over which a unit's norm is taken, by the variable's path and shape:
+    What a unit is, the layer of a variable says, whatever its name: Keras's layers, subclasses of
+    them and recurrent cells are known. Of other variables it is guessed, by path and shape:
 
     | rank | variable | axes |
     |---|---|---|
@@ -46,14 +93,12 @@ class AdaptiveClip(Clipper):
     | 3, 4 | `...depthwise...` layers, variables (..., in, multiplier) | all but the last two |
     | other | | all but the last |
 
-    Shapes alone cannot tell a transposed convolution from an ordinary one, so renamed layers and
-    EinsumDense need `axes=unit_axes(model)`, which asks the layers themselves.
+    Of more than two axes a guess may be wrong: it is warned of once, and `axes` puts it right.
 
     Args:
         clip_factor: λ, a positive number or a LearningRateSchedule.
         eps: ε, the floor of a unit's weight norm, so that zero-initialised units can move.
-        axes: a dict from variable path to the axes to reduce, for variables to which the table
-            does not apply, e.g. `unit_axes(model)`.
+        axes: a dict from variable path to the axes that a unit spans, before what layers say.
 
     Raises:
         ValueError: λ or ε not above 0, or axes that a variable does not have.
@@ -68,7 +113,7 @@ class AdaptiveClip(Clipper):
         threshold=True,
     )
     eps: float = parameter(1e-3, help="ε, floor of a unit's weight norm")
-    axes: Threshold = parameter(None, help="variable path to the axes of a unit, see unit_axes")
+    axes: Axes = parameter(None, help="variable path to the axes of a unit, see unit_axes")
     scope: ClassVar[str] = "unit"
     measures: ClassVar[str | None] = "unit_ratio"
     card: ClassVar[Card | None] = Card(
@@ -78,49 +123,21 @@ class AdaptiveClip(Clipper):
         "Brock et al., 2102.06171",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.axes is not None:
-            try:
-                pairs = dict(self.axes).items()
-                known = tuple((str(path), tuple(int(a) for a in axes)) for path, axes in pairs)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    "AdaptiveClip: `axes` must be a dict from variable path to a list of axes, "
-                    f"such as unit_axes(model), but is {self.axes!r}."
-                ) from error
-            object.__setattr__(self, "axes", known)
-
-    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
-        """Raise a ValueError if `axes` names an axis that a variable does not have."""
-        super().check_variables(variables)
-        check_axes("AdaptiveClip", self.axes, variables)
-
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
         """λ·max(‖W_u‖, ε)."""
         return hyper["clip_factor"] * ops.maximum(weight.norm, self.eps)
 
-    def get_config(self):
-        """The arguments, JSON-able."""
-        config = super().get_config()
-        if self.axes is not None:
-            config["axes"] = {path: list(axes) for path, axes in self.axes}
-        return config
-
-    def __str__(self) -> str:
-        axes = "" if self.axes is None else f", axes of {len(self.axes)} variables"
-        return f"AdaptiveClip(clip_factor={shown(self.clip_factor)}, eps={self.eps:g}{axes})"
-
 
 @register("update_ratio")
 @dataclasses.dataclass(frozen=True)
-class UpdateRatioClip(Clipper):
+class UpdateRatioClip(ByUnit):
     """No step moves a unit by more than a share of its own norm, at any learning rate.
 
     g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. Vectors
     (biases, γ, β of a normalisation) are left alone; with `biases="unit"`, a bias b_u may move by
-    what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its layer's kernel. Biases
-    without a kernel of as many units in their layer are left alone.
+    what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its layer's kernel
+    (of recurrent layers the recurrent kernel's; of a GRU's bias of two rows, either kernel's).
+    Biases whose kernel is not clipped with them (it is frozen, say) stay free; they are warned of.
 
     When to use it: where the learning rate is not known well or the network has no batch
     normalisation: κ has no dimension and stays as it is when η changes. Source: this library; the
@@ -144,14 +161,15 @@ class UpdateRatioClip(Clipper):
     Args:
         max_ratio: κ, a positive number or a LearningRateSchedule.
         eps: ε, the floor of the weight's norm, so that zero-initialised weights can move.
-        scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has it
-            (its table of axes); "variable", a kernel; "layer", all kernels of a layer.
+        scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has
+            it; "variable", a kernel; "layer", all kernels of a layer.
         biases: None leaves them alone; "unit" bounds them, too. At ten times the largest learning
             rate that plain training survives, free biases are what fails (docs/evidence.md).
         anneal: None leaves κ as it is; "learning_rate" lets it fall with the learning rate.
+        axes: as of `AdaptiveClip`.
 
     Raises:
-        ValueError: κ or ε not above 0, or an unknown word.
+        ValueError: κ or ε not above 0, an unknown word, or axes that a variable does not have.
     """
 
     max_ratio: Threshold = parameter(
@@ -178,6 +196,7 @@ class UpdateRatioClip(Clipper):
         choices=(None, "learning_rate"),
         search=True,
     )
+    axes: Axes = parameter(None, help="variable path to the axes of a unit, see unit_axes")
     stage: ClassVar[str] = "update"
     needs_learning_rate: ClassVar[bool] = True
     measures: ClassVar[str | None] = "unit_step"

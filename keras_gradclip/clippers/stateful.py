@@ -23,9 +23,10 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import SCOPES
 from keras_gradclip._types import Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
-from keras_gradclip.clippers.enforce import NO_LIMIT
 from keras_gradclip.clippers.parameters import Card, parameter
 
+#: Stands for "no limit" and "no norm yet": an infinity would turn into NaN when divided.
+NO_LIMIT = 1e38
 #: The least deviation of `ZScoreClip`, as a share of the mean: where all norms of the warm-up are
 #: nearly the same, the next one that differs is no spike.
 LEAST_DEVIATION = 0.1
@@ -193,7 +194,8 @@ class ZScoreClip(Clipper):
         if self.option == "mean":
             target = mean
         else:
-            target = mean + deviation * hyper["z_threshold"] ** 2 / ops.maximum(z, self.eps)
+            threshold = hyper["z_threshold"]  # its square may be beyond float32
+            target = mean + deviation * threshold * (threshold / ops.maximum(z, self.eps))
         spike = ops.logical_and(warm, z > hyper["z_threshold"])
         limits = ops.where(spike, target, ops.full_like(norms, NO_LIMIT))
 

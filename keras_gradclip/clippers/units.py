@@ -1,15 +1,15 @@
-"""Units, what makes one output each: their axes, their norms, and the clip that bounds them."""
+"""Units: what makes one output of a layer, asked of the layers; the one rule for all clippers."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import keras
+from keras import ops
 
-from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip import _compat
+from keras_gradclip._layers import ByVariable, is_normalisation, owners_of
 from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Tensor
 
@@ -19,23 +19,50 @@ def number_of_units(variable: keras.Variable, axes: Sequence[int]) -> float:
     return float(math.prod(int(d) for axis, d in enumerate(variable.shape) if axis not in axes))
 
 
-def default_unit_axes(variable: keras.Variable) -> tuple[int, ...]:
-    """The axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
-    shape = tuple(int(d) for d in variable.shape)
-    rank = len(shape)
-    layer, _, name = path_of(variable).rpartition("/")
-    layer = layer.rpartition("/")[2]
-    if sum(d != 1 for d in shape) <= 1 or "bias" in name:
-        return tuple(range(rank))
-    if name == "embeddings":
-        return (rank - 1,)
-    if rank >= 3 and ("depthwise" in name or ("depthwise" in layer and name == "kernel")):
-        return tuple(range(rank - 2))
-    if rank >= 3 and "transpose" in layer:
-        return (*range(rank - 2), rank - 1)
-    if rank == 3 and layer in ("query", "key", "value"):
-        return (0,)
-    return tuple(range(rank - 1))
+KERNEL, TABLE, BIAS, OTHER = "kernel", "table", "bias", "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What a variable is to its layer, and what one unit of it is.
+
+    Attributes:
+        kind: `KERNEL`; `TABLE`, whose rows are looked up; `BIAS`; or `OTHER`, such as a scale.
+        axes: the axes that one unit spans.
+        kernels: of a bias, the names of the kernels in its layer whose units it belongs to: of one,
+            or, row by row, of several.
+        letters: of a bias of EinsumDense, a letter an axis of its kernel's and of its own; a dot
+            where an axis is summed over or is 1.
+        is_known: whether the layer said so; else it is guessed from name and shape.
+    """
+
+    kind: str
+    axes: tuple[int, ...]
+    kernels: tuple[str, ...] = ()
+    letters: tuple[str, str] | None = None
+    is_known: bool = True
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether its own norm bounds it: a kernel or a table."""
+        return self.kind in (KERNEL, TABLE)
+
+
+_UNITS: ByVariable[Unit] = ByVariable()
+
+
+def unit_of(variable: keras.Variable) -> Unit:
+    """What the layer of a variable says of it; where no layer is known, a guess."""
+    return units_of([variable])[0]
+
+
+def units_of(variables: Sequence[keras.Variable]) -> list[Unit]:
+    """`unit_of` each; layers are looked up for all together, once."""
+    for v, owner in zip(variables, owners_of(variables), strict=True):
+        if v not in _UNITS:
+            layer = None if owner is None else owner()
+            _UNITS[v] = (None if layer is None else _of_layer(layer, v)) or _guess(v)
+    return [_UNITS[v] for v in variables]
 
 
 def unit_axes(model: keras.Model) -> dict[str, tuple[int, ...]]:
@@ -56,115 +83,205 @@ def unit_axes(model: keras.Model) -> dict[str, tuple[int, ...]]:
             "unit_axes: `model` has no trainable variables. Build it first, e.g. by calling it on "
             "a batch."
         )
-    result = {
-        path_of(v): default_unit_axes(v) for v in model.trainable_variables if len(v.shape) > 1
-    }
-    layers = keras.layers
-    transposes = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-    convolutions = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-    for layer in _compat.all_layers(model):
-        kernel = getattr(layer, "kernel", None) if layer.trainable_variables else None
-        if kernel is None or path_of(kernel) not in result:
-            continue
-        rank = len(kernel.shape)
-        if sum(int(d) != 1 for d in kernel.shape) <= 1:
-            axes = tuple(range(rank))
-        elif isinstance(layer, layers.EinsumDense):
-            axes = _contracted(layer.equation)
-        elif isinstance(layer, transposes):
-            axes = (*range(rank - 2), rank - 1)
-        elif isinstance(layer, (layers.DepthwiseConv1D, layers.DepthwiseConv2D)):
-            axes = tuple(range(rank - 2))
-        elif isinstance(layer, (*convolutions, layers.Dense)):
-            axes = tuple(range(rank - 1))
-        else:
-            continue
-        result[path_of(kernel)] = axes
-    return result
+    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
+    return {path_of(v): u.axes for v, u in zip(variables, units_of(variables), strict=True)}
 
 
-def _contracted(equation: str) -> tuple[int, ...]:
-    """The axes of an EinsumDense kernel over which its equation sums."""
-    inputs, output = equation.replace(" ", "").replace("...", "").split("->")
+def _columns(rank: int) -> tuple[int, ...]:
+    return tuple(range(rank - 1))  # (..., in, out)
+
+
+def _spatial(rank: int) -> tuple[int, ...]:
+    return tuple(range(rank - 2))  # (..., in, multiplier)
+
+
+def _transposed(rank: int) -> tuple[int, ...]:
+    return (*range(rank - 2), rank - 1)  # (..., out, in)
+
+
+def _rows(rank: int) -> tuple[int, ...]:
+    return (rank - 1,)  # (words, dimension)
+
+
+L = keras.layers
+#: For each kind of layer its kernels, as a function from their rank to a unit's axes, and the
+#: kernel that its bias is added to the outputs of. The first that fits; subclasses do.
+_LAYERS: tuple[tuple[tuple[type, ...], dict[str, Callable[[int], tuple[int, ...]]], str], ...] = (
+    (
+        (L.Dense, L.EinsumDense, L.Conv1D, L.Conv2D, L.Conv3D),
+        {"kernel": _columns, "lora_kernel_a": _columns, "lora_kernel_b": _columns},
+        "kernel",
+    ),
+    ((L.Conv1DTranspose, L.Conv2DTranspose, L.Conv3DTranspose), {"kernel": _transposed}, "kernel"),
+    ((L.DepthwiseConv1D, L.DepthwiseConv2D), {"kernel": _spatial}, "kernel"),
+    (
+        (L.SeparableConv1D, L.SeparableConv2D),
+        {"depthwise_kernel": _spatial, "pointwise_kernel": _columns},
+        "pointwise_kernel",
+    ),
+    (
+        (L.Embedding,),
+        {
+            "embeddings": _rows,
+            "lora_embeddings_a": _rows,
+            "lora_embeddings_b": _columns,
+            "reverse_embeddings": _columns,
+        },
+        "",
+    ),
+)
+
+
+def _of_layer(layer: keras.layers.Layer, variable: keras.Variable) -> Unit | None:
+    """What `layer` says of its own variable; None of a class that is not known."""
+    name, shape = str(variable.name), tuple(int(d) for d in variable.shape)
+    rank = len(shape)
+    whole = tuple(range(rank))
+    if isinstance(layer, L.PReLU) or is_normalisation(layer):
+        return Unit(OTHER, whole)
+    if isinstance(layer, L.EinsumDense) and name in ("kernel", "bias"):
+        return _of_einsum(layer, name, shape)
+    if hasattr(layer, "recurrent_kernel"):  # any cell: the gates' units are columns
+        if (
+            name == "bias"
+        ):  # of a GRU by rows: what is added to the inputs' part, and to the states'
+            both = ("kernel", "recurrent_kernel")
+            return Unit(BIAS, whole, both if rank == 2 and shape[0] == 2 else both[1:])
+        return Unit(KERNEL, _spread(shape, _columns(rank))) if "kernel" in name else None
+    for classes, kernels_of, biased in _LAYERS:
+        if isinstance(layer, classes):
+            if name == "bias":
+                return Unit(BIAS, whole, (biased,))
+            if name in kernels_of:
+                kind = TABLE if kernels_of[name] is _rows else KERNEL
+                return Unit(kind, _spread(shape, kernels_of[name](rank)))
+    return None
+
+
+def _spread(shape: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """`axes`; all of them where all dimensions but one are 1, as in AGC: one unit."""
+    return axes if sum(d != 1 for d in shape) > 1 else tuple(range(len(shape)))
+
+
+def _of_einsum(layer: keras.layers.Layer, name: str, shape: Sequence[int]) -> Unit:
+    inputs, output = layer.equation.replace(" ", "").replace("...", "").split("->")
     kernel = inputs.split(",")[1]
-    return tuple(i for i, letter in enumerate(kernel) if letter not in output)
+    if name == "kernel":
+        summed = tuple(i for i, letter in enumerate(kernel) if letter not in output)
+        return Unit(KERNEL, _spread(shape, summed))
+    units = "".join(letter if letter in output else "." for letter in kernel)
+    # Keras gives a bias the output's axes from its first one on; those it does not have are 1.
+    own = output[min(output.find(letter) for letter in layer.bias_axes) :]
+    own = "".join(letter if letter in layer.bias_axes else "." for letter in own)
+    return Unit(BIAS, tuple(range(len(shape))), ("kernel",), (units, own.ljust(len(shape), ".")))
 
 
-class Unit(NamedTuple):
-    """What the units of a variable are.
-
-    Attributes:
-        axes: the axes that one unit spans.
-        is_bias: a bias or a scale: of one dimension at most, or called so.
-        kernels: of a bias, the position of the kernel whose units its elements belong to; None
-            without one.
-    """
-
-    axes: tuple[int, ...]
-    is_bias: bool
-    kernel: int | None = None
-    kernel_axes: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
-
-    def norm_for_bias(self, read: Callable[[int], Tensor]) -> Tensor:
-        """The squared norms of the kernel's units, of the bias's shape."""
-        import keras
-
-        square = arithmetic.unit_squares(read(self.kernel), self.kernel_axes)
-        return keras.ops.sqrt(keras.ops.reshape(square, self.shape))
+def _guess(variable: keras.Variable) -> Unit:
+    name = path_of(variable).rpartition("/")[2]
+    kind = OTHER if len(variable.shape) <= 1 else TABLE if "embedding" in name else KERNEL
+    kind = BIAS if "bias" in name else kind
+    return Unit(kind, default_unit_axes(variable), is_known=False)
 
 
-def units_of(variables: Sequence[keras.Variable], given=None) -> list[Unit]:
-    """For each variable what its units are."""
-    biases = dict(_kernels_of_biases(variables))
-    result = []
-    for i, v in enumerate(variables):
-        kernel = biases.get(i)
-        axes = () if kernel is None else default_unit_axes(variables[kernel])
-        result.append(
-            Unit(
-                dict(given or ()).get(path_of(v), default_unit_axes(v)),
-                is_vector(v),
-                kernel,
-                axes,
-                tuple(v.shape),
-            )
-        )
+def default_unit_axes(variable: keras.Variable) -> tuple[int, ...]:
+    """A guess of the axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
+    shape = tuple(int(d) for d in variable.shape)
+    rank = len(shape)
+    layer, _, name = path_of(variable).rpartition("/")
+    layer = layer.rpartition("/")[2]
+    if sum(d != 1 for d in shape) <= 1 or "bias" in name:
+        return tuple(range(rank))
+    if name == "embeddings":
+        return (rank - 1,)
+    if rank >= 3 and ("depthwise" in name or ("depthwise" in layer and name == "kernel")):
+        return _spatial(rank)
+    if rank >= 3 and "transpose" in layer:
+        return _transposed(rank)
+    if rank == 3 and layer in ("query", "key", "value"):
+        return (0,)
+    return _columns(rank)
+
+
+def with_axes(
+    units: Sequence[Unit],
+    variables: Sequence[keras.Variable],
+    axes: Sequence[tuple[str, tuple[int, ...]]] | None,
+) -> list[Unit]:
+    """`units`, with other axes for the variables whose paths `axes` names."""
+    given, result = dict(axes or ()), list(units)
+    for i, variable in enumerate(variables if given else ()):
+        own = given.get(path_of(variable))
+        if own is not None and own != units[i].axes:
+            kind = units[i].kind if len(own) == len(variable.shape) else KERNEL
+            result[i] = Unit(kind, own, units[i].kernels, None, is_known=True)
     return result
 
 
-def is_vector(variable: keras.Variable) -> bool:
-    """Whether a variable is a bias or a scale: of one dimension at most, or called so."""
-    return len(variable.shape) <= 1 or "bias" in path_of(variable).rpartition("/")[2]
+def kernels_of_biases(
+    variables: Sequence[keras.Variable], units: Sequence[Unit]
+) -> dict[int, list[int]]:
+    """Position of each bias to those of the kernels whose units it belongs to.
 
-
-def _kernels_of_biases(variables: Sequence[keras.Variable]) -> list[tuple[int, int]]:
-    """Positions of biases, each with that of the last kernel in its layer with as many units."""
-    layers: dict[str, list[int]] = {}
-    for i, layer in enumerate(layers_of(variables)):
-        layers.setdefault(layer, []).append(i)
-    found = []
-    for members in layers.values():
-        units = {
-            i: number_of_units(variables[i], default_unit_axes(variables[i]))
-            for i in members
-            if not is_vector(variables[i])
-        }
-        for i in members:
-            size = math.prod(int(d) for d in variables[i].shape)
-            kernel = next((k for k, n in reversed(units.items()) if n == size), None)
-            if i not in units and kernel is not None:
-                found.append((i, kernel))
+    A bias of which no layer is known, or any other vector, belongs to the last kernel in its layer
+    of as many units; one of n rows to n kernels, if there are n of as many units as a row has.
+    """
+    counts = {
+        i: number_of_units(variables[i], unit.axes)
+        for i, unit in enumerate(units)
+        if unit.kind == KERNEL
+    }
+    owners, layers = owners_of(variables), layers_of(variables)
+    named = {(id(owners[k]), str(variables[k].name)): k for k in counts if owners[k] is not None}
+    found: dict[int, list[int]] = {}
+    for i, unit in enumerate(units):
+        shape = tuple(int(d) for d in variables[i].shape)
+        size, rows = math.prod(shape), shape[0] if len(shape) == 2 else 0
+        if unit.is_kernel or (unit.kind == OTHER and unit.is_known):
+            continue
+        if unit.is_known:
+            of = [named.get((id(owners[i]), name), -1) for name in unit.kernels]
+            share = size / len(of)
+            fits = all(k in counts and counts[k] in (1, share) for k in of)
+            if fits or (unit.letters and of[0] in counts):
+                found[i] = of
+            continue
+        mine = [k for k in counts if layers[k] == layers[i]]
+        last = [k for k in mine if counts[k] == size][-1:]
+        each = [k for k in mine if counts[k] * rows == size]
+        if last or (rows and len(each) == rows):
+            found[i] = last or each
     return found
 
 
-def check_axes(owner, axes, variables):
-    given = dict(axes or ())
-    for variable in variables:
-        rank = len(variable.shape)
-        own = given.get(path_of(variable), ())
-        if any(not 0 <= a < rank for a in own) or len(set(own)) < len(own):
-            raise ValueError(
-                f"{owner}: `axes` gives {list(own)} for {path_of(variable)!r}, which has "
-                f"{rank} dimensions. Name each axis once, from 0 to {rank - 1}."
-            )
+def norms_for_bias(unit: Unit, shape: Sequence[int], of_kernels: Sequence[Tensor]) -> Tensor:
+    """For each element of a bias the norm of its unit.
+
+    Args:
+        unit: of the bias.
+        shape: of the bias.
+        of_kernels: the norms of its kernels' units, one tensor a kernel; axes that a unit spans
+            are 1.
+
+    Returns:
+        A tensor of `shape`. An element that is added to several units has the least of their
+        norms.
+    """
+    shape = tuple(int(d) for d in shape)
+    if len(of_kernels) > 1:
+        rows = [ops.broadcast_to(ops.reshape(x, (-1,)), shape[1:]) for x in of_kernels]
+        return ops.stack(rows)
+    (norm,) = of_kernels
+    if math.prod(int(d) for d in norm.shape) == 1:
+        return ops.broadcast_to(ops.reshape(norm, ()), shape)
+    if unit.letters is None:
+        return ops.reshape(norm, shape)
+    units, own = unit.letters
+    norm = ops.reshape(norm, [d for d, x in zip(norm.shape, units, strict=True) if x != "."])
+    units = units.replace(".", "")
+    shared = tuple(i for i, letter in enumerate(units) if letter not in own)
+    norm = ops.min(norm, axis=shared) if shared else norm
+    kept = [letter for letter in units if letter in own]
+    norm = ops.transpose(norm, [kept.index(x) for x in own if x in kept])
+    at = [i for i, letter in enumerate(own) if letter in kept]
+    spread = [shape[i] if i in at else 1 for i in range(len(shape))]
+    return ops.broadcast_to(ops.reshape(norm, spread), shape)

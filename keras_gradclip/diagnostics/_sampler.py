@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
-from keras_gradclip.clippers.units import default_unit_axes
+from keras_gradclip.clippers.units import unit_of
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._steps import ignores_scale
@@ -70,7 +70,7 @@ class Sampler:
             return [ops.zeros((), "float32")] * 5
         x = arithmetic.float32(arithmetic.values(gradient))
         weight = arithmetic.float32(arithmetic.matching_rows(arithmetic.read(variable), gradient))
-        axes = default_unit_axes(variable)
+        axes = unit_of(variable).axes
         whole = arithmetic.float32(ops.convert_to_tensor(variable)) if 0 in axes else weight
         unit = ops.sqrt(arithmetic.unit_squares(x, axes))
         floor = ops.maximum(ops.sqrt(arithmetic.unit_squares(whole, axes)), self.eps)

@@ -22,7 +22,7 @@ from keras_gradclip.clippers.base import Clipper, selectable, serialize, thresho
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.parameters import MEASURES, Measure, parameters
 from keras_gradclip.clippers.relative import UpdateRatioClip
-from keras_gradclip.clippers.units import default_unit_axes
+from keras_gradclip.clippers.units import units_of
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics._sampler import Sampler, Watch
 from keras_gradclip.diagnostics._templates import render
@@ -463,7 +463,7 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
         )
     square, largest, scaled, ratio, step = (kept[:, i] for i in range(5))
     sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
-    owners = layers_of(variables)
+    owners, units = layers_of(variables), units_of(variables)
     layers = list(dict.fromkeys(owners))
     samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in kinds()}
     bound = step_bound(sampler.optimizer.inner_optimizer, variables)
@@ -477,7 +477,7 @@ def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> C
         samples["absolute"][:, k] = largest[:, mine].max(axis=1)
         samples["exponential"][:, k] = scaled[:, mine].max(axis=1)
         samples["rms"][:, k] = np.sqrt(square[:, mine] / sizes[mine]).max(axis=1)
-        whole = [i for i in mine if len(default_unit_axes(variables[i])) < len(variables[i].shape)]
+        whole = [i for i in mine if len(units[i].axes) < len(variables[i].shape)]
         if whole:
             samples["adaptive"][:, k] = ratio[:, whole].max(axis=1)
             samples["update_ratio"][:, k] = step[:, whole].max(axis=1)

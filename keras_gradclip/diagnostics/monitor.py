@@ -12,22 +12,13 @@ import numpy as np
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import layers_of, path_of, size_of
-from keras_gradclip._types import Config, Variable
+from keras_gradclip._names import names_of, size_of
+from keras_gradclip._types import Config
 from keras_gradclip.diagnostics._monitor_files import MonitorFiles
 from keras_gradclip.diagnostics._recorder import FIELDS, Recorder
 from keras_gradclip.diagnostics.loggers import Log, to_tensorboard
 from keras_gradclip.diagnostics.watch import UPDATES_IN_A_STEP, sync, wrapped_optimizer
 from keras_gradclip.optimizer._hyperparameters import to_numpy
-
-
-def names_of(variables: Sequence[Variable]) -> list[str]:
-    """`variable.path`, each once: the second of one path belongs to layer `#2`."""
-    names = []
-    for variable, layer in zip(variables, layers_of(variables), strict=True):
-        _, slash, tail = path_of(variable).rpartition("/")
-        names.append(f"{layer}/{tail}" if slash else layer)
-    return names
 
 
 class ClipMonitor(keras.callbacks.Callback):

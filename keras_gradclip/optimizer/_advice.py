@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import keras
 
 from keras_gradclip import _compat
-from keras_gradclip._names import path_of
+from keras_gradclip._names import SCOPES, names_of, path_of
 from keras_gradclip._types import Optimizer, Variable
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
+from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
 
@@ -105,11 +106,14 @@ def muon_matrices(inner: Optimizer, variables: Sequence[Variable]) -> list[str]:
 
 
 def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variable]) -> None:
-    """Warn of a clip in front of Muon's matrices, with the ClipMap that leaves them alone."""
+    """Warn of a clip in front of Muon's matrices, with the ClipMap that leaves them alone.
+
+    Of one that multiplies a matrix by a number: any other changes the direction of Muon's step.
+    """
     clipped = {
         path_of(v)
         for v, (_, rule) in zip(variables, clipper.rule_of(variables), strict=True)
-        if rule is not None and rule.stage != "update"
+        if rule is not None and rule.scope in SCOPES and rule.stage != "update"
     }
     matrices = [path for path in muon_matrices(inner, variables) if path in clipped]
     if matrices:
@@ -121,3 +125,14 @@ def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variabl
             f"ClipMap({{{rules}}}, default={clipper!r}).",
             stacklevel=3,
         )
+
+
+def warn_of_remarks(enforcer: Enforcer) -> None:
+    """Warn of what is unexpected about the clip of some variables, as `describe` shows it."""
+    paths: dict[str, list[str]] = {}
+    for name, remark in zip(names_of(enforcer.variables), enforcer.remarks(), strict=True):
+        if remark:
+            paths.setdefault(remark, []).append(name)
+    for remark, names in paths.items():
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        warnings.warn(f"ClippedOptimizer: {remark}: {names[:6]}{more}.", stacklevel=3)

@@ -60,8 +60,8 @@ class ClipHyperparameters(MutableMapping):
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(
-            f"clip_hyperparameters[{name!r}] cannot be deleted. To stop clipping, set it to a "
-            "large value, or compile with clipper=None."
+            f"clip_hyperparameters[{name!r}] cannot be deleted: a clipper always has its "
+            f"thresholds. {validation.CLIP_NOTHING}"
         )
 
     def __iter__(self) -> Iterator[str]:

@@ -15,12 +15,13 @@ from keras import backend, ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
+from keras_gradclip._layers import networks_of
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
 from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.optimizer._accumulation import Accumulation
-from keras_gradclip.optimizer._advice import AUTO, choose, warn_of_muon
+from keras_gradclip.optimizer._advice import AUTO, choose, warn_of_muon, warn_of_remarks
 from keras_gradclip.optimizer._hyperparameters import HasThresholds, is_schedule, to_numpy
 from keras_gradclip.optimizer._inner import InnerUpdate
 from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
@@ -103,7 +104,7 @@ class HasState(HasThresholds):
             self._is_auto = False
         state = {}
         if self._clipper is not None:
-            self._clipper.check_variables([*variables, *self._frozen_variables])
+            self._clipper.check_variables([*variables, *self._frozen_beside(variables)])
             self._enforcer = Enforcer(
                 self._clipper.assignments(variables),
                 variables,
@@ -112,6 +113,7 @@ class HasState(HasThresholds):
             self._limited_updates = self._enforcer.limited_updates()
             state = self._enforcer.state
             warn_of_muon(self.inner_optimizer, self._clipper, variables)
+            warn_of_remarks(self._enforcer)
         steps = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = None  # the base class would accumulate as well
         super().build(variables)  # type: ignore[misc]
@@ -138,6 +140,14 @@ class HasState(HasThresholds):
             self._spikes.build(self.add_variable)
         self._first_nonfinite = FirstNonfinite()
         self._start_telemetry()
+
+    def _frozen_beside(self, variables: Sequence[Variable]) -> list[Variable]:
+        """What else the network has, for the rules of a ClipMap: known once it is built."""
+        parts = [v for network in networks_of(variables) for v in network.variables]
+        others = {id(v): v for v in [*self._frozen_variables, *parts]}
+        for v in variables:
+            others.pop(id(v), None)
+        return list(others.values())
 
     def _check_inner_knows(self, variables: Sequence[Variable]) -> None:
         """Raise a ValueError if the inner optimizer was built without some of the variables."""

@@ -144,9 +144,9 @@ class ClippedOptimizer(
         return str(self._inner_update.compiled)
 
     def set_frozen_variables(self, variables: Sequence[Variable]) -> None:
-        """Name the model's variables that are not trained now: a ClipMap's rules may match them.
+        """Name variables that are not trained now, for a ClipMap's rules to match.
 
-        `ClippedModel` does this at compile.
+        Those of the network around the variables that the optimizer is built with are known.
         """
         # Past Keras, which would take them for variables of the optimizer.
         object.__setattr__(self, "_frozen_variables", tuple(variables))

@@ -1,7 +1,7 @@
 """Which threshold? A search space, a hypermodel and oracles for KerasTuner, the space for Optuna.
 
-    pip install keras-gradclip[tuning]      # KerasTuner, the default
-    pip install keras-gradclip[optuna]      # Optuna
+    pip install '.[tuning]'      # in the checkout: KerasTuner, the default
+    pip install '.[optuna]'      # Optuna
 
 Nothing of either is loaded before a name that needs it is used.
 """
@@ -9,7 +9,13 @@ Nothing of either is loaded before a name that needs it is used.
 import importlib
 from typing import Any
 
-_EXTRAS = {"keras_tuner": "tuning", "scipy": "tuning", "sklearn": "tuning", "optuna": "optuna"}
+_PACKAGES = {
+    "keras_tuner": "keras-tuner",
+    "optuna": "optuna",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
+}
 _MODULES = {
     "ClipHyperModel": "hypermodel",
     "as_objective": "hypermodel",
@@ -31,12 +37,11 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        package = _PACKAGES.get((error.name or "").partition(".")[0])
+        if package is None:
             raise
         raise ImportError(
-            f"keras_gradclip.tuning.{name} needs {error.name}: "
-            f"pip install 'keras-gradclip[{extra}]'."
+            f"keras_gradclip.tuning.{name} needs {error.name}: pip install {package}."
         ) from error
     return getattr(module, name)
 

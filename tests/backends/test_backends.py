@@ -688,6 +688,27 @@ def test_calibrate_puts_everything_back(follow):
         np.testing.assert_array_equal(a, b)
 
 
+# Norms ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "clipper, norm",
+    [
+        (kgc.NormClip(1.0), lambda g: np.sqrt((g**2).sum())),
+        (kgc.AdaptiveClip(1.0, eps=1.0), lambda g: np.sqrt((g**2).sum(0))),
+    ],
+    ids=["whole", "unit"],
+)
+@pytest.mark.parametrize("rows", [1000003, 1 << 20])
+def test_norms_of_long_variables(rows, clipper, norm):
+    """Equal numbers, of which a long sum loses most, to the fifth digit."""
+    g = np.full((rows, 3), 0.1, "float32")
+    variable = keras.Variable(np.zeros(g.shape, "float32"), name="kernel")
+    (clipped,) = clipper([ops.convert_to_tensor(g)], [variable])
+    want = g.astype("float64") / norm(g.astype("float64"))
+    np.testing.assert_allclose(ops.convert_to_numpy(clipped), want, rtol=3e-5)
+
+
 # Compiled or not --------------------------------------------------------------------------------
 
 

@@ -112,3 +112,59 @@ def test_live_hyperparameters_are_named_by_rule():
     changed = clipper.with_hyperparameters({**clipper.hyperparameters(), "default/beta": 0.9})
     assert changed.default == kgc.ExponentialClip(0.9, 0.2)
     assert changed.rules == clipper.rules
+
+
+def two_networks():
+    """An actor and a critic, with layers of the same names."""
+    models = []
+    for _ in range(2):
+        inputs = keras.Input((3,))
+        h = keras.layers.Dense(4, name="body")(inputs)
+        models.append(keras.Model(inputs, keras.layers.Dense(2, name="out")(h)))
+    return models, [v for model in models for v in model.trainable_variables]
+
+
+@pytest.mark.parametrize(
+    "rules, want",
+    [
+        ({"out/.*": 1}, "..11..11"),  # by the path, which both have
+        ({"out/.*": 1, "out#2/.*": 2}, "..11..22"),
+        ({"out#2/.*": 2}, "......22"),
+        ([("out/kernel", 1), ("out#2/.*", 2)], "..1...22"),
+        ({r"[^#]*": 1, ".*#2.*": 2}, "11112222"),
+        ([(".*/kernel", 1), ("out#2/.*", 2)], "1.1.1.12"),
+    ],
+)
+def test_the_second_of_one_path_has_a_name_of_its_own(rules, want):
+    _, vs = two_networks()
+    pairs = rules.items() if isinstance(rules, dict) else rules
+    made = [(pattern, kgc.AbsoluteClip(float(n))) for pattern, n in pairs]
+    clipper = kgc.ClipMap(dict(made) if isinstance(rules, dict) else made)
+    clipper.check_variables(vs)
+    got = [c for _, c in clipper.rule_of(vs)]
+    assert "".join("." if c is None else str(int(c.threshold)) for c in got) == want
+
+
+def test_a_rule_for_a_second_layer_that_is_not_there():
+    _, vs = two_networks()
+    with pytest.raises(ValueError, match=r"'out#3/\.\*' matches none.*out#2"):
+        kgc.ClipMap({"out#3/.*": None}).check_variables(vs)
+
+
+class Stack(kgc.ClippedTrainStep, keras.Sequential):
+    """Built by its first batch."""
+
+
+@pytest.mark.parametrize("make", [Stack, keras.Sequential], ids=["ours", "plain"])
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_rule_may_name_a_frozen_layer(make, is_built):
+    body = keras.layers.Dense(4, name="body", trainable=False)
+    inputs = [keras.Input((3,))] if is_built else []
+    model = make([*inputs, body, keras.layers.Dense(2, name="head")])
+    clipper = kgc.ClipMap({".*body/.*": None, ".*head/.*": kgc.NormClip(1.0)})
+    model.compile(kgc.ClippedOptimizer("sgd", clipper), "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    wrong = make([*inputs, body, keras.layers.Dense(2, name="head")])
+    wrong.compile(kgc.ClippedOptimizer("sgd", kgc.ClipMap({"bodi/.*": None})), "mse")
+    with pytest.raises(ValueError, match="matches none"):
+        wrong.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)

@@ -210,15 +210,19 @@ def test_units_of_einsum_dense(equation, shape, output, want):
 
 
 def test_axes_change_what_is_clipped_and_round_trip():
-    layer = built(LAYOUTS[5][0], LAYOUTS[5][1], "upsample")  # a Conv2DTranspose
-    v = layer.kernel
+    rng = np.random.default_rng(0)
+    with keras.name_scope("upsample"):  # no layer tells: (height, width, out, in)
+        v = keras.Variable(rng.normal(size=(3, 3, 4, 2)).astype("float32"), name="kernel")
     (g,), (g64,) = gradients([v])
-    clipper = kgc.AdaptiveClip(0.01, axes=kgc.unit_axes(layer))
     want = agc(g64, to64(v), (0, 1, 3), 0.01)
-    np.testing.assert_allclose(to64(clipper([g], [v])[0]), want, rtol=1e-5)
-    assert np.abs(to64(kgc.AdaptiveClip(0.01)([g], [v])[0]) - want).max() > 1e-4
-    again = kgc.get(json.loads(json.dumps(kgc.serialize(clipper))))
-    assert again == clipper
+    for cls in (kgc.AdaptiveClip, kgc.UpdateRatioClip):
+        clipper = cls(0.01, axes={"upsample/kernel": (0, 1, 3)})
+        np.testing.assert_allclose(to64(clipper([g], [v])[0]), want, rtol=1e-5)
+        assert np.abs(to64(cls(0.01)([g], [v])[0]) - want).max() > 1e-4
+        again = kgc.get(json.loads(json.dumps(kgc.serialize(clipper))))
+        assert again == clipper
+        assert "a guess, pass `axes`" in cls(0.01).describe([v])
+        assert "a guess" not in clipper.describe([v])
 
 
 @pytest.mark.parametrize("clipper", [kgc.AdaptiveClip(0.3), kgc.RMSClip(0.3)], ids=str)

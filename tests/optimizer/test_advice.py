@@ -56,8 +56,10 @@ def test_auto(make, inner, want, tmp_path, capsys):
     ],
 )
 def test_auto_takes_a_smaller_share_of_a_deeper_network(inner, kernels, ratio):
-    variables = [keras.Variable(np.ones((2, 2), "float32")) for _ in range(kernels)]
-    variables += [keras.Variable(np.ones((2, 2), "float32"), name="bias") for _ in range(kernels)]
+    layers = [keras.layers.Dense(2) for _ in range(kernels)]
+    for layer in layers:
+        layer.build((None, 2))
+    variables = [v for layer in layers for v in layer.trainable_variables]
     momentum = inner == "momentum"
     make = keras.optimizers.SGD(0.1, momentum=0.9) if momentum else "adamw"
     optimizer = kgc.ClippedOptimizer(make, "auto")
@@ -74,16 +76,23 @@ def test_a_model_takes_auto():
     assert model.optimizer.clipper == LARGER
 
 
-def moved(clipper, scale):
-    """The length of Muon's first step on one matrix."""
+def step_of_muon(clipper, scale, heavy=False):
+    """Muon's first step on one matrix; `heavy`: of a gradient with a few large elements."""
     rng = np.random.default_rng(0)
     start, g = rng.normal(size=(2, 64, 32)).astype("float32")
+    if heavy:
+        g = rng.standard_cauchy(size=g.shape).astype("float32")
     matrix = keras.Variable(start, name="kernel")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = kgc.ClippedOptimizer(keras.optimizers.Muon(0.01, weight_decay=None), clipper)
         optimizer.apply([keras.ops.convert_to_tensor(scale * g)], [matrix])
-    return np.linalg.norm(keras.ops.convert_to_numpy(matrix) - start)
+    return keras.ops.convert_to_numpy(matrix) - start
+
+
+def moved(clipper, scale):
+    """The length of that step."""
+    return np.linalg.norm(step_of_muon(clipper, scale))
 
 
 def test_what_the_warning_says_is_so():
@@ -93,6 +102,37 @@ def test_what_the_warning_says_is_so():
     for c in (1.0, 1e-4):
         assert moved(kgc.NormClip(c), 100.0) == pytest.approx(plain, rel=1e-3)
     assert abs(moved(kgc.NormClip(1e-8), 1.0) / plain - 1) > 0.05
+
+
+@pytest.mark.parametrize(
+    "clipper, is_warned",
+    [
+        (kgc.NormClip(1.0), True),
+        (kgc.RMSClip(0.1), True),
+        (kgc.ZScoreClip(), True),
+        (kgc.Chain([kgc.NormClip(1.0), kgc.RMSClip(0.1)]), True),
+        (kgc.AbsoluteClip(0.1), False),
+        (kgc.ExponentialClip(), False),
+        (kgc.AdaptiveClip(0.01), False),
+        (kgc.Chain([kgc.AbsoluteClip(0.1), kgc.NormClip(1.0)]), False),
+        (kgc.ClipMap({"bias": kgc.NormClip(1.0)}, kgc.AbsoluteClip(1.0), True), False),
+    ],
+    ids=str,
+)
+def test_muon_is_warned_of_where_a_clip_is_one_factor_a_matrix(clipper, is_warned):
+    needs_muon()
+    variables = [
+        keras.Variable(np.ones((64, 32), "float32"), name="kernel"),
+        keras.Variable(np.ones(32, "float32"), name="bias"),
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kgc.ClippedOptimizer(keras.optimizers.Muon(0.01), clipper).build(variables)
+    assert ["Muon" in str(w.message) for w in caught] == [True] * is_warned
+    steps = [step_of_muon(clip, 1.0, heavy=True) for clip in (clipper, None)]
+    cosine = np.sum(steps[0] * steps[1]) / np.prod([np.linalg.norm(s) for s in steps])
+    is_kept = cosine > 0.999  # of what is warned of, the clip does nothing
+    assert is_kept or not is_warned
 
 
 def test_a_bound_of_steps_bounds_muons():
