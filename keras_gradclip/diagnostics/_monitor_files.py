@@ -19,6 +19,8 @@ from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: File names inside `run_dir`.
 MONITOR_CSV, THRESHOLDS_CSV, MONITOR_JSON = "monitor.csv", "thresholds.csv", "monitor.json"
+#: What a clipper limits that acts on most steps, since it sets how far each moves the weights.
+UPDATES = "weight updates"
 
 
 def step_of(text: str) -> int:
@@ -51,6 +53,7 @@ class WatchedVariable(NamedTuple):
         start: the optimizer's number of updates when the run began.
         rule: the name of the rule that applies to it.
         clipper: the clipper of that rule, or None.
+        limits: what that limits: `UPDATES`, "gradients" or "nothing".
     """
 
     name: str
@@ -61,6 +64,7 @@ class WatchedVariable(NamedTuple):
     start: int
     rule: str
     clipper: Clipper | None
+    limits: str
 
 
 def watched_variables(
@@ -79,11 +83,15 @@ def watched_variables(
     for optimizer, label, start in zip(optimizers, labels, starts, strict=True):
         variables, clipper = optimizer._trainable_variables, optimizer.clipper
         rules = clipper.rule_of(variables) if clipper else [("*", None)] * len(variables)
-        for variable, (rule, part) in zip(variables, rules, strict=True):
+        bounded = clipper.bounded(variables) if clipper else [False] * len(variables)
+        for variable, (rule, part), is_bounded in zip(variables, rules, bounded, strict=True):
             layer, name = next(named)
             rule = f"{label}: {rule}" if label else rule
             shape = tuple(int(d) for d in variable.shape)
-            result.append(WatchedVariable(name, layer, shape, optimizer, label, start, rule, part))
+            limits = UPDATES if is_bounded else "gradients" if part else "nothing"
+            result.append(
+                WatchedVariable(name, layer, shape, optimizer, label, start, rule, part, limits)
+            )
     return result
 
 
@@ -168,6 +176,7 @@ def _description(watched: Sequence[WatchedVariable], every: int) -> Config:
         "every": every,
         "clipper": clipper,
         "clipper_text": "; ".join(texts),
+        "remembers": any(variable.optimizer._clip_state for variable in watched),
         "variables": [
             {
                 "path": variable.name,
@@ -175,6 +184,8 @@ def _description(watched: Sequence[WatchedVariable], every: int) -> Config:
                 "shape": list(variable.shape),
                 "rule": variable.rule,
                 "clipper": _text(variable.clipper),
+                "limits": variable.limits,
+                "measures": getattr(variable.clipper, "measures", None),
             }
             for variable in watched
         ],
