@@ -11,7 +11,7 @@ import contextlib
 import functools
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,15 +29,35 @@ from keras_gradclip._types import Layer, Model, Optimizer, Scalar, Strategy, Ten
 MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
-def make_reduce_identity(optimizer: Optimizer) -> None:
-    """Stop `optimizer` from summing gradients over the replicas: its wrapper already did.
+@contextlib.contextmanager
+def changed(optimizer: Optimizer, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes of an object, of whatever class; put back what it had at the end."""
+    own = vars(optimizer)  # past `__setattr__`, which tracks
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
+
+
+def without_reduction(optimizer: Optimizer) -> dict[str, Any]:
+    """Attributes for `changed`: sum no gradients over the replicas, for the wrapper already did.
 
     Keras reduces in `TFOptimizer._all_reduce_sum_gradients`, after its own clipping, and has no
     public switch for it (Keras 2 had `experimental_aggregate_gradients`). On the other backends
     the method does not exist and nothing has to be done.
     """
-    if hasattr(optimizer, "_all_reduce_sum_gradients"):
-        optimizer._all_reduce_sum_gradients = list
+    name = "_all_reduce_sum_gradients"
+    return {name: list} if hasattr(optimizer, name) else {}
+
+
+def overrides(optimizer: Optimizer, name: str) -> bool:
+    """Whether its class, or the object itself, has a method that Keras's base class has, too."""
+    base = getattr(keras.optimizers.Optimizer, name)
+    return name in vars(optimizer) or getattr(type(optimizer), name) is not base
 
 
 def build_with_all_tracked(optimizer: Optimizer, variables: list) -> None:
@@ -58,13 +78,14 @@ def knows(optimizer: Optimizer, variable: Variable) -> bool:
     return optimizer._var_key(variable) in optimizer._trainable_variables_indices
 
 
-def overwrite_with_average(optimizer: Optimizer, variables: list) -> None:
-    """Copy the moving averages into `variables`; to be called in cross-replica context.
+def overwrite_with_average(optimizer: Optimizer) -> None:
+    """Copy the moving averages into the variables; to be called in cross-replica context.
 
     Keras does this inside a `cond` in replica context when `ema_overwrite_frequency` is set,
     which fails on more than one replica; the method itself is right in cross-replica context.
     """
-    optimizer._overwrite_model_variables_with_average_value(variables)
+    # In the order of the averages, which is that of the optimizer's own build.
+    optimizer._overwrite_model_variables_with_average_value(optimizer._trainable_variables)
 
 
 def find_wrapping_loss_scale(optimizer: Optimizer) -> Optimizer:
@@ -150,6 +171,16 @@ def _call_under(
 ) -> None:
     with scope():
         function(*args)
+
+
+def method_that_applies(loss_scale: Optimizer) -> str:
+    """The method of a `LossScaleOptimizer` to replace: `apply`, or what one of its own calls.
+
+    A subclass that overrides `apply` calls Keras's, which on TensorFlow calls `_tf_apply`; there
+    is no public method between the two.
+    """
+    is_own = type(loss_scale).apply is not keras.optimizers.LossScaleOptimizer.apply
+    return "_tf_apply" if is_own and hasattr(loss_scale, "_tf_apply") else "apply"
 
 
 class LocalSymbolicBuild:
@@ -259,44 +290,36 @@ def muon_uses_adamw(muon: Optimizer, variable: Variable) -> bool:
 
 
 def updates_are_replaceable(optimizer: Optimizer) -> bool:
-    """Whether `replace_updates` knows how `optimizer` updates a list of variables."""
+    """Whether `replaced_updates` knows how `optimizer` updates a list of variables."""
     name = "_distributed_tf_update_step"
     return getattr(type(optimizer), name, None) is getattr(keras.optimizers.Optimizer, name, ())
 
 
-def replace_updates(optimizer: Optimizer, update: Callable[..., None] | None) -> None:
-    """Let `update(default, strategy, gradients and variables, learning rate)` update the variables.
+def replaced_updates(optimizer: Optimizer, update: Callable[..., None]) -> dict[str, Any]:
+    """Attributes for `changed`: `update(default, strategy, pairs, learning rate)` updates.
 
     Keras calls `_distributed_tf_update_step` with the native variables, in cross-replica context
     where there are replicas; it has no public name for more than one variable at a time.
-    `default` is that method as it was; an `update` of None brings it back.
+    `default` is that method as it was; the pairs are of gradients and variables.
 
     Decoupled weight decay and the learning rate are multiplied once, too: Keras takes both to each
     variable in turn, which costs a pass. An optimizer with a decay of its own (Muon) keeps it.
     """
-    for name in ("_distributed_tf_update_step", "_apply_weight_decay"):
-        if name in vars(optimizer):
-            delattr(optimizer, name)
-    if update is None:
-        return
     default = optimizer._distributed_tf_update_step
-    optimizer._distributed_tf_update_step = functools.partial(update, default)
+    attributes: dict[str, Any] = {"_distributed_tf_update_step": functools.partial(update, default)}
     if type(optimizer)._apply_weight_decay is keras.optimizers.Optimizer._apply_weight_decay:
-        # No closure: what a copy of the optimizer calls must be the copy's.
-        optimizer._apply_weight_decay = functools.partial(_decay_weights, optimizer)
+        attributes["_apply_weight_decay"] = functools.partial(_decay_weights, optimizer)
+    return attributes
 
 
-def wrap_update(optimizer: Optimizer, update: Callable[..., None]) -> None:
-    """Let `update(default, gradients, variables, learning rate)` update the variables.
+def wrapped_update(optimizer: Optimizer, update: Callable[..., None]) -> dict[str, Any]:
+    """Attributes for `changed`: `update(default, gradients, variables, learning rate)` updates.
 
     Every backend calls `_backend_update_step` in replica context, between decoupled weight decay
     and the moving averages; Keras has no public name for this moment. `default` is that method as
-    the class has it.
+    it was.
     """
-    if "_backend_update_step" in vars(optimizer):  # of a wrapper before
-        del optimizer._backend_update_step
-    default = optimizer._backend_update_step
-    optimizer._backend_update_step = functools.partial(update, default)
+    return {"_backend_update_step": functools.partial(update, optimizer._backend_update_step)}
 
 
 def updates_are_separable(optimizer: Optimizer) -> bool:

@@ -3,8 +3,11 @@
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
+#: When this process began, but for Python itself: TensorFlow's import alone takes seconds.
+STARTED = time.monotonic()
 # Before TensorFlow is imported: its start-up notes bury the one line that matters.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")

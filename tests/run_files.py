@@ -8,8 +8,18 @@ from keras_gradclip.diagnostics._recorder import FIELDS
 LAYERS = {"conv1": (72, 4), "conv2": (144, 4), "head": (40, 10)}
 
 
-def write_run(folder, samples, clipper="NormClip(max_norm=1, scope=layer)", thresholds=()):
-    """A run as ClipMonitor writes it; `samples`: step -> layer -> fields."""
+def write_run(
+    folder, samples, clipper="NormClip(max_norm=1, scope=layer)", thresholds=(), limits=None
+):
+    """A run as ClipMonitor writes it.
+
+    Args:
+        folder: for the files.
+        samples: step -> layer -> fields.
+        clipper: its text; None for none.
+        thresholds: rows.
+        limits: layer -> what its clipper limits; None as in files of 0.1, which do not say it.
+    """
     folder.mkdir(exist_ok=True)
     variables = []
     for layer, sizes in LAYERS.items():
@@ -22,6 +32,7 @@ def write_run(folder, samples, clipper="NormClip(max_norm=1, scope=layer)", thre
                     "shape": [size],
                     "rule": "*",
                     "clipper": text,
+                    **({} if limits is None else {"limits": limits[layer]}),
                 }
             )
     description = {

@@ -130,6 +130,11 @@ def test_every_layer_is_found():
 def test_overwrite_with_average_takes_the_variables():
     method = keras.optimizers.SGD._overwrite_model_variables_with_average_value
     assert list(inspect.signature(method).parameters) == ["self", "trainable_variables"]
+    sgd = keras.optimizers.SGD(0.1)
+    weight = keras.Variable([1.0])
+    sgd.build([weight])
+    assert sgd._trainable_variables == [weight], "Optimizer._trainable_variables is gone"
+    assert _compat.knows(sgd, weight) and not _compat.knows(sgd, keras.Variable([1.0]))
 
 
 def test_the_symbolic_build_is_where_we_replace_it():
@@ -211,8 +216,8 @@ def test_keras_still_updates_between_decay_and_averages():
         default(gradients, variables, learning_rate)
         variables[0].assign([7.0])
 
-    _compat.wrap_update(optimizer, update)
-    optimizer.apply([tf.ones(1)], [weight])
+    with _compat.changed(optimizer, _compat.wrapped_update(optimizer, update)):
+        optimizer.apply([tf.ones(1)], [weight])
     assert seen == [0.5], "Keras no longer calls _backend_update_step after decoupled weight decay"
     average = float(optimizer._model_variables_moving_average[0].numpy()[0])
     assert average == 7.0, "Keras no longer takes its moving averages after _backend_update_step"

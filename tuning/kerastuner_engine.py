@@ -14,6 +14,7 @@ from keras_gradclip.tuning.hypermodel import as_objective
 from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, make_oracle, product_size
 from keras_gradclip.tuning.space import clip_hyperparameters, ranges
 from recipes.errors import RecipeError, first_line
+from recipes.words import counted
 from tuning import workers
 from tuning.rows import PROJECT, TrialRow, ranked
 from tuning.trial_runner import TrialRunner, trial_row
@@ -115,7 +116,7 @@ class KerasTunerEngine:
 
     def _introduce(self) -> None:
         number = self.oracle.search_trials
-        trials = f"at most {number} trials" if number else "all trials"
+        trials = f"at most {counted(number, 'trial')}" if number else "all trials"
         if self.session.args.tuner == "grid":
             trials += f", {product_size(self.oracle.get_space())} combinations"
         self.session.introduce(trials, len(self.oracle.ended))

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from keras_gradclip.tuning.optuna_space import grid, suggest
 from recipes.errors import RecipeError, first_line
+from recipes.words import counted
 from tuning import workers
 from tuning.optuna_trials import (
     BASELINE,
@@ -144,7 +145,7 @@ class OptunaEngine:
             self._enqueue_first()
             done = self.trials.finished()
             self._told = {(name, event) for name in done for event in ("begin", "end")}
-            self.session.introduce(f"at most {self._limit()} trials", len(done))
+            self.session.introduce(f"at most {counted(self._limit(), 'trial')}", len(done))
             self._work_here_or_in_workers()
             if self.session.args.confirm_runs:
                 self._enqueue_confirmations()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_gradclip.tuning.space import threshold_of
+from recipes.words import counted
 from tuning.results import curves
 from tuning.rows import TrialRow, best_row, contest, describe, formatter
 from tuning.verdict import verdict
@@ -135,7 +136,7 @@ def _annotate_best(axis, row, x, factor, limits):
     low, high = limits or (x, x)
     left = x * x > low * high  # where there is room
     axis.annotate(
-        f"best, {row.runs} other seeds" if row.confirms else "best",
+        f"best, {counted(row.runs, 'other seed')}" if row.confirms else "best",
         (x, factor * row.score),
         xytext=(-10 if left else 10, 0),
         textcoords="offset points",

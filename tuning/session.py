@@ -20,6 +20,7 @@ from recipes.training import Recipe
 from recipes.training import options as opts
 from recipes.training.folder import folder_named
 from recipes.training.quiet import import_tensorflow
+from recipes.words import counted
 from tuning.rows import PROJECT, TrialRow, best_row, describe, formatter
 from tuning.space_flags import replacements, search_space
 
@@ -237,11 +238,12 @@ class Session:
     def introduce(self, trials: str, done: int) -> None:
         """Which search this is, and whether it goes on."""
         if self.args.confirm_runs:
-            trials += f", then 2 again with {self.args.confirm_runs} other seeds"
+            trials += f", then 2 again with {counted(self.args.confirm_runs, 'other seed')}"
         parts = f"{self.args.tuner} ({self.args.engine}), {trials}"
         self.say(f"[bold]{self.recipe.name}[/]: {parts}; results in {self.folder}")
         if done:
-            self.say(f"going on: {done} trials are done and are not run again")
+            are = "is" if done == 1 else "are"
+            self.say(f"going on: {counted(done, 'trial')} {are} done and not run again")
 
     def trial_begins(self, trial: str, values: Mapping, confirms: str) -> None:
         """Says which trial begins."""
@@ -278,7 +280,7 @@ class Session:
 
         objective, rows = self.engine.objective, self.engine.rows()
         best = self._write(rows)
-        title = f"{self.recipe.name}: {len(rows)} trials"
+        title = f"{self.recipe.name}: {counted(len(rows), 'trial')}"
         results.print_table(rows, objective, title, self.console)
         picture = self.folder / "search.png"
         plots.draw(rows, picture, objective, title, self.folder / PROJECT, self.engine.ranges())

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from keras_gradclip import _files as files
-from keras_gradclip._names import layers_of
+from keras_gradclip._names import layers_of, names_of
 from keras_gradclip._types import Config
-from keras_gradclip.clippers.base import serialize
+from keras_gradclip.clippers.base import Clipper, serialize
 from keras_gradclip.diagnostics._recorder import FIELDS
-from keras_gradclip.optimizer._hyperparameters import to_numpy
+from keras_gradclip.diagnostics.watch import labels_of
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: File names inside `run_dir`.
 MONITOR_CSV, THRESHOLDS_CSV, MONITOR_JSON = "monitor.csv", "thresholds.csv", "monitor.json"
+#: What a clipper limits that acts on most steps, since it sets how far each moves the weights.
+UPDATES = "weight updates"
 
 
 def step_of(text: str) -> int:
@@ -38,25 +41,76 @@ def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     return files.read_damaged_csv(path, columns, [name for name in columns if name != "epoch"])
 
 
+class WatchedVariable(NamedTuple):
+    """A variable that a monitor watches.
+
+    Attributes:
+        name: its path, each once: of a second layer of one path with `#2` behind the layer.
+        layer: its layer.
+        shape: its shape.
+        optimizer: the one that updates it.
+        label: of the optimizer; "" if there is but one.
+        start: the optimizer's number of updates when the run began.
+        rule: the name of the rule that applies to it.
+        clipper: the clipper of that rule, or None.
+        limits: what that limits: `UPDATES`, "gradients" or "nothing".
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    optimizer: ClippedOptimizer
+    label: str
+    start: int
+    rule: str
+    clipper: Clipper | None
+    limits: str
+
+
+def watched_variables(
+    optimizers: Sequence[ClippedOptimizer], starts: Sequence[int]
+) -> list[WatchedVariable]:
+    """The variables of some optimizers, one optimizer's after the other's.
+
+    Args:
+        optimizers: built.
+        starts: for each its number of updates when the run began.
+    """
+    result: list[WatchedVariable] = []
+    everything = [v for optimizer in optimizers for v in optimizer._trainable_variables]
+    named = zip(layers_of(everything), names_of(everything), strict=True)
+    labels = labels_of(optimizers)
+    for optimizer, label, start in zip(optimizers, labels, starts, strict=True):
+        variables, clipper = optimizer._trainable_variables, optimizer.clipper
+        rules = clipper.rule_of(variables) if clipper else [("*", None)] * len(variables)
+        bounded = clipper.bounded(variables) if clipper else [False] * len(variables)
+        for variable, (rule, part), is_bounded in zip(variables, rules, bounded, strict=True):
+            layer, name = next(named)
+            rule = f"{label}: {rule}" if label else rule
+            shape = tuple(int(d) for d in variable.shape)
+            limits = UPDATES if is_bounded else "gradients" if part else "nothing"
+            result.append(
+                WatchedVariable(name, layer, shape, optimizer, label, start, rule, part, limits)
+            )
+    return result
+
+
 class MonitorFiles:
     """Writes samples into a folder.
 
     Args:
         folder: made if need be.
-        optimizer: the optimizer that is watched.
-        names: of its variables.
+        watched: the variables that are watched.
         every: of the monitor.
     """
 
-    def __init__(
-        self, folder: Path, optimizer: ClippedOptimizer, names: list[str], every: int
-    ) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, folder: Path, watched: Sequence[WatchedVariable], every: int) -> None:
+        self.folder, self.names = folder, [variable.name for variable in watched]
         folder.mkdir(parents=True, exist_ok=True)
-        start = int(to_numpy(optimizer.iterations))
+        starts = {variable.name: variable.start for variable in watched}
         for name, columns in COLUMNS.items():
-            files.write_csv(folder / name, list(columns), _rows_before(folder / name, start))
-        files.write_json(folder / MONITOR_JSON, _description(optimizer, names, every))
+            files.write_csv(folder / name, list(columns), _rows_before(folder / name, starts))
+        files.write_json(folder / MONITOR_JSON, _description(watched, every))
 
     def add(
         self,
@@ -72,6 +126,7 @@ class MonitorFiles:
             [
                 [step, epoch, path, *(f"{row[field][i]:.6g}" for field in FIELDS)]
                 for i, path in enumerate(self.names)
+                if is_measured(row)[i]
             ],
         )
         files.append_csv(
@@ -81,8 +136,19 @@ class MonitorFiles:
         )
 
 
-def _rows_before(path: Path, start: int) -> list[dict[str, str]]:
-    """The rows of an earlier run that this one goes on from: of the steps before `start`."""
+def is_measured(row: Mapping[str, np.ndarray]) -> np.ndarray:
+    """For each variable whether a sample has it: of several optimizers some may skip a step."""
+    return ~np.isnan(row["nonfinite"])
+
+
+def _rows_before(path: Path, starts: Mapping[str, int]) -> list[dict[str, str]]:
+    """The rows of an earlier run that this one goes on from: of the steps that are not done again.
+
+    Args:
+        path: the file.
+        starts: for each variable the number of updates that are done.
+    """
+    start = max(starts.values())
     if not path.exists() or not start:
         return []
     rows, problems = read_rows(path)
@@ -92,27 +158,36 @@ def _rows_before(path: Path, start: int) -> list[dict[str, str]]:
             + (f" and {len(problems) - 3} more." if len(problems) > 3 else "."),
             stacklevel=2,
         )
-    return [row for row in rows if step_of(row["step"]) < start]
+    return [
+        row for row in rows if step_of(row["step"]) < starts.get(row.get("variable", ""), start)
+    ]
 
 
-def _description(optimizer: ClippedOptimizer, names: list[str], every: int) -> Config:
-    variables, clipper = optimizer._trainable_variables, optimizer.clipper
-    rules = clipper.rule_of(variables) if clipper else [("*", None)] * len(variables)
+def _description(watched: Sequence[WatchedVariable], every: int) -> Config:
+    clippers = {variable.label: variable.optimizer.clipper for variable in watched}
+    if not any(clippers.values()):
+        clipper = None
+    elif len(clippers) == 1:
+        (clipper,) = map(serialize, clippers.values())
+    else:
+        clipper = {label: serialize(one) for label, one in clippers.items()}
+    texts = [f"{label}: {_text(one)}" if label else _text(one) for label, one in clippers.items()]
     return {
         "every": every,
-        "clipper": serialize(clipper),
-        "clipper_text": _text(clipper),
+        "clipper": clipper,
+        "clipper_text": "; ".join(texts),
+        "remembers": any(variable.optimizer._clip_state for variable in watched),
         "variables": [
             {
-                "path": name,
-                "layer": layer,
-                "shape": [int(d) for d in v.shape],
-                "rule": rule,
-                "clipper": _text(part),
+                "path": variable.name,
+                "layer": variable.layer,
+                "shape": list(variable.shape),
+                "rule": variable.rule,
+                "clipper": _text(variable.clipper),
+                "limits": variable.limits,
+                "measures": getattr(variable.clipper, "measures", None),
             }
-            for v, name, layer, (rule, part) in zip(
-                variables, names, layers_of(variables), rules, strict=True
-            )
+            for variable in watched
         ],
     }
 

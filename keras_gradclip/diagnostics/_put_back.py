@@ -41,10 +41,13 @@ def everything_put_back(model: Model, optimizers: Sequence[ClippedOptimizer]) ->
         known = {id(part) for part in parts}
         undo = [undo for part in parts for undo in _ways_back(part)]
         history = getattr(model, "history", None)
+        watchers = [(optimizer, optimizer._watchers) for optimizer in optimizers]
         model.train_function = None  # what is traced inside is not for outside, and the reverse
         try:
             yield
         finally:
+            for optimizer, of_before in watchers:
+                optimizer._watchers = of_before
             now = parts_of([model, *optimizers])
             if any(id(part) not in known for part in now if _is_variable(part)):
                 model.reset_metrics()  # metrics that were built on the way

@@ -29,17 +29,41 @@ class Recorder:
     """
 
     def __init__(self, optimizer: ClippedOptimizer, every: int, capacity: int) -> None:
-        self.optimizer, self.every = optimizer, every
-        self.thresholds = list(optimizer.clip_hyperparameters)
-        count = len(optimizer._trainable_variables)
-        with strategy_scope(optimizer):
+        self.optimizer, self.every, self.capacity = optimizer, every, capacity
+        self.thresholds: list[str] = []
+        self._state: list[Variable] = []
+        self.start = 0  # the number of updates before
+        if optimizer.built:
+            self._build()
+            self.start = int(to_numpy(optimizer.iterations))
+
+    def _build(self) -> None:
+        self.thresholds = list(self.optimizer.clip_hyperparameters)
+        count = len(self.optimizer._trainable_variables)
+        with strategy_scope(self.optimizer):
             # A record: the figures; the length of the window that ends with it and the thresholds.
             shapes = [(len(ROWS), count), (1 + len(self.thresholds),)]
-            self.buffer = RingBuffer("ClipMonitor", capacity, shapes)
-            self.force = zeros((), "force")
+            self.buffer = RingBuffer("ClipMonitor", self.capacity, shapes)
+            self.has_sample = zeros((), "has_sample")  # since the last `force`
             self.updates = zeros((), "updates")  # since the last sample, skipped ones included
             self.nonfinite = zeros((count,), "nonfinite")  # of them, with a bad gradient
-        self._state = [*self.buffer.state, self.force, self.updates, self.nonfinite]
+        self._state = [*self.buffer.state, self.has_sample, self.updates, self.nonfinite]
+
+    def _build_where_traced(self) -> None:
+        """Build after the optimizer, where training builds it."""
+        if not self._state:
+            with aggregation.outside_of_traces(self.optimizer._trainable_variables):
+                self._build()
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the optimizer knows its variables, and so does this."""
+        return bool(self._state)
+
+    def force(self) -> None:
+        """Measure the next update, whatever its number."""
+        if self._state:
+            self.has_sample.assign(0.0)
 
     @property
     def state(self) -> Sequence[Variable]:
@@ -48,6 +72,7 @@ class Recorder:
 
     def on_skip(self, gradients: Gradients) -> None:
         """Count the bad gradients of an update that is left out."""
+        self._build_where_traced()
         bad = [
             0.0 if g is None else 1.0 - arithmetic.float32(arithmetic.all_finite([g]))
             for g in gradients
@@ -57,9 +82,10 @@ class Recorder:
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Take a sample, if it is this update's turn."""
+        self._build_where_traced()
         self.updates.assign(self.updates + 1.0)
         iterations = arithmetic.read(self.optimizer.inner_optimizer.iterations)
-        is_due = ops.logical_or(ops.equal(iterations % self.every, 0), self.force > 0)
+        is_due = ops.logical_or(ops.equal(iterations % self.every, 0), self.has_sample < 1)
         aggregation.local_cond(
             is_due,
             lambda: self._sample(iterations, update),
@@ -79,32 +105,29 @@ class Recorder:
         figures = ops.concatenate([figures, arithmetic.read(self.nonfinite)[None]])
         window = [arithmetic.read(self.updates), *(update.hyper[name] for name in self.thresholds)]
         self.buffer.write(iterations, figures, ops.stack(window))
-        self.force.assign(ops.zeros(()))
+        self.has_sample.assign(ops.ones(()))
         self.updates.assign(ops.zeros(()))
         self.nonfinite.assign(ops.zeros(self.nonfinite.shape))
 
     # On the host -----------------------------------------------------------------------------
 
-    def fetch(self, is_checked: bool) -> list[tuple[int, dict[str, np.ndarray], dict[str, float]]]:
-        """The samples since the last fetch: step, an array a field, thresholds by name.
-
-        Args:
-            is_checked: updates that are not finite are left out, and `on_skip` counts them.
-        """
+    def fetch(self) -> list[tuple[int, dict[str, np.ndarray], dict[str, float]]]:
+        """The samples since the last fetch: step, an array a field, thresholds by name."""
         samples = []
-        for step, (figures, window) in self.buffer.fetch():
+        for step, (figures, window) in self.buffer.fetch() if self._state else ():
             bad = figures[ROWS.index("bad")]
             before, after = np.sqrt(figures[0]), np.sqrt(figures[1])
             angle = np.degrees(2 * np.arcsin(np.clip(np.sqrt(figures[2]) / 2, 0, 1)))
             angle[(before == 0) | (after == 0)] = 0.0  # no direction to compare
-            updates = max(window[0], 1.0) if is_checked else 1.0
+            skipped = figures[ROWS.index("bad_since")] / max(window[0], 1.0)
             row = {
                 "norm_before": before,
                 "norm_after": after,
                 "clip_fraction": figures[3],
                 "max_abs": figures[4],
                 "angle": angle,
-                "nonfinite": (bad + figures[ROWS.index("bad_since")]) / updates,
+                # Where such updates are left out, none is sampled; else all of the sample is bad.
+                "nonfinite": np.where(bad > 0, 1.0, skipped),
             }
             for name in FIELDS[:-1]:
                 row[name][bad > 0] = np.nan
@@ -114,6 +137,8 @@ class Recorder:
 
     def fetch_skipped(self) -> np.ndarray | None:
         """For each variable the share of bad gradients since the last sample; then anew."""
+        if not self._state:
+            return None
         updates, bad = float(to_numpy(self.updates)), to_numpy(self.nonfinite).astype("float64")
         if not bad.any():
             return None

@@ -16,11 +16,14 @@ from keras_gradclip.diagnostics._monitor_files import (
     MONITOR_CSV,
     MONITOR_JSON,
     THRESHOLDS_CSV,
+    UPDATES,
     read_rows,
     step_of,
 )
 from keras_gradclip.diagnostics._recorder import FIELDS
 
+#: What a clipper of norms says that it measures: see `MEASURES`.
+NORM = "layer_norm"
 #: The keys of each entry of "variables" in `monitor.json` and their types.
 _VARIABLE = {"path": str, "layer": str, "shape": list, "rule": str, "clipper": str}
 
@@ -63,6 +66,22 @@ class Run:
     def global_after(self) -> np.ndarray:
         """The global L2 norm after the clip, `[samples]`."""
         return self._global("norm_after")
+
+    @property
+    def limits_updates(self) -> np.ndarray:
+        """A mask of the layers of which weight updates are limited, not gradients."""
+        limited = [v["layer"] for v in self._variables if v.get("limits") == UPDATES]
+        return np.isin(self.layers, limited)
+
+    @property
+    def limits_norms(self) -> np.ndarray:
+        """A mask of the layers whose threshold is one of a layer's norm."""
+        others = [v["layer"] for v in self._variables if v.get("measures", NORM) != NORM]
+        return ~np.isin(self.layers, others)
+
+    @property
+    def _variables(self) -> list[Config]:
+        return self.description["variables"]
 
     def _global(self, name: str) -> np.ndarray:
         return np.sqrt(np.sum(np.where(self.measured, self.figures[name], 0.0) ** 2, axis=1))

@@ -94,19 +94,21 @@ class Sampler:
 
 
 class Watch(keras.callbacks.Callback):
-    """Attaches the sampler, fetches after each batch, ends training after a number of updates."""
+    """Attaches samplers, fetches after each batch, ends training after a number of updates."""
 
-    def __init__(self, sampler: Sampler, updates: int) -> None:
+    def __init__(self, samplers: Sequence[Sampler], updates: int) -> None:
         super().__init__()
-        self.sampler, self.updates = sampler, updates
+        self.samplers, self.updates = samplers, updates
 
     def on_train_begin(self, logs: object = None) -> None:
         """The step must be traced with the watcher."""
-        self.sampler.optimizer.watch(self.sampler)
+        for sampler in self.samplers:
+            sampler.optimizer.watch(sampler)
         self.model.make_train_function(force=True)
 
     def on_train_batch_end(self, batch: int, logs: object = None) -> None:
         """Look at the counters."""
         sync(self.model)
-        if self.sampler.fetch() >= self.updates:
+        counts = [sampler.fetch() for sampler in self.samplers]
+        if max(counts) and min(filter(None, counts)) >= self.updates:  # of those that are in use
             self.model.stop_training = True

@@ -17,7 +17,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
 from keras_gradclip._files import write_json
 from keras_gradclip._names import layers_of, path_of
-from keras_gradclip._types import Model, Tensor, Threshold
+from keras_gradclip._types import Model, Optimizer, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.parameters import MEASURES, Measure, parameters
@@ -28,7 +28,8 @@ from keras_gradclip.diagnostics._sampler import Sampler, Watch
 from keras_gradclip.diagnostics._templates import render
 from keras_gradclip.diagnostics.watch import (
     UPDATES_IN_A_STEP,
-    wrapped_optimizer,
+    labels_of,
+    watched_optimizers,
 )
 from keras_gradclip.optimizer._advice import step_bound
 
@@ -351,7 +352,8 @@ def calibrate(
     beta: float = 0.7,
     eps: float = 1e-3,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-) -> Calibration:
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+) -> Any:
     """Suggest a threshold for each layer and each clipper, from the model's own gradients.
 
     Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
@@ -384,28 +386,59 @@ def calibrate(
         beta: β for the exponential clipper's γ.
         eps: ε of the adaptive clipper.
         callbacks: more Keras callbacks for the watched `fit`.
+        optimizer: the optimizer to watch, or several, where training uses others than the model's
+            own, as of a GAN; built.
 
     Returns:
-        A `Calibration`; print it for a table.
+        A `Calibration`; print it for a table. Of several optimizers, also of a
+        `keras.optimizers.MultiOptimizer`, a dict that has one for each, by the name of the inner
+        optimizer.
 
     Raises:
-        ValueError: an argument out of its range, a model without a `ClippedOptimizer`, or no
-            update with finite gradients.
+        ValueError: an argument out of its range, a model that is not built or has no
+            `ClippedOptimizer`, or no update with finite gradients.
     """
+    if np.ndim(steps) or hasattr(steps, "shape"):  # y, as in `fit`
+        raise ValueError(
+            f"calibrate: `steps` must be a number, but is of type {type(steps).__name__}. Pass x "
+            "and y as one tuple: calibrate(model, (x, y))."
+        )
     count = validation.count("calibrate", "steps", steps)
     percentile = _percentile(percentile)
     beta = validation.positive("calibrate", "beta", beta)
     eps = validation.positive("calibrate", "eps", eps)
-    optimizer = wrapped_optimizer("calibrate", model)
+    optimizers = watched_optimizers("calibrate", model, optimizer)
+    for one in optimizers:
+        if not one.built:
+            raise ValueError(
+                "calibrate: the model is not built. Call it on a batch, or give it an Input."
+                if optimizer is None
+                else "calibrate: `optimizer` is not built. Call its build(variables) first."
+            )
     # Room for the updates between two fetches.
     capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
-    sampler = Sampler(optimizer, capacity, beta, eps)
-    hold = contextlib.nullcontext() if follow else optimizer._inner_update.held()
-    with everything_put_back(model, [optimizer]), hold:
-        _fit(model, data, batch_size, [Watch(sampler, count), *callbacks], count)
-        sampler.fetch()
-        skipped = sampler.skipped
-    return _suggest(sampler, count, skipped, percentile)
+    samplers = [Sampler(one, capacity, beta, eps) for one in optimizers]
+    batches = count * max(one.gradient_accumulation_steps or 1 for one in optimizers)
+    with everything_put_back(model, optimizers), contextlib.ExitStack() as stack:
+        if not follow:
+            for one in optimizers:
+                stack.enter_context(one._inner_update.held())
+        _fit(model, data, batch_size, [Watch(samplers, count), *callbacks], batches)
+        for sampler in samplers:
+            sampler.fetch()
+        skipped = [sampler.skipped for sampler in samplers]
+    found = Calibrations(
+        (label, _suggest(sampler, count, left_out, percentile))
+        for label, sampler, left_out in zip(labels_of(optimizers), samplers, skipped, strict=True)
+    )
+    return found if len(found) > 1 else found[""]
+
+
+class Calibrations(dict):
+    """What `calibrate` found for each of several optimizers; print it for their tables."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{label}\n{found}" for label, found in self.items())
 
 
 def _fit(
@@ -413,17 +446,16 @@ def _fit(
     data: Any,
     batch_size: int | None,
     callbacks: list[keras.callbacks.Callback],
-    updates: int,
+    batches: int,
 ) -> None:
-    """Train until a callback stops it, at most as many epochs as `updates` can need."""
-    optimizer = wrapped_optimizer("calibrate", model)
+    """Train until a callback stops it, at most as many epochs as so many batches can need."""
     x, y, weight = _unpack(data)
     model.fit(
         x,
         y,
         sample_weight=weight,
         batch_size=batch_size,
-        epochs=updates * (optimizer.gradient_accumulation_steps or 1),
+        epochs=batches,
         shuffle=isinstance(data, tuple),  # a data set has its own order
         verbose=0,
         callbacks=callbacks,

@@ -132,34 +132,62 @@ class Clipping:
 
 
 def _how_often(run: Run, is_finite: np.ndarray) -> list[Finding]:
+    limits_updates = run.limits_updates
     if not run.clipped[is_finite].any():
-        suggestion = np.percentile(run.global_before[is_finite], 90)
-        return [
-            Finding(
-                "bad",
-                "No layer was ever clipped: the clip does nothing. Lower the threshold (the 90th "
-                f"percentile of the global norm is {suggestion:.3g}), or leave it out.",
-            )
-        ]
+        return [_never(run, is_finite, bool(limits_updates.all()))]
     samples = np.flatnonzero(is_finite)
     whole = Clipping.of(run, samples)
     late = Clipping.of(run, samples[len(samples) // 2 :])
-    too_often = whole.too_often(run.partial)
+    too_often = whole.too_often(run.partial) & ~limits_updates
     # The warm-up's large gradients say nothing about a threshold that fits afterwards.
     at_the_start = too_often & ~late.too_often(run.partial)
     result = _too_low(run, is_finite, whole, too_often & ~at_the_start)
     result += _uneven(run, is_finite) or _at_the_start(run, samples, at_the_start)
-    result += _turned(run, whole.angle)
-    if not too_often.any():
-        most = int(whole.share.argmax())
+    result += _turned(run, np.where(limits_updates, 0.0, whole.angle))
+    result += _limited(run, whole.share, limits_updates)
+    if not too_often.any() and not limits_updates.all():
+        share = np.where(limits_updates, np.nan, whole.share)
+        most = int(np.nanargmax(share))
         result.append(
             Finding(
                 "good",
-                f"On average a layer was clipped on {percent(whole.share.mean())} of steps, at "
-                f"most on {percent(whole.share[most])} ({run.layers[most]}).",
+                f"On average a layer was clipped on {percent(np.nanmean(share))} of steps, at "
+                f"most on {percent(share[most])} ({run.layers[most]}).",
             )
         )
     return result
+
+
+def _never(run: Run, is_finite: np.ndarray, limits_updates: bool) -> Finding:
+    if limits_updates:
+        reason = "every weight update was below the limit. Lower the limit, or leave it out."
+    else:
+        suggestion = np.percentile(run.global_before[is_finite], 90)
+        reason = (
+            "the clip does nothing. Lower the threshold (the 90th percentile of the global norm "
+            f"is {suggestion:.3g}), or leave it out."
+        )
+    return Finding("bad", f"No layer was ever clipped: {reason}")
+
+
+def _limited(run: Run, share: np.ndarray, limits_updates: np.ndarray) -> list[Finding]:
+    """How often a limit on weight updates acts: most steps may reach it, as they are meant to."""
+    indices = worst(share, limits_updates & (share > 0))
+    if not indices:
+        return []
+    average, most = float(share[limits_updates].mean()), indices[0]
+    works = " That is how such a limit works: it sets how far a step may move the weights."
+    return [
+        Finding(
+            "note",
+            f"Weight updates of {int(limits_updates.sum())} of {len(run.layers)} layers are "
+            f"limited, on {percent(average)} of steps on average, at most on "
+            f"{percent(share[most])} ({run.layers[most]}).{works if average > TOO_OFTEN else ''}",
+            tuple(f"{run.layers[i]}: on {percent(share[i])} of steps" for i in indices)
+            if len(indices) > SINGLY
+            else (),
+        )
+    ]
 
 
 def _too_low(
@@ -175,7 +203,8 @@ def _too_low(
         )
 
     def hint(i: int, text: str) -> str:
-        return "" if run.partial[i] else text.format(np.nanpercentile(norms[:, i], 90))
+        is_norm = run.limits_norms[i] and not run.partial[i]
+        return text.format(np.nanpercentile(norms[:, i], 90)) if is_norm else ""
 
     indices = worst(clipping.share * (1 - clipping.left), too_often)
     if len(indices) <= SINGLY:
@@ -224,9 +253,10 @@ def _at_the_start(run: Run, samples: np.ndarray, mask: np.ndarray) -> list[Findi
 
 def _uneven(run: Run, is_finite: np.ndarray) -> list[Finding]:
     """A clip that acts in one part of the run alone, because the norms drift."""
-    if is_finite.sum() < 20:
+    clipped = run.clipped[is_finite][:, ~run.limits_updates]
+    if len(clipped) < 20 or not clipped.size:
         return []
-    fifths = np.array_split(run.clipped[is_finite].mean(axis=1), 5)
+    fifths = np.array_split(clipped.mean(axis=1), 5)
     first, last = (float(part.mean()) for part in (fifths[0], fifths[-1]))
     if not (max(first, last) > UNEVEN[0] and min(first, last) < UNEVEN[1]):
         return []
@@ -235,12 +265,13 @@ def _uneven(run: Run, is_finite: np.ndarray) -> list[Finding]:
     ratio = max(np.median(sizes[0]), _TINY) / max(np.median(sizes[-1]), _TINY)
     drift = f"falls {ratio:.0f}-fold" if ratio > 1 else f"grows {1 / ratio:.0f}-fold"
     reason = f" The global norm {drift} in between." if max(ratio, 1 / ratio) >= 2 else ""
+    advice = " A schedule or PercentileClip follows such a drift."
     return [
         Finding(
             "note",
             f"The clip acts at the {end} of the run: on {percent(first)} of the layers in its "
-            f"first fifth, on {percent(last)} in its last.{reason} A schedule or PercentileClip "
-            "follows such a drift.",
+            f"first fifth, on {percent(last)} in its last.{reason}"
+            + ("" if run.description.get("remembers") else advice),
         )
     ]
 

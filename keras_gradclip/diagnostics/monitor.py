@@ -12,12 +12,21 @@ import numpy as np
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import names_of, size_of
-from keras_gradclip._types import Config
-from keras_gradclip.diagnostics._monitor_files import MonitorFiles
+from keras_gradclip._types import Config, Model, Optimizer
+from keras_gradclip.diagnostics._monitor_files import (
+    MonitorFiles,
+    WatchedVariable,
+    is_measured,
+    watched_variables,
+)
 from keras_gradclip.diagnostics._recorder import FIELDS, Recorder
 from keras_gradclip.diagnostics.loggers import Log, to_tensorboard
-from keras_gradclip.diagnostics.watch import UPDATES_IN_A_STEP, sync, wrapped_optimizer
+from keras_gradclip.diagnostics.watch import (
+    UPDATES_IN_A_STEP,
+    labels_of,
+    sync,
+    watched_optimizers,
+)
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 
 
@@ -53,6 +62,10 @@ class ClipMonitor(keras.callbacks.Callback):
     Training on from a checkpoint appends to them: rows of steps that are done again go. After an
     interrupted `fit` call `detach()`, unless the model is a ClippedModel, which does it itself.
 
+    Under a `keras.optimizers.MultiOptimizer` of several ClippedOptimizers it watches them all; a
+    rule is then called after its optimizer, too (`adam: head/.*`), and a threshold
+    (`adam/max_norm`). A sample has the variables whose optimizers made an update at that step.
+
     Args:
         run_dir: a folder (made if need be), or None to write nothing.
         every: measure one update in this many. One measurement reads each gradient about five
@@ -63,15 +76,18 @@ class ClipMonitor(keras.callbacks.Callback):
             `figures` is a dict of finite floats: `grad_norm`, `grad_norm_after`, `grad_max`,
             `clip_angle` and `clip_fraction` of the whole, `norm_before/VARIABLE` and so on for
             each figure and variable, `threshold/NAME`.
+        optimizer: the optimizer to watch, or several, where training uses others than the model's
+            own, as of a GAN; one that is not built yet is watched from its first update on.
 
     Attributes:
         history: a dict of lists, a sample an entry: `step`, `epoch`, and for each of the figures
-            above a float64 array, one number a variable; `thresholds`, a list of dicts.
+            above a float64 array, one number a variable, NaN where there is none; `thresholds`, a
+            list of dicts.
         variables: the names of the variables, as in `monitor.csv`, in the order of those arrays.
 
     Raises:
-        ValueError: `every` below 1, tensorboard without a run_dir, a log that is no function; when
-            training begins: a model without a ClippedOptimizer.
+        ValueError: a `run_dir` that is no path, `every` below 1, tensorboard without a run_dir, a
+            log that is no function; when training begins: nothing there that clips.
     """
 
     def __init__(
@@ -80,8 +96,15 @@ class ClipMonitor(keras.callbacks.Callback):
         every: int = 50,
         tensorboard: bool = False,
         log: Log | Sequence[Log] = (),
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(run_dir, (str, os.PathLike, type(None))):
+            raise ValueError(
+                f"ClipMonitor: `run_dir` must be a folder or None, but is {run_dir!r}. Write "
+                f"ClipMonitor(every={run_dir!r}) for one update in that many."
+            )
         if tensorboard and run_dir is None:
             raise ValueError("ClipMonitor: `tensorboard=True` needs a `run_dir` to write to.")
         self.run_dir = None if run_dir is None else Path(run_dir)
@@ -96,7 +119,9 @@ class ClipMonitor(keras.callbacks.Callback):
                 )
         self.variables: list[str] = []
         self.history: dict[str, list] = {}
-        self._recorder: Recorder | None = None
+        self.optimizer = optimizer
+        self._recorders: list[Recorder] = []
+        self._watched: list[WatchedVariable] = []  # known once the optimizers are built
         self._files: MonitorFiles | None = None
         self._active_logs: list[Log] = []
         self._epoch = 0
@@ -104,37 +129,59 @@ class ClipMonitor(keras.callbacks.Callback):
         self._sizes = np.zeros(0)  # of the variables
         self._fetched_batch = self._fetched_step = 0
         self._interval = 1  # batches between two fetches
-        self._is_checked = False  # updates that are not finite are left out
 
     # Keras calls these -----------------------------------------------------------------------
+
+    def set_model(self, model: Model = None) -> None:
+        """As in Keras."""
+        if not isinstance(self, ClipMonitor):
+            raise ValueError(
+                "ClipMonitor: `callbacks` has the class in it. Write callbacks=[ClipMonitor()]."
+            )
+        super().set_model(model)
 
     def on_train_begin(self, logs: Config | None = None) -> None:
         """Attach to the optimizer and open the files."""
         self.detach()
-        optimizer = wrapped_optimizer("ClipMonitor", self.model)
+        optimizers = watched_optimizers("ClipMonitor", self.model, self.optimizer)
         updates = UPDATES_IN_A_STEP * int(getattr(self.model, "steps_per_execution", 1))
-        self._recorder = Recorder(optimizer, self.every, updates // self.every + 4)
+        self._recorders = [Recorder(o, self.every, updates // self.every + 4) for o in optimizers]
         self._interval = self.every // UPDATES_IN_A_STEP + 1
-        self._fetched_step = int(to_numpy(optimizer.iterations))
-        self._is_checked = optimizer.skip_nonfinite or self.model.optimizer is not optimizer
-        self.variables = names_of(optimizer._trainable_variables)
-        self._sizes = np.array([size_of(v) for v in optimizer._trainable_variables], "float64")
+        self._fetched_step = 0
         self.history = {k: [] for k in ("step", "epoch", *FIELDS, "thresholds")}
         # Every worker measures, for the logs; one writes.
-        if aggregation.is_chief(optimizer._strategy):
+        if aggregation.is_chief(optimizers[0]._strategy):
             self._active_logs = list(self.logs)
-            if self.run_dir is not None:
-                self._files = MonitorFiles(self.run_dir, optimizer, self.variables, self.every)
-                if self.tensorboard:
-                    self._active_logs.append(to_tensorboard(self.run_dir / "tensorboard"))
-        optimizer.watch(self._recorder)
+            if self.tensorboard and self.run_dir is not None:
+                self._active_logs.append(to_tensorboard(self.run_dir / "tensorboard"))
+        for recorder in self._recorders:
+            recorder.optimizer.watch(recorder)
+        self._open()
         self.model.make_train_function(force=True)  # the step must be traced with the watcher
+
+    def _open(self, at_last: bool = False) -> None:
+        """Open the files, once the variables are known; `at_last` of the optimizers in use."""
+        if self._watched or not (at_last or all(r.is_built for r in self._recorders)):
+            return
+        for recorder in [r for r in self._recorders if not r.is_built]:
+            recorder.optimizer.unwatch(recorder)
+            self._recorders.remove(recorder)
+        if not self._recorders:
+            return
+        optimizers = [recorder.optimizer for recorder in self._recorders]
+        self._fetched_step = self._step()
+        self._watched = watched_variables(optimizers, [r.start for r in self._recorders])
+        self.variables = [variable.name for variable in self._watched]
+        self._sizes = np.array([math.prod(v.shape) for v in self._watched], "float64")
+        if self.run_dir is not None and aggregation.is_chief(optimizers[0]._strategy):
+            self._files = MonitorFiles(self.run_dir, self._watched, self.every)
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Ask for a measurement of the first update."""
         self._epoch, self._fetched_batch = epoch, 0
         self._wholes = []
-        self._attached.force.assign(1.0)
+        for recorder in self._recorders:
+            recorder.force()
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         """Fetch what was measured, before the buffer is full."""
@@ -143,22 +190,28 @@ class ClipMonitor(keras.callbacks.Callback):
             return
         self._fetched_batch = batch + 1
         sync(self.model)
+        self._open()
         self._fetch()
-        step = int(to_numpy(self._attached.optimizer.iterations))
+        step = self._step()
         updates, self._fetched_step = step - self._fetched_step, step
         if updates > 0:  # a batch may be several updates, or a part of one
             self._interval = max(1, self.every * batches // updates)
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         """Fetch the rest and add the epoch's means to the logs."""
+        self._open(at_last=True)
         self._fetch()
-        nonfinite = self._attached.fetch_skipped()
-        if nonfinite is not None:  # a sample without norms
-            row = {field: np.full(nonfinite.shape, np.nan) for field in FIELDS}
-            row["nonfinite"] = nonfinite
-            optimizer = self._attached.optimizer
-            step = int(to_numpy(optimizer.iterations))
-            self._keep(step, row, dict(optimizer.clip_hyperparameters))
+        if not self._watched:
+            return  # no optimizer made an update
+        skipped = [recorder.fetch_skipped() for recorder in self._recorders]
+        if any(share is not None for share in skipped):  # a sample without norms
+            row = self._nothing()
+            for at, share in zip(self._places(), skipped, strict=True):
+                row["nonfinite"][at] = 0.0 if share is None else share
+            thresholds: dict[str, float] = {}
+            for recorder, label in zip(self._recorders, self._labels(), strict=True):
+                thresholds |= _labelled(label, dict(recorder.optimizer.clip_hyperparameters))
+            self._keep(self._step(), row, thresholds)
         if logs is not None:
             for name, mean in self._means().items():  # a ClippedModel has two of them already
                 logs.setdefault(name, mean)
@@ -169,23 +222,48 @@ class ClipMonitor(keras.callbacks.Callback):
 
     def detach(self) -> None:
         """Stop watching, also after a `fit` that was interrupted."""
-        if self._recorder is not None:
-            self._recorder.optimizer.unwatch(self._recorder)
-            self._recorder = None
+        for recorder in self._recorders:
+            recorder.optimizer.unwatch(recorder)
             self.model.train_function = None
+        self._recorders, self._watched = [], []
         self._files, self._active_logs = None, []
 
     # Inside ----------------------------------------------------------------------------------
 
-    @property
-    def _attached(self) -> Recorder:
-        if self._recorder is None:
-            raise RuntimeError("ClipMonitor: training has not begun.")
-        return self._recorder
+    def _step(self) -> int:
+        """The number of updates so far; of several optimizers the largest."""
+        return max((int(to_numpy(r.optimizer.iterations)) for r in self._recorders), default=0)
+
+    def _labels(self) -> list[str]:
+        return labels_of([recorder.optimizer for recorder in self._recorders])
+
+    def _places(self) -> list[slice]:
+        """Where each optimizer's variables are among all."""
+        counts = [len(r.optimizer._trainable_variables) for r in self._recorders]
+        ends = np.cumsum(counts)
+        return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+    def _nothing(self) -> dict[str, np.ndarray]:
+        """A sample of no variable."""
+        return {field: np.full(len(self._watched), np.nan) for field in FIELDS}
 
     def _fetch(self) -> None:
-        for sample in self._attached.fetch(self._is_checked):
-            self._keep(*sample)
+        """Keep what is new: what several optimizers did at one step is one sample."""
+        if not self._watched:
+            return
+        samples: dict[tuple[int, int], tuple[dict[str, np.ndarray], dict[str, float]]] = {}
+        parts = zip(self._recorders, self._places(), self._labels(), strict=True)
+        for recorder, at, label in parts:
+            times: dict[int, int] = {}
+            for step, row, thresholds in recorder.fetch():
+                times[step] = times.get(step, 0) + 1
+                key = (step, times[step])
+                whole, all_thresholds = samples.setdefault(key, (self._nothing(), {}))
+                for field in FIELDS:
+                    whole[field][at] = row[field]
+                all_thresholds |= _labelled(label, thresholds)
+        for (step, _), sample in sorted(samples.items(), key=lambda item: item[0]):
+            self._keep(step, *sample)
 
     def _keep(self, step: int, row: dict[str, np.ndarray], thresholds: dict[str, float]) -> None:
         self.history["step"].append(step)
@@ -223,6 +301,11 @@ class ClipMonitor(keras.callbacks.Callback):
         return means
 
 
+def _labelled(label: str, thresholds: Mapping[str, float]) -> dict[str, float]:
+    """Thresholds under names that say whose they are."""
+    return {f"{label}/{name}" if label else name: v for name, v in thresholds.items()}
+
+
 #: Figures of the whole gradient, of all variables together.
 WHOLE = (
     "grad_norm",
@@ -235,12 +318,14 @@ WHOLE = (
 
 
 def whole_of(row: Mapping[str, np.ndarray], sizes: np.ndarray) -> dict[str, float]:
-    """The figures `WHOLE` of a sample; NaN where a variable's gradient is not finite.
+    """The figures `WHOLE` of a sample; NaN where a measured variable's gradient is not finite.
 
     Args:
         row: for each of `FIELDS` an array `[variables]`.
         sizes: the variables' numbers of elements.
     """
+    is_there = is_measured(row)
+    row, sizes = {name: values[is_there] for name, values in row.items()}, sizes[is_there]
     before, after = row["norm_before"], row["norm_after"]
     values = (
         np.linalg.norm(before),

@@ -13,40 +13,64 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Model, Optimizer, Strategy, Tensor, Variable
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._telemetry import zeros
-from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find
+from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find_all
 
 # A batch may bring several updates: a `train_step` may call `apply` more than once.
 UPDATES_IN_A_STEP = 16
 
 
-def wrapped_optimizer(owner: str, model: Model) -> ClippedOptimizer:
-    """The built `ClippedOptimizer` of a compiled model.
+def watched_optimizers(
+    owner: str, model: Model, optimizer: Optimizer | Sequence[Optimizer] | None = None
+) -> list[ClippedOptimizer]:
+    """The `ClippedOptimizer`s of a compiled model, several under a `MultiOptimizer`.
+
+    They are built if the model is, and else where training builds them.
+
+    Args:
+        owner: who asks, for the messages.
+        model: compiled.
+        optimizer: the ones to watch, in the place of the model's.
 
     Raises:
-        ValueError: the model is not compiled with one or is not built.
+        ValueError: there is none.
     """
-    outer: Optimizer = getattr(model, "optimizer", None)
-    wrapper = find(outer)
-    if wrapper is None:
+    own: Optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        outer = [own]
+        if own is not None and model.built and not own.built:
+            with strategy_scope(*find_all(own)[:1]):
+                own.build(model.trainable_variables)
+    else:
+        outer = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    wrappers = list({id(found): found for one in outer for found in find_all(one)}.values())
+    if not wrappers:
+        what = "the model's optimizer" if optimizer is None else "`optimizer`"
         raise ValueError(
-            f"{owner}: the model's optimizer is {outer!r}, which does not clip. Compile with "
-            "ClippedOptimizer(inner_optimizer, clipper), or build a ClippedModel; clipper=None "
-            "will do."
+            f"{owner}: {what} is {own if optimizer is None else optimizer!r}, which does not clip. "
+            "Compile with ClippedOptimizer(inner_optimizer, clipper), or build a ClippedModel; "
+            f"clipper=None will do. Where training uses others, name them: {owner}(..., "
+            "optimizer=model.generator_optimizer)."
         )
-    if not wrapper.built:
-        if not model.built:
-            raise ValueError(
-                f"{owner}: the model is not built. Call it on a batch, or give it an Input."
-            )
-        with strategy_scope(wrapper):
-            outer.build(model.trainable_variables)
-    return wrapper
+    built = [wrapper for wrapper in wrappers if wrapper.built]
+    # A MultiOptimizer builds those that have variables.
+    return built if built and optimizer is None else wrappers
 
 
-def strategy_scope(optimizer: ClippedOptimizer) -> contextlib.AbstractContextManager:
-    """The scope of the strategy under which the optimizer was made."""
-    strategy: Strategy = optimizer._strategy
-    return contextlib.nullcontext() if strategy is None else strategy.scope()
+def labels_of(optimizers: Sequence[ClippedOptimizer]) -> list[str]:
+    """A name for each of several optimizers, each once; "" for one alone."""
+    if len(optimizers) == 1:
+        return [""]
+    names = [optimizer.inner_optimizer.name for optimizer in optimizers]
+    return [
+        name if names.count(name) == 1 else f"{name}#{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def strategy_scope(*optimizers: ClippedOptimizer) -> contextlib.AbstractContextManager:
+    """The scope of the strategy under which the optimizer was made, if there is one."""
+    strategies: list[Strategy] = [optimizer._strategy for optimizer in optimizers]
+    return strategies[0].scope() if any(strategies) else contextlib.nullcontext()
 
 
 def counter(name: str) -> Variable:

@@ -121,11 +121,15 @@ _GAIN_BY_XLA = (
 )
 
 
+# The methods that a kernel does not call. Set on an object (on a class, it is another), they count.
+_REPLACED = ("apply", "apply_gradients", "update_step", "assign", "assign_add", "assign_sub")
+
+
 class CompiledUpdate:
     """Runs the updates of one inner optimizer; what it refuses is left to Keras.
 
     Args:
-        inner: a Keras optimizer; the way it updates its variables is replaced.
+        inner: a Keras optimizer.
         mode: "auto" compiles what is legal and pays, True insists, False changes nothing.
 
     Attributes:
@@ -145,9 +149,14 @@ class CompiledUpdate:
         self._reason = self._impossible()
         if self._reason and mode is True:
             raise ValueError(_cannot(self._reason))
-        if backend.backend() == "tensorflow":
-            # An inner optimizer that is wrapped a second time may have been compiled before.
-            _compat.replace_updates(inner, None if self._reason else self._update)
+
+    def attributes(self) -> dict[str, Any]:
+        """What the inner optimizer has to be changed by while it applies: see `_compat.changed`."""
+        reason = self._impossible()
+        if reason:  # it may be new: a method that was set on the object since
+            self._reason = reason
+            return {}
+        return _compat.replaced_updates(self._inner, self._update)
 
     def _impossible(self) -> str | None:
         """Why nothing can be compiled, as far as it is known before the first update."""
@@ -158,6 +167,9 @@ class CompiledUpdate:
             return f"the backend is {backend.backend()}, not tensorflow"
         if not _compat.updates_are_replaceable(self._inner):
             return f"{name} or this Keras has its own way to update a list of variables"
+        own = [method for method in _REPLACED if method in vars(self._inner)]
+        if own:
+            return f"{own[0]} was set on this {name}"
         known = self._make_kernel is not None or type(self._inner) in _GAIN_BY_XLA
         if not known and self.mode == "auto":
             return f"{name} is not known to gain; compiled=True tries it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -18,10 +17,6 @@ from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variab
 from keras_gradclip.optimizer._accumulation import is_overwritten
 from keras_gradclip.optimizer._compiled import CompiledUpdate
 from keras_gradclip.optimizer._steps import BoundedSteps, UpdateLimit
-
-# The `ema_overwrite_frequency` of inner optimizers, which we took from them. An optimizer that
-# is compiled a second time is wrapped a second time.
-_EMA_FREQUENCIES: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 def check_inner(inner: object, wrapper: type) -> Optimizer:
@@ -53,6 +48,11 @@ def check_inner(inner: object, wrapper: type) -> Optimizer:
             f"ClippedOptimizer: `inner_optimizer` must not be {inner!r} ({kind}): {remedy}."
         )
     _check_arguments(inner)
+    if keras.backend.backend() == "jax" and _compat.overrides(inner, "stateless_apply"):
+        raise ValueError(
+            f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) has a `stateless_apply` "
+            "of its own, which would not be called. Override `apply` instead."
+        )
     return inner
 
 
@@ -90,10 +90,12 @@ def split_overwriting(
 
 
 class InnerUpdate:
-    """Applies clipped gradients; Keras's own reduction and moving-average overwrite are off.
+    """Applies clipped gradients by an inner optimizer, which is changed only meanwhile.
+
+    Its own reduction is off and its updates go through `compiled`, also where it was entered by a
+    method that its class overrides.
 
     Attributes:
-        ema_overwrite_frequency: what was taken from the inner optimizer, or None.
         compiled: how the inner optimizer's variables are updated.
         is_held: whether it is inside `held`.
     """
@@ -101,16 +103,10 @@ class InnerUpdate:
     def __init__(self, inner: Optimizer, strategy: Strategy, compiled: bool | str) -> None:
         self._inner = inner
         self.is_held = False
-        self.ema_overwrite_frequency: int | None = None
-        if strategy is not None:
-            # Keras overwrites inside a cond in replica context, which fails, also where there is
-            # one replica alone; we do it.
-            frequency = inner.ema_overwrite_frequency or _EMA_FREQUENCIES.get(inner)
-            if frequency:
-                _EMA_FREQUENCIES[inner] = frequency
-            self.ema_overwrite_frequency = frequency
-            inner.ema_overwrite_frequency = None
-        _compat.make_reduce_identity(inner)
+        self._is_distributed = strategy is not None
+        self._overwrites_every: int | None = None
+        self._entered = 0
+        self._changes = contextlib.ExitStack()
         self.compiled = CompiledUpdate(inner, compiled)
         self._steps = BoundedSteps(inner)
 
@@ -138,15 +134,46 @@ class InnerUpdate:
             gradients = [None if g is None else arithmetic.dense(g) for g in gradients]
             gradients = arithmetic.divided(gradients, 1.0 / factor)
         merged = [g if o is None else o for g, o in zip(gradients, overwriting, strict=True)]
-        with self._steps.by(bound):
-            self._inner.apply([merged[i] for i in indices], [variables[i] for i in indices])
-        if self.ema_overwrite_frequency:
+        chosen = [merged[i] for i in indices], [variables[i] for i in indices]
+        with self._changed(), self._steps.by(bound):
+            if _compat.overrides(self._inner, "apply_gradients"):
+                self._inner.apply_gradients(list(zip(*chosen, strict=True)))
+            else:
+                self._inner.apply(*chosen)
+        if self._overwrites_every:
             aggregation.cond(
-                ops.equal(self._inner.iterations % self.ema_overwrite_frequency, 0),
-                functools.partial(_compat.overwrite_with_average, self._inner, list(variables)),
+                ops.equal(self._inner.iterations % self._overwrites_every, 0),
+                functools.partial(_compat.overwrite_with_average, self._inner),
                 lambda: None,
                 cross_replica=True,
             )
+
+    @contextlib.contextmanager
+    def _changed(self) -> Iterator[None]:
+        """Inside, the inner optimizer is changed for this update.
+
+        Replicas are threads that take turns: the first that enters changes it, and the last that
+        leaves puts it back.
+        """
+        if self._entered == 0:
+            attributes = {
+                **_compat.without_reduction(self._inner),
+                **self.compiled.attributes(),
+                **self._steps.attributes(),
+            }
+            if self._is_distributed:
+                # Keras overwrites weights with their averages inside a cond in replica context,
+                # which fails, also where there is one replica alone; `__call__` does it.
+                self._overwrites_every = self._inner.ema_overwrite_frequency
+                attributes["ema_overwrite_frequency"] = None
+            self._changes.enter_context(_compat.changed(self._inner, attributes))
+        self._entered += 1
+        try:
+            yield
+        finally:
+            self._entered -= 1
+            if self._entered == 0:
+                self._changes.close()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import keras
@@ -115,7 +115,9 @@ class KnowsLossScale:
             self._static_scale = UnknownLossScale(self.inner_optimizer)
         else:
             # Its own `apply` asks the first replica alone whether the gradients are finite.
-            outer.apply = functools.partial(_apply_scaled, outer, self)
+            name = _compat.method_that_applies(outer)
+            own = getattr(outer, name)
+            setattr(outer, name, functools.partial(_apply_scaled, outer, own))
             if type(outer) is keras.optimizers.LossScaleOptimizer:  # no other way to build
                 outer.build = functools.partial(_build_scaled, outer)
                 outer.scale_loss = functools.partial(_scale_loss, outer)
@@ -164,12 +166,18 @@ def _make_scale(outer: Optimizer) -> None:
 
 def _apply_scaled(
     outer: Optimizer,
-    wrapper: Optimizer,
+    own: Callable[..., None],
     grads: Sequence[Gradient],
     trainable_variables: Sequence[Variable] | None = None,
 ) -> None:
-    """`LossScaleOptimizer.apply` that reduces first and asks for finiteness afterwards."""
+    """`LossScaleOptimizer.apply` that reduces first and asks for finiteness afterwards.
+
+    `own` is Keras's, for an optimizer that was put in the place of ours since.
+    """
+    if not isinstance(outer.inner_optimizer, KnowsLossScale):
+        own(grads, trainable_variables)
+        return
     if not outer.built and trainable_variables is not None:
         outer.build(list(trainable_variables))
         outer.built = True
-    wrapper._apply(grads, trainable_variables, DynamicLossScale(outer))
+    outer.inner_optimizer._apply(grads, trainable_variables, DynamicLossScale(outer))

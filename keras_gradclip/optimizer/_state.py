@@ -232,11 +232,8 @@ class HasState(HasThresholds):
 
     def get_config(self) -> Config:
         """The arguments, JSON-able, with the thresholds that are in force now."""
-        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
-        if self._inner_update.ema_overwrite_frequency:
-            inner["config"]["ema_overwrite_frequency"] = self._inner_update.ema_overwrite_frequency
         return {
-            "inner_optimizer": inner,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "clipper": AUTO if self._is_auto else serialize(self.clipper),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "skip_nonfinite": self.skip_nonfinite,

@@ -42,13 +42,17 @@ class BoundedSteps:
     """Stands around the update of an inner optimizer.
 
     Args:
-        inner: a Keras optimizer; the way it updates its variables is replaced.
+        inner: a Keras optimizer.
     """
 
     def __init__(self, inner: Optimizer) -> None:
         self._bound: UpdateLimit | None = None
+        self._inner = inner
         self._may_split = _compat.updates_are_separable(inner)
-        _compat.wrap_update(inner, self._update)
+
+    def attributes(self) -> dict[str, Any]:
+        """What the inner optimizer has to be changed by while it applies: see `_compat.changed`."""
+        return _compat.wrapped_update(self._inner, self._update)
 
     @contextlib.contextmanager
     def by(self, bound: UpdateLimit | None) -> Iterator[None]:

@@ -314,6 +314,16 @@ def find(optimizer: Optimizer | None) -> ClippedOptimizer | None:
     return optimizer
 
 
+def find_all(optimizer: Optimizer | None) -> list[ClippedOptimizer]:
+    """What `find` finds, or each that a `keras.optimizers.MultiOptimizer` gives variables to."""
+    wrapper = find(optimizer)
+    if wrapper is not None:
+        return [wrapper]
+    while inner := getattr(optimizer, "inner_optimizer", None):
+        optimizer = inner
+    return [found for part in getattr(optimizer, "optimizers", ()) for found in find_all(part)]
+
+
 def _delegated() -> float:
     """Stands for the wrapper's own learning rate, which nobody reads: see `learning_rate`."""
     return 0.0

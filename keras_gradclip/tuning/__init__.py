@@ -23,7 +23,6 @@ _MODULES = {
     "suggest": "optuna_space",
     "calibrated_ranges": "space",
     "clip_hyperparameters": "space",
-    "from_clipper": "space",
     "layer_groups": "space",
     "to_clipper": "space",
     "to_gate": "space",

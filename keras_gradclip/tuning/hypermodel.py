@@ -1,7 +1,7 @@
 """What is tried: a user's `build_model(hp)` in a `ClipHyperModel`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import keras
@@ -26,7 +26,8 @@ class ClipHyperModel(kt.HyperModel):
     1e8) stops at once and reports the worst possible value: it ranks last, and the search goes on.
 
     Args:
-        build_model: `hp -> compiled keras.Model`.
+        build_model: `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel`, whose `build` and
+            `fit` are used; its `fit` must hand the callbacks that it gets on to `model.fit`.
         objective: what the tuner optimises: a name such as "val_accuracy", or a
             `keras_tuner.Objective`.
         diverged_value: the objective of a trial that diverged; default -inf (to be maximised) or
@@ -42,13 +43,14 @@ class ClipHyperModel(kt.HyperModel):
 
     def __init__(
         self,
-        build_model: Callable,
+        build_model: Callable | kt.HyperModel,
         objective="val_accuracy",
         diverged_value: float | None = None,
         **space,
     ):
         super().__init__()
-        self.build_model = build_model
+        self.hypermodel = build_model if isinstance(build_model, kt.HyperModel) else None
+        self.build_model = build_model if self.hypermodel is None else self.hypermodel.build
         self.objective = as_objective(objective)
         if diverged_value is None:
             diverged_value = worst_score(self.objective.direction)
@@ -86,19 +88,32 @@ class ClipHyperModel(kt.HyperModel):
         return model
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
-        """`model.fit`, which stops at divergence.
+        """`model.fit`, or that of the `keras_tuner.HyperModel`, which stops at divergence.
 
         Returns:
-            The history with `grad_norm` and `clip_fraction`; the worst value for a trial that
-            diverged.
+            What that returns, a history with `grad_norm` and `clip_fraction`; the worst value for a
+            trial that diverged.
         """
         watch = _Watch()
-        history = model.fit(*args, callbacks=[watch, *callbacks], **kwargs)
+        if self.hypermodel is not None:
+            args = (hp, model, *args)
+        fit = model.fit if self.hypermodel is None else self.hypermodel.fit
+        result = fit(*args, callbacks=[watch, *callbacks], **kwargs)
         name = self.objective.name
-        seen = history.history.get(name, [])
-        if watch.diverged or not all(math.isfinite(value) for value in seen):
+        if watch.diverged or not _all_finite(result, name):
             return {name: self.diverged_value, DIVERGED: 1.0}
-        return history
+        return result
+
+
+def _all_finite(result, name: str) -> bool:
+    """Whether the objective `name` is finite in what a `fit` may return to KerasTuner."""
+    if isinstance(result, (list, tuple)):
+        return all(_all_finite(each, name) for each in result)
+    if isinstance(result, keras.callbacks.History):
+        return _all_finite(result.history.get(name, []), name)
+    if isinstance(result, Mapping):
+        return _all_finite(result.get(name), name)
+    return result is None or math.isfinite(result)
 
 
 class _Watch(keras.callbacks.Callback):

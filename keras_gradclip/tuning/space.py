@@ -281,38 +281,6 @@ def _value(p: Parameter, value):
     return int(value) if p.kind == "count" else _rounded(value)
 
 
-def from_clipper(clipper, groups: Mapping[str, str] | None = None) -> dict:
-    """The hyper-parameters of a clipper: the inverse of `to_clipper`.
-
-    Args:
-        clipper: None, one of `searchable()`, or a ClipMap of one kind over `groups`.
-        groups: name to regular expression; needed for a ClipMap.
-
-    Raises:
-        ValueError: a clipper outside of the space, such as a Chain or one with a schedule.
-    """
-    if clipper is None:
-        return {"clipper": NONE}
-    if not isinstance(clipper, kgc.ClipMap):
-        if groups:
-            raise ValueError(f"from_clipper: {clipper} has no groups: leave out `groups`.")
-        return _values_of(clipper, "")
-    rules = dict(clipper.rules)
-    if not groups or list(rules) != list(groups.values()) or clipper.default is not None:
-        raise ValueError(
-            f"from_clipper: the rules {list(rules)} are not those of `groups`, "
-            f"{list((groups or {}).values())}."
-        )
-    values: dict = {}
-    for group, pattern in groups.items():
-        own = _values_of(rules[pattern], f"/{group}")
-        clash = [name for name in values if name in own and values[name] != own[name]]
-        if clash:
-            raise ValueError(f"from_clipper: the groups differ in {clash[0]!r}, not in thresholds.")
-        values |= own
-    return values
-
-
 def to_gate(values: Mapping, initial_learning_rate: float):
     """The activation gate of a trial, or None.
 
@@ -388,21 +356,6 @@ def ranges(hp) -> dict[str, tuple[float, float]]:
         if numbers and all(isinstance(v, (int, float)) for v in numbers):
             found[parameter.name] = (min(numbers), max(numbers))
     return found
-
-
-def _values_of(clipper, suffix):
-    alias = next((a for a, cls in selectable().items() if cls is type(clipper)), None)
-    if alias is None or not all(isinstance(v, float) for v in clipper.hyperparameters().values()):
-        raise ValueError(
-            f"from_clipper: {clipper} is outside of the space: use one of "
-            f"{', '.join(selectable())} with plain numbers."
-        )
-    values = {"clipper": alias}
-    for p in searchable()[alias].values():
-        value = getattr(clipper, p.name)
-        if p.search or p.threshold or value != p.default:
-            values[f"{alias}/{p.name}{suffix if p.threshold else ''}"] = value or NONE
-    return values
 
 
 def _threshold_names(alias: str, threshold: str, groups) -> list[str]:

@@ -121,8 +121,8 @@ class Telemetry(keras.callbacks.Callback):
     """Writes what the clip did to each layer into `layers.csv`, a row per epoch and layer.
 
     Columns: epoch (from 1), layer, grad_norm (L2 before the clip, root mean square over the
-    epoch's updates), clip_fraction. Adds the learning rate and, where `fit` did not, `grad_norm`
-    and `clip_fraction` to the logs.
+    epoch's updates), clip_fraction. Adds the learning rate of the epoch's last update and, where
+    `fit` did not, `grad_norm` and `clip_fraction` to the logs.
 
     Args:
         path: of the file.
@@ -139,7 +139,7 @@ class Telemetry(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Appends the epoch's rows."""
         optimizer = clipped_optimizer(self.model)
-        logs["learning_rate"] = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+        logs["learning_rate"] = _last_learning_rate(optimizer.inner_optimizer)
         seen = optimizer.read_telemetry()
         for name in ("grad_norm", "clip_fraction"):
             logs.setdefault(name, float(seen[name]))
@@ -152,6 +152,15 @@ class Telemetry(keras.callbacks.Callback):
         )
         rows = [(epoch + 1, layer, f"{norm:.6g}", f"{share:.6g}") for layer, norm, share in figures]
         append_csv(self.path, self.FIELDS, rows)
+
+
+def _last_learning_rate(optimizer: Any) -> float:
+    """That of the last update; `optimizer.learning_rate` is the next one's, 0 at a cosine's end."""
+    rate = optimizer.get_config()["learning_rate"]
+    if isinstance(rate, dict):
+        schedule = keras.optimizers.schedules.deserialize(rate)
+        rate = schedule(keras.ops.maximum(optimizer.iterations - 1, 0))
+    return float(keras.ops.convert_to_numpy(rate))
 
 
 class History(keras.callbacks.CSVLogger):

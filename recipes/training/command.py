@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes import STARTED
 from recipes.command_line import exit_status
 from recipes.errors import TrainingDiverged
 from recipes.training import folder as folders
@@ -21,6 +22,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, as `recipes.command_line.exit_status` says.
     """
+    started = STARTED if argv is None else None
     argv = sys.argv[1:] if argv is None else list(argv)
     folder: Path | None = None
 
@@ -28,7 +30,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
         nonlocal folder
         options, folder = folders.open_run(recipe, opts.parse(recipe, argv))
         try:
-            result = run(recipe, options, folder)
+            result = run(recipe, options, folder, started=started)
         except TrainingDiverged as error:
             best = folder / folders.BEST
             left = f"; the last good model is in {best}" if best.exists() else ""

@@ -1,6 +1,7 @@
 """How does a run go? Data, model and devices are prepared, then it trains to its end."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -34,6 +35,7 @@ from recipes.training.diagnose import replay
 from recipes.training.feed import Feed
 from recipes.training.option_table import Options
 from recipes.training.recipe import Recipe, Result
+from recipes.words import counted
 
 
 def run(
@@ -41,6 +43,7 @@ def run(
     options: Options,
     folder: str | os.PathLike[str],
     callbacks: Sequence[Any] = (),
+    started: float | None = None,
 ) -> Result | None:
     """Trains, and writes everything into `folder`.
 
@@ -52,6 +55,7 @@ def run(
         options: from `recipe.options(...)`.
         folder: of the results, for this run alone; with `options.resume` the run in it goes on.
         callbacks: more Keras callbacks, run after the recipe's own.
+        started: `time.monotonic()` when the user's waiting began; None for now.
 
     Raises:
         RecipeError: a clipper, data set or device that cannot be, or a folder that is in use.
@@ -59,7 +63,7 @@ def run(
         WorkerLost: another worker died or hangs.
         OSError: a full disk, a folder that cannot be written.
     """
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     folder = Path(folder)
     writes = options.strategy != "multiworker" or multiworker.read_cluster().is_chief
     with (
@@ -179,7 +183,9 @@ class Session:
             self._fit(chain, start, first_epoch, validation)
         if not self.writes:
             return None
-        result = self._result(elapsed if finished else backup.seconds)
+        result = self._result()
+        seconds = elapsed if finished else elapsed + time.monotonic() - self.started
+        result = dataclasses.replace(result, seconds=seconds)
         if backup.step >= self.options.epochs * self.steps:
             write_json(self.folder / folders.RESULT, _summary(result))
             if not self.options.keep_backup:
@@ -240,9 +246,9 @@ class Session:
         rows = folders.read_history(self.folder / folders.HISTORY)
         if len(rows) < self.options.epochs:
             raise RecipeError(
-                f"--resume: the run in {self.folder} ended after {len(rows)} epochs, and its "
-                "backup is gone: start a new run with more --epochs (and --keep-backup, to go on "
-                "after its end)"
+                f"--resume: the run in {self.folder} ended after {counted(len(rows), 'epoch')}, "
+                "and its backup is gone: start a new run with more --epochs (and --keep-backup, "
+                "to go on after its end)"
             )
         return self.options.epochs * self.steps, folders.read_seconds(self.folder / folders.RESULT)
 
@@ -310,7 +316,7 @@ class Session:
             finding.layer,
         )
 
-    def _result(self, seconds: float) -> Result:
+    def _result(self) -> Result:
         rows = folders.read_history(self.folder / folders.HISTORY)
         metric = self.recipe.monitor.removeprefix("val_")
         plots.draw_from_files(self.folder, f"{self.recipe.name} on {self.data.name}", metric)
@@ -332,7 +338,7 @@ class Session:
             test={} if kept is None else self._test_kept(),
             parameters=self.exported.count_params(),
             clip_fraction=sum(fractions) / len(fractions) if fractions else float("nan"),
-            seconds=seconds,
+            seconds=0.0,
             data=self.data,
         )
 

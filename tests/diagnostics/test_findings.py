@@ -1,5 +1,6 @@
 """The findings on made-up runs."""
 
+import keras
 import numpy as np
 import pytest
 from run_files import CLIPPED, LAYERS, write_run
@@ -136,3 +137,77 @@ def test_a_warm_up_that_clips_is_not_a_threshold_that_is_too_low(tmp_path):
     late = write_run(tmp_path / "late", early[::-1])
     (bad,) = texts(late, "bad")
     assert bad.startswith("conv1: clipped on 61 % of steps")
+
+
+@pytest.mark.parametrize("limited", [("conv1",), ("conv1", "conv2", "head"), ()])
+def test_a_limit_on_weight_updates_may_act_on_every_step(limited, tmp_path):
+    limits = {name: "weight updates" if name in limited else "gradients" for name in LAYERS}
+    turned = {**CLIPPED, "clip_fraction": 0.9, "angle": 80.0}
+    samples = [{name: turned if name in limited else {} for name in LAYERS}] * 40
+    run = write_run(tmp_path / "r", samples, limits=limits)
+    assert not any("too low" in t or "turns" in t for t in texts(run))
+    notes = texts(run, "note")
+    if limited:
+        (note,) = notes
+        assert note.startswith(
+            f"Weight updates of {len(limited)} of 3 layers are limited, on 100 %"
+        )
+        assert "That is how such a limit works" in note
+    else:
+        assert notes == []
+    # The others are judged as ever, and in the same words.
+    clipped = [dict.fromkeys(LAYERS, turned)] * 40
+    both = write_run(tmp_path / "both", clipped, limits=limits)
+    told = texts(both, "bad")
+    assert len(told) == len(LAYERS) - len(limited)
+    assert all("the threshold is too low" in t and t[: t.index(":")] not in limited for t in told)
+
+
+def test_a_limit_that_no_weight_update_reaches(tmp_path):
+    run = write_run(tmp_path / "r", [{}] * 10, limits=dict.fromkeys(LAYERS, "weight updates"))
+    (bad,) = texts(run, "bad")
+    assert bad.startswith("No layer was ever clipped: every weight update was below the limit")
+
+
+STEP = kgc.UpdateRatioClip(1e-4)
+
+
+@pytest.mark.parametrize("inner", [keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.01)])
+@pytest.mark.parametrize(
+    "clipper, limited",
+    [
+        (STEP, {"one", "two"}),
+        (kgc.ClipMap({"one/.*": STEP}, default=kgc.NormClip(1e-3)), {"one"}),
+        (kgc.Chain([kgc.NormClip(100.0), STEP]), {"one", "two"}),
+        (kgc.Chain([kgc.ClipMap({"two/.*": STEP}), kgc.NormClip(100.0)]), {"two"}),
+        (kgc.NormClip(1e-3), set()),
+        ("auto", {"one", "two"}),
+    ],
+)
+def test_the_monitor_writes_what_each_layers_clipper_limits(inner, clipper, limited, tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((4,))
+    h = keras.layers.Dense(3, name="one")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1, name="two")(h))
+    inner = type(inner).from_config(inner.get_config())
+    model.compile(kgc.ClippedOptimizer(inner, clipper), "mse")
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    model.fit(x, 9 * x[:, :1], batch_size=16, verbose=0, callbacks=[kgc.ClipMonitor(tmp_path, 1)])
+    run = read_run(tmp_path)
+    assert set(np.array(run.layers)[run.limits_updates]) == limited
+    told = [f.text for f in findings(run)]
+    assert all("too low" not in t or not any(t.startswith(name) for name in limited) for t in told)
+    assert any("Weight updates" in t for t in told) == bool(limited)
+
+
+@pytest.mark.parametrize(
+    "clipper, is_named", [(kgc.NormClip(1e-3), True), (kgc.RMSClip(1e-4), False)]
+)
+def test_a_percentile_of_norms_is_advice_for_norms_alone(clipper, is_named, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(kgc.ClippedOptimizer("sgd", clipper), "mse")
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    model.fit(x, 9 * x[:, :1], batch_size=16, verbose=0, callbacks=[kgc.ClipMonitor(tmp_path, 1)])
+    (bad,) = texts(tmp_path, "bad")
+    assert "too low" in bad and ("90th percentile" in bad) == is_named

@@ -161,8 +161,17 @@ def test_what_can_be_read_is_kept_by_a_run_that_goes_on(name, damage, at, tmp_pa
     assert f"line {place + (at != 'head')} of {name}" in problems[-1]
     assert kgc.report(run).exists()
     with pytest.warns(UserWarning, match=f"damaged lines were left out of .*{name}"):
-        assert _rows_before(path, 9) == whole
-    assert _rows_before(path, 0) == [], "a fresh run begins anew"
+        assert _rows_before(path, {"conv1/kernel": 9}) == whole
+    assert _rows_before(path, {"conv1/kernel": 0}) == [], "a fresh run begins anew"
+
+
+def test_each_optimizers_rows_are_kept_up_to_its_own_updates(tmp_path):
+    run = write_run(tmp_path / "r", [{}] * 4, thresholds=[[i, "max_norm", i] for i in range(4)])
+    starts = {"conv1/kernel": 3, "conv1/bias": 2}
+    rows = _rows_before(run / "monitor.csv", starts)
+    steps = {name: [int(r["step"]) for r in rows if r["variable"] == name] for name in starts}
+    assert steps == {"conv1/kernel": [0, 1, 2], "conv1/bias": [0, 1]}
+    assert len(_rows_before(run / "thresholds.csv", starts)) == 3
 
 
 def test_names_over_two_lines_are_rows(tmp_path):

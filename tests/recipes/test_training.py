@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from recipes.training import build, checkpoint, main, run, session
 from recipes.training import callbacks as cb
 from recipes.training import folder as folders
 from recipes.training import options as opts
+from recipes.words import counted
 
 QUICK = {"epochs": 1, "limit_steps": 2, "verbose": "quiet"}
 
@@ -60,6 +62,36 @@ def test_files(finished):
     assert json.loads((folder / "config.json").read_text())["epochs"] == 2
 
 
+def test_the_learning_rate_of_an_epoch_is_that_of_its_last_update(finished):
+    """At the end of the last one the cosine has come to 0, which no update had."""
+    folder, _ = finished
+    rates = [row["learning_rate"] for row in folders.read_history(folder / folders.HISTORY)]
+    options = RECIPE.options(epochs=2)
+    schedule = build.build_optimizer(options, keras.Sequential(), steps=8)._learning_rate
+    assert rates == pytest.approx([float(schedule(7)), float(schedule(15))])
+    assert rates[1] > 0
+
+
+def test_the_seconds_of_a_run_end_with_its_test(tmp_path, monkeypatch):
+    before = session.Session._test_kept
+
+    def slow(self):
+        time.sleep(1.5)
+        return before(self)
+
+    monkeypatch.setattr(session.Session, "_test_kept", slow)
+    started = time.monotonic()
+    result = quick(tmp_path, select_best="improve")
+    assert result.seconds == pytest.approx(time.monotonic() - started, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (1200, "1,200 epochs")]
+)
+def test_one_is_no_plural(number, text):
+    assert counted(number, "epoch") == text
+
+
 def test_best_model_loads_by_itself_and_scores_the_same(finished):
     folder, lines = finished
     model = keras.models.load_model(folder / folders.BEST)
@@ -93,9 +125,11 @@ def test_a_finished_run_keeps_its_result_and_no_backup(finished, capsys):
     assert lines[-2] == f"Best accuracy: {100 * result['best']:.2f}%"
     names = (folders.HISTORY, folders.CONFIG)
     before = [(folder / name).read_bytes() for name in names]
-    argv = ["--resume", "--output", str(folder), "--verbose", "quiet"]
+    argv = ["--resume", "--output", str(folder)]
     assert main(RECIPE, argv) == 0
-    assert f"Best accuracy: {100 * result['best']:.2f}%" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Best accuracy: {100 * result['best']:.2f}%" in printed
+    assert "finished: all steps are done" in printed and "going on" not in printed
     assert main(RECIPE, [*argv, "--epochs", "3"]) == 2
     assert "ended after 2 epochs, and its backup is gone" in capsys.readouterr().err
     assert [(folder / name).read_bytes() for name in names] == before

@@ -203,6 +203,55 @@ def test_what_no_config_holds_stays():
     assert decayed == ["kernel", "kernel"]
 
 
+class OwnFit(kt.HyperModel):
+    """As KerasTuner's guide writes it: the batch size is searched in `fit`."""
+
+    def __init__(self, result=lambda history: history, rate=0.1):
+        super().__init__()
+        self.result, self.rate = result, rate
+
+    def build(self, hp):
+        return build_model(hp, optimizer=keras.optimizers.SGD(self.rate))
+
+    def fit(self, hp, model, *args, **kwargs):
+        size = hp.Choice("batch_size", [16, 32])
+        return self.result(model.fit(*args, batch_size=size, **kwargs))
+
+
+RESULTS = {
+    "history": lambda history: history,
+    "number": lambda history: history.history["val_accuracy"][-1],
+    "figures": lambda history: {"val_accuracy": history.history["val_accuracy"][-1]},
+    "several": lambda history: [history, history.history["val_accuracy"][-1]],
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_hypermodel_of_its_own_is_searched_with_its_fit(kind, tmp_path):
+    hyper = ClipHyperModel(OwnFit(RESULTS[kind]), clippers=("norm",))
+    tuner = kt.RandomSearch(
+        hyper, objective="val_accuracy", max_trials=2, directory=tmp_path, seed=1
+    )
+    x, y = data()
+    tuner.search(x, y, validation_split=0.5, epochs=1, verbose=0)
+    for found in tuner.oracle.get_best_trials(2):
+        values = found.hyperparameters.values
+        assert values["batch_size"] in (16, 32) and values["norm/max_norm"] > 0
+        assert 0 <= found.score <= 1
+    model = hyper.build(tuner.get_best_hyperparameters()[0])
+    assert isinstance(model.optimizer.clipper, kgc.NormClip)
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_fit_of_its_own_that_diverges_ranks_last(kind):
+    hyper = ClipHyperModel(OwnFit(RESULTS[kind], rate=1e38), clippers=("none",))
+    hp = kt.HyperParameters()
+    model = hyper.build(hp)
+    x, y = data()
+    result = hyper.fit(hp, model, x, y, validation_split=0.5, epochs=1, verbose=0)
+    assert result == {"val_accuracy": -math.inf, "diverged": 1.0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["random", "hyperband"])
 def test_the_stock_tuners_rank_a_diverged_trial_last(tuner, tmp_path):

@@ -1,0 +1,6 @@
+"""Words that lines and tables share."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`"1 epoch"`, `"2 epochs"`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
