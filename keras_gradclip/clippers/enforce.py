@@ -348,6 +348,7 @@ class _Clip:
         self.before = list(grads)
         self.counts: dict[int, float] = {}
         self.squares: dict[int, Tensor] = {}
+        self.weight_norms: dict[int, Tensor] = {}  # of kernels' units
         self.fractions: list[Callable[[], Mapping[int, Tensor]]] = []
 
     def elements(self, members: Sequence[int], weight_of: Callable[[int], Weight]) -> None:
@@ -358,7 +359,7 @@ class _Clip:
             limit = self._limit(weight)
             costly = len(limit.shape) > 0  # a limit for each element
             if costly and weight_of == self.weight_of and self.enforced.programs.pays(x):
-                y = self._compiled(i, x)
+                y, _ = self._compiled(i, x)
             else:
                 y = _clip_elements(self.clipper, x, weight, limit, self.hyper)
             self.grads[i] = arithmetic.with_values(self.before[i], y)
@@ -384,9 +385,11 @@ class _Clip:
                 single[i] = arithmetic.sum_of_squares(x)
                 continue
             if self.enforced.programs.pays(x):
-                y = self._compiled(i, x)
+                y, self.weight_norms[i] = self._compiled(i, x)
             else:
-                y = _clip_units(axes, x, self._limit(self.weight_of(i)))
+                weight = self.weight_of(i)
+                y = _clip_units(axes, x, self._limit(weight))
+                self.weight_norms[i] = weight.norm
             self.grads[i] = arithmetic.with_values(self.before[i], y)
         if single:
             self.squares.update(single)
@@ -474,17 +477,19 @@ class _Clip:
     def _limit(self, weight: Weight) -> Tensor:
         return _limit(self.clipper, weight, self.hyper, self.divisor)
 
-    def _compiled(self, i: int, x: Tensor) -> Tensor:
-        """The clip of one gradient, by its elements or its units, as one program of XLA."""
+    def _compiled(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The clip of one gradient as one program of XLA; and by units, the weight's norms."""
         clipper, size = self.clipper, size_of(self.enforced.variables[i])
         axes = self.enforced.units[i].axes if clipper.scope == "unit" else None
 
-        def clip(x: Tensor, values: Tensor, hyper: Hyper, divisor: Scalar | None) -> Tensor:
+        def clip(
+            x: Tensor, values: Tensor, hyper: Hyper, divisor: Scalar | None
+        ) -> tuple[Tensor, Tensor | None]:
             weight = Weight([lambda: values], size, axes)
             limit = _limit(clipper, weight, hyper, divisor)
             if axes is None:
-                return _clip_elements(clipper, x, weight, limit, hyper)
-            return _clip_units(axes, x, limit)
+                return _clip_elements(clipper, x, weight, limit, hyper), None
+            return _clip_units(axes, x, limit), weight.norm
 
         arguments = (x, self.weight_of(i).values, self.hyper, self.divisor)
         return self.enforced.programs.run((self.enforced.name, axes), clip, *arguments)
@@ -510,13 +515,14 @@ class _Clip:
 
     def unit_of_bias(self, i: int) -> Weight:
         """For each element of a bias the norm of its unit in the layer's kernel."""
-        units = self.enforced.units
-        squares = [
-            arithmetic.unit_squares(self._read(k), units[k].axes)
-            for k in self.enforced.by_kernel[i]
-        ]
+        norms = []
+        for k in self.enforced.by_kernel[i]:
+            if k not in self.weight_norms:
+                axes = self.enforced.units[k].axes
+                self.weight_norms[k] = ops.sqrt(arithmetic.unit_squares(self._read(k), axes))
+            norms.append(self.weight_norms[k])
         shape = self.enforced.variables[i].shape
-        return Weight(norm=norms_for_bias(units[i], shape, [ops.sqrt(s) for s in squares]))
+        return Weight(norm=norms_for_bias(self.enforced.units[i], shape, norms))
 
     def _weight_over(self, members: Sequence[int]) -> Weight:
         """The weights of all members together."""

@@ -8,6 +8,7 @@ no such kernel is compiled by XLA where that pays: the large variables alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,12 @@ from keras_gradclip import _compat
 from keras_gradclip._names import path_of
 from keras_gradclip._types import (
     Gradient,
+    Gradients,
     Optimizer,
     Scalar,
     Strategy,
     Tensor,
+    Variable,
 )
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
@@ -109,6 +112,28 @@ _KERNELS: dict[type, MakeKernel] = {
     keras.optimizers.Adadelta: _adadelta,
 }
 
+
+def _adam_step(gradient, slots, rate, step, inner):
+    """The change of the weight, and the new slots: Keras's own equations."""
+    import tensorflow as tf
+
+    def cast(value: float) -> Tensor:
+        return tf.cast(value, gradient.dtype)
+
+    powers = [tf.pow(cast(beta), step) for beta in (inner.beta_1, inner.beta_2)]
+    alpha = rate * tf.sqrt(1 - powers[1]) / (1 - powers[0])
+    first = slots[0] + (gradient - slots[0]) * cast(1 - inner.beta_1)
+    second = slots[1] + (tf.square(gradient) - slots[1]) * cast(1 - inner.beta_2)
+    new = [first, second]
+    if inner.amsgrad:
+        second = tf.maximum(slots[2], second)
+        new.append(second)
+    return -(first * alpha / (tf.sqrt(second) + cast(inner.epsilon))), new
+
+
+#: For optimizers whose update a clipper limits: functions of (gradient, slots, learning rate,
+#: number of the step, optimizer) to the change of the weight and the new slots.
+_STEPS = {keras.optimizers.Adam: _adam_step, keras.optimizers.AdamW: _adam_step}
 
 # Element by element, in many operations. The others take norms or products of matrices, which XLA
 # computes more slowly on a CPU than TensorFlow; of somebody's own optimizer nothing is known.
@@ -209,6 +234,57 @@ class CompiledUpdate:
             left += self._update_by_xla(strategy, chosen, learning_rate)
         if left:
             default(strategy, left, learning_rate)
+
+    def steps(
+        self, gradients: Gradients, variables: Sequence[Variable], learning_rate: Scalar
+    ) -> list[Tensor] | None:
+        """The changes of the weights, which stay; the slots are updated. In replica context.
+
+        None where this is not known: update the weights, and look at the difference.
+        """
+        make = _STEPS.get(type(self._inner))
+        if make is None or self._impossible():
+            return None
+        import tensorflow as tf
+
+        if tf.executing_eagerly() or _compat.is_traced_for_xla():
+            return None
+        if any(self._unfit(g, v.value) for g, v in zip(gradients, variables, strict=True)):
+            return None
+        programs = arithmetic.Programs(variables)
+
+        def of_one(variable: Tensor, gradient: Gradient, slots: list[Tensor], rate: Scalar):
+            step = tf.cast(arithmetic.read(self._inner.iterations) + 1, variable.dtype)
+            gradient = tf.ensure_shape(tf.cast(gradient, variable.dtype), variable.shape)
+            arguments = (
+                [tf.convert_to_tensor(s) for s in slots],
+                tf.cast(rate, gradient.dtype),
+                step,
+            )
+            function = functools.partial(make, inner=self._inner)
+            if programs.pays(gradient):
+                change, new = programs.run(variable.device, function, gradient, *arguments)
+            else:
+                change, new = function(gradient, *arguments)
+            for slot, value in zip(slots, new, strict=True):
+                slot.assign(value)
+            return change
+
+        def merged(strategy: Strategy, natives, gradients, slots, rate):
+            return [
+                strategy.extended.update(v, of_one, args=(g, s, rate))
+                for v, g, s in zip(natives, gradients, slots, strict=True)
+            ]
+
+        slots = [[s.value for s in _compat.slots(self._inner, v)] for v in variables]
+        return tf.__internal__.distribute.interim.maybe_merge_call(
+            merged,
+            tf.distribute.get_strategy(),
+            [v.value for v in variables],
+            list(gradients),
+            slots,
+            arithmetic.read(learning_rate),
+        )
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
         if arithmetic.is_sparse(gradient):

@@ -108,7 +108,7 @@ class InnerUpdate:
         self._entered = 0
         self._changes = contextlib.ExitStack()
         self.compiled = CompiledUpdate(inner, compiled)
-        self._steps = BoundedSteps(inner)
+        self._steps = BoundedSteps(inner, self.compiled.steps)
 
     def __call__(
         self,

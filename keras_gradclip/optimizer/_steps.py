@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -43,9 +44,11 @@ class BoundedSteps:
 
     Args:
         inner: a Keras optimizer.
+        steps: `CompiledUpdate.steps`.
     """
 
-    def __init__(self, inner: Optimizer) -> None:
+    def __init__(self, inner: Optimizer, steps: Callable[..., list[Tensor] | None]) -> None:
+        self._steps = steps
         self._bound: UpdateLimit | None = None
         self._inner = inner
         self._may_split = _compat.updates_are_separable(inner)
@@ -93,11 +96,19 @@ class BoundedSteps:
             bound.apply([], [], [])
             return
         gradients, variables = zip(*pairs, strict=True)
+        steps = self._steps(gradients, variables, learning_rate)
+        if steps is not None:
+            before = [arithmetic.read(v) for v in variables]
+            limited = bound.apply(variables, steps, before)
+            sums = [old + step for old, step in zip(before, limited, strict=True)]
+            aggregation.assign_each(variables, sums)
+            return
         before = [ops.copy(arithmetic.read(v)) for v in variables]
         default(gradients, variables, learning_rate)
         after = [arithmetic.read(v) for v in variables]
         if keras.backend.backend() == "torch":  # which writes into the tensor that was read
             after = [ops.copy(x) for x in after]
+        aggregation.assign_each(variables, before)
         steps = [b - a for a, b in zip(before, after, strict=True)]
         bounded = bound.apply(variables, steps, before)
         aggregation.assign_each(

@@ -254,7 +254,7 @@ class ClippedOptimizer(
         for i, of_one, weight in zip(indices, updates, weights, strict=True):
             all_updates[i], all_weights[i] = of_one, weight
         clipped, state, stats = self._enforcer.clip(
-            all_updates, self._read_clip_state(), self._hyper_now(), all_weights
+            all_updates, self._read_clip_state(), update.hyper, all_weights
         )
         self._write_clip_state(state)
         everything = range(count)
