@@ -20,7 +20,7 @@ from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Variable
 from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.optimizer._accumulation import Accumulation
-from keras_gradclip.optimizer._advice import AUTO, choose, warn_of_muon, warn_of_remarks
+from keras_gradclip.optimizer._advice import AUTO, choose, say, warn_of_muon, warn_of_remarks
 from keras_gradclip.optimizer._hyperparameters import HasThresholds, is_schedule, to_numpy
 from keras_gradclip.optimizer._inner import InnerUpdate
 from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
@@ -98,8 +98,11 @@ class HasState(HasThresholds):
         else:
             _compat.build_with_all_tracked(self.inner_optimizer, variables)
         if self._is_auto:
-            self._set_clipper(choose(self.inner_optimizer, variables)[0])
+            chosen, reason = choose(self.inner_optimizer, variables)
+            self._set_clipper(chosen)
             self._is_auto = False
+            if aggregation.is_chief(self._strategy):
+                say(chosen, reason)
         state = {}
         if self._clipper is not None:
             self._clipper.check_variables([*variables, *self._frozen_beside(variables)])
@@ -221,6 +224,10 @@ class HasState(HasThresholds):
             )
         for variable, weight in zip(variables, weights, strict=True):
             variable.assign(weight)
+
+    def __repr__(self) -> str:
+        clipper = repr(AUTO) if self._is_auto else self.clipper
+        return f"<{type(self).__name__} of {type(self.inner_optimizer).__name__}, {clipper}>"
 
     def get_config(self) -> Config:
         """The arguments, JSON-able, with the thresholds that are in force now."""

@@ -72,8 +72,8 @@ class ClippedOptimizer(
         inner_optimizer: a Keras optimizer, or its name. It must not clip or accumulate by
             itself, and belongs to the wrapper from now on.
         clipper: a clipper, anything that `keras_gradclip.get` takes, None (clip nothing), or
-            "auto": what suits this optimizer and network, chosen when the variables are known
-            (`python -m keras_gradclip describe` says what and why).
+            "auto": what suits this optimizer and network, chosen when the variables are known. A
+            line of log, of the logger "keras_gradclip", says what and why.
         gradient_accumulation_steps: None, or the number of calls whose gradients are averaged
             into one update. The clip sees the average. Learning-rate schedules count updates.
         skip_nonfinite: leave out an update if its gradient has an infinity or a NaN on any
