@@ -63,7 +63,7 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
     free = _layers_to_leave_free(variables)
     names = dict.fromkeys(layers_of(variables))
     if len(free) == len(names):
-        return guard, f"all layers {_FREE}: a guard that clips a tenth of the updates"
+        return guard, f"the model has only {_FREE}: a guard that clips a tenth of the updates"
     bound, kernels = step_bound(inner, variables), count_kernels(variables)
     why = (
         "the model has no normalisation: no step moves a unit, or its bias, by more than κ of its "
@@ -76,7 +76,7 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
     shown = ", ".join(free[:3]) + (", ..." if len(free) > 3 else "")
     pattern = "|".join(f"{re.escape(layer)}(/[^/]+)?" for layer in free)
     return ClipMap([(pattern, guard)], bound, allow_unmatched=True), (
-        f"{why}; but a guard that clips a tenth of the updates for what {_FREE} ({shown})"
+        f"{why}; but a guard that clips a tenth of the updates for {_FREE} (here {shown})"
     )
 
 
@@ -89,7 +89,10 @@ def say(chosen: Clipper | None, reason: str) -> None:
     LOG.warning("clipper='auto': %s, because %s", chosen, reason)
 
 
-_FREE = "looks up rows, adapts by LoRA, or begins near zero, and must move by more than that"
+_FREE = (
+    "tables, LoRA and kernels that begin near zero, which must move by more than a share of their "
+    "norm"
+)
 #: The norm of a unit that begins near zero: Glorot's and He's begin at about 1, and at κ of its
 #: norm a step, a unit takes a thousand steps from here to there.
 NEAR_ZERO = 0.1
