@@ -186,9 +186,9 @@ class HasState(HasThresholds):
         ]
         for name in fitting:
             own[name].assign(saved[name])
-        if self.built and self._accumulation is not None and "touched" not in saved:
-            self._accumulation.mark_from_sums()  # of 0.1
-            del own["touched"]
+        if self.built and self._accumulation is not None:
+            self._accumulation.mark_from_sums()  # files of 0.1 and 0.2 have no such flags
+            own.pop("touched")
         missing = {*own, *saved} - {*fitting}
         if not self.built:  # a counter, and what "auto" chooses anew, are no loss
             missing -= {"skipped"}

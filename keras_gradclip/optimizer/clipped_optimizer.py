@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 from keras import ops
@@ -194,7 +194,7 @@ class ClippedOptimizer(
             self._accumulation.add(gradients)
             aggregation.cond(
                 self._accumulation.is_due(self._iterations),
-                functools.partial(self._update_accumulated, call),
+                functools.partial(self._update_accumulated, call, gradients),
                 lambda: None,
                 state=self._written(),
             )
@@ -204,12 +204,15 @@ class ClippedOptimizer(
         """Every variable that an update may write."""
         return [*self._trainable_variables, *self.variables]
 
-    def _update_accumulated(self, call: Call) -> None:
+    def _update_accumulated(self, call: Call, gradients: Gradients) -> None:
         sums = self._accumulation
         assert sums is not None
-        indices = sorted({*call.indices, *sums.touched})
-        self._update(dataclasses.replace(call, indices=indices), sums.take())
-        sums.clear()
+        others = sums.others(call.indices, gradients)
+        added = [i for i, g in enumerate(gradients) if g is not None]
+        indices = sorted({*added, *others})
+        call = dataclasses.replace(call, indices=indices, if_present=others)
+        self._update(call, sums.take(indices))
+        sums.clear(indices)
 
     def _update(self, call: Call, gradients: Gradients) -> None:
         """Reduce, merge, unscale; then step or skip."""
@@ -219,7 +222,7 @@ class ClippedOptimizer(
         micro_steps = self._accumulation.steps if self._accumulation else 1
         gradients = kernels.divided(gradients, micro_steps * call.scale.factor())
         if not (self.skip_nonfinite or self._spikes or call.scale.checks_finite):
-            self._step(call, gradients, overwriting)
+            self._step(call, gradients, overwriting, call.if_present)
             return
         if self._spikes is None:
             is_kept = kernels.all_finite(gradients)
@@ -229,18 +232,29 @@ class ClippedOptimizer(
             is_kept,
             functools.partial(self._step, call),
             functools.partial(self._skip, call),
-            (gradients, overwriting),
+            (gradients, overwriting, dict(call.if_present)),
             state=self._written(),
         )
 
-    def _step(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
+    def _step(
+        self,
+        call: Call,
+        gradients: Gradients,
+        overwriting: Gradients,
+        if_present: Mapping[int, Tensor],
+    ) -> None:
         """Clip, show, apply."""
-        update = self._clip(gradients)
+        update = self._clip(gradients, may_wait=not if_present)
         bound = self._bound_by(functools.partial(self._bound, update))
         if bound is None:
             self._show(update)
         self._inner_update(
-            update.clipped, overwriting, self._trainable_variables, call.indices, bound
+            update.clipped,
+            overwriting,
+            self._trainable_variables,
+            call.indices,
+            bound,
+            {id(self._trainable_variables[i]): flag for i, flag in if_present.items()},
         )
         call.scale.on_finite()
 
@@ -265,16 +279,16 @@ class ClippedOptimizer(
         for watcher in self._all_watchers:
             watcher.on_update(update)
 
-    def _skip(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
+    def _skip(self, call: Call, gradients: Gradients, *unused: object) -> None:
         """Leave the update out on every replica: not finite, or a spike."""
-        del overwriting
+        del unused
         self._skipped.assign(self._skipped + 1)
         self._first_nonfinite.note(gradients)
         for watcher in self._all_watchers:
             watcher.on_skip(gradients)
         call.scale.on_skip(kernels.all_finite(gradients))
 
-    def _clip(self, gradients: Gradients) -> ClippedUpdate:
+    def _clip(self, gradients: Gradients, may_wait: bool) -> ClippedUpdate:
         if self._clipper is None:
             return ClippedUpdate(gradients, gradients, None, {})
         hyper = self.clip_hyperparameters.at_this_step()
@@ -282,7 +296,7 @@ class ClippedOptimizer(
         if self._bounds_steps:
             told[PASS] = GRADIENTS
         # Whoever else watches wants to see what was clipped.
-        if self._clipper.defers and not self._watchers:
+        if self._clipper.defers and may_wait and not self._watchers:
             told[LATER] = self._inner_update.may_wait(gradients, self._trainable_variables)
         clipped, state, stats = self._clipper.in_its_pass(
             gradients, self._trainable_variables, self._read_clip_state(), told
