@@ -380,6 +380,13 @@ def local_cond(
     tf.cond(flag, _no_result(true_fn, ()), _no_result(lambda: None, ()))
 
 
+def plain_cond(flag: Scalar, true_fn: Callable[[], object]) -> None:
+    """On TensorFlow: run `true_fn()` if `flag`, on one device; it merges no replicas."""
+    import tensorflow as tf
+
+    tf.cond(flag, _no_result(true_fn, ()), lambda: None)
+
+
 def _stateless_cond(
     flag: Scalar,
     true_fn: Callable[..., object],

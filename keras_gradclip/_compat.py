@@ -78,14 +78,27 @@ def knows(optimizer: Optimizer, variable: Variable) -> bool:
     return optimizer._var_key(variable) in optimizer._trainable_variables_indices
 
 
-def overwrite_with_average(optimizer: Optimizer) -> None:
+def averages_of(optimizer: Optimizer, variables: Sequence[Variable]) -> dict[str, Any]:
+    """Attributes for `changed`: the moving averages of these variables alone, in their order.
+
+    Keras pairs the variables that it is given with its list of averages by place: with a layer
+    frozen since the build, a weight would get another's average.
+    """
+    name = "_model_variables_moving_average"
+    averages = getattr(optimizer, name, None)
+    if averages is None:
+        return {}
+    return {name: [averages[optimizer._get_variable_index(v)] for v in variables]}
+
+
+def overwrite_with_average(optimizer: Optimizer, variables: Sequence[Variable]) -> None:
     """Copy the moving averages into the variables; to be called in cross-replica context.
 
     Keras does this inside a `cond` in replica context when `ema_overwrite_frequency` is set,
     which fails on more than one replica; the method itself is right in cross-replica context.
     """
-    # In the order of the averages, which is that of the optimizer's own build.
-    optimizer._overwrite_model_variables_with_average_value(optimizer._trainable_variables)
+    with changed(optimizer, averages_of(optimizer, variables)):
+        optimizer._overwrite_model_variables_with_average_value(list(variables))
 
 
 def find_wrapping_loss_scale(optimizer: Optimizer) -> Optimizer:
@@ -320,6 +333,19 @@ def wrapped_update(optimizer: Optimizer, update: Callable[..., None]) -> dict[st
     it was.
     """
     return {"_backend_update_step": functools.partial(update, optimizer._backend_update_step)}
+
+
+def wrapped_native_update(optimizer: Optimizer, update: Callable[..., None]) -> dict[str, Any]:
+    """Attributes for `changed`: as `replaced_updates`, but of any optimizer; none elsewhere."""
+    default = getattr(optimizer, "_distributed_tf_update_step", None)
+    if default is None:
+        return {}
+    return {"_distributed_tf_update_step": functools.partial(update, default)}
+
+
+def wrapped_decay(optimizer: Optimizer, decay: Callable[..., None]) -> dict[str, Any]:
+    """Attributes for `changed`: `decay(default, variables)` does the decoupled weight decay."""
+    return {"_apply_weight_decay": functools.partial(decay, optimizer._apply_weight_decay)}
 
 
 def updates_are_separable(optimizer: Optimizer) -> bool:

@@ -82,7 +82,7 @@ class ReferenceUpdate:
     def __post_init__(self):
         self.slots = [{} for _ in self.weights]
         self.sums = [None] * len(self.weights)
-        self.touched, self.norms = set(), []
+        self.norms = []
         self.calls = self.updates = self.skipped = self.finite_steps = 0
 
     def call(self, replicas):
@@ -91,16 +91,9 @@ class ReferenceUpdate:
         for grads in replicas:
             for i, g in enumerate(grads):
                 if g is not None:
-                    self.touched.add(i)
                     before = 0.0 if self.sums[i] is None else self.sums[i]
                     self.sums[i] = before + dense(g, self.weights[i].shape)
         if self.calls % self.micro_steps == 0:
-            # Once a variable has had a gradient, its sum is part of every update, if only as 0:
-            # a compiled step cannot know which of the calls before it brought one.
-            if self.micro_steps > 1:
-                for i in self.touched:
-                    if self.sums[i] is None:
-                        self.sums[i] = np.zeros(self.weights[i].shape)
             self._update()
             self.sums = [None] * len(self.weights)
 

@@ -158,6 +158,15 @@ class Calibration:
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
         return self._made(kind, self._threshold(kind, [layer], 1))
 
+    def saved_threshold(self, kind: str, layer: str) -> float | None:
+        """The layer's threshold in `clip_map` and `save`; None where the layer is left alone.
+
+        It is `thresholds[kind][layer]` but for "update_ratio", whose figures are capped.
+        """
+        path = _path(layer, self.layers)
+        levels = self._levels(kind, [n for n in self.layers if _path(n, self.layers) == path], 1)
+        return levels[0] if levels else None
+
     def _made(self, kind: str, threshold: Threshold | None) -> Clipper | None:
         if threshold is None:
             return None
@@ -271,7 +280,7 @@ class Calibration:
         return [min(max(level if level > 0 else max(known), least), most) for level in levels]
 
     def table(self) -> str:
-        """Text: a line a layer with the threshold of each clipper."""
+        """Text: a line a layer with the threshold of each clipper, as `save` writes it."""
         rows = _cells(self)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -311,23 +320,55 @@ class Calibration:
 
 
 def _cells(found: Calibration) -> list[tuple[str, ...]]:
-    """The head and a row a layer."""
+    """The head and a row a layer: what `save` writes, `*` where that is not what was watched."""
     rows = [("layer", *found.thresholds)]
     for layer in found.layers:
-        values = (found.thresholds[kind][layer] for kind in found.thresholds)
-        rows.append((layer, *("–" if v is None else f"{v:.3g}" for v in values)))
+        rows.append((layer, *(_cell(found, kind, layer) for kind in found.thresholds)))
     return rows
+
+
+def _cell(found: Calibration, kind: str, layer: str) -> str:
+    saved = found.saved_threshold(kind, layer)
+    if saved is None:
+        return "–"
+    is_capped = _measure(kind).at_most and saved != found.thresholds[kind][layer]
+    return f"{saved:.3g}" + ("*" if is_capped else "")
 
 
 def _note(found: Calibration) -> str:
     """What the table rests on."""
     total = "–" if found.global_norm is None else f"{found.global_norm:.3g}"
     left_out = f", {found.nonfinite} left out as not finite" if found.nonfinite else ""
-    return (
+    lines = [
         f"global norm: {total}; percentile {found.percentile:g} of {found.updates} updates"
-        f"{left_out}; exponential: gamma at beta={found.beta:g}; update_ratio: its map takes "
-        f"{LEAST_SHARE * found.max_ratio:g} to {found.max_ratio:g}"
-    )
+        f"{left_out}; exponential: gamma at beta={found.beta:g}"
+    ]
+    cells = {cell for row in _cells(found)[1:] for cell in row[1:]}
+    if "–" in cells:
+        lines.append(
+            "–: no threshold, the layer is left alone: its gradient is zero or missing, or it has "
+            "no kernel, which adaptive and update_ratio are about"
+        )
+    if any(cell.endswith("*") for cell in cells):
+        most, least = found.max_ratio, LEAST_SHARE * found.max_ratio
+        lines.append(
+            f"*: capped, of {_watched_range(found)} watched: update_ratio is from {least:g} to "
+            f"{most:g}. A larger one says that the learning rate is too high, not that steps "
+            "should be so large; a smaller one, or none, that the run had no gradients left"
+        )
+    return "\n".join(lines)
+
+
+def _watched_range(found: Calibration) -> str:
+    """From the smallest to the largest of the capped figures."""
+    watched = [
+        value or 0.0
+        for kind, of_layer in found.thresholds.items()
+        for layer, value in of_layer.items()
+        if _cell(found, kind, layer).endswith("*")
+    ]
+    low, high = f"{min(watched):.3g}", f"{max(watched):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _pattern(layer: str) -> str:

@@ -151,8 +151,8 @@ def _how_often(run: Run, is_finite: np.ndarray) -> list[Finding]:
         result.append(
             Finding(
                 "good",
-                f"On average a layer was clipped on {percent(np.nanmean(share))} of steps, at "
-                f"most on {percent(share[most])} ({run.layers[most]}).",
+                f"On average a layer was clipped on {percent(float(np.nanmean(share)))} of steps, "
+                f"at most on {percent(share[most])} ({run.layers[most]}).",
             )
         )
     return result

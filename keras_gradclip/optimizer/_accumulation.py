@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Gradients, Scalar, Variable
+from keras_gradclip._types import Gradients, Scalar, Tensor, Variable
 
 
 class Accumulation:
     """Sums of gradients since the last update, one a variable, each replica its own.
 
+    An update is about the variables that had a gradient since the last one: what is frozen, or
+    not named by a call, stays where it is, momentum and weight decay or not.
+
     Attributes:
         steps: the number of calls that make an update.
         sums: the variables that hold them.
-        flags: float32 `[2, variables]`, above 0 in the first row: has ever had a gradient.
+        flags: float32 `[2, variables]`, above 0 in the second row: has had a gradient since the
+            last update. The first row is that of files of 0.2.
     """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.sums: list[Variable] = []
-        # A compiled step cannot know which of the calls before it brought a gradient: a variable
-        # that has ever had one is part of every update from then on, with what its sum is.
-        self._touched: set[int] = set()
+        self._touched: set[int] = set()  # had a gradient in a call of this process
 
     def build(
         self, variables: Sequence[Variable], flags: Variable, track: Callable[[Variable], None]
@@ -45,54 +47,56 @@ class Accumulation:
 
     def add(self, gradients: Gradients) -> None:
         """Add one micro-batch; sparse gradients become dense."""
-        self._remember()
+        marks = np.zeros(self.flags.shape, "float32")
         for i, gradient in enumerate(gradients):
             if gradient is None:
                 continue
             self._touched.add(i)
+            marks[1, i] = 1.0
             total = self.sums[i]
             gradient = arithmetic.dense(gradient)
             if is_overwritten(self._variables[i]):
                 total.assign(ops.maximum(total, gradient))
             else:
                 total.assign_add(ops.cast(gradient, total.dtype))
-        marks = np.zeros(self.flags.shape, "float32")
-        marks[0, self.touched] = 1.0
         self.flags.assign(ops.maximum(arithmetic.read(self.flags), marks))
-
-    def _remember(self) -> None:
-        """Learn from the flags, which may come from a file, what has had a gradient.
-
-        When a step is traced, that is; a value that JAX traces tells nothing, but there no
-        gradient is ever missing.
-        """
-        if len(self._touched) < len(self.sums):
-            flags = aggregation.concrete_value(self.flags)
-            if flags is not None:
-                self._touched.update(np.flatnonzero(flags[0] > 0).tolist())
 
     def mark_from_sums(self) -> None:
         """Set the flags where there is a sum, for files that do not have them."""
         marks = np.zeros(self.flags.shape, "float32")
-        marks[0] = [np.any(ops.convert_to_numpy(arithmetic.read(total))) for total in self.sums]
+        marks[1] = [np.any(ops.convert_to_numpy(arithmetic.read(total))) for total in self.sums]
         self.flags.assign(marks)
 
-    @property
-    def touched(self) -> list[int]:
-        """The positions of the variables that have had a gradient."""
-        return sorted(self._touched)
+    def others(self, named: Sequence[int], gradients: Gradients) -> dict[int, Tensor]:
+        """Variables that other calls may have added to: position to whether one did.
 
-    def take(self) -> Gradients:
-        """The sums; None for a variable that never had a gradient."""
-        return [
-            arithmetic.read(total) if i in self._touched else None
-            for i, total in enumerate(self.sums)
-        ]
+        A boolean scalar each, known when the update runs: a traced call does not know the others.
 
-    def clear(self) -> None:
-        """Begin the next update."""
-        for i in self.touched:
+        Args:
+            named: the positions of the variables that this call is about.
+            gradients: what came for them, one entry a variable.
+        """
+        flags = arithmetic.read(self.flags)[1]
+        return {
+            i: flags[i] > 0
+            for i, variable in enumerate(self._variables)
+            if gradients[i] is None
+            and getattr(variable, "trainable", True)
+            and (i not in named or i in self._touched)
+        }
+
+    def take(self, positions: Iterable[int]) -> Gradients:
+        """The sums at these positions; None elsewhere."""
+        chosen = set(positions)
+        return [arithmetic.read(total) if i in chosen else None for i, total in enumerate(self.sums)]
+
+    def clear(self, positions: Iterable[int]) -> None:
+        """Begin the next update: these sums, and what was left for variables since frozen."""
+        flags = aggregation.concrete_value(self.flags)
+        left = range(len(self.sums)) if flags is None else np.flatnonzero(flags[1]).tolist()
+        for i in sorted({*positions, *left}):
             self.sums[i].assign(ops.zeros(self.sums[i].shape, self.sums[i].dtype))
+        self.flags.assign(ops.zeros(self.flags.shape, self.flags.dtype))
 
 
 def is_overwritten(variable: Variable) -> bool:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 
 from keras_gradclip import _compat
-from keras_gradclip._names import SCOPES, names_of, path_of
+from keras_gradclip._layers import is_normalisation, networks_of
+from keras_gradclip._names import SCOPES, layers_of, names_of, path_of
 from keras_gradclip._types import Optimizer, Variable
+from keras_gradclip.clippers.units import KERNEL, TABLE, Unit, units_of
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
+from keras_gradclip.optimizer._hyperparameters import to_numpy
 
 AUTO = "auto"
+LOG = logging.getLogger("keras_gradclip")
 #: κ of a network of `SHALLOW` kernels and of one of `DEEP`, under SGD's momentum and where nothing
 #: adds up steps (docs/evidence.md, docs/choosing.md). How far a network's function moves adds up
 #: over its layers (arXiv 2002.03432): the share is smaller the deeper it is.
@@ -48,19 +54,66 @@ def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | N
             "Muon's steps have one size whatever the gradient's, so its matrices are left alone; "
             "for the others a guard that clips a tenth of the updates"
         )
-    if any(_is_of_normalisation(v) for v in variables):
-        return guard, "a network with normalisation survives high learning rates: a guard"
-    bound, kernels = step_bound(inner, variables), count_kernels(variables)
-    why = "no normalisation: no step moves a unit, or its bias, by more than κ of its norm"
-    if bound.anneal is not None:
-        return bound, (
-            f"{why}, which falls with the learning rate, and is smaller the deeper the network "
-            f"({kernels} kernels); momentum adds up what is left"
+    layers = [layer for network in networks_of(variables) for layer in _compat.all_layers(network)]
+    normalisation = next(filter(is_normalisation, layers), None)
+    if normalisation is not None:
+        return guard, (
+            f"the model has normalisation ({type(normalisation).__name__}), with which high "
+            "learning rates are survived: a guard that clips a tenth of the updates"
         )
-    return bound, (
-        f"{why}, a larger one where no momentum adds up steps, and smaller the deeper the network "
-        f"({kernels} kernels)"
+    free = _layers_to_leave_free(variables)
+    names = dict.fromkeys(layers_of(variables))
+    if len(free) == len(names):
+        return guard, f"the model has only {_FREE}: a guard that clips a tenth of the updates"
+    bound, kernels = step_bound(inner, variables), count_kernels(variables)
+    why = (
+        "the model has no normalisation: no step moves a unit, or its bias, by more than κ of its "
+        f"norm, which is smaller the deeper the network ({kernels} kernels)"
     )
+    if bound.anneal is not None:
+        why += ", and falls with the learning rate, as momentum adds up what is left"
+    if not free:
+        return bound, why
+    shown = ", ".join(free[:3]) + (", ..." if len(free) > 3 else "")
+    pattern = "|".join(f"{re.escape(layer)}(/[^/]+)?" for layer in free)
+    return ClipMap([(pattern, guard)], bound, allow_unmatched=True), (
+        f"{why}; but a guard that clips a tenth of the updates for {_FREE} (here {shown})"
+    )
+
+
+def say(chosen: Clipper | None, reason: str) -> None:
+    """Tell the user, who wrote "auto", what it is: one line of log.
+
+    At the level that Python shows where nobody has set up logging, since the choice is news to the
+    user; `logging.getLogger("keras_gradclip").setLevel("ERROR")` turns it off.
+    """
+    LOG.warning("clipper='auto': %s, because %s", chosen, reason)
+
+
+_FREE = (
+    "tables, LoRA and kernels that begin near zero, which must move by more than a share of their "
+    "norm"
+)
+#: The norm of a unit that begins near zero: Glorot's and He's begin at about 1, and at κ of its
+#: norm a step, a unit takes a thousand steps from here to there.
+NEAR_ZERO = 0.1
+
+
+def _layers_to_leave_free(variables: Sequence[Variable]) -> list[str]:
+    """The layers with a kernel of which a share of its norm is no measure of a step."""
+    free = {}
+    for v, unit, layer in zip(variables, units_of(variables), layers_of(variables), strict=True):
+        if unit.kind == TABLE or (unit.kind == KERNEL and _begins_near_zero(v, unit)):
+            free[layer] = True
+    return list(free)
+
+
+def _begins_near_zero(variable: Variable, unit: Unit) -> bool:
+    """Of LoRA the one factor begins at zero, and their product moves by both."""
+    if "lora" in path_of(variable).rpartition("/")[2]:
+        return True
+    values = np.asarray(to_numpy(variable), "float64")
+    return bool(np.sqrt(np.median(np.sum(values**2, axis=unit.axes))) < NEAR_ZERO)
 
 
 def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioClip:
@@ -78,18 +131,8 @@ def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioCl
 
 
 def count_kernels(variables: Sequence[Variable]) -> int:
-    """How many of them are neither vectors nor biases."""
-    return sum(len(v.shape) > 1 and not _is_bias(v) for v in variables)
-
-
-def _is_bias(variable: Variable) -> bool:
-    """By its name: a recurrent layer's or an attention's has two axes."""
-    return "bias" in path_of(variable).lower().rpartition("/")[2]
-
-
-def _is_of_normalisation(variable: Variable) -> bool:
-    layer, _, name = path_of(variable).lower().rpartition("/")
-    return name == "gamma" or "norm" in layer
+    """How many of them are kernels: no vectors, biases or tables."""
+    return sum(unit.kind == KERNEL for unit in units_of(variables))
 
 
 def muon_matrices(inner: Optimizer, variables: Sequence[Variable]) -> list[str]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from keras_gradclip import _aggregation as aggregation
-from keras_gradclip._types import Gradient, Gradients, Optimizer, Variable
+from keras_gradclip._types import Gradient, Gradients, Optimizer, Tensor, Variable
 from keras_gradclip.optimizer._loss_scale import LossScale
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What one call of `apply` is about: positions of the variables, and who scaled the loss."""
+    """What one call of `apply` is about.
+
+    Attributes:
+        indices: positions of the variables.
+        scale: who scaled the loss.
+        if_present: positions of those that are updated only if a boolean scalar is true.
+    """
 
     indices: Sequence[int]
     scale: LossScale
+    if_present: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def collect(

@@ -249,6 +249,8 @@ class CompiledUpdate:
 
         if tf.executing_eagerly() or _compat.is_traced_for_xla():
             return None
+        if any(isinstance(g, tuple) for g in gradients):  # with a flag: see `Conditionally`
+            return None
         if any(self._unfit(g, v.value) for g, v in zip(gradients, variables, strict=True)):
             return None
         programs = arithmetic.Programs(variables)

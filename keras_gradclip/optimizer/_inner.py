@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,7 +14,7 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Variable
+from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Tensor, Variable
 from keras_gradclip.optimizer._accumulation import is_overwritten
 from keras_gradclip.optimizer._compiled import CompiledUpdate
 from keras_gradclip.optimizer._steps import BoundedSteps, UpdateLimit
@@ -89,6 +90,83 @@ def split_overwriting(
     )
 
 
+class Conditionally:
+    """Updates some variables only where a flag says so, whatever the optimizer.
+
+    Args:
+        inner: a Keras optimizer.
+        flags: `id` of a variable to a boolean scalar.
+    """
+
+    def __init__(self, inner: Optimizer, flags: Mapping[int, Tensor]) -> None:
+        self._inner = inner
+        self._flags = flags
+
+    def attributes(self) -> dict[str, Any]:
+        """What the inner optimizer has to be changed by while it applies: see `_compat.changed`."""
+        return {
+            **_compat.wrapped_update(self._inner, self._update),
+            **_compat.wrapped_native_update(self._inner, self._update_natives),
+            **_compat.wrapped_decay(self._inner, self._decay),
+        }
+
+    def _update(
+        self,
+        default: Callable[..., None],
+        gradients: Gradients,
+        variables: Sequence[Variable],
+        learning_rate: Scalar,
+    ) -> None:
+        flags = [self._flags.get(id(v)) for v in variables]
+        triples = list(zip(gradients, variables, flags, strict=True))
+        if aggregation.is_tensorflow():
+            pairs = [g if flag is None else (g, flag) for g, _, flag in triples]
+            default(pairs, variables, learning_rate)
+            return
+        sure = [(g, v) for g, v, flag in triples if flag is None]
+        if sure:
+            default(*zip(*sure, strict=True), learning_rate)
+        for g, v, flag in triples:
+            if flag is not None:
+                aggregation.cond(
+                    flag,
+                    functools.partial(default, [g], [v], learning_rate),
+                    lambda: None,
+                    state=[v, *self._inner.variables],
+                )
+
+    def _update_natives(
+        self,
+        default: Callable[..., None],
+        strategy: Strategy,
+        pairs: Sequence[tuple[Any, Tensor]],
+        learning_rate: Scalar,
+    ) -> None:
+        """On TensorFlow, in cross-replica context: the gradient of some is a pair with its flag."""
+        sure = [pair for pair in pairs if not isinstance(pair[0], tuple)]
+        if sure:
+            default(strategy, sure, learning_rate)
+
+        def of_one(variable: Tensor, gradient: Tensor, flag: Tensor, rate: Scalar) -> None:
+            update = functools.partial(self._inner.update_step, gradient, variable, rate)
+            aggregation.plain_cond(flag, update)
+
+        for gradient, variable in pairs:
+            if isinstance(gradient, tuple):
+                arguments = (*gradient, learning_rate)
+                strategy.extended.update(variable, of_one, args=arguments, group=False)
+
+    def _decay(self, default: Callable[..., None], variables: Sequence[Variable]) -> None:
+        unsure = [v for v in variables if id(v) in self._flags]
+        before = [ops.copy(arithmetic.read(v)) for v in unsure]
+        default(variables)
+        after = [
+            ops.where(self._flags[id(v)], arithmetic.read(v), old)
+            for v, old in zip(unsure, before, strict=True)
+        ]
+        aggregation.assign_each(unsure, after)
+
+
 class InnerUpdate:
     """Applies clipped gradients by an inner optimizer, which is changed only meanwhile.
 
@@ -117,6 +195,7 @@ class InnerUpdate:
         variables: Sequence[Variable],
         indices: Sequence[int],
         bound: UpdateLimit | None = None,
+        if_present: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Apply.
 
@@ -126,6 +205,7 @@ class InnerUpdate:
             variables: all that the optimizer was built with.
             indices: the variables that this update is about.
             bound: what the steps go through before they stay.
+            if_present: `id` of a variable to a boolean scalar, without which it stays as it is.
         """
         if self.is_held:
             return
@@ -135,7 +215,7 @@ class InnerUpdate:
             gradients = arithmetic.divided(gradients, 1.0 / factor)
         merged = [g if o is None else o for g, o in zip(gradients, overwriting, strict=True)]
         chosen = [merged[i] for i in indices], [variables[i] for i in indices]
-        with self._changed(), self._steps.by(bound):
+        with self._changed(if_present or {}), self._steps.by(bound):
             if _compat.overrides(self._inner, "apply_gradients"):
                 self._inner.apply_gradients(list(zip(*chosen, strict=True)))
             else:
@@ -143,30 +223,31 @@ class InnerUpdate:
         if self._overwrites_every:
             aggregation.cond(
                 ops.equal(self._inner.iterations % self._overwrites_every, 0),
-                functools.partial(_compat.overwrite_with_average, self._inner),
+                functools.partial(_compat.overwrite_with_average, self._inner, chosen[1]),
                 lambda: None,
                 cross_replica=True,
             )
 
     @contextlib.contextmanager
-    def _changed(self) -> Iterator[None]:
+    def _changed(self, if_present: Mapping[int, Tensor]) -> Iterator[None]:
         """Inside, the inner optimizer is changed for this update.
 
         Replicas are threads that take turns: the first that enters changes it, and the last that
         leaves puts it back.
         """
         if self._entered == 0:
-            attributes = {
-                **_compat.without_reduction(self._inner),
-                **self.compiled.attributes(),
-                **self._steps.attributes(),
-            }
+            inner = self._inner
+            changes = [lambda: _compat.without_reduction(inner), self.compiled.attributes]
+            if if_present:
+                changes.append(Conditionally(inner, if_present).attributes)
+            changes.append(self._steps.attributes)  # each finds what the one before it has changed
             if self._is_distributed:
                 # Keras overwrites weights with their averages inside a cond in replica context,
                 # which fails, also where there is one replica alone; `__call__` does it.
-                self._overwrites_every = self._inner.ema_overwrite_frequency
-                attributes["ema_overwrite_frequency"] = None
-            self._changes.enter_context(_compat.changed(self._inner, attributes))
+                self._overwrites_every = inner.ema_overwrite_frequency
+                changes.append(lambda: {"ema_overwrite_frequency": None})
+            for attributes in changes:
+                self._changes.enter_context(_compat.changed(inner, attributes()))
         self._entered += 1
         try:
             yield
@@ -211,7 +292,9 @@ class DelegatesToInner:
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
         """What the inner optimizer does at the end of training (moving averages)."""
-        self.inner_optimizer.finalize_variable_values(var_list)
+        inner = self.inner_optimizer
+        with _compat.changed(inner, _compat.averages_of(inner, var_list)):
+            inner.finalize_variable_values(var_list)
 
     def exclude_from_weight_decay(
         self,

@@ -21,7 +21,7 @@ from keras_gradclip._types import Config, Optimizer, State, Strategy, Tensor, Va
 from keras_gradclip.clippers.base import deserialize_value, serialize
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.optimizer._accumulation import Accumulation
-from keras_gradclip.optimizer._advice import AUTO, choose, warn_of_muon, warn_of_remarks
+from keras_gradclip.optimizer._advice import AUTO, choose, say, warn_of_muon, warn_of_remarks
 from keras_gradclip.optimizer._hyperparameters import HasThresholds, is_schedule, to_numpy
 from keras_gradclip.optimizer._inner import InnerUpdate
 from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
@@ -100,8 +100,11 @@ class HasState(HasThresholds):
         else:
             _compat.build_with_all_tracked(self.inner_optimizer, variables)
         if self._is_auto:
-            self._set_clipper(choose(self.inner_optimizer, variables)[0])
+            chosen, reason = choose(self.inner_optimizer, variables)
+            self._set_clipper(chosen)
             self._is_auto = False
+            if aggregation.is_chief(self._strategy):
+                say(chosen, reason)
         state = {}
         if self._clipper is not None:
             self._clipper.check_variables([*variables, *self._frozen_beside(variables)])
@@ -191,9 +194,9 @@ class HasState(HasThresholds):
         ]
         for name in fitting:
             own[name].assign(saved[name])
-        if self.built and self._accumulation is not None and "touched" not in saved:
-            self._accumulation.mark_from_sums()  # of 0.1
-            del own["touched"]
+        if self.built and self._accumulation is not None:
+            self._accumulation.mark_from_sums()  # files of 0.1 and 0.2 have no such flags
+            own.pop("touched")
         missing = {*own, *saved} - {*fitting}
         if not self.built:  # a counter, and what "auto" chooses anew, are no loss
             missing -= {"skipped"}
@@ -229,6 +232,10 @@ class HasState(HasThresholds):
             )
         for variable, weight in zip(variables, weights, strict=True):
             variable.assign(weight)
+
+    def __repr__(self) -> str:
+        clipper = repr(AUTO) if self._is_auto else self.clipper
+        return f"<{type(self).__name__} of {type(self.inner_optimizer).__name__}, {clipper}>"
 
     def get_config(self) -> Config:
         """The arguments, JSON-able, with the thresholds that are in force now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 from keras import ops
@@ -62,8 +62,8 @@ class ClippedOptimizer(
         inner_optimizer: a Keras optimizer, or its name. It must not clip or accumulate by
             itself, and belongs to the wrapper from now on.
         clipper: a clipper, anything that `keras_gradclip.get` takes, None (clip nothing), or
-            "auto": what suits this optimizer and network, chosen when the variables are known
-            (`python -m keras_gradclip describe` says what and why).
+            "auto": what suits this optimizer and network, chosen when the variables are known. A
+            line of log, of the logger "keras_gradclip", says what and why.
         gradient_accumulation_steps: None, or the number of calls whose gradients are averaged
             into one update. The clip sees the average. Learning-rate schedules count updates.
         skip_nonfinite: leave out an update if its gradient has an infinity or a NaN on any
@@ -184,7 +184,7 @@ class ClippedOptimizer(
             self._accumulation.add(gradients)
             aggregation.cond(
                 self._accumulation.is_due(self._iterations),
-                functools.partial(self._update_accumulated, call),
+                functools.partial(self._update_accumulated, call, gradients),
                 lambda: None,
                 state=self._written(),
             )
@@ -194,12 +194,15 @@ class ClippedOptimizer(
         """Every variable that an update may write."""
         return [*self._trainable_variables, *self.variables]
 
-    def _update_accumulated(self, call: Call) -> None:
+    def _update_accumulated(self, call: Call, gradients: Gradients) -> None:
         sums = self._accumulation
         assert sums is not None
-        indices = sorted({*call.indices, *sums.touched})
-        self._update(dataclasses.replace(call, indices=indices), sums.take())
-        sums.clear()
+        others = sums.others(call.indices, gradients)
+        added = [i for i, g in enumerate(gradients) if g is not None]
+        indices = sorted({*added, *others})
+        call = dataclasses.replace(call, indices=indices, if_present=others)
+        self._update(call, sums.take(indices))
+        sums.clear(indices)
 
     def _update(self, call: Call, gradients: Gradients) -> None:
         """Reduce, merge, unscale; then step or skip."""
@@ -209,7 +212,7 @@ class ClippedOptimizer(
         micro_steps = self._accumulation.steps if self._accumulation else 1
         gradients = arithmetic.divided(gradients, micro_steps * call.scale.factor())
         if not (self.skip_nonfinite or self._spikes or call.scale.checks_finite):
-            self._step(call, gradients, overwriting)
+            self._step(call, gradients, overwriting, call.if_present)
             return
         if self._spikes is None:
             is_kept = arithmetic.all_finite(gradients)
@@ -219,11 +222,17 @@ class ClippedOptimizer(
             is_kept,
             functools.partial(self._step, call),
             functools.partial(self._skip, call),
-            (gradients, overwriting),
+            (gradients, overwriting, dict(call.if_present)),
             state=self._written(),
         )
 
-    def _step(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
+    def _step(
+        self,
+        call: Call,
+        gradients: Gradients,
+        overwriting: Gradients,
+        if_present: Mapping[int, Tensor],
+    ) -> None:
         """Clip, show, apply."""
         update = self._clip(gradients)
         limit = None
@@ -236,7 +245,12 @@ class ClippedOptimizer(
         else:
             self._show(update)
         self._inner_update(
-            update.clipped, overwriting, self._trainable_variables, call.indices, limit
+            update.clipped,
+            overwriting,
+            self._trainable_variables,
+            call.indices,
+            limit,
+            {id(self._trainable_variables[i]): flag for i, flag in if_present.items()},
         )
         call.scale.on_finite()
 
@@ -271,9 +285,9 @@ class ClippedOptimizer(
         for watcher in self._all_watchers:
             watcher.on_update(update)
 
-    def _skip(self, call: Call, gradients: Gradients, overwriting: Gradients) -> None:
+    def _skip(self, call: Call, gradients: Gradients, *unused: object) -> None:
         """Leave the update out on every replica: not finite, or a spike."""
-        del overwriting
+        del unused
         self._skipped.assign(self._skipped + 1)
         self._first_nonfinite.note(gradients)
         for watcher in self._all_watchers:

@@ -7,6 +7,7 @@ import numpy as np
 
 import keras_gradclip as kgc
 from keras_gradclip._files import replace_file, write_csv, write_json
+from keras_gradclip.diagnostics.calibration import kinds
 
 #: What `PercentileClip` remembers: few enough to keep up with norms that fall in the first epoch.
 WINDOW = 20
@@ -38,9 +39,9 @@ class Choice:
 def choices(found, segments: int, output: Path) -> list[Choice]:
     """Writes the files for `--clip-config` and tells what each would have clipped."""
     result = []
-    kinds = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
+    measured = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
     for parts in dict.fromkeys((1, segments)):
-        for kind in kinds:
+        for kind in measured:
             name = f"clip-{kind}{'-schedule' if parts > 1 else ''}.json"
             found.save(output / name, kind, parts)
             result.append(_choice(name, clipped(found, kind, parts)))
@@ -80,14 +81,15 @@ def steady(found_choices: list[Choice]) -> Choice:
 
 
 def write_table(path: Path, found) -> None:
-    """A row a layer: the spread of its norm, and the threshold of each clipper."""
+    """A row a layer: the spread of its norm, the percentile for each clipper, and what is saved."""
     spread = {"norm_min": 0, "norm_p10": 10, "norm_median": 50, "norm_p90": 90, "norm_max": 100}
-    columns = ("layer", *spread, *found.thresholds)
+    columns = ("layer", *spread, *found.thresholds, *(f"{kind}_saved" for kind in found.thresholds))
     rows = []
     for k, layer in enumerate(found.layers):
         norms = found.samples["norm"][:, k]
         values = {name: np.percentile(norms, q) for name, q in spread.items()}
         values |= {kind: of_layer[layer] for kind, of_layer in found.thresholds.items()}
+        values |= {f"{kind}_saved": found.saved_threshold(kind, layer) for kind in found.thresholds}
         rows.append(
             {"layer": layer} | {n: "" if v is None else f"{v:.6g}" for n, v in values.items()}
         )
@@ -95,27 +97,20 @@ def write_table(path: Path, found) -> None:
 
 
 def draw(path: Path, found, segments: int, title: str) -> None:
-    """Each layer's spread of norms and its threshold; norms, and what is clipped, over the run."""
+    """Each layer's spread and threshold; norms, and what is clipped, over the run."""
     from matplotlib.figure import Figure
 
     norms = found.samples["norm"]
     count = len(found.layers)
-    figure = Figure(figsize=(13, max(6.5, min(2 + 0.11 * count, 26))), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1])
-    layers = figure.add_subplot(grid[:, 0])
-    at = np.arange(count)
-    low, median, high = np.percentile(norms, (10, 50, 90), axis=0)
-    layers.hlines(at, np.maximum(low, 1e-30), high, color="C0", alpha=0.5, label="10 to 90 %")
-    layers.scatter(median, at, s=9, color="C0", label="median")
-    limits = [found.thresholds["norm"][layer] or np.nan for layer in found.layers]
-    label = f"threshold ({found.percentile:g}th percentile)"
-    layers.scatter(limits, at, s=14, color="C3", marker="|", label=label)
-    every = -(-count // 120)
-    layers.set_yticks(at[::every], found.layers[::every], fontsize=6 if count > 40 else 9)
-    layers.set(ylim=(count - 0.5, -0.5), xlabel="norm of the layer's gradient")
-    layers.legend(loc="best", fontsize="small")
+    shown = [k for k in ("update_ratio", "norm") if any((found.thresholds.get(k) or {}).values())]
+    height = max(6.5, min(2 + 0.11 * count, 26))
+    figure = Figure(figsize=(7 + 6 * len(shown), height), layout="constrained")
+    grid = figure.add_gridspec(2, len(shown) + 1)
+    panels = [figure.add_subplot(grid[:, i]) for i in range(len(shown))]
+    for axis, kind in zip(panels, shown, strict=True):
+        _draw_layers(axis, found, kind)
 
-    over = figure.add_subplot(grid[0, 1])
+    over = figure.add_subplot(grid[0, -1])
     steps = np.arange(1, len(norms) + 1)
     alive = np.where(norms > 0, norms, np.nan)
     over.fill_between(
@@ -125,13 +120,12 @@ def draw(path: Path, found, segments: int, title: str) -> None:
     over.plot(steps, found.samples["global"], lw=0.8, color="black", label="all layers")
     over.set(ylabel="norm of the gradient", xlabel="update")
     over.legend(fontsize="small")
-    layers.set_xscale("log")
     over.set_yscale("log")
 
-    share = figure.add_subplot(grid[1, 1])
-    lines = {"one threshold a layer": clipped(found, "norm", 1)}
-    if segments > 1:
-        lines[f"{segments} thresholds in a row"] = clipped(found, "norm", segments)
+    share = figure.add_subplot(grid[1, -1])
+    lines = {f"{kind}: one threshold a layer": clipped(found, kind, 1) for kind in shown}
+    if segments > 1 and "norm" in shown:
+        lines[f"norm: {segments} thresholds in a row"] = clipped(found, "norm", segments)
     lines[f"PercentileClip of the last {WINDOW}"] = clipped_by_percentile(norms, found.percentile)
     smooth = max(1, len(norms) // 40)
     for name, hit in lines.items():
@@ -140,7 +134,26 @@ def draw(path: Path, found, segments: int, title: str) -> None:
     share.axhspan(5, 15, color="grey", alpha=0.15)
     share.set(ylabel="layers clipped, % (grey: 5 to 15)", xlabel="update", ylim=(-3, 103))
     share.legend(fontsize="small")
-    for axis in (layers, over, share):
+    for axis in (*panels, over, share):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+
+
+def _draw_layers(axis, found, kind: str) -> None:
+    """Each layer's spread of what a kind of clipper bounds, and the threshold that is saved."""
+    names = [n for i, n in enumerate(found.layers) if np.isfinite(found.samples[kind][:, i]).all()]
+    figures = found.samples[kind][:, [found.layers.index(name) for name in names]]
+    at = np.arange(len(names))
+    low, median, high = np.percentile(figures, (10, 50, 90), axis=0)
+    axis.hlines(at, np.maximum(low, 1e-30), high, color="C0", alpha=0.5, label="10 to 90 %")
+    axis.scatter(median, at, s=9, color="C0", label="median")
+    saved = [found.saved_threshold(kind, name) or np.nan for name in names]
+    label = f"clip-{kind}.json ({found.percentile:g}th percentile"
+    label += ", capped)" if saved != [found.thresholds[kind][n] for n in names] else ")"
+    axis.scatter(saved, at, s=14, color="C3", marker="|", label=label)
+    every = -(-len(names) // 120)
+    axis.set_yticks(at[::every], names[::every], fontsize=6 if len(names) > 40 else 9)
+    axis.set(ylim=(len(names) - 0.5, -0.5), xlabel=kinds()[kind])
+    axis.set_xscale("log")
+    axis.legend(loc="best", fontsize="small")

@@ -194,17 +194,28 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
     by_name = {choice.name: choice for choice in found_choices}
     bounded, constant = (by_name.get(f"clip-{kind}.json") for kind in ("update_ratio", "norm"))
     even = steady(found_choices)
-    if constant is not None and constant is not even:
+    if constant is not None and not constant.fits:
+        low, high = (100 * f(even.shares) for f in (min, max))
         print(
             "The norms drift: one threshold a layer clips "
             f"{100 * constant.shares[0]:.0f} % of the first eighth of the run and "
-            f"{100 * constant.shares[-1]:.0f} % of the last; {even.name} clips evenly."
+            f"{100 * constant.shares[-1]:.0f} % of the last; "
+            + (
+                f"{even.name} clips evenly."
+                if even.fits
+                else f"no file for norms clips evenly ({even.name}: {low:.0f} to {high:.0f} %)."
+            )
         )
     if found.updates < LEAST:
         print(f"{found.updates} updates are few for a percentile: watch more (--steps, --epochs).")
     print(f"results in {output}; train with")
-    for name in dict.fromkeys(c.name for c in (bounded, constant, even) if c is not None):
-        print(f"  {command} --clip-config {output / name}")
+    if even.fits or constant is None:
+        suggested = (bounded, constant, even)
+    else:
+        suggested = (bounded, constant)
+    for choice in {c.name: c for c in suggested if c is not None}.values():
+        share = f"clipped {100 * choice.overall:.1f} % of what was watched"
+        print(f"  {command} --clip-config {output / choice.name}  # {share}")
 
 
 def watched_options(recipe, rest: list[str]) -> Options:

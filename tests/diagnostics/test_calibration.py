@@ -12,6 +12,7 @@ from helpers import data, loss, net, strategy
 import keras_gradclip as kgc
 from keras_gradclip._names import layer_of
 from keras_gradclip.clippers.units import default_unit_axes
+from keras_gradclip.clippers.base import threshold_of
 
 tf = pytest.importorskip("tensorflow")
 STEPS, BATCH = 6, 16
@@ -243,6 +244,36 @@ def test_map_table_and_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["clip.json"]
 
 
+@pytest.mark.parametrize("rate, capped", [(1e-6, "raised"), (10.0, "lowered")])
+def test_the_table_has_the_figures_of_the_file(rate, capped, tmp_path):
+    """For every kind of clipper, also where the file holds less or more than was watched."""
+    model = compiled(optimizer=keras.optimizers.Adam(rate))
+    found = kgc.calibrate(model, dataset(), steps=3, follow=False)
+    head, *rows = [line.split() for line in str(found).splitlines() if line[:1].isalpha()][:4]
+    assert head[1:] == list(found.thresholds) and [row[0] for row in rows] == found.layers
+    for kind, *cells in zip(*[head, *rows], strict=True):
+        if kind == "layer":
+            continue
+        found.save(tmp_path / f"{kind}.json", kind)
+        saved = kgc.get(json.loads((tmp_path / f"{kind}.json").read_text())["clipper"])
+        by_layer = {
+            v.path.rpartition("/")[0]: clipper
+            for v, (_, clipper) in zip(
+                model.trainable_variables, saved.rule_of(model.trainable_variables), strict=True
+            )
+            if v.path.endswith("/kernel")
+        }
+        for layer, cell in zip(found.layers, cells, strict=True):
+            clipper = by_layer[layer]
+            value = getattr(clipper, threshold_of(type(clipper)))
+            assert cell.rstrip("*") == f"{value:.3g}"
+            assert value == found.saved_threshold(kind, layer)
+            assert cell.endswith("*") == (value != found.thresholds[kind][layer])
+    stars = [row[1 + list(found.thresholds).index("update_ratio")].endswith("*") for row in rows]
+    assert all(stars), capped
+    assert "*: capped" in str(found) and "–:" not in str(found)
+
+
 def test_layers_without_a_gradient_get_no_rule_but_by_update_ratios():
     inputs = keras.Input((8, 8, 3))
     h = keras.layers.Flatten()(inputs)
@@ -254,6 +285,9 @@ def test_layers_without_a_gradient_get_no_rule_but_by_update_ratios():
     model.compile(keras.optimizers.SGD(0.1), loss())
     found = kgc.calibrate(model, dataset(), steps=3, follow=False)
     assert found.thresholds["norm"]["dead"] is None
+    dead_row = next(line for line in str(found).splitlines() if line.startswith("dead"))
+    assert dead_row.split().count("–") == 5 and dead_row.count("*") == 1
+    assert "–: no threshold, the layer is left alone" in str(found)
     assert found.thresholds["norm"]["head"] > 0
     assert "off" in found.clip_map("norm").describe(model)
     rules = dict(found.clip_map().rules)  # a step of a layer that wakes up is bounded

@@ -1,12 +1,13 @@
 """`clipper="auto"`, and the warning of a clip in front of Muon."""
 
+import contextlib
 import re
 import warnings
 
 import keras
 import numpy as np
 import pytest
-from helpers import data, loss, needs_muon, net
+from helpers import data, loss, needs_muon, net, strategy
 
 import keras_gradclip as kgc
 from keras_gradclip.__main__ import main
@@ -67,6 +68,196 @@ def test_auto_takes_a_smaller_share_of_a_deeper_network(inner, kernels, ratio):
     anneal = "learning_rate" if momentum else None
     want = kgc.UpdateRatioClip(ratio, biases="unit", anneal=anneal)
     assert optimizer.clipper == want
+
+
+L = keras.layers
+
+
+class NormFreeNet(keras.Model):
+    """Named after what it does not have; its name is in every path."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = L.Dense(8), L.Dense(1)
+
+    def call(self, x):
+        return self.head(self.body(x))
+
+
+class MyLayerNorm(L.Layer):
+    """Somebody's own normalisation, without a variable."""
+
+    def call(self, x):
+        return x / (1e-3 + keras.ops.std(x, axis=-1, keepdims=True))
+
+
+class Abnormality(L.Layer):
+    """A score of something."""
+
+    def call(self, x):
+        return x
+
+
+def stack(*layers, name=None):
+    return keras.Sequential([keras.Input((8,)), L.Dense(4), *layers, L.Dense(1)], name=name)
+
+
+def frozen_below(layer):
+    base = keras.Sequential([keras.Input((8,)), L.Dense(4), layer])
+    base.trainable = False
+    return keras.Sequential([base, L.Dense(1)])
+
+
+def norm_free():
+    model = NormFreeNet()
+    model(np.zeros((1, 8), "float32"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, is_normalised",
+    [
+        (stack, False),
+        (norm_free, False),
+        (lambda: stack(name="abnormality"), False),
+        (lambda: stack(L.Dense(3, name="normal"), Abnormality()), False),
+        (lambda: stack(L.Normalization(mean=0.0, variance=1.0)), False),  # of the inputs' scale
+        (lambda: stack(L.BatchNormalization()), True),
+        (lambda: stack(L.BatchNormalization(scale=False, name="bn1")), True),
+        (lambda: stack(L.BatchNormalization(scale=False, center=False, name="b")), True),
+        (lambda: stack(L.GroupNormalization(2, name="g")), True),
+        (lambda: stack(L.UnitNormalization(name="u")), True),
+        (lambda: stack(MyLayerNorm(name="x")), True),
+        (lambda: frozen_below(L.BatchNormalization(name="b")), True),
+        (lambda: frozen_below(L.Dense(3)), False),
+    ],
+)
+def test_auto_goes_by_the_layers_of_the_whole_model(make, is_normalised):
+    model = make()
+    optimizer = kgc.ClippedOptimizer("sgd", "auto")
+    optimizer.build(model.trainable_variables)
+    assert optimizer.clipper == (GUARD if is_normalised else LARGER)
+
+
+def test_auto_bounds_no_tables_and_nothing_that_begins_near_zero():
+    word = keras.Input((), dtype="int32")
+    h = L.Dense(4, name="body")(L.Embedding(7, 3, name="norm")(word))
+    h = L.Dense(4, name="small", kernel_initializer=keras.initializers.RandomNormal(0.0, 1e-3))(h)
+    model = keras.Model(word, L.Dense(2, name="head", kernel_initializer="zeros")(h))
+    optimizer = kgc.ClippedOptimizer("sgd", "auto")
+    optimizer.build(model.trainable_variables)
+    rules = [c for _, c in optimizer.clipper.rule_of(model.trainable_variables)]
+    bound = kgc.UpdateRatioClip(5e-3, biases="unit")
+    # embeddings; kernel and bias of body, of small, of head
+    assert rules == [GUARD, bound, bound, GUARD, GUARD, GUARD, GUARD]
+    optimizer = kgc.ClippedOptimizer("sgd", "auto")
+    optimizer.build(model.layers[1].trainable_variables)
+    assert optimizer.clipper == GUARD
+
+
+@pytest.mark.parametrize("replicas", [0, 2])
+def test_auto_says_once_what_it_chose_and_why(replicas, caplog):
+    with contextlib.nullcontext() if not replicas else strategy(replicas).scope():
+        model = normalised()
+        optimizer = kgc.ClippedOptimizer("sgd", "auto")
+        assert repr(optimizer) == "<ClippedOptimizer of SGD, 'auto'>"
+        model.compile(optimizer, loss())
+    for _ in range(2):
+        model.fit(*data(16), batch_size=8, verbose=0)
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "keras_gradclip"]
+    assert said.startswith(f"clipper='auto': {GUARD}, because the model has normalisation (Batch")
+    assert repr(optimizer) == f"<ClippedOptimizer of SGD, {GUARD}>"
+
+
+def pictures():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 192)
+    x = rng.normal(size=(4, 8, 8, 3))[y] + 3 * rng.normal(size=(192, 8, 8, 3))
+    wrong = rng.random(192) < 0.15  # so that the loss does not fall to 0, where ratios say nothing
+    return x.astype("float32"), np.where(wrong, rng.integers(0, 4, 192), y)
+
+
+def convolutional(last="glorot_uniform"):
+    inputs = h = keras.Input((8, 8, 3))
+    for filters in (8, 8):
+        h = L.Conv2D(filters, 3, strides=2, activation="relu")(h)
+    outputs = L.Dense(4, kernel_initializer=last)(L.GlobalAveragePooling2D()(h))
+    return keras.Model(inputs, outputs), *pictures(), 10
+
+
+def transformer():
+    inputs = keras.Input((8, 8, 3))
+    h = L.Reshape((16, 8))(L.Conv2D(8, 2, strides=2)(inputs))
+    z = L.LayerNormalization()(h)
+    h = L.Add()([h, L.MultiHeadAttention(2, 4)(z, z)])
+    h = L.Add()([h, L.Dense(8)(L.Dense(16, "gelu")(L.LayerNormalization()(h)))])
+    return keras.Model(inputs, L.Dense(4)(L.GlobalAveragePooling1D()(h))), *pictures(), 10
+
+
+def sums():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(192, 8, 3)).astype("float32")
+    inputs = keras.Input((8, 3))
+    y = np.cumsum(x, 1)[:, -1, :1] + rng.normal(size=(192, 1))
+    return keras.Model(inputs, L.Dense(1)(L.GRU(12)(inputs))), x, y, 20
+
+
+def ratings():
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(size=(40, 4)), rng.normal(size=(30, 4))
+    u, i = rng.integers(0, 40, 1500), rng.integers(0, 30, 1500)
+    y = (users[u] * items[i]).sum(1) + 3.5
+    a, b = (keras.Input((), dtype="int32") for _ in range(2))
+    dot = L.Dot(1)([L.Embedding(40, 4)(a), L.Embedding(30, 4)(b)])
+    h = L.Add()([dot, L.Embedding(40, 1)(a), L.Embedding(30, 1)(b)])
+    return keras.Model([a, b], h), [u, i], y, 20
+
+
+def adapted(is_normalised):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(192, 6)).astype("float32")
+    before, after = (f @ rng.normal(size=(6, 1)) for f in (np.tanh(x), np.sin(2 * x)))
+    inputs = keras.Input((6,))
+    h = L.Dense(24, "gelu")(inputs)
+    h = L.LayerNormalization()(h) if is_normalised else h
+    model = keras.Model(inputs, L.Dense(1)(L.Dense(24, "gelu")(h)))
+    model.compile(keras.optimizers.Adam(3e-3), "mse")
+    model.fit(x, before, epochs=10, verbose=0)
+    for layer in model.layers:
+        layer.trainable = False
+        if isinstance(layer, L.Dense):
+            layer.trainable = True
+            layer.enable_lora(4)
+    return model, x, after, 15
+
+
+TASKS = {
+    "convolutions": (convolutional, keras.optimizers.Adam, 3e-3),
+    "a head of zeros": (lambda: convolutional("zeros"), keras.optimizers.Adam, 3e-3),
+    "transformer": (transformer, keras.optimizers.Adam, 3e-3),
+    "recurrent": (sums, keras.optimizers.Adam, 3e-3),
+    "recommender": (ratings, keras.optimizers.Adam, 1e-2),
+    "LoRA": (lambda: adapted(False), keras.optimizers.Adam, 3e-3),
+    "LoRA, normalised": (lambda: adapted(True), keras.optimizers.Adam, 3e-3),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_auto_costs_little_at_a_rate_that_is_safe(task):
+    make, optimizer, rate = TASKS[task]
+    losses = {}
+    for clipper in (None, "auto"):
+        keras.utils.set_random_seed(0)
+        model, x, y, epochs = make()
+        is_one_of_several = model.output_shape[-1] == 4
+        model.compile(
+            kgc.ClippedOptimizer(optimizer(rate), clipper), loss() if is_one_of_several else "mse"
+        )
+        start = model.evaluate(x, y, verbose=0)
+        model.fit(x, y, batch_size=16, epochs=epochs, verbose=0)
+        losses[clipper] = model.evaluate(x, y, verbose=0)
+    assert losses[None] < 0.8 * start, "the task must be one that is learned"
+    assert losses["auto"] < 2 * losses[None]
 
 
 def test_a_model_takes_auto():

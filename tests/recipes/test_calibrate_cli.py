@@ -74,6 +74,9 @@ def test_the_files(calibrated):
             want = found.thresholds[kind][row["layer"]]
             shown = float(row[kind]) if row[kind] else None
             assert shown == (None if want is None else pytest.approx(want, rel=1e-5))
+            saved = found.saved_threshold(kind, row["layer"])
+            shown = float(row[f"{kind}_saved"]) if row[f"{kind}_saved"] else None
+            assert shown == (None if saved is None else pytest.approx(saved, rel=1e-5))
         spread = [float(row[f"norm_{q}"]) for q in ("min", "p10", "median", "p90", "max")]
         assert spread == sorted(spread)
     with Image.open(folder / "calibration.png") as picture:
@@ -215,6 +218,22 @@ def test_what_clips_evenly_follows_from_the_drift(drift, want, tmp_path):
     assert constant.overall == pytest.approx(0.1, abs=0.01)
     calibrate.draw(tmp_path / "picture.png", found, segments, drift)
     assert (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("fall", [0.98, 0.7, 1.05])
+def test_what_clips_nothing_is_not_praised(fall, tmp_path, capsys):
+    """Norms that only fall are never above the last ones; that rise, always."""
+    found = made_up(np.repeat(fall ** np.arange(40)[:, None], 3, axis=1))
+    choices = calibrate.choices(found, 1, tmp_path)
+    last = next(c for c in choices if c.name == "clip-percentile.json")
+    assert not last.fits
+    calibrate.show(found, choices, 1, tmp_path, "python recipes/tiny.py")
+    printed = capsys.readouterr().out
+    assert "clips evenly." not in printed
+    assert "no file for norms clips evenly (clip-percentile.json: " in printed
+    assert f"--clip-config {tmp_path / last.name}" not in printed
+    constant = next(c for c in choices if c.name == "clip-norm.json")
+    assert f"clip-norm.json  # clipped {100 * constant.overall:.1f} %" in printed
 
 
 def test_what_the_files_would_clip_is_what_their_clippers_clip(tmp_path):
