@@ -417,6 +417,28 @@ def _no_result(fn: Callable[..., object], args: tuple) -> Callable[[], None]:
     return call
 
 
+def zeros(shape: Sequence[int], name: str, dtype: str = "float32") -> Variable:
+    """A variable into which every replica writes the same, each into its own copy."""
+    return keras.Variable(
+        initializer="zeros",
+        shape=tuple(shape),
+        dtype=dtype,
+        trainable=False,
+        aggregation="none",
+        name=name,
+    )
+
+
+def to_numpy(value: Tensor) -> Tensor:
+    """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises.
+
+    On PyTorch `.numpy()` takes no tensor of a GPU.
+    """
+    if is_tensorflow() and hasattr(value, "numpy"):
+        return value.numpy()
+    return ops.convert_to_numpy(value)
+
+
 def local_variable(shape: Sequence[int], dtype: str, name: str) -> Variable:
     """A variable of zeros of which every replica keeps its own copy.
 

@@ -447,11 +447,7 @@ class Programs:
     def run(
         self, key: Hashable, function: Callable[..., Tensor], x: Tensor, *args: object
     ) -> Tensor:
-        """`function(x, *args)`, compiled.
-
-        Args:
-            key: what distinguishes `function` from others.
-        """
+        """`function(x, *args)`, compiled; `key` distinguishes it from other functions."""
         import tensorflow as tf
 
         key = (key, tuple(x.shape), x.dtype)

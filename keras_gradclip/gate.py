@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import keras
 from keras import ops, tree
 
-from keras_gradclip import _compat
 from keras_gradclip import _arithmetic as kernels
+from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Layer, Model, Tensor
 

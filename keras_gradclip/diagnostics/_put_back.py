@@ -18,9 +18,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip._types import Model
-from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: Attributes that are put back by value; others are objects that belong to the user.
@@ -86,7 +86,7 @@ def _ways_back(part: Any) -> Iterator[Callable[[], object]]:
     """Functions that put back what a part is now."""
     if _is_variable(part):
         for copy in _copies(part):
-            yield _assigning(copy, np.array(to_numpy(copy)))
+            yield _assigning(copy, np.array(aggregation.to_numpy(copy)))
     elif isinstance(part, _KERAS):
         yield _attributes_of(part)
     elif isinstance(part, np.random.Generator):
@@ -167,7 +167,7 @@ def _numpy() -> Iterator[None]:
 def _keras() -> Iterator[None]:
     """The generator of `keras.random` without a seed; made anew, from Python's, if it is new."""
     generator = _compat.get_global_seed_generator()
-    state = None if generator is None else np.array(to_numpy(generator.state))
+    state = None if generator is None else np.array(aggregation.to_numpy(generator.state))
     try:
         yield
     finally:

@@ -11,8 +11,6 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Gradient, Gradients, Scalar, Tensor, Variable
 from keras_gradclip.diagnostics.watch import RingBuffer, strategy_scope
-from keras_gradclip.optimizer._hyperparameters import to_numpy
-from keras_gradclip.optimizer._telemetry import zeros
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
@@ -35,7 +33,7 @@ class Recorder:
         self.start = 0  # the number of updates before
         if optimizer.built:
             self._build()
-            self.start = int(to_numpy(optimizer.iterations))
+            self.start = int(aggregation.to_numpy(optimizer.iterations))
 
     def _build(self) -> None:
         self.thresholds = list(self.optimizer.clip_hyperparameters)
@@ -44,9 +42,10 @@ class Recorder:
             # A record: the figures; the length of the window that ends with it and the thresholds.
             shapes = [(len(ROWS), count), (1 + len(self.thresholds),)]
             self.buffer = RingBuffer("ClipMonitor", self.capacity, shapes)
-            self.has_sample = zeros((), "has_sample")  # since the last `force`
-            self.updates = zeros((), "updates")  # since the last sample, skipped ones included
-            self.nonfinite = zeros((count,), "nonfinite")  # of them, with a bad gradient
+            self.has_sample = aggregation.zeros((), "has_sample")  # since the last `force`
+            # Since the last sample, skipped ones included; of them, with a bad gradient.
+            self.updates = aggregation.zeros((), "updates")
+            self.nonfinite = aggregation.zeros((count,), "nonfinite")
         self._state = [*self.buffer.state, self.has_sample, self.updates, self.nonfinite]
 
     def _build_where_traced(self) -> None:
@@ -139,7 +138,10 @@ class Recorder:
         """For each variable the share of bad gradients since the last sample; then anew."""
         if not self._state:
             return None
-        updates, bad = float(to_numpy(self.updates)), to_numpy(self.nonfinite).astype("float64")
+        updates, bad = (
+            float(aggregation.to_numpy(self.updates)),
+            aggregation.to_numpy(self.nonfinite).astype("float64"),
+        )
         if not bad.any():
             return None
         self.updates.assign(0.0)

@@ -9,11 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
 from keras_gradclip.clippers.units import unit_of
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
-from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._steps import ignores_scale
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
@@ -39,7 +39,7 @@ class Sampler:
     @property
     def skipped(self) -> int:
         """Updates that were left out."""
-        return int(to_numpy(self._skipped))
+        return int(aggregation.to_numpy(self._skipped))
 
     def fetch(self) -> int:
         """Bring what is new to the host; the number of updates so far, skipped ones included."""

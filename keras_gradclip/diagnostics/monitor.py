@@ -27,7 +27,6 @@ from keras_gradclip.diagnostics.watch import (
     sync,
     watched_optimizers,
 )
-from keras_gradclip.optimizer._hyperparameters import to_numpy
 
 
 class ClipMonitor(keras.callbacks.Callback):
@@ -232,7 +231,9 @@ class ClipMonitor(keras.callbacks.Callback):
 
     def _step(self) -> int:
         """The number of updates so far; of several optimizers the largest."""
-        return max((int(to_numpy(r.optimizer.iterations)) for r in self._recorders), default=0)
+        return max(
+            (int(aggregation.to_numpy(r.optimizer.iterations)) for r in self._recorders), default=0
+        )
 
     def _labels(self) -> list[str]:
         return labels_of([recorder.optimizer for recorder in self._recorders])

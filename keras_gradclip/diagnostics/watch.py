@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from keras import backend, ops
 
+from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Model, Optimizer, Strategy, Tensor, Variable
-from keras_gradclip.optimizer._hyperparameters import to_numpy
-from keras_gradclip.optimizer._telemetry import zeros
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find_all
 
 # A batch may bring several updates: a `train_step` may call `apply` more than once.
@@ -75,7 +74,7 @@ def strategy_scope(*optimizers: ClippedOptimizer) -> contextlib.AbstractContextM
 
 def counter(name: str) -> Variable:
     """A whole number on the device, 0 at first."""
-    return zeros((), name, "int32" if backend.backend() == "jax" else "int64")
+    return aggregation.zeros((), name, "int32" if backend.backend() == "jax" else "int64")
 
 
 def sync(model: Model) -> None:
@@ -100,8 +99,8 @@ class RingBuffer:
         self.owner, self.capacity, self.lost = owner, capacity, 0
         self._fetched = 0
         self._written = counter("written")
-        self._steps = zeros((capacity,), "steps", str(self._written.dtype))
-        self._arrays = [zeros((capacity, *shape), "samples") for shape in shapes]
+        self._steps = aggregation.zeros((capacity,), "steps", str(self._written.dtype))
+        self._arrays = [aggregation.zeros((capacity, *shape), "samples") for shape in shapes]
         self.state = [self._written, self._steps, *self._arrays]
 
     def write(self, step: Tensor, *arrays: Tensor) -> None:
@@ -117,7 +116,7 @@ class RingBuffer:
 
     def fetch(self) -> list[tuple[int, list[np.ndarray]]]:
         """The records since the last fetch, oldest first: (step, float64 arrays)."""
-        written = int(to_numpy(self._written))
+        written = int(aggregation.to_numpy(self._written))
         first = max(self._fetched, written - self.capacity)
         lost = first - self._fetched
         if lost and not self.lost:
@@ -130,7 +129,7 @@ class RingBuffer:
         self._fetched = written
         if first == written:
             return []
-        steps = to_numpy(self._steps)
-        arrays = [np.asarray(to_numpy(v), "float64") for v in self._arrays]
+        steps = aggregation.to_numpy(self._steps)
+        arrays = [np.asarray(aggregation.to_numpy(v), "float64") for v in self._arrays]
         slots = [i % self.capacity for i in range(first, written)]
         return [(int(steps[i]), [a[i] for a in arrays]) for i in slots]

@@ -88,7 +88,9 @@ class Accumulation:
     def take(self, positions: Iterable[int]) -> Gradients:
         """The sums at these positions; None elsewhere."""
         chosen = set(positions)
-        return [arithmetic.read(total) if i in chosen else None for i, total in enumerate(self.sums)]
+        return [
+            arithmetic.read(total) if i in chosen else None for i, total in enumerate(self.sums)
+        ]
 
     def clear(self, positions: Iterable[int]) -> None:
         """Begin the next update: these sums, and what was left for variables since frozen."""

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip._layers import is_normalisation, networks_of
 from keras_gradclip._names import SCOPES, layers_of, names_of, path_of
 from keras_gradclip._types import Optimizer, Variable
-from keras_gradclip.clippers.units import KERNEL, TABLE, Unit, units_of
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
-from keras_gradclip.optimizer._hyperparameters import to_numpy
+from keras_gradclip.clippers.units import KERNEL, TABLE, Unit, units_of
 
 AUTO = "auto"
 LOG = logging.getLogger("keras_gradclip")
@@ -112,7 +112,7 @@ def _begins_near_zero(variable: Variable, unit: Unit) -> bool:
     """Of LoRA the one factor begins at zero, and their product moves by both."""
     if "lora" in path_of(variable).rpartition("/")[2]:
         return True
-    values = np.asarray(to_numpy(variable), "float64")
+    values = np.asarray(aggregation.to_numpy(variable), "float64")
     return bool(np.sqrt(np.median(np.sum(values**2, axis=unit.axes))) < NEAR_ZERO)
 
 

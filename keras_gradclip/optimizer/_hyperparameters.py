@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 import keras
 import numpy as np
@@ -10,18 +10,8 @@ from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Optimizer, Scalar, Tensor, Variable
+from keras_gradclip._types import Scalar, Variable
 from keras_gradclip.clippers.base import Clipper, current_value
-
-
-def to_numpy(value: Tensor) -> Tensor:
-    """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises.
-
-    On PyTorch `.numpy()` takes no tensor of a GPU.
-    """
-    if aggregation.is_tensorflow() and hasattr(value, "numpy"):
-        return value.numpy()
-    return ops.convert_to_numpy(value)
 
 
 def is_schedule(value: object) -> bool:
@@ -43,8 +33,8 @@ class ClipHyperparameters(MutableMapping):
     def __getitem__(self, name: str) -> float:
         value = self._values[self._known(name)]
         if is_schedule(value):
-            value = value(ops.convert_to_tensor(to_numpy(self._iterations)))
-        return float(to_numpy(value))
+            value = value(ops.convert_to_tensor(aggregation.to_numpy(self._iterations)))
+        return float(aggregation.to_numpy(value))
 
     def __setitem__(self, name: str, value: Scalar) -> None:
         current = self._values[self._known(name)]
@@ -77,57 +67,42 @@ class ClipHyperparameters(MutableMapping):
         """The thresholds as float32 scalars of the backend."""
         return {name: current_value(v, self._iterations) for name, v in self._values.items()}
 
+    def put_into(self, clipper: Clipper) -> Clipper:
+        """`clipper` with the thresholds that are in force now."""
+        values = dict(clipper.hyperparameters())
+        for key, given in values.items():
+            now = given if is_schedule(given) else self[key]
+            if now is not given and np.float32(given) != np.float32(now):
+                values[key] = now  # set since; otherwise keep the number as it was written
+        return clipper.with_hyperparameters(values)
+
     def _known(self, name: str) -> str:
         if name not in self._values:
             raise KeyError(f"no clip hyper-parameter is called {name!r}; there are {list(self)}")
         return name
 
 
-class HasThresholds:
-    """Mixin of an optimizer: its clipper, and the thresholds in force."""
-
-    inner_optimizer: Optimizer
-    iterations: Variable
-    add_variable: Callable[..., Variable]
-    _clipper: Clipper | None
-    _hyper: dict[str, Variable]
-
-    def _set_clipper(self, clipper: Clipper | None) -> None:
-        self._clipper = clipper
-        self._hyper = {
-            key: value if is_schedule(value) else self._threshold_variable(key, value)
-            for key, value in (clipper.hyperparameters() if clipper else {}).items()
-        }
-
-    def _threshold_variable(self, key: str, value: float) -> Variable:
-        name = "clip_" + "".join(c if c.isalnum() else "_" for c in key)
-        initializer = keras.initializers.Constant(value)
-        return self.add_variable((), initializer, "float32", aggregation="none", name=name)
-
-    def _check_learning_rate(self) -> None:
-        if not (self._clipper and self._clipper.needs_learning_rate):
-            return
-        inner = self.inner_optimizer
-        if getattr(inner, "learning_rate", None) is None:
-            raise ValueError(
-                f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) has no learning "
-                f"rate, which the clipper {self._clipper} divides by. Use one that does not, e.g. "
-                "AdaptiveClip(0.01)."
+def threshold_variables(
+    optimizer: keras.optimizers.Optimizer, clipper: Clipper | None
+) -> dict[str, keras.Variable | validation.LearningRateSchedule]:
+    """For each live threshold of `clipper` a variable of `optimizer`, or its schedule."""
+    result = {}
+    for key, value in (clipper.hyperparameters() if clipper else {}).items():
+        if not is_schedule(value):
+            name = "clip_" + "".join(c if c.isalnum() else "_" for c in key)
+            initializer = keras.initializers.Constant(value)
+            value = optimizer.add_variable(
+                (), initializer, "float32", aggregation="none", name=name
             )
+        result[key] = value
+    return result
 
-    @property
-    def clipper(self) -> Clipper | None:
-        """The clipper, with the thresholds that are in force now."""
-        if self._clipper is None:
-            return None
-        values = dict(self._clipper.hyperparameters())
-        for key, given in values.items():
-            now = given if is_schedule(given) else self.clip_hyperparameters[key]
-            if now is not given and np.float32(given) != np.float32(now):
-                values[key] = now  # set since; otherwise keep the number as it was written
-        return self._clipper.with_hyperparameters(values)
 
-    @property
-    def clip_hyperparameters(self) -> ClipHyperparameters:
-        """The live thresholds, to read and to set: `["threshold"] = 0.05`."""
-        return ClipHyperparameters(self._hyper, self.iterations)
+def check_learning_rate(inner: keras.optimizers.Optimizer, clipper: Clipper) -> None:
+    """Raise a ValueError if `clipper` needs a learning rate and `inner` has none."""
+    if clipper.needs_learning_rate and getattr(inner, "learning_rate", None) is None:
+        raise ValueError(
+            f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) has no learning "
+            f"rate, which the clipper {clipper} divides by. Use one that does not, e.g. "
+            "AdaptiveClip(0.01)."
+        )

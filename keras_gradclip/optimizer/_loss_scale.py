@@ -88,43 +88,37 @@ class DynamicLossScale:
         outer.dynamic_scale.assign(ops.where(was_finite, scale, scale * 0.5))
 
 
-class KnowsLossScale:
-    """Mixin of an optimizer: learns who scales its loss, and takes over from there."""
+def wrapping_loss_scale(optimizer: Optimizer, factor: object, own: LossScale) -> LossScale:
+    """The loss scale of `optimizer`, to whose `loss_scale_factor` something is assigned.
 
-    inner_optimizer: Optimizer
-    _static_scale: LossScale
+    `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps, which is the only
+    sign of it; its `apply` is replaced by one that asks for finiteness after the reduction.
 
-    def __setattr__(self, name: str, value: object) -> None:
-        """Notices that somebody wraps this optimizer, by what `LossScaleOptimizer` assigns."""
-        if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
-            self._on_loss_scale_factor(value)
-        else:
-            super().__setattr__(name, value)
+    Args:
+        optimizer: the `ClippedOptimizer`.
+        factor: what is assigned.
+        own: the optimizer's loss scale so far.
 
-    def _on_loss_scale_factor(self, value: object) -> None:
-        if value is not None:
-            raise ValueError(
-                f"ClippedOptimizer: set loss_scale_factor={value!r} on the inner optimizer."
-            )
-        # `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps.
-        self.inner_optimizer.loss_scale_factor = None
-        if not aggregation.is_tensorflow():
-            return
-        outer = _compat.find_wrapping_loss_scale(self)
-        if outer is None:
-            self._static_scale = UnknownLossScale(self.inner_optimizer)
-        else:
-            # Its own `apply` asks the first replica alone whether the gradients are finite.
-            name = _compat.method_that_applies(outer)
-            own = getattr(outer, name)
-            setattr(outer, name, functools.partial(_apply_scaled, outer, own))
-            if type(outer) is keras.optimizers.LossScaleOptimizer:  # no other way to build
-                outer.build = functools.partial(_build_scaled, outer)
-                outer.scale_loss = functools.partial(_scale_loss, outer)
-
-    def scale_loss(self, loss: Scalar) -> Scalar:
-        """`loss` times the inner optimizer's fixed loss scale, if it has one."""
-        return self.inner_optimizer.scale_loss(loss)
+    Raises:
+        ValueError: the factor is not None.
+    """
+    if factor is not None:
+        raise ValueError(
+            f"ClippedOptimizer: set loss_scale_factor={factor!r} on the inner optimizer."
+        )
+    optimizer.inner_optimizer.loss_scale_factor = None
+    if not aggregation.is_tensorflow():
+        return own
+    outer = _compat.find_wrapping_loss_scale(optimizer)
+    if outer is None:
+        return UnknownLossScale(optimizer.inner_optimizer)
+    # Its own `apply` asks the first replica alone whether the gradients are finite.
+    name = _compat.method_that_applies(outer)
+    setattr(outer, name, functools.partial(_apply_scaled, outer, getattr(outer, name)))
+    if type(outer) is keras.optimizers.LossScaleOptimizer:  # no other way to build
+        outer.build = functools.partial(_build_scaled, outer)
+        outer.scale_loss = functools.partial(_scale_loss, outer)
+    return own
 
 
 def _scale_loss(outer: Optimizer, loss: Scalar) -> Scalar:
@@ -174,10 +168,10 @@ def _apply_scaled(
 
     `own` is Keras's, for an optimizer that was put in the place of ours since.
     """
-    if not isinstance(outer.inner_optimizer, KnowsLossScale):
+    if not hasattr(outer.inner_optimizer, "apply_scaled"):
         own(grads, trainable_variables)
         return
     if not outer.built and trainable_variables is not None:
         outer.build(list(trainable_variables))
         outer.built = True
-    outer.inner_optimizer._apply(grads, trainable_variables, DynamicLossScale(outer))
+    outer.inner_optimizer.apply_scaled(grads, trainable_variables, DynamicLossScale(outer))

@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 from keras import ops
 
+from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._names import path_of
-from keras_gradclip._types import Gradients, Scalar, Tensor, Variable
-from keras_gradclip.optimizer._hyperparameters import to_numpy
-from keras_gradclip.optimizer._telemetry import zeros
+from keras_gradclip._types import Gradients, Tensor, Variable
 
 #: The number of norms to compare with; before half of them were seen, no finite norm is a spike.
 WINDOW = 128
@@ -65,7 +63,7 @@ class FirstNonfinite:
     """Remembers the variable in whose gradient the first infinity or NaN appeared."""
 
     def __init__(self) -> None:
-        self.number = zeros((), "first_nonfinite", "int32")  # from 1 on; 0: none yet
+        self.number = aggregation.zeros((), "first_nonfinite", "int32")  # from 1 on; 0: none yet
 
     def note(self, gradients: Gradients) -> None:
         """Look for it in an update that is left out."""
@@ -80,31 +78,3 @@ class FirstNonfinite:
         number = ops.cast(ops.where(first < none, first, 0.0), "int32")
         before = arithmetic.read(self.number)
         self.number.assign(ops.where(before > 0, before, number))
-
-
-class ReportsSkips:
-    """Mixin of an optimizer: how many updates it left out, and where it began."""
-
-    built: bool
-    _skipped: Variable
-    _first_nonfinite: FirstNonfinite
-    _trainable_variables: list[Variable]
-
-    @property
-    def skipped_steps(self) -> int:
-        """The number of updates left out since the start: not finite, or spikes.
-
-        What a LossScaleOptimizer leaves out is counted on TensorFlow alone: on JAX and PyTorch
-        Keras drops it, a micro-batch at a time, before it comes here.
-        """
-        return int(to_numpy(self._skipped)) if self.built else 0
-
-    @property
-    def first_nonfinite_variable(self) -> str | None:
-        """The path of the variable whose gradient was the first that was not finite.
-
-        The first in the optimizer's order, in the first update that was left out for it since
-        this object was made; None if there was none.
-        """
-        number: Scalar = int(to_numpy(self._first_nonfinite.number)) if self.built else 0
-        return path_of(self._trainable_variables[number - 1]) if number else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -23,15 +23,30 @@ from keras_gradclip._types import Gradient, Gradients, Optimizer, Scalar, Tensor
 
 @dataclasses.dataclass(frozen=True)
 class UpdateLimit:
-    """What the steps go through before they stay.
+    """Limits the changes of weights in one update; called once.
 
     Attributes:
-        apply: from variables and their steps to what is applied; called once an update.
-        is_for: whether the step of a variable may be bounded; others are not handed to `apply`.
+        positions: `id` to position of the variables whose change may be limited.
+        apply: a function of (changes, weights before them), by position, that returns a list of
+            the limited changes.
     """
 
-    apply: Callable[[Sequence[Variable], list[Tensor], list[Tensor]], Sequence[Tensor]]
-    is_for: Callable[[Variable], bool]
+    positions: Mapping[int, int]
+    apply: Callable[[Mapping[int, Tensor], Mapping[int, Tensor]], list[Gradient]]
+
+    def __call__(
+        self, variables: Sequence[Variable], changes: Sequence[Tensor], before: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The limited changes of `variables`; of variables without a limit, as they are."""
+        at = [self.positions.get(id(v)) for v in variables]
+        limited = self.apply(
+            {i: c for i, c in zip(at, changes, strict=True) if i is not None},
+            {i: w for i, w in zip(at, before, strict=True) if i is not None},
+        )
+        return [
+            c if i is None or limited[i] is None else limited[i]
+            for i, c in zip(at, changes, strict=True)
+        ]
 
 
 def ignores_scale(inner: Optimizer) -> bool:
@@ -79,7 +94,7 @@ class BoundedSteps:
         limited: list[tuple[Gradient, Variable]] = []
         free: list[tuple[Gradient, Variable]] = []
         for gradient, variable in zip(gradients, variables, strict=True):
-            is_free = self._may_split and not self._bound.is_for(variable)
+            is_free = self._may_split and id(variable) not in self._bound.positions
             (free if is_free else limited).append((gradient, variable))
         self._update_bounded(default, self._bound, limited, learning_rate)
         if free:
@@ -93,13 +108,13 @@ class BoundedSteps:
         learning_rate: Scalar,
     ) -> None:
         if not pairs:
-            bound.apply([], [], [])
+            bound([], [], [])
             return
         gradients, variables = zip(*pairs, strict=True)
         steps = self._steps(gradients, variables, learning_rate)
         if steps is not None:
             before = [arithmetic.read(v) for v in variables]
-            limited = bound.apply(variables, steps, before)
+            limited = bound(variables, steps, before)
             sums = [old + step for old, step in zip(before, limited, strict=True)]
             aggregation.assign_each(variables, sums)
             return
@@ -110,7 +125,7 @@ class BoundedSteps:
             after = [ops.copy(x) for x in after]
         aggregation.assign_each(variables, before)
         steps = [b - a for a, b in zip(before, after, strict=True)]
-        bounded = bound.apply(variables, steps, before)
+        bounded = bound(variables, steps, before)
         aggregation.assign_each(
             variables,
             [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -13,7 +12,6 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import layers_of
 from keras_gradclip._types import Config, Gradients, Scalar, Tensor, Variable
-from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 
@@ -30,14 +28,16 @@ class Telemetry:
         self._variables = list(variables)
         self._layers = layers_of(variables)
         count = len(self._variables)
-        self.squares = zeros((count,), "telemetry_squares")  # of the norm before the clip
+        self.squares = aggregation.zeros(
+            (count,), "telemetry_squares"
+        )  # of the norm before the clip
         # What was clipped and what there was, as shares of all that the clipper counts.
-        self.clipped = zeros((count,), "telemetry_clipped")
-        self.counted = zeros((count,), "telemetry_counted")
-        self.norms = zeros((), "telemetry_norms")  # global norms before the clip
-        self.measured = zeros((), "telemetry_measured")
-        self.updates = zeros((), "telemetry_updates")
-        self.skipped = zeros((), "telemetry_skipped")
+        self.clipped = aggregation.zeros((count,), "telemetry_clipped")
+        self.counted = aggregation.zeros((count,), "telemetry_counted")
+        self.norms = aggregation.zeros((), "telemetry_norms")  # global norms before the clip
+        self.measured = aggregation.zeros((), "telemetry_measured")
+        self.updates = aggregation.zeros((), "telemetry_updates")
+        self.skipped = aggregation.zeros((), "telemetry_skipped")
 
     @property
     def _sums(self) -> list[Variable]:
@@ -96,16 +96,26 @@ class Telemetry:
         return ops.where(counted > 0, clipped / ops.maximum(counted, arithmetic.TINY), nothing)
 
     def read(self) -> Config:
-        """The figures of `ClippedOptimizer.read_telemetry`."""
+        """What happened since the last reset, fetched to the host.
+
+        The means are over the updates that were measured.
+
+        Returns:
+            A dict: `layers` (list of layer paths), `layer_grad_norm` (array, one a layer: the
+            root mean square over the updates of the layer's L2 norm before the clip),
+            `layer_clip_fraction` (array, 0..1), `grad_norm` (float, the mean global norm before
+            the clip), `clip_fraction` (float), `updates` and `skipped` (ints). NaN where nothing
+            was measured yet.
+        """
         layers = list(dict.fromkeys(self._layers))
         position = {layer: i for i, layer in enumerate(layers)}
         number = np.array([position[layer] for layer in self._layers], int)
 
         def per_layer(variable: Variable) -> np.ndarray:
-            values = np.asarray(to_numpy(variable), "float64")
+            values = np.asarray(aggregation.to_numpy(variable), "float64")
             return np.bincount(number, values, minlength=len(layers))
 
-        measured, norms = (float(to_numpy(v)) for v in (self.measured, self.norms))
+        measured, norms = (float(aggregation.to_numpy(v)) for v in (self.measured, self.norms))
         clipped, counted = per_layer(self.clipped), per_layer(self.counted)
         fractions = np.divide(clipped, counted, out=np.zeros_like(counted), where=counted > 0)
         mean_squares = per_layer(self.squares) / max(measured, 1.0)
@@ -116,94 +126,14 @@ class Telemetry:
             "layer_clip_fraction": fractions.astype("float32"),
             "grad_norm": norms / measured if measured else nothing,
             "clip_fraction": clipped.sum() / counted.sum() if counted.any() else nothing,
-            "updates": int(to_numpy(self.updates)),
-            "skipped": int(to_numpy(self.skipped)),
+            "updates": int(aggregation.to_numpy(self.updates)),
+            "skipped": int(aggregation.to_numpy(self.skipped)),
         }
 
     def reset(self) -> None:
         """Begin anew."""
         for variable in self.state:
             variable.assign(np.zeros(variable.shape, "float32"))
-
-
-class ReportsTelemetry:
-    """Mixin of an optimizer: its telemetry, for people and for `fit`'s logs."""
-
-    built: bool
-    _trainable_variables: list[Variable]
-    _measures: bool | int
-    _telemetry: Telemetry | None
-
-    @property
-    def telemetry(self) -> bool | int:
-        """Whether figures are kept, or at every how many updates."""
-        return self._measures
-
-    @telemetry.setter
-    def telemetry(self, value: bool | int) -> None:
-        self._measures = value
-        if self.built:
-            self._start_telemetry()
-
-    def _start_telemetry(self) -> None:
-        every = int(self._measures)
-        self._telemetry = Telemetry(self._trainable_variables, every) if every else None
-
-    def mean_grad_norm(self) -> Scalar:
-        """The global L2 norm before the clip, averaged since the last reset: a float32 scalar.
-
-        NaN while nothing was measured.
-        """
-        return (
-            ops.full((), float("nan")) if self._telemetry is None else self._telemetry.mean_norm()
-        )
-
-    def mean_clip_fraction(self) -> Scalar:
-        """Elements (or norms) clipped / all, averaged since the last reset: a float32 scalar.
-
-        NaN while nothing was measured.
-        """
-        if self._telemetry is None:
-            return ops.full((), float("nan"))
-        return self._telemetry.mean_clip_fraction()
-
-    def read_telemetry(self) -> Config:
-        """What happened since the last `reset_telemetry`, fetched to the host.
-
-        The means are over the updates that were measured: see `telemetry`.
-
-        Returns:
-            A dict: `layers` (list of layer paths), `layer_grad_norm` (array, one a layer: the
-            root mean square over the updates of the layer's L2 norm before the clip),
-            `layer_clip_fraction` (array, 0..1), `grad_norm` (float, the mean global norm before
-            the clip), `clip_fraction` (float), `updates` and `skipped` (ints). NaN where nothing
-            was measured yet.
-
-        Raises:
-            ValueError: telemetry is off.
-        """
-        if not self.telemetry:
-            raise ValueError(
-                "read_telemetry: nothing was recorded. Pass telemetry=True to ClippedOptimizer."
-            )
-        return Telemetry([], 1).read() if self._telemetry is None else self._telemetry.read()
-
-    def reset_telemetry(self) -> None:
-        """Start the averages of `read_telemetry` anew."""
-        if self._telemetry is not None:
-            self._telemetry.reset()
-
-
-def zeros(shape: Sequence[int], name: str, dtype: str = "float32") -> Variable:
-    """A variable into which every replica writes the same, each into its own copy."""
-    return keras.Variable(
-        initializer="zeros",
-        shape=tuple(shape),
-        dtype=dtype,
-        trainable=False,
-        aggregation="none",
-        name=name,
-    )
 
 
 def square_norms(update: ClippedUpdate) -> list[Tensor]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from keras_gradclip._types import Gradients, Hyper, Variable
+from keras_gradclip._types import Gradients, Hyper, State, Variable
 from keras_gradclip.clippers.base import ClipStats
 
 
@@ -19,12 +19,14 @@ class ClippedUpdate:
         clipped: after it.
         stats: what the clipper counted; None without a clipper.
         hyper: the thresholds in force.
+        state: the clippers' state after the clip.
     """
 
     gradients: Gradients
     clipped: Gradients
     stats: ClipStats | None
     hyper: Hyper
+    state: State
 
 
 class Watcher(Protocol):
@@ -39,22 +41,3 @@ class Watcher(Protocol):
 
     def on_skip(self, gradients: Gradients) -> None:
         """An update that is left out, because something in it is not finite."""
-
-
-class Watched:
-    """Mixin of an optimizer: who sees its updates."""
-
-    _watchers: tuple[Watcher, ...]
-
-    def watch(self, watcher: Watcher) -> None:
-        """Show every update, from the next trace on, to `watcher`, beside those that watch."""
-        self._watchers = (*self._watchers, watcher)
-
-    def unwatch(self, watcher: Watcher) -> None:
-        """End what `watch` began."""
-        self._watchers = tuple(w for w in self._watchers if w is not watcher)
-
-    def end_watches(self) -> bool:
-        """End all watches; whether there were any."""
-        were_any, self._watchers = bool(self._watchers), ()
-        return were_any

@@ -1,9 +1,4 @@
-"""`ClippedOptimizer`: clips, around any Keras optimizer, what that optimizer applies.
-
-One update, in this order: add up micro-batches; sum over the replicas (one all-reduce); merge
-duplicate sparse rows; unscale; skip if anything is not finite; clip; rescale; show it to the
-watchers; inner optimizer.
-"""
+"""`ClippedOptimizer`: clips, around any Keras optimizer, what that optimizer applies."""
 
 from __future__ import annotations
 
@@ -12,41 +7,56 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import keras
-from keras import ops
+import numpy as np
+from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Gradient, Gradients, Optimizer, State, Tensor, Variable
-from keras_gradclip.clippers.base import Clipper, as_clipper
-from keras_gradclip.clippers.enforce import LEARNING_RATE, combined
+from keras_gradclip._layers import networks_of
+from keras_gradclip._names import path_of
+from keras_gradclip._types import Config, Gradient, Scalar, Tensor
+from keras_gradclip.clippers.base import Clipper, as_clipper, serialize
+from keras_gradclip.clippers.enforce import LEARNING_RATE, Enforcer, combined
 from keras_gradclip.optimizer._accumulation import Accumulation
-from keras_gradclip.optimizer._advice import AUTO
-from keras_gradclip.optimizer._call import Call, collect
-from keras_gradclip.optimizer._inner import (
-    DelegatesToInner,
-    InnerUpdate,
-    check_inner,
-    split_overwriting,
+from keras_gradclip.optimizer._advice import AUTO, choose, say, warn_of_muon, warn_of_remarks
+from keras_gradclip.optimizer._hyperparameters import (
+    ClipHyperparameters,
+    check_learning_rate,
+    threshold_variables,
 )
-from keras_gradclip.optimizer._loss_scale import FixedLossScale, KnowsLossScale, LossScale
-from keras_gradclip.optimizer._skips import ReportsSkips, SpikeWindow
-from keras_gradclip.optimizer._state import HasState
-from keras_gradclip.optimizer._steps import UpdateLimit
-from keras_gradclip.optimizer._telemetry import ReportsTelemetry, Telemetry
-from keras_gradclip.optimizer._watcher import ClippedUpdate, Watched, Watcher
+from keras_gradclip.optimizer._inner import InnerUpdate, check_inner, split_overwriting
+from keras_gradclip.optimizer._loss_scale import FixedLossScale, LossScale, wrapping_loss_scale
+from keras_gradclip.optimizer._saving import (
+    arguments_of,
+    load_named,
+    set_all,
+    warn_of_missing,
+)
+from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
+from keras_gradclip.optimizer._steps import UpdateLimit, ignores_scale
+from keras_gradclip.optimizer._telemetry import Telemetry
+from keras_gradclip.optimizer._watcher import ClippedUpdate, Watcher
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one update is about.
+
+    Attributes:
+        indices: positions of the variables.
+        scale: who scaled the loss.
+        if_present: positions of those that are updated only if a boolean scalar is true.
+    """
+
+    indices: Sequence[int]
+    scale: LossScale
+    if_present: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
-class ClippedOptimizer(
-    DelegatesToInner,
-    KnowsLossScale,
-    ReportsTelemetry,
-    ReportsSkips,
-    HasState,
-    Watched,
-    keras.optimizers.Optimizer,
-):
+class ClippedOptimizer(keras.optimizers.Optimizer):
     """Wraps an optimizer so that it applies clipped gradients.
 
     The clip sees the gradient that will be applied: accumulated, summed over all replicas,
@@ -60,26 +70,25 @@ class ClippedOptimizer(
 
     Args:
         inner_optimizer: a Keras optimizer, or its name. It must not clip or accumulate by
-            itself, and belongs to the wrapper from now on.
+            itself.
         clipper: a clipper, anything that `keras_gradclip.get` takes, None (clip nothing), or
             "auto": what suits this optimizer and network, chosen when the variables are known. A
             line of log, of the logger "keras_gradclip", says what and why.
         gradient_accumulation_steps: None, or the number of calls whose gradients are averaged
             into one update. The clip sees the average. Learning-rate schedules count updates.
-        skip_nonfinite: leave out an update if its gradient has an infinity or a NaN on any
-            replica, and count it in `skipped_steps`. Under mixed_float16 this always happens,
-            and the loss scale falls.
-        skip_spikes: σ, a number such as 6: leave out an update, on every replica, whose global
-            norm is above mean + σ·std of the last 128 norms (once 64 of them were seen), and
-            count it in `skipped_steps`. What is not finite is then left out as well.
+        skip_nonfinite: skip an update if its gradient has an infinity or a NaN on any replica,
+            and count it in `skipped_steps`. Under mixed_float16 this always happens, and the
+            loss scale falls.
+        skip_spikes: σ, a number such as 6: skip an update, on every replica, whose global norm
+            is above mean + σ·std of the last 128 norms (once 64 of them are known), and count it
+            in `skipped_steps`. Gradients that are not finite are then skipped as well.
         telemetry: keep the figures that `read_telemetry` returns; True takes them at every
             update, which costs two or three more passes over the gradients, an int n at every
             n-th, from the first after a reset on. `ClippedModel` turns it on, with n = 8.
         name: the optimizer's name.
-        compiled: "auto" runs the inner optimizer's update by one kernel a variable, or by XLA,
-            with the clip on its way, where this is legal and pays; True insists, and False leaves
-            it to Keras. The results are the same to rounding. The property `compiled` tells what
-            happens.
+        compiled: "auto" runs the inner optimizer's update by one operation a variable, or by
+            XLA, where this is legal and pays; True insists, and False leaves it to Keras. The
+            results are the same to rounding. The property `compiled` says what happens.
 
     Raises:
         ValueError: an inner optimizer with its own clipping or accumulation, a
@@ -89,7 +98,7 @@ class ClippedOptimizer(
 
     def __init__(
         self,
-        inner_optimizer: Optimizer | str,
+        inner_optimizer: keras.optimizers.Optimizer | str,
         clipper: Clipper | str | dict | None = None,
         gradient_accumulation_steps: int | None = None,
         skip_nonfinite: bool = False,
@@ -99,62 +108,140 @@ class ClippedOptimizer(
         compiled: bool | str = "auto",
         skip_spikes: float | None = None,
     ) -> None:
+        owner = "ClippedOptimizer"
         inner_optimizer = check_inner(inner_optimizer, ClippedOptimizer)
         is_auto = isinstance(clipper, str) and clipper == AUTO
-        clipper = as_clipper(
-            "ClippedOptimizer", "clipper", None if is_auto else clipper, optional=True
-        )
-        steps = validation.steps(
-            "ClippedOptimizer", "gradient_accumulation_steps", gradient_accumulation_steps
-        )
-        validation.choice("ClippedOptimizer", "skip_nonfinite", skip_nonfinite, (True, False))
+        given = as_clipper(owner, "clipper", None if is_auto else clipper, optional=True)
+        steps = validation.steps(owner, "gradient_accumulation_steps", gradient_accumulation_steps)
+        validation.choice(owner, "skip_nonfinite", skip_nonfinite, (True, False))
         if not isinstance(telemetry, bool):
-            validation.steps("ClippedOptimizer", "telemetry", telemetry)
-        validation.choice("ClippedOptimizer", "compiled", compiled, ("auto", True, False))
+            validation.steps(owner, "telemetry", telemetry)
+        validation.choice(owner, "compiled", compiled, ("auto", True, False))
         if skip_spikes is not None:
-            skip_spikes = validation.positive("ClippedOptimizer", "skip_spikes", skip_spikes)
+            skip_spikes = validation.positive(owner, "skip_spikes", skip_spikes)
         strategy = aggregation.current_strategy()
         aggregation.check_strategy(strategy)
         super().__init__(learning_rate=_delegated, name=name)
-        self.skip_nonfinite = skip_nonfinite
-        self.skip_spikes = skip_spikes
-        self._spikes = SpikeWindow(skip_spikes) if skip_spikes else None
-        self._strategy = strategy
-        self._inner_update = InnerUpdate(inner_optimizer, self._strategy, compiled)
-        self.inner_optimizer = inner_optimizer
-        self._static_scale: LossScale = FixedLossScale(inner_optimizer)
+        self.skip_nonfinite, self.skip_spikes = skip_nonfinite, skip_spikes
         self.gradient_accumulation_steps = steps
+        self.inner_optimizer = inner_optimizer
+        self._strategy = strategy
+        self._inner_update = InnerUpdate(inner_optimizer, strategy, compiled)
+        self._static_scale: LossScale = FixedLossScale(inner_optimizer)
         self._accumulation = Accumulation(steps) if steps and steps > 1 else None
-        self._is_auto = is_auto
-        self._set_clipper(clipper)
-        self._check_learning_rate()
+        self._spikes = SpikeWindow(skip_spikes) if skip_spikes else None
         self._telemetry: Telemetry | None = None
         self._watchers: tuple[Watcher, ...] = ()
-        self.telemetry = telemetry
+        self._is_auto, self._every = is_auto, telemetry
+        self._set_clipper(given)
         self.set_frozen_variables(())
 
-    # What the outside sees ------------------------------------------------------------------
+    # The state --------------------------------------------------------------------------------
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Create the state for `variables`, here and in the inner optimizer.
+
+        Raises:
+            ValueError: a ClipMap's rule matches none of the variables, or two rules collide.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        if self._strategy is None and aggregation.replica_count() > 1:
+            raise ValueError(
+                "ClippedOptimizer: it was created outside the strategy that its model trains "
+                "under, and every replica would count its steps. Create it inside "
+                "`strategy.scope()`."
+            )
+        with aggregation.outside_of_traces(variables):
+            self._build_inner(variables)
+            self._build_clip(variables)
+            steps = self.gradient_accumulation_steps
+            self.gradient_accumulation_steps = None  # the base class would accumulate as well
+            super().build(variables)
+            self.gradient_accumulation_steps = steps
+            self._build_state(variables)
+
+    def _build_inner(self, variables: Sequence[keras.Variable]) -> None:
+        if not self.inner_optimizer.built:
+            _compat.build_with_all_tracked(self.inner_optimizer, variables)
+            return
+        unknown = [v for v in variables if not _compat.knows(self.inner_optimizer, v)]
+        if unknown:
+            kind = type(self.inner_optimizer).__name__
+            raise ValueError(
+                f"ClippedOptimizer: `inner_optimizer` ({kind}) was built without "
+                f"{path_of(unknown[0])!r} and {len(unknown) - 1} other variables of "
+                f"{len(variables)}, and has no state for them. After unfreezing a layer, pass a "
+                f"new one: ClippedOptimizer({kind}(...), ...)."
+            )
+
+    def _build_clip(self, variables: Sequence[keras.Variable]) -> None:
+        """Choose the clipper if need be, and resolve who limits what."""
+        if self._is_auto:
+            chosen, reason = choose(self.inner_optimizer, variables)
+            self._set_clipper(chosen)
+            self._is_auto = False
+            if aggregation.is_chief(self._strategy):
+                say(chosen, reason)
+        assignments = []
+        if self._clipper is not None:
+            # A ClipMap's rule may match a frozen variable of the network: known by now.
+            beside = [v for network in networks_of(variables) for v in network.variables]
+            others = {id(v): v for v in [*self._frozen_variables, *beside]}
+            for v in variables:
+                others.pop(id(v), None)
+            self._clipper.check_variables([*variables, *others.values()])
+            assignments = self._clipper.assignments(variables)
+            warn_of_muon(self.inner_optimizer, self._clipper, variables)
+        self._enforcer = Enforcer(assignments, variables, not ignores_scale(self.inner_optimizer))
+        self._limited = self._enforcer.limited_updates()
+        warn_of_remarks(self._enforcer)
+
+    def _build_state(self, variables: Sequence[keras.Variable]) -> None:
+        # Aggregation "none": every replica writes the same into its own copy.
+        self._clip_state = {
+            key: self.add_variable(
+                np.shape(value),
+                functools.partial(_constant, value),
+                str(np.asarray(value).dtype),
+                aggregation="none",
+                name=f"clip_state_{i}",
+            )
+            for i, (key, value) in enumerate(self._enforcer.state.items())
+        }
+        self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
+        if self._accumulation is not None:
+            # A checkpoint names variables by their place: 0.1 had its telemetry before the sums.
+            flags = self.add_variable((2, len(variables)), "zeros", "float32", "none", name="flags")
+            self.add_variable((4,), "zeros", "float32", "none", name="reserved")
+            self._accumulation.build(variables, flags, self._track_variable)
+        if self._spikes is not None:
+            self._spikes.build(self.add_variable)
+        self._first_nonfinite = FirstNonfinite()
+        self.telemetry = self._every
 
     @property
-    def compiled(self) -> str:
-        """Whether the update is compiled: "yes", "no: reason", or "yes, except" what and why.
+    def variables(self) -> list[keras.Variable]:
+        """The wrapper's, then the inner optimizer's, then the watchers'.
 
-        What is known of the gradients alone (sparse rows) is known after the first update.
+        What a step on JAX may write goes in and comes out with the optimizer's variables.
         """
-        return str(self._inner_update.compiled)
+        own = [*self._variables, *self.inner_optimizer.variables]
+        if self.built:
+            own.append(self._first_nonfinite.number)
+        if self._telemetry is not None:
+            own += self._telemetry.state
+        if backend.backend() == "jax":
+            own += [v for watcher in self._watchers for v in watcher.state]
+        return own
 
-    def set_frozen_variables(self, variables: Sequence[Variable]) -> None:
-        """Name variables that are not trained now, for a ClipMap's rules to match.
-
-        Those of the network around the variables that the optimizer is built with are known.
-        """
-        # Past Keras, which would take them for variables of the optimizer.
-        object.__setattr__(self, "_frozen_variables", tuple(variables))
-
-    # One update -----------------------------------------------------------------------------
+    # One update -------------------------------------------------------------------------------
 
     def apply(
-        self, grads: Sequence[Gradient], trainable_variables: Sequence[Variable] | None = None
+        self,
+        grads: Sequence[Gradient],
+        trainable_variables: Sequence[keras.Variable] | None = None,
     ) -> None:
         """Clip and apply gradients; to be called in replica context.
 
@@ -165,47 +252,80 @@ class ClippedOptimizer(
         Raises:
             ValueError: unknown variables, no gradient at all, or cross-replica context.
         """
-        self._apply(grads, trainable_variables, self._static_scale)
+        self.apply_scaled(grads, trainable_variables, self._static_scale)
 
-    def _apply(
+    def apply_scaled(
         self,
         grads: Sequence[Gradient],
-        trainable_variables: Sequence[Variable] | None,
+        trainable_variables: Sequence[keras.Variable] | None,
         scale: LossScale,
     ) -> None:
+        """`apply` of gradients that `scale` has to be divided out of."""
         grads = list(grads)
         if not grads:
             return
-        gradients, indices = collect(self, grads, trainable_variables)
-        call = Call(indices, scale)
+        gradients, named = self._collect(grads, trainable_variables)
         if self._accumulation is None:
-            self._update(call, gradients)
+            self._update(Call(named, scale), gradients)
         else:
             self._accumulation.add(gradients)
             aggregation.cond(
                 self._accumulation.is_due(self._iterations),
-                functools.partial(self._update_accumulated, call, gradients),
+                functools.partial(self._update_accumulated, named, scale, gradients),
                 lambda: None,
                 state=self._written(),
             )
         self._iterations.assign_add(1)
 
-    def _written(self) -> list[Variable]:
+    def _collect(
+        self, grads: Sequence[Gradient], trainable_variables: Sequence[keras.Variable] | None
+    ) -> tuple[list[Gradient], list[int]]:
+        """A gradient for each variable that the optimizer was built with; which were named."""
+        aggregation.check_replica_context()
+        if trainable_variables is None and not self.built:
+            raise ValueError(
+                "ClippedOptimizer: `apply(grads)` without variables needs a built optimizer. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        known = self._trainable_variables
+        variables = list(known if trainable_variables is None else trainable_variables)
+        self.build(variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                f"ClippedOptimizer: {len(grads)} gradients came for {len(variables)} variables."
+            )
+        if all(g is None for g in grads):
+            raise ValueError("ClippedOptimizer: No gradients provided for any variable.")
+        gradients: list[Gradient] = [None] * len(self._trainable_variables)
+        named = []
+        for gradient, variable in zip(grads, variables, strict=True):
+            try:
+                named.append(self._get_variable_index(variable))
+            except KeyError:
+                raise ValueError(
+                    f"ClippedOptimizer: unknown variable {getattr(variable, 'path', variable)!r}. "
+                    "The optimizer works on the variables that it was built with; after unfreezing "
+                    "a layer, compile with a new optimizer."
+                ) from None
+            gradients[named[-1]] = gradient
+        return gradients, named
+
+    def _written(self) -> list[keras.Variable]:
         """Every variable that an update may write."""
         return [*self._trainable_variables, *self.variables]
 
-    def _update_accumulated(self, call: Call, gradients: Gradients) -> None:
-        sums = self._accumulation
-        assert sums is not None
-        others = sums.others(call.indices, gradients)
-        added = [i for i, g in enumerate(gradients) if g is not None]
-        indices = sorted({*added, *others})
-        call = dataclasses.replace(call, indices=indices, if_present=others)
-        self._update(call, sums.take(indices))
-        sums.clear(indices)
+    def _update_accumulated(
+        self, named: Sequence[int], scale: LossScale, gradients: list[Gradient]
+    ) -> None:
+        """The update of the sums; variables that only other calls named are in it if one did."""
+        assert self._accumulation is not None
+        others = self._accumulation.others(named, gradients)
+        indices = sorted({*(i for i, g in enumerate(gradients) if g is not None), *others})
+        self._update(Call(indices, scale, others), self._accumulation.take(indices))
+        self._accumulation.clear(indices)
 
-    def _update(self, call: Call, gradients: Gradients) -> None:
-        """Reduce, merge, unscale; then step or skip."""
+    def _update(self, call: Call, gradients: list[Gradient]) -> None:
+        """Sum over replicas, merge duplicate rows, unscale; then step or skip."""
         gradients, overwriting = split_overwriting(gradients, self._trainable_variables)
         gradients = aggregation.all_reduce_sum(gradients)
         gradients = [arithmetic.merge_duplicate_rows(g) for g in gradients]
@@ -229,106 +349,300 @@ class ClippedOptimizer(
     def _step(
         self,
         call: Call,
-        gradients: Gradients,
-        overwriting: Gradients,
+        gradients: list[Gradient],
+        overwriting: list[Gradient],
         if_present: Mapping[int, Tensor],
     ) -> None:
-        """Clip, show, apply."""
-        update = self._clip(gradients)
+        """Clip and rescale; the inner optimizer's update, limited where a clipper asks for it."""
+        state = {key: arithmetic.read(v) for key, v in self._clip_state.items()}
+        hyper = self.clip_hyperparameters.at_this_step()
+        if self._clipper is not None and self._clipper.needs_learning_rate:
+            hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(self.learning_rate))
+        clipped, new_state, stats = self._enforcer.clip(gradients, state, hyper)
+        update = ClippedUpdate(gradients, clipped, stats, hyper, {**state, **new_state})
         limit = None
-        if (
-            self._clipper is not None
-            and self._enforcer.limits_updates
-            and not self._inner_update.is_held
-        ):
-            limit = UpdateLimit(functools.partial(self._limit_updates, update), self._has_limit)
+        if self._enforcer.limits_updates and not self._inner_update.is_held:
+            positions = {id(self._trainable_variables[i]): i for i in self._limited}
+            limit = UpdateLimit(positions, functools.partial(self._limit, update))
         else:
-            self._show(update)
-        self._inner_update(
-            update.clipped,
-            overwriting,
-            self._trainable_variables,
-            call.indices,
-            limit,
-            {id(self._trainable_variables[i]): flag for i, flag in if_present.items()},
-        )
+            self._finish(update)
+        variables = self._trainable_variables
+        present = {id(variables[i]): flag for i, flag in if_present.items()}
+        self._inner_update(clipped, overwriting, variables, call.indices, limit, present)
         call.scale.on_finite()
 
-    def _limit_updates(
+    def _limit(
         self,
         update: ClippedUpdate,
-        variables: Sequence[Variable],
-        updates: list[Tensor],
-        weights: list[Tensor],
-    ) -> list[Tensor]:
-        """Clip the weight updates that the inner optimizer computed, and show what was clipped."""
-        indices = [self._get_variable_index(v) for v in variables]
+        changes: Mapping[int, Tensor],
+        weights: Mapping[int, Tensor],
+    ) -> list[Gradient]:
+        """Clip the changes of weights that the inner optimizer computed.
+
+        Args:
+            update: the update so far.
+            changes: by position of the variable.
+            weights: those from before the change, by position.
+        """
         count = len(self._trainable_variables)
-        all_updates, all_weights = [None] * count, [None] * count
-        for i, of_one, weight in zip(indices, updates, weights, strict=True):
-            all_updates[i], all_weights[i] = of_one, weight
-        clipped, state, stats = self._enforcer.clip(
-            all_updates, self._read_clip_state(), update.hyper, all_weights
-        )
-        self._write_clip_state(state)
-        everything = range(count)
+        every = [changes.get(i) for i in range(count)]
+        before = [weights.get(i) for i in range(count)]
+        clipped, state, stats = self._enforcer.clip(every, update.state, update.hyper, before)
         both = combined(
-            [(everything, update.stats), (everything, stats)], self._trainable_variables
+            [(range(count), update.stats), (range(count), stats)], self._trainable_variables
         )
-        self._show(dataclasses.replace(update, stats=both))
-        return [clipped[i] for i in indices]
+        self._finish(dataclasses.replace(update, stats=both, state={**update.state, **state}))
+        return clipped
 
-    def _has_limit(self, variable: Variable) -> bool:
-        return self._get_variable_index(variable) in self._limited_updates
-
-    def _show(self, update: ClippedUpdate) -> None:
+    def _finish(self, update: ClippedUpdate) -> None:
+        """Keep the clippers' state and show the update, before any weight changes."""
+        for key, variable in self._clip_state.items():
+            variable.assign(update.state[key])
         for watcher in self._all_watchers:
             watcher.on_update(update)
 
-    def _skip(self, call: Call, gradients: Gradients, *unused: object) -> None:
-        """Leave the update out on every replica: not finite, or a spike."""
-        del unused
+    def _skip(
+        self,
+        call: Call,
+        gradients: list[Gradient],
+        overwriting: list[Gradient],
+        if_present: Mapping[int, Tensor],
+    ) -> None:
+        """Skip the update on every replica: not finite, or a spike."""
+        del overwriting, if_present
         self._skipped.assign(self._skipped + 1)
         self._first_nonfinite.note(gradients)
         for watcher in self._all_watchers:
             watcher.on_skip(gradients)
         call.scale.on_skip(arithmetic.all_finite(gradients))
 
-    def _clip(self, gradients: Gradients) -> ClippedUpdate:
-        if self._clipper is None:
-            return ClippedUpdate(gradients, gradients, None, {})
-        hyper = self._hyper_now()
-        clipped, state, stats = self._enforcer.clip(gradients, self._read_clip_state(), hyper)
-        self._write_clip_state(state)
-        return ClippedUpdate(gradients, clipped, stats, hyper)
+    # Thresholds -------------------------------------------------------------------------------
 
-    def _hyper_now(self) -> dict[str, Tensor]:
-        hyper = self.clip_hyperparameters.at_this_step()
-        if self._clipper is not None and self._clipper.needs_learning_rate:
-            rate = arithmetic.read(self.inner_optimizer.learning_rate)
-            hyper[LEARNING_RATE] = ops.cast(rate, "float32")
-        return hyper
+    def _set_clipper(self, clipper: Clipper | None) -> None:
+        self._clipper = clipper
+        if clipper is not None:
+            check_learning_rate(self.inner_optimizer, clipper)
+        self._hyper = threshold_variables(self, clipper)
 
-    def _write_clip_state(self, state: State) -> None:
-        for key, value in state.items():
-            self._clip_state[key].assign(value)
+    @property
+    def clipper(self) -> Clipper | None:
+        """The clipper, with the thresholds that are in force now."""
+        return None if self._clipper is None else self.clip_hyperparameters.put_into(self._clipper)
 
-    def _read_clip_state(self) -> State:
-        return {key: arithmetic.read(v) for key, v in self._clip_state.items()}
+    @property
+    def clip_hyperparameters(self) -> ClipHyperparameters:
+        """The live thresholds, to read and to set: `["threshold"] = 0.05`."""
+        return ClipHyperparameters(self._hyper, self.iterations)
+
+    def set_frozen_variables(self, variables: Sequence[keras.Variable]) -> None:
+        """Name variables that are not trained now, for a ClipMap's rules to match.
+
+        Those of the network around the variables that the optimizer is built with are known.
+        """
+        # Past Keras, which would take them for variables of the optimizer.
+        object.__setattr__(self, "_frozen_variables", tuple(variables))
+
+    # What the inner optimizer answers ---------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> Scalar:
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Scalar) -> None:
+        self.inner_optimizer.learning_rate = value
+
+    @property
+    def iterations(self) -> keras.Variable:
+        """The number of updates so far; micro-batches and skipped steps do not count."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def compiled(self) -> str:
+        """Whether the update is compiled: "yes", "no: reason", or "yes, except" what and why.
+
+        Sparse rows are known only after the first update.
+        """
+        return str(self._inner_update.compiled)
+
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
+        """What the inner optimizer does at the end of training (moving averages)."""
+        inner = self.inner_optimizer
+        with _compat.changed(inner, _compat.averages_of(inner, var_list)):
+            inner.finalize_variable_values(var_list)
+
+    @property
+    def _model_variables_moving_average(self) -> list[keras.Variable]:
+        """What `SwapEMAWeights` looks for in the optimizer that it finds under a loss scale."""
+        return self.inner_optimizer._model_variables_moving_average
+
+    def exclude_from_weight_decay(
+        self,
+        var_list: Sequence[keras.Variable] | None = None,
+        var_names: Sequence[str] | None = None,
+    ) -> None:
+        """As the inner optimizer's."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def scale_loss(self, loss: Scalar) -> Scalar:
+        """`loss` times the inner optimizer's fixed loss scale, if it has one."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Notices that a `LossScaleOptimizer` wraps this optimizer, by what that one assigns."""
+        if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
+            self._static_scale = wrapping_loss_scale(self, value, self._static_scale)
+        else:
+            super().__setattr__(name, value)
+
+    # What it did ------------------------------------------------------------------------------
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of updates skipped since the start: not finite, or spikes.
+
+        What a LossScaleOptimizer skips is counted on TensorFlow alone: on JAX and PyTorch Keras
+        drops it, a micro-batch at a time, before it comes here.
+        """
+        return int(aggregation.to_numpy(self._skipped)) if self.built else 0
+
+    @property
+    def first_nonfinite_variable(self) -> str | None:
+        """The path of the variable whose gradient was the first that was not finite.
+
+        The first in the optimizer's order, in the first update that was skipped for it since this
+        object was made; None if there was none.
+        """
+        number = int(aggregation.to_numpy(self._first_nonfinite.number)) if self.built else 0
+        return path_of(self._trainable_variables[number - 1]) if number else None
+
+    @property
+    def telemetry(self) -> bool | int:
+        """Whether figures are kept, or at every how many updates."""
+        return self._every
+
+    @telemetry.setter
+    def telemetry(self, value: bool | int) -> None:
+        self._every = value
+        if self.built:
+            every = int(value)
+            self._telemetry = Telemetry(self._trainable_variables, every) if every else None
+
+    def mean_grad_norm(self) -> Scalar:
+        """The global L2 norm before the clip, averaged since the last reset: a float32 scalar.
+
+        NaN while nothing was measured.
+        """
+        return _nan() if self._telemetry is None else self._telemetry.mean_norm()
+
+    def mean_clip_fraction(self) -> Scalar:
+        """Elements (or norms) clipped / all, averaged since the last reset: a float32 scalar.
+
+        NaN while nothing was measured.
+        """
+        return _nan() if self._telemetry is None else self._telemetry.mean_clip_fraction()
+
+    def read_telemetry(self) -> Config:
+        """What happened since the last `reset_telemetry`: see `Telemetry.read`.
+
+        Raises:
+            ValueError: telemetry is off.
+        """
+        if not self.telemetry:
+            raise ValueError(
+                "read_telemetry: nothing was recorded. Pass telemetry=True to ClippedOptimizer."
+            )
+        return (self._telemetry or Telemetry([], 1)).read()
+
+    def reset_telemetry(self) -> None:
+        """Start the averages of `read_telemetry` anew."""
+        if self._telemetry is not None:
+            self._telemetry.reset()
+
+    def watch(self, watcher: Watcher) -> None:
+        """Show every update, from the next trace on, to `watcher`, beside those that watch."""
+        self._watchers = (*self._watchers, watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """End what `watch` began."""
+        self._watchers = tuple(w for w in self._watchers if w is not watcher)
+
+    def end_watches(self) -> bool:
+        """End all watches; whether there were any."""
+        were_any, self._watchers = bool(self._watchers), ()
+        return were_any
 
     @property
     def _all_watchers(self) -> list[Watcher]:
         return [*self._watchers, *([self._telemetry] if self._telemetry else [])]
 
+    # Files ------------------------------------------------------------------------------------
 
-def find(optimizer: Optimizer | None) -> ClippedOptimizer | None:
+    def _saved(self) -> dict[str, keras.Variable]:
+        """The wrapper's own variables by the names that files have for them.
+
+        Telemetry, and which gradient was first not finite, are not saved.
+        """
+        named = {"calls": self._iterations}
+        named |= {f"hyper:{k}": v for k, v in self._hyper.items() if isinstance(v, keras.Variable)}
+        if self.built:
+            named["skipped"] = self._skipped
+            named |= {f"state:{k}": v for k, v in self._clip_state.items()}
+            if self._spikes is not None:
+                named |= {"spikes:norms": self._spikes.norms, "spikes:seen": self._spikes.seen}
+            if self._accumulation is not None:
+                sums = self._accumulation.sums
+                named |= {f"accumulator:{i}": v for i, v in enumerate(sums)}
+                named["touched"] = self._accumulation.flags
+        return {name.replace("/", "|"): v for name, v in named.items()}
+
+    def save_own_variables(self, store: dict[str, object]) -> None:
+        """Save the wrapper's variables; Keras saves the inner optimizer by itself."""
+        for name, variable in self._saved().items():
+            store[name] = aggregation.to_numpy(variable)
+
+    def load_own_variables(self, store: Mapping[str, Tensor]) -> None:
+        """Load what `save_own_variables` saved; what does not fit stays, with a warning."""
+        missing = load_named(self._saved(), store)
+        if self.built and self._accumulation is not None:
+            self._accumulation.mark_from_sums()  # files of 0.1 and 0.2 have no such flags
+            missing.discard("touched")
+        warn_of_missing(missing, "skipped" in store, self.built, self._is_auto)
+
+    def set_weights(self, weights: Sequence[Tensor]) -> None:
+        """Set all variables, the inner optimizer's as well, in the order of `variables`."""
+        set_all(self.variables if self.built else None, weights)
+
+    def get_config(self) -> Config:
+        """The arguments, JSON-able, with the thresholds that are in force now."""
+        return {
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "clipper": AUTO if self._is_auto else serialize(self.clipper),
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "skip_nonfinite": self.skip_nonfinite,
+            "skip_spikes": self.skip_spikes,
+            "telemetry": self.telemetry,
+            "name": self.name,
+            "compiled": self._inner_update.compiled.mode,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: Config, custom_objects: Config | None = None
+    ) -> keras.optimizers.Optimizer:
+        """The optimizer that `get_config` described, without its state."""
+        return cls(**arguments_of(cls, config, custom_objects))
+
+
+def find(optimizer: keras.optimizers.Optimizer | None) -> ClippedOptimizer | None:
     """The ClippedOptimizer that `optimizer` is, or wraps; None if there is none."""
     while optimizer is not None and not isinstance(optimizer, ClippedOptimizer):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
 
 
-def find_all(optimizer: Optimizer | None) -> list[ClippedOptimizer]:
+def find_all(optimizer: keras.optimizers.Optimizer | None) -> list[ClippedOptimizer]:
     """What `find` finds, or each that a `keras.optimizers.MultiOptimizer` gives variables to."""
     wrapper = find(optimizer)
     if wrapper is not None:
@@ -341,3 +655,12 @@ def find_all(optimizer: Optimizer | None) -> list[ClippedOptimizer]:
 def _delegated() -> float:
     """Stands for the wrapper's own learning rate, which nobody reads: see `learning_rate`."""
     return 0.0
+
+
+def _nan() -> Tensor:
+    return ops.full((), float("nan"))
+
+
+def _constant(value: object, shape: Sequence[int], dtype: str | None = None) -> Tensor:
+    del shape
+    return ops.convert_to_tensor(np.asarray(value), dtype=dtype)

@@ -130,8 +130,10 @@ def test_every_optimizer_is_bounded_and_out_of_reach_nothing_changes(name, jit):
     }
     plain = trained(kgc.ClippedOptimizer(make(0.1), None), jit_compile=jit)
     bounded, free = (trained(optimizer, jit_compile=jit) for optimizer in wrapped.values())
+    # A limited Adam is computed by an equation, a free one by TensorFlow's operation.
+    tolerance = 1e-5 if jit or name.startswith("Adam") else 0
     for a, b in zip(plain[-1], free[-1], strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5 if jit else 0, atol=1e-5 if jit else 0)
+        np.testing.assert_allclose(a, b, rtol=2 * tolerance, atol=tolerance)
     assert wrapped[1e6].read_telemetry()["clip_fraction"] == 0
     assert wrapped[2e-3].read_telemetry()["clip_fraction"] > 0.9
     decay = 0.1 * 0.004 if name == "AdamW" else 0.0
