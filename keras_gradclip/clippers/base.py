@@ -25,11 +25,23 @@ from keras import ops
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip._names import path_of, size_of
-from keras_gradclip._types import Config, Gradient, Hyper, Model, State, Tensor, Threshold, Variable
+from keras_gradclip._types import (
+    Config,
+    Gradient,
+    Hyper,
+    Model,
+    Scalar,
+    State,
+    Tensor,
+    Threshold,
+    Variable,
+)
 from keras_gradclip.clippers._declaration import MEASURES, Card, parameters
 
 #: The key of `hyper` under which a clipper finds the optimizer's learning rate.
 LEARNING_RATE = "learning_rate"
+#: The key of `hyper` that says whether this rate is a variable, to be set, or follows a schedule.
+RATE_IS_SET = "rate_is_set"
 #: The key of `hyper` that says which of two passes this is, where an update has two: `GRADIENTS`,
 #: then `STEPS`, by which the inner optimizer is about to change the weights.
 PASS = "pass"
@@ -155,6 +167,11 @@ class Clipper:
             The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
         """
         raise NotImplementedError  # abstract: each clipper's own
+
+    def scheduled(self, state: State, rate: Scalar) -> State:
+        """The state when a schedule, not its user, has set the optimizer's learning rate."""
+        del rate
+        return state
 
     def bounded(self, variables: Sequence[Variable]) -> list[bool]:
         """For each variable, whether its steps may be bounded: others need not be looked at."""

@@ -17,6 +17,7 @@ from keras_gradclip.clippers._declaration import Card
 from keras_gradclip.clippers.base import (
     LEARNING_RATE,
     PASS,
+    RATE_IS_SET,
     Clipper,
     ClipStats,
     as_clipper,
@@ -67,6 +68,15 @@ class Composite(Clipper):
         """Both passes: each part knows its own."""
         return self.apply(grads, variables, state, hyper)
 
+    def scheduled(self, state, rate):
+        """See `Clipper`: of all parts."""
+        parts = self._split(state)
+        return {
+            f"{name}/{key}": value
+            for name, clipper in self._parts()
+            for key, value in clipper.scheduled(parts[name], rate).items()
+        }
+
     def hyperparameters(self) -> Config:
         """The parts' live hyper-parameters, as `part/name`."""
         return {
@@ -94,7 +104,7 @@ class Composite(Clipper):
 
         One part's name may be the beginning of another's (`.*` and `.*/bias`): the longest wins.
         """
-        shared = {k: v for k, v in mapping.items() if k in (LEARNING_RATE, PASS)}
+        shared = {k: v for k, v in mapping.items() if k in (LEARNING_RATE, RATE_IS_SET, PASS)}
         parts: dict[str, Config] = {name: dict(shared) for name, _ in self._parts()}
         for key, value in mapping.items():
             owners = [name for name in parts if key.startswith(f"{name}/")]

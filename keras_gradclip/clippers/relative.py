@@ -35,6 +35,7 @@ from keras_gradclip.clippers.base import (
     GRADIENTS,
     LEARNING_RATE,
     PASS,
+    RATE_IS_SET,
     STEPS,
     Clipper,
     ClipStats,
@@ -207,6 +208,10 @@ class AdaptiveClip(ByUnit):
         return defer(hyper, rule, gradient, variable, hyper["clip_factor"], self.eps)
 
 
+#: Relative; a learning rate that was set differs by more from the one before.
+SAME_RATE = 1e-5
+
+
 @register("update_ratio")
 @dataclasses.dataclass(frozen=True)
 class UpdateRatioClip(ByUnit):
@@ -230,8 +235,12 @@ class UpdateRatioClip(ByUnit):
 
     A learning rate that falls makes a bounded step no smaller, until the bound does not act any
     more: a cosine schedule from ten times the usual rate never comes to rest. With
-    `anneal="learning_rate"` the bound falls with it: κ·η/η_max, η_max the largest learning rate so
-    far, whatever lowers it (a schedule, ReduceLROnPlateau, an assignment).
+    `anneal="learning_rate"` the bound falls with it: κ·η/η_max, η_max the largest learning rate of
+    this phase. A phase is what a schedule makes of the rate: a LearningRateSchedule, or Keras's
+    callbacks LearningRateScheduler and ReduceLROnPlateau, which lower it so that training comes to
+    rest. A rate that is set in any other way (`optimizer.learning_rate = 0.01`, also by a callback
+    of your own, such as a learning-rate range test) begins a new phase, with the whole of κ, and so
+    does `optimizer.reset_clip_state()`.
 
     SGD's momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
 
@@ -323,13 +332,19 @@ class UpdateRatioClip(ByUnit):
             clipped[i] = bound
         return clipped, new, stats
 
+    def scheduled(self, state, rate):
+        """See `Clipper`: no new phase has begun."""
+        return state if self.anneal is None else _annealed(state["largest_rate"], rate)
+
     def _after(self, state: State, hyper: Hyper) -> State:
         if self.anneal is None:
             return state
-        rate = hyper[LEARNING_RATE]
-        largest = ops.maximum(state["largest_rate"], rate)
-        share = ops.where(largest > 0, rate / ops.maximum(largest, kernels.TINY), 1.0)
-        return {"largest_rate": largest, "share": share}
+        rate, largest = hyper[LEARNING_RATE], state["largest_rate"]
+        if hyper.get(RATE_IS_SET):
+            last = largest * state["share"]
+            is_new = ops.abs(rate - last) > SAME_RATE * ops.maximum(rate, last)
+            largest = ops.where(is_new, ops.zeros_like(largest), largest)
+        return _annealed(largest, rate)
 
     def apply(self, grads, variables, state, hyper):
         """Clip by the norm of each scope: see `Clipper.apply`."""
@@ -465,6 +480,12 @@ class UpdateRatioClip(ByUnit):
         if self.scope == "unit":
             return [unit.axes for unit in units]
         return [tuple(range(len(variable.shape))) for variable in variables]
+
+
+def _annealed(largest: Tensor, rate: Tensor) -> State:
+    largest = ops.maximum(largest, rate)
+    share = ops.where(largest > 0, rate / ops.maximum(largest, kernels.TINY), 1.0)
+    return {"largest_rate": largest, "share": share}
 
 
 def _members(variables: Sequence[Variable], of: Sequence[int]) -> list[list[int]]:

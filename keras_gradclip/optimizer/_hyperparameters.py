@@ -12,7 +12,7 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _kernels as kernels
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Optimizer, Scalar, Tensor, Variable
-from keras_gradclip.clippers.base import LEARNING_RATE, Clipper, current_value
+from keras_gradclip.clippers.base import LEARNING_RATE, RATE_IS_SET, Clipper, current_value
 
 
 def to_numpy(value: Tensor) -> Tensor:
@@ -120,8 +120,9 @@ class HasThresholds:
         """What a clipper that asks for it is told beside the thresholds; else nothing."""
         if not (self._clipper and self._clipper.needs_learning_rate):
             return {}
-        rate = kernels.read(self.inner_optimizer.learning_rate)
-        return {LEARNING_RATE: ops.cast(rate, "float32")}
+        rate = self.inner_optimizer.learning_rate
+        is_set = isinstance(rate, keras.Variable)
+        return {LEARNING_RATE: ops.cast(kernels.read(rate), "float32"), RATE_IS_SET: is_set}
 
     @property
     def clipper(self) -> Clipper | None:

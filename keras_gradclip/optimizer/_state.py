@@ -156,6 +156,20 @@ class HasState(HasThresholds):
                 f"new one: ClippedOptimizer({kind}(...), ...)."
             )
 
+    def reset_clip_state(self) -> None:
+        """Let the clipper forget what it remembers: norms seen, the largest learning rate."""
+        if self.built and self._clipper is not None:
+            for key, value in self._clipper.init(self._trainable_variables).items():
+                self._clip_state[key].assign(value)
+
+    def _note_schedule(self) -> None:
+        """Tell the clipper that a schedule has set the learning rate."""
+        if self.built and self._clipper is not None and self._clipper.needs_learning_rate:
+            state = {key: to_numpy(v) for key, v in self._clip_state.items()}
+            rate = np.float32(to_numpy(self.inner_optimizer.learning_rate))
+            for key, value in self._clipper.scheduled(state, rate).items():
+                self._clip_state[key].assign(value)
+
     def _saved(self) -> dict[str, Variable]:
         """The wrapper's own variables by stable names."""
         named = {"calls": self._iterations}
