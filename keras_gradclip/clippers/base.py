@@ -168,9 +168,9 @@ class Clipper:
         """
         raise NotImplementedError  # abstract: each clipper's own
 
-    def scheduled(self, state: State, rate: Scalar) -> State:
-        """The state when a schedule, not its user, has set the optimizer's learning rate."""
-        del rate
+    def scheduled(self, state: State, rate: Scalar, is_new: bool) -> State:
+        """The state when a schedule has set the learning rate: the one so far, or a new one."""
+        del rate, is_new
         return state
 
     def bounded(self, variables: Sequence[Variable]) -> list[bool]:

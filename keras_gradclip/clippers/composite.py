@@ -68,13 +68,13 @@ class Composite(Clipper):
         """Both passes: each part knows its own."""
         return self.apply(grads, variables, state, hyper)
 
-    def scheduled(self, state, rate):
+    def scheduled(self, state, rate, is_new):
         """See `Clipper`: of all parts."""
         parts = self._split(state)
         return {
             f"{name}/{key}": value
             for name, clipper in self._parts()
-            for key, value in clipper.scheduled(parts[name], rate).items()
+            for key, value in clipper.scheduled(parts[name], rate, is_new).items()
         }
 
     def hyperparameters(self) -> Config:

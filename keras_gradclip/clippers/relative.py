@@ -238,9 +238,9 @@ class UpdateRatioClip(ByUnit):
     `anneal="learning_rate"` the bound falls with it: κ·η/η_max, η_max the largest learning rate of
     this phase. A phase is what a schedule makes of the rate: a LearningRateSchedule, or Keras's
     callbacks LearningRateScheduler and ReduceLROnPlateau, which lower it so that training comes to
-    rest. A rate that is set in any other way (`optimizer.learning_rate = 0.01`, also by a callback
-    of your own, such as a learning-rate range test) begins a new phase, with the whole of κ, and so
-    does `optimizer.reset_clip_state()`.
+    rest. A rate that is set in any other way (`optimizer.learning_rate = 0.01`, or another
+    schedule, also by a callback of your own, such as a learning-rate range test) begins a new
+    phase, with the whole of κ, and so does `optimizer.reset_clip_state()`.
 
     SGD's momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
 
@@ -332,9 +332,11 @@ class UpdateRatioClip(ByUnit):
             clipped[i] = bound
         return clipped, new, stats
 
-    def scheduled(self, state, rate):
-        """See `Clipper`: no new phase has begun."""
-        return state if self.anneal is None else _annealed(state["largest_rate"], rate)
+    def scheduled(self, state, rate, is_new):
+        """See `Clipper`: a new phase begins with a new schedule alone."""
+        if self.anneal is None:
+            return state
+        return _annealed(0.0 if is_new else state["largest_rate"], rate)
 
     def _after(self, state: State, hyper: Hyper) -> State:
         if self.anneal is None:

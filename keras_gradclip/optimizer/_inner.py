@@ -279,7 +279,7 @@ class DelegatesToInner:
     """Mixin of an optimizer: what the outside asks is the inner optimizer's to answer."""
 
     inner_optimizer: Optimizer
-    _note_schedule: Callable[[], None]
+    _note_schedule: Callable[..., None]
 
     @property
     def learning_rate(self) -> Scalar:
@@ -289,10 +289,11 @@ class DelegatesToInner:
     @learning_rate.setter
     def learning_rate(self, value: Scalar) -> None:
         self.inner_optimizer.learning_rate = value
-        if _compat.is_called_by(
+        goes_on = _compat.is_called_by(
             keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau
-        ):
-            self._note_schedule()
+        )
+        if goes_on or not isinstance(self.inner_optimizer.learning_rate, keras.Variable):
+            self._note_schedule(is_new=not goes_on)
 
     @property
     def iterations(self) -> Variable:

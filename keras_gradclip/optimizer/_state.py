@@ -162,12 +162,12 @@ class HasState(HasThresholds):
             for key, value in self._clipper.init(self._trainable_variables).items():
                 self._clip_state[key].assign(value)
 
-    def _note_schedule(self) -> None:
-        """Tell the clipper that a schedule has set the learning rate."""
+    def _note_schedule(self, is_new: bool) -> None:
+        """Tell the clipper that a schedule, or a new one, has set the learning rate."""
         if self.built and self._clipper is not None and self._clipper.needs_learning_rate:
             state = {key: to_numpy(v) for key, v in self._clip_state.items()}
             rate = np.float32(to_numpy(self.inner_optimizer.learning_rate))
-            for key, value in self._clipper.scheduled(state, rate).items():
+            for key, value in self._clipper.scheduled(state, rate, is_new).items():
                 self._clip_state[key].assign(value)
 
     def _saved(self) -> dict[str, Variable]:

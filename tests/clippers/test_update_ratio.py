@@ -221,6 +221,20 @@ def test_annealed_the_bound_falls_on_a_plateau_and_comes_back_after_it():
             model.optimizer.reset_clip_state()
 
 
+def test_another_schedule_begins_a_new_phase():
+    kernel = keras.Variable(np.ones((4, 4), "float32"), name="kernel")
+    decay = keras.optimizers.schedules.PiecewiseConstantDecay([0, 2], [1.0, 0.1, 0.001])
+    optimizer = kgc.ClippedOptimizer(
+        keras.optimizers.SGD(decay), kgc.UpdateRatioClip(anneal="learning_rate")
+    )
+    for want in (2e-3, 2e-4, 2e-4, 2e-3, 2e-3):
+        if optimizer.built and int(optimizer.iterations.numpy()) == 3:
+            optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(0.01, 9, 1.0)
+        kernel.assign(np.ones((4, 4)))
+        optimizer.apply([1e6 * ops.ones((4, 4))], [kernel])
+        np.testing.assert_allclose(1 - to64(kernel), want, rtol=1e-3)
+
+
 def test_after_a_range_test_the_bound_is_what_it_was():
     """In a loop of one's own: one step at a thousand times the rate, and back."""
     kernel = keras.Variable(np.ones((4, 4), "float32"), name="kernel")
