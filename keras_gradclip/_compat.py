@@ -143,6 +143,22 @@ def replace_optimizer(model: Model, optimizer: Optimizer) -> None:
     model.train_function = None
 
 
+def is_called_by(*kinds: type) -> bool:
+    """Whether a method of one of these is among the callers.
+
+    Keras's callbacks set `optimizer.learning_rate` as anybody does: only the caller tells that it
+    is a schedule that goes on.
+    """
+    frame: Any = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return False
+        if isinstance(frame.f_locals.get("self"), kinds):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def living_layers() -> list[Layer]:
     """Every layer that is alive, models included, whoever made it.
 

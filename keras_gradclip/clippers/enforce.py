@@ -28,7 +28,9 @@ from keras_gradclip.clippers.units import (
     with_axes,
 )
 
-LEARNING_RATE = "learning_rate"
+#: Keys of `hyper`: the optimizer's learning rate, and whether it is a variable that is set, and
+#: no schedule.
+LEARNING_RATE, RATE_IS_SET = "learning_rate", "rate_is_set"
 #: Stands for "no limit": an infinity would turn into NaN when divided.
 NO_LIMIT = 1e38
 
@@ -162,6 +164,11 @@ class Limit:
         """The new state, and the values that `limit` gets: once an update."""
         return state, hyper
 
+    def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
+        """The state after a schedule, or a new one, has set the learning rate to `rate`."""
+        del rate, is_new
+        return state
+
     def limits(
         self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
     ) -> tuple[Tensor, State]:
@@ -216,6 +223,16 @@ class Enforcer:
     def limited_updates(self) -> set[int]:
         """Positions of the variables whose update may be limited."""
         return {i for e in self._on_updates for i in (e.members if e.calls_apply else e.limited)}
+
+    def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
+        """The state after a schedule, or a new one, has set the learning rate to `rate`."""
+        new = dict(state)
+        for enforced in [*self._on_gradients, *self._on_updates]:
+            if not enforced.calls_apply:
+                own = {name: state[enforced.name + name] for name in enforced.state}
+                for name, value in enforced.clipper.scheduled(own, rate, is_new).items():
+                    new[enforced.name + name] = value
+        return new
 
     def remarks(self) -> list[str]:
         """For each variable what is unexpected about its clip, in a few words; else ""."""
@@ -318,7 +335,9 @@ class _Enforced:
             for i, gradient in zip(self.members, clipped, strict=True):
                 grads[i] = gradient
             return own_state, stats
-        own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
+        is_set = {RATE_IS_SET: True} if hyper.get(RATE_IS_SET) else {}
+        own_state, own_hyper = self.clipper.advance(own_state, {**own_hyper, **is_set})
+        own_hyper = {name: value for name, value in own_hyper.items() if name != RATE_IS_SET}
         divisor = rate if self.clipper.stage == "update" and weights is None else None
         clip = _Clip(self, grads, weights, own_hyper, divisor)
         if self.clipper.scope in SCOPES:

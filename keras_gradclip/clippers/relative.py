@@ -14,7 +14,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
-from keras_gradclip.clippers.enforce import Weight
+from keras_gradclip.clippers.enforce import RATE_IS_SET, Weight
 from keras_gradclip.clippers.parameters import Card, parameter
 
 #: Pairs of a variable's path and the axes that a unit of it spans.
@@ -128,6 +128,10 @@ class AdaptiveClip(ByUnit):
         return hyper["clip_factor"] * ops.maximum(weight.norm, self.eps)
 
 
+#: Relative; a learning rate that was set differs by more from the one before.
+SAME_RATE = 1e-5
+
+
 @register("update_ratio")
 @dataclasses.dataclass(frozen=True)
 class UpdateRatioClip(ByUnit):
@@ -151,8 +155,12 @@ class UpdateRatioClip(ByUnit):
 
     A learning rate that falls makes a bounded step no smaller, until the bound does not act any
     more: a cosine schedule from ten times the usual rate never comes to rest. With
-    `anneal="learning_rate"` the bound falls with it: κ·η/η_max, η_max the largest learning rate so
-    far, whatever lowers it (a schedule, ReduceLROnPlateau, an assignment).
+    `anneal="learning_rate"` the bound falls with it: κ·η/η_max, η_max the largest learning rate of
+    this phase. A phase is what a schedule makes of the rate: a LearningRateSchedule, or Keras's
+    callbacks LearningRateScheduler and ReduceLROnPlateau, which lower it so that training comes to
+    rest. A rate that is set in any other way (`optimizer.learning_rate = 0.01`, or another
+    schedule, also by a callback of your own, such as a learning-rate range test) begins a new
+    phase, with the whole of κ, and so does `optimizer.reset_clip_state()`.
 
     SGD's momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
 
@@ -218,12 +226,26 @@ class UpdateRatioClip(ByUnit):
         """κ·η/η_max for κ, if the limit falls with the learning rate."""
         if self.anneal is None:
             return state, hyper
-        rate = hyper["learning_rate"]
-        largest = ops.maximum(state["largest_rate"], rate)
-        share = ops.where(largest > 0, rate / ops.maximum(largest, arithmetic.TINY), 1.0)
-        annealed = {**hyper, "max_ratio": hyper["max_ratio"] * share}
-        return {"largest_rate": largest, "share": share}, annealed
+        rate, largest = hyper["learning_rate"], state["largest_rate"]
+        if hyper.get(RATE_IS_SET):
+            last = largest * state["share"]
+            is_new = ops.abs(rate - last) > SAME_RATE * ops.maximum(rate, last)
+            largest = ops.where(is_new, ops.zeros_like(largest), largest)
+        state = _annealed(largest, rate)
+        return state, {**hyper, "max_ratio": hyper["max_ratio"] * state["share"]}
+
+    def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
+        """See `Limit`: a new phase begins with a new schedule alone."""
+        if self.anneal is None:
+            return state
+        return _annealed(ops.zeros(()) if is_new else state["largest_rate"], rate)
 
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
         """κ·max(‖W‖, ε), of the weight update."""
         return hyper["max_ratio"] * ops.maximum(weight.norm, self.eps)
+
+
+def _annealed(largest: Tensor, rate: Tensor) -> State:
+    largest = ops.maximum(largest, rate)
+    share = ops.where(largest > 0, rate / ops.maximum(largest, arithmetic.TINY), 1.0)
+    return {"largest_rate": largest, "share": share}

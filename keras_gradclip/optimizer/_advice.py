@@ -21,7 +21,7 @@ from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
-from keras_gradclip.clippers.units import KERNEL, TABLE, Unit, units_of
+from keras_gradclip.clippers.units import BIAS, KERNEL, TABLE, Unit, units_of
 
 AUTO = "auto"
 LOG = logging.getLogger("keras_gradclip")
@@ -91,8 +91,8 @@ def say(chosen: Clipper | None, reason: str) -> None:
 
 
 _FREE = (
-    "tables, LoRA and kernels that begin near zero, which must move by more than a share of their "
-    "norm"
+    "tables, LoRA, kernels that begin near zero and biases of frozen ones, which must move by more "
+    "than a share of a norm"
 )
 #: The norm of a unit that begins near zero: Glorot's and He's begin at about 1, and at κ of its
 #: norm a step, a unit takes a thousand steps from here to there.
@@ -100,12 +100,16 @@ NEAR_ZERO = 0.1
 
 
 def _layers_to_leave_free(variables: Sequence[Variable]) -> list[str]:
-    """The layers with a kernel of which a share of its norm is no measure of a step."""
-    free = {}
-    for v, unit, layer in zip(variables, units_of(variables), layers_of(variables), strict=True):
+    """Layers with a kernel whose norm is no measure of a step, or with a bias and no kernel."""
+    units, layers = units_of(variables), layers_of(variables)
+    free = dict.fromkeys(layer for layer, u in zip(layers, units, strict=True) if u.kind == BIAS)
+    for layer, unit in zip(layers, units, strict=True):
+        if unit.kind == KERNEL:
+            free.pop(layer, None)
+    for v, unit, layer in zip(variables, units, layers, strict=True):
         if unit.kind == TABLE or (unit.kind == KERNEL and _begins_near_zero(v, unit)):
-            free[layer] = True
-    return list(free)
+            free[layer] = None
+    return [layer for layer in dict.fromkeys(layers) if layer in free]
 
 
 def _begins_near_zero(variable: Variable, unit: Unit) -> bool:

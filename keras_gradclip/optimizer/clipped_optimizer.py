@@ -18,7 +18,7 @@ from keras_gradclip._layers import networks_of
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Gradient, Scalar, Tensor
 from keras_gradclip.clippers.base import Clipper, as_clipper, serialize
-from keras_gradclip.clippers.enforce import LEARNING_RATE, Enforcer, combined
+from keras_gradclip.clippers.enforce import LEARNING_RATE, RATE_IS_SET, Enforcer, combined
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._advice import AUTO, choose, say, warn_of_muon, warn_of_remarks
 from keras_gradclip.optimizer._hyperparameters import (
@@ -357,7 +357,9 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         state = {key: arithmetic.read(v) for key, v in self._clip_state.items()}
         hyper = self.clip_hyperparameters.at_this_step()
         if self._clipper is not None and self._clipper.needs_learning_rate:
-            hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(self.learning_rate))
+            rate = self.learning_rate
+            hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
+            hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
         clipped, new_state, stats = self._enforcer.clip(gradients, state, hyper)
         update = ClippedUpdate(gradients, clipped, stats, hyper, {**state, **new_state})
         limit = None
@@ -452,6 +454,25 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, value: Scalar) -> None:
         self.inner_optimizer.learning_rate = value
+        goes_on = _compat.is_called_by(
+            keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau
+        )
+        if goes_on or not isinstance(self.inner_optimizer.learning_rate, keras.Variable):
+            self._note_schedule(is_new=not goes_on)
+
+    def _note_schedule(self, is_new: bool) -> None:
+        """Tell the clipper that a schedule, or a new one, has set the learning rate."""
+        if self.built and self._clipper is not None and self._clipper.needs_learning_rate:
+            state = {key: aggregation.to_numpy(v) for key, v in self._clip_state.items()}
+            rate = np.float32(aggregation.to_numpy(self.inner_optimizer.learning_rate))
+            for key, value in self._enforcer.scheduled(state, rate, is_new).items():
+                self._clip_state[key].assign(value)
+
+    def reset_clip_state(self) -> None:
+        """Let the clipper forget what it remembers: norms seen, the largest learning rate."""
+        if self.built:
+            for key, value in self._enforcer.state.items():
+                self._clip_state[key].assign(value)
 
     @property
     def iterations(self) -> keras.Variable:

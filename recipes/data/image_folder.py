@@ -28,7 +28,7 @@ _SHOWN = 10  # problems listed one by one; the rest are counted
 def image_problem(path: str | Path) -> str | None:
     """Why an image file cannot be trained on, or None where it can; all of its pixels are read.
 
-    PIL, whose words are better, reads it first; then TensorFlow, which decodes it in training.
+    TensorFlow decodes it, as it does in training. PIL knows the format and has the better words.
     """
     from PIL import Image
 
@@ -37,22 +37,24 @@ def image_problem(path: str | Path) -> str | None:
             if image.format not in _FORMATS:  # PIL knows more of them than TensorFlow
                 wanted = ", ".join(_FORMATS)
                 return f"is {image.format} by its content, and must be one of {wanted}"
-            image.load()
-            size = (image.height, image.width)
-            # TensorFlow takes the numbers of a palette in a BMP for grey levels.
-            colours = np.asarray(image.convert("RGB")) if image.format == "BMP" else None
+            pixels = words = None
+            try:
+                pixels = images.decode(tf.io.read_file(str(path))).numpy()
+            except tf.errors.OpError as error:
+                words = re.sub(r"^\{\{.*?\}\} *| *\[Op:.*", "", first_line(error))
+            same = pixels is not None and pixels.shape[:2] == (image.height, image.width)
+            if image.format in ("BMP", "GIF") or not same:  # PIL notices more damage in these
+                image.load()
+            if pixels is not None and image.format == "BMP":
+                # TensorFlow takes the numbers of a palette for grey levels.
+                same = np.array_equal(pixels, np.asarray(image.convert("RGB")))
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # PIL's decoders raise whatever they stumble over
         return first_line(error)
-    try:
-        pixels = images.decode(tf.io.read_file(str(path))).numpy()
-    except tf.errors.OpError as error:
-        words = re.sub(r"^\{\{.*?\}\} *| *\[Op:.*", "", first_line(error))
+    if words:
         return f"TensorFlow cannot decode it: {words}; save it anew, e.g. as PNG"
-    if pixels.shape[:2] != size or (colours is not None and (pixels != colours).any()):
-        return "TensorFlow decodes it to another image; save it anew, e.g. as PNG"
-    return None
+    return None if same else "TensorFlow decodes it to another image; save it anew, e.g. as PNG"
 
 
 def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:

@@ -208,14 +208,14 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
         )
     if found.updates < LEAST:
         print(f"{found.updates} updates are few for a percentile: watch more (--steps, --epochs).")
+    suggested = [bounded, constant, even if even.fits else None]
+    by_name = {choice.name: choice for choice in suggested if choice is not None}
+    for name, choice in by_name.items():
+        if not choice.overall:
+            print(f"{name} would have clipped nothing of this: it is a guard alone.")
     print(f"results in {output}; train with")
-    if even.fits or constant is None:
-        suggested = (bounded, constant, even)
-    else:
-        suggested = (bounded, constant)
-    for choice in {c.name: c for c in suggested if c is not None}.values():
-        share = f"clipped {100 * choice.overall:.1f} % of what was watched"
-        print(f"  {command} --clip-config {output / choice.name}  # {share}")
+    for name in by_name:
+        print(f"  {command} --clip-config {output / name}")
 
 
 def watched_options(recipe, rest: list[str]) -> Options:

@@ -164,24 +164,88 @@ def test_schedule_and_live_ratio():
         np.testing.assert_allclose(ratios(model, before), want, rtol=1e-3, atol=1e-8)
 
 
-@pytest.mark.parametrize("by", ["schedule", "assignment"])
-def test_annealed_the_bound_falls_with_the_learning_rate(by):
+def set_rate(model, rate, by):
+    """One of the ways to set a learning rate; returns the callback that is to do it."""
+    optimizer = model.optimizer
+    if by == "callback":
+        return keras.callbacks.LearningRateScheduler(lambda epoch: rate)
+    if by == "assignment":
+        optimizer.learning_rate = rate
+    elif by == "inner assignment":
+        optimizer.inner_optimizer.learning_rate = rate
+    elif by == "variable":
+        optimizer.learning_rate.assign(rate)
+    return keras.callbacks.Callback()
+
+
+SETTING = ("assignment", "inner assignment", "variable")  # from outside
+
+
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+@pytest.mark.parametrize("by", ["schedule", "callback", *SETTING])
+def test_annealed_the_bound_falls_with_a_schedule_and_a_rate_that_is_set_gives_it_back(by, inner):
     rates = [10.0, 50.0, 25.0, 5.0, 0.0, 50.0]
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(range(5), rates)
     model = net(keras.Model)
-    clipper = kgc.UpdateRatioClip(0.002, anneal="learning_rate")
-    inner = keras.optimizers.SGD(schedule if by == "schedule" else rates[0])
+    clipper = kgc.Chain([kgc.UpdateRatioClip(0.002, anneal="learning_rate")])
+    make = keras.optimizers.SGD if inner == "sgd" else keras.optimizers.Adam
+    inner = make(schedule if by == "schedule" else rates[0])
     model.compile(kgc.ClippedOptimizer(inner, clipper), loss())
     x, y = data(16)
     initial = model.get_weights()
     before = [to64(v) for v in model.trainable_variables]
     for step, rate in enumerate(rates):
-        if by == "assignment":
-            inner.learning_rate = rate
+        callback = set_rate(model, rate, by)
+        model.set_weights(initial)
+        model.fit(x, y, batch_size=16, verbose=0, callbacks=[callback])
+        largest = rate if by in SETTING else max(rates[: step + 1])
+        want = 0.002 * rate / largest if rate else 0.0
+        np.testing.assert_allclose(ratios(model, before), want, rtol=1e-3, atol=1e-8)
+
+
+def test_annealed_the_bound_falls_on_a_plateau_and_comes_back_after_it():
+    model = net()
+    model.compile(
+        keras.optimizers.SGD(50.0), loss(), clipper=kgc.UpdateRatioClip(anneal="learning_rate")
+    )
+    x, y = data(16)
+    initial = model.get_weights()
+    before = [to64(v) for v in model.trainable_variables]
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", 0.1, patience=0, min_delta=1e9)
+    model.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=[plateau])
+    for want in (0.0002, 0.002, 0.002):
         model.set_weights(initial)
         model.fit(x, y, batch_size=16, verbose=0)
-        want = 0.002 * rate / max(rates[: step + 1])
-        np.testing.assert_allclose(ratios(model, before), want, rtol=1e-3, atol=1e-8)
+        np.testing.assert_allclose(ratios(model, before), want, rtol=1e-3)
+        if want == 0.0002:
+            model.optimizer.reset_clip_state()
+
+
+def test_another_schedule_begins_a_new_phase():
+    kernel = keras.Variable(np.ones((4, 4), "float32"), name="kernel")
+    decay = keras.optimizers.schedules.PiecewiseConstantDecay([0, 2], [1.0, 0.1, 0.001])
+    optimizer = kgc.ClippedOptimizer(
+        keras.optimizers.SGD(decay), kgc.UpdateRatioClip(anneal="learning_rate")
+    )
+    for want in (2e-3, 2e-4, 2e-4, 2e-3, 2e-3):
+        if optimizer.built and int(optimizer.iterations.numpy()) == 3:
+            optimizer.learning_rate = keras.optimizers.schedules.ExponentialDecay(0.01, 9, 1.0)
+        kernel.assign(np.ones((4, 4)))
+        optimizer.apply([1e6 * ops.ones((4, 4))], [kernel])
+        np.testing.assert_allclose(1 - to64(kernel), want, rtol=1e-3)
+
+
+def test_after_a_range_test_the_bound_is_what_it_was():
+    """In a loop of one's own: one step at a thousand times the rate, and back."""
+    kernel = keras.Variable(np.ones((4, 4), "float32"), name="kernel")
+    optimizer = kgc.ClippedOptimizer(
+        keras.optimizers.SGD(0.01), kgc.UpdateRatioClip(anneal="learning_rate")
+    )
+    for rate in (0.01, 10.0, 0.01, 0.001):
+        optimizer.learning_rate = rate
+        kernel.assign(np.ones((4, 4)))
+        optimizer.apply([1e6 * ops.ones((4, 4))], [kernel])
+        np.testing.assert_allclose(1 - to64(kernel), 2e-3, rtol=1e-3)
 
 
 def test_annealed_around_momentum_as_with_a_schedule_of_its_own():

@@ -186,3 +186,21 @@ def test_wrapped_a_second_time_there_is_one_bound():
     moved = np.linalg.norm((new - old).reshape(-1, old.shape[-1]), axis=0)
     size = np.linalg.norm(old.reshape(-1, old.shape[-1]), axis=0)
     np.testing.assert_allclose((moved / size).max(), 2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("inner", ["adam", "sgd"])
+def test_a_bias_is_bounded_by_its_kernel_of_before_the_update(units, inner):
+    """Compiled with its clip, a kernel is new before its bias is bounded."""
+    rows, kappa = 1 << 20, 0.5
+    for compiled in ("auto", False):
+        with keras.name_scope("d"):
+            kernel = keras.Variable(np.full((rows, units), 1e-3, "float32"), name="kernel")
+            bias = keras.Variable(np.zeros(units, "float32"), name="bias")
+        make = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}[inner]
+        clipper = kgc.UpdateRatioClip(kappa, biases="unit")
+        optimizer = kgc.ClippedOptimizer(make(10.0), clipper, compiled=compiled)
+        optimizer.build([kernel, bias])
+        step = tf.function(optimizer.apply)
+        step([tf.fill((rows, units), -1.0), tf.ones(units)])
+        np.testing.assert_allclose(bias.numpy(), -kappa * 1e-3 * rows**0.5, rtol=1e-4)

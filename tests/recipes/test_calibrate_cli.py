@@ -232,8 +232,19 @@ def test_what_clips_nothing_is_not_praised(fall, tmp_path, capsys):
     assert "clips evenly." not in printed
     assert "no file for norms clips evenly (clip-percentile.json: " in printed
     assert f"--clip-config {tmp_path / last.name}" not in printed
-    constant = next(c for c in choices if c.name == "clip-norm.json")
-    assert f"clip-norm.json  # clipped {100 * constant.overall:.1f} %" in printed
+    assert f"--clip-config {tmp_path / 'clip-norm.json'}" in printed
+
+
+def test_a_file_that_clips_nothing_is_called_a_guard(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    found = made_up(rng.lognormal(sigma=0.2, size=(80, 3)))
+    samples = {**found.samples, "update_ratio": np.full((80, 3), 1e-5)}
+    found = kgc.Calibration.of_samples(found.layers, found.kernels, samples, percentile=90.0)
+    choices = calibrate.choices(found, 1, tmp_path)
+    calibrate.show(found, choices, 1, tmp_path, "python recipes/tiny.py")
+    printed = capsys.readouterr().out
+    assert "clip-update_ratio.json would have clipped nothing of this" in printed
+    assert printed.count("would have clipped nothing") == 1
 
 
 def test_what_the_files_would_clip_is_what_their_clippers_clip(tmp_path):

@@ -142,6 +142,19 @@ def test_truncated_images_are_found_in_each_camera(copy, capsys, camera):
     assert victim.name in capsys.readouterr().err
 
 
+def test_an_image_that_trains_in_other_colours_is_found(copy, capsys):
+    """A BMP with a palette, under any name: TensorFlow takes its numbers for grey levels."""
+    folder, rows = copy
+    write_log(folder, rows)
+    victim = folder / "IMG" / "left_00010.jpg"
+    palette = Image.open(victim).convert("P")
+    palette.save(victim, "BMP")
+    with pytest.raises(DataError, match=r"row 11: .*left_00010\.jpg: TensorFlow decodes it to"):
+        driving.read_log(folder)
+    assert len(driving.read_log(folder, on_bad_data="skip")) == 59
+    assert victim.name in capsys.readouterr().err
+
+
 def test_logs_that_cannot_be_read(tmp_path, copy):
     folder, rows = copy
     with pytest.raises(DataError, match="not a file"):
