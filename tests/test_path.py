@@ -55,5 +55,9 @@ def test_an_update_is_short(name):
     seen = passed(lambda: model.fit(x, y, batch_size=8, verbose=0))
     files = sorted({code.co_filename.removeprefix(PACKAGE) for code in seen})
     functions, most_files = MOST[name]
-    names = "\n".join(sorted(f"{c.co_filename.removeprefix(PACKAGE)} {c.co_qualname}" for c in seen))
-    assert len(seen) <= functions and len(files) <= most_files, f"{len(seen)} in {len(files)}:\n{names}"
+    names = "\n".join(
+        sorted(f"{c.co_filename.removeprefix(PACKAGE)} {c.co_qualname}" for c in seen)
+    )
+    assert len(seen) <= functions and len(files) <= most_files, (
+        f"{len(seen)} in {len(files)}:\n{names}"
+    )

@@ -176,7 +176,7 @@ def _description(watched: Sequence[WatchedVariable], every: int) -> Config:
         "every": every,
         "clipper": clipper,
         "clipper_text": "; ".join(texts),
-        "remembers": any(variable.optimizer._clip_state for variable in watched),
+        "remembers": any(variable.optimizer._clip.state for variable in watched),
         "variables": [
             {
                 "path": variable.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 import keras
 import numpy as np
@@ -83,17 +83,15 @@ class ClipHyperparameters(MutableMapping):
 
 
 def threshold_variables(
-    optimizer: keras.optimizers.Optimizer, clipper: Clipper | None
+    add_variable: Callable[..., keras.Variable], clipper: Clipper | None
 ) -> dict[str, keras.Variable | validation.LearningRateSchedule]:
-    """For each live threshold of `clipper` a variable of `optimizer`, or its schedule."""
+    """For each live threshold of `clipper` a variable, or its schedule."""
     result = {}
     for key, value in (clipper.hyperparameters() if clipper else {}).items():
         if not is_schedule(value):
             name = "clip_" + "".join(c if c.isalnum() else "_" for c in key)
             initializer = keras.initializers.Constant(value)
-            value = optimizer.add_variable(
-                (), initializer, "float32", aggregation="none", name=name
-            )
+            value = add_variable((), initializer, "float32", aggregation="none", name=name)
         result[key] = value
     return result
 

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import keras
-import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
@@ -18,14 +17,10 @@ from keras_gradclip._layers import networks_of
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Gradient, Scalar, Tensor
 from keras_gradclip.clippers.base import Clipper, as_clipper, serialize
-from keras_gradclip.clippers.enforce import LEARNING_RATE, RATE_IS_SET, Enforcer, combined
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._advice import AUTO, choose, say, warn_of_muon, warn_of_remarks
-from keras_gradclip.optimizer._hyperparameters import (
-    ClipHyperparameters,
-    check_learning_rate,
-    threshold_variables,
-)
+from keras_gradclip.optimizer._clip import Clip
+from keras_gradclip.optimizer._hyperparameters import ClipHyperparameters
 from keras_gradclip.optimizer._inner import InnerUpdate, check_inner, split_overwriting
 from keras_gradclip.optimizer._loss_scale import FixedLossScale, LossScale, wrapping_loss_scale
 from keras_gradclip.optimizer._saving import (
@@ -35,7 +30,7 @@ from keras_gradclip.optimizer._saving import (
     warn_of_missing,
 )
 from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
-from keras_gradclip.optimizer._steps import UpdateLimit, ignores_scale
+from keras_gradclip.optimizer._steps import UpdateLimit
 from keras_gradclip.optimizer._telemetry import Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watcher
 
@@ -133,7 +128,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._telemetry: Telemetry | None = None
         self._watchers: tuple[Watcher, ...] = ()
         self._is_auto, self._every = is_auto, telemetry
-        self._set_clipper(given)
+        self._clip = Clip(given, inner_optimizer, self.add_variable)
         self.set_frozen_variables(())
 
     # The state --------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             )
         with aggregation.outside_of_traces(variables):
             self._build_inner(variables)
-            self._build_clip(variables)
+            self._choose_clip(variables)
             steps = self.gradient_accumulation_steps
             self.gradient_accumulation_steps = None  # the base class would accumulate as well
             super().build(variables)
@@ -176,40 +171,31 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
                 f"new one: ClippedOptimizer({kind}(...), ...)."
             )
 
-    def _build_clip(self, variables: Sequence[keras.Variable]) -> None:
-        """Choose the clipper if need be, and resolve who limits what."""
+    def _choose_clip(self, variables: Sequence[keras.Variable]) -> None:
+        """Choose the clipper if need be, and find out who limits what."""
         if self._is_auto:
             chosen, reason = choose(self.inner_optimizer, variables)
-            self._set_clipper(chosen)
-            self._is_auto = False
+            self.use(chosen)
             if aggregation.is_chief(self._strategy):
                 say(chosen, reason)
-        assignments = []
-        if self._clipper is not None:
+        clipper = self._clip.clipper
+        if clipper is not None:
             # A ClipMap's rule may match a frozen variable of the network: known by now.
             beside = [v for network in networks_of(variables) for v in network.variables]
-            others = {id(v): v for v in [*self._frozen_variables, *beside]}
-            for v in variables:
-                others.pop(id(v), None)
-            self._clipper.check_variables([*variables, *others.values()])
-            assignments = self._clipper.assignments(variables)
-            warn_of_muon(self.inner_optimizer, self._clipper, variables)
-        self._enforcer = Enforcer(assignments, variables, not ignores_scale(self.inner_optimizer))
-        self._limited = self._enforcer.limited_updates()
-        warn_of_remarks(self._enforcer)
+            own = {id(v) for v in variables}
+            others = {id(v): v for v in [*self._frozen_variables, *beside] if id(v) not in own}
+            clipper.check_variables([*variables, *others.values()])
+            warn_of_muon(self.inner_optimizer, clipper, variables)
+        self._clip.resolve(variables)
+        warn_of_remarks(self._clip.enforcer)
+
+    def use(self, clipper: Clipper | None) -> None:
+        """Take another clipper; before the optimizer is built."""
+        self._clip = Clip(clipper, self.inner_optimizer, self.add_variable)
+        self._is_auto = False
 
     def _build_state(self, variables: Sequence[keras.Variable]) -> None:
-        # Aggregation "none": every replica writes the same into its own copy.
-        self._clip_state = {
-            key: self.add_variable(
-                np.shape(value),
-                functools.partial(_constant, value),
-                str(np.asarray(value).dtype),
-                aggregation="none",
-                name=f"clip_state_{i}",
-            )
-            for i, (key, value) in enumerate(self._enforcer.state.items())
-        }
+        self._clip.build()
         self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
         if self._accumulation is not None:
             # A checkpoint names variables by their place: 0.1 had its telemetry before the sums.
@@ -219,7 +205,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if self._spikes is not None:
             self._spikes.build(self.add_variable)
         self._first_nonfinite = FirstNonfinite()
-        self.telemetry = self._every
+        self._start_telemetry()
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -354,23 +340,16 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if_present: Mapping[int, Tensor],
     ) -> None:
         """Clip and rescale; the inner optimizer's update, limited where a clipper asks for it."""
-        state = {key: arithmetic.read(v) for key, v in self._clip_state.items()}
-        hyper = self.clip_hyperparameters.at_this_step()
-        if self._clipper is not None and self._clipper.needs_learning_rate:
-            rate = self.learning_rate
-            hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
-            hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
-        clipped, new_state, stats = self._enforcer.clip(gradients, state, hyper)
-        update = ClippedUpdate(gradients, clipped, stats, hyper, {**state, **new_state})
+        update = self._clip.clip(gradients)
         limit = None
-        if self._enforcer.limits_updates and not self._inner_update.is_held:
-            positions = {id(self._trainable_variables[i]): i for i in self._limited}
+        if self._clip.limits_changes and not self._inner_update.is_held:
+            positions = self._clip.limited(self._trainable_variables)
             limit = UpdateLimit(positions, functools.partial(self._limit, update))
         else:
             self._finish(update)
         variables = self._trainable_variables
         present = {id(variables[i]): flag for i, flag in if_present.items()}
-        self._inner_update(clipped, overwriting, variables, call.indices, limit, present)
+        self._inner_update(update.clipped, overwriting, variables, call.indices, limit, present)
         call.scale.on_finite()
 
     def _limit(
@@ -379,27 +358,14 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         changes: Mapping[int, Tensor],
         weights: Mapping[int, Tensor],
     ) -> list[Gradient]:
-        """Clip the changes of weights that the inner optimizer computed.
-
-        Args:
-            update: the update so far.
-            changes: by position of the variable.
-            weights: those from before the change, by position.
-        """
-        count = len(self._trainable_variables)
-        every = [changes.get(i) for i in range(count)]
-        before = [weights.get(i) for i in range(count)]
-        clipped, state, stats = self._enforcer.clip(every, update.state, update.hyper, before)
-        both = combined(
-            [(range(count), update.stats), (range(count), stats)], self._trainable_variables
-        )
-        self._finish(dataclasses.replace(update, stats=both, state={**update.state, **state}))
+        """Clip the changes of weights that the inner optimizer computed: see `Clip`."""
+        clipped, update = self._clip.clip_changes(update, changes, weights)
+        self._finish(update)
         return clipped
 
     def _finish(self, update: ClippedUpdate) -> None:
-        """Keep the clippers' state and show the update, before any weight changes."""
-        for key, variable in self._clip_state.items():
-            variable.assign(update.state[key])
+        """Keep what the clipper remembers and show the update, before any weight changes."""
+        self._clip.keep(update.state)
         for watcher in self._all_watchers:
             watcher.on_update(update)
 
@@ -420,21 +386,15 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     # Thresholds -------------------------------------------------------------------------------
 
-    def _set_clipper(self, clipper: Clipper | None) -> None:
-        self._clipper = clipper
-        if clipper is not None:
-            check_learning_rate(self.inner_optimizer, clipper)
-        self._hyper = threshold_variables(self, clipper)
-
     @property
     def clipper(self) -> Clipper | None:
         """The clipper, with the thresholds that are in force now."""
-        return None if self._clipper is None else self.clip_hyperparameters.put_into(self._clipper)
+        return self._clip.now
 
     @property
     def clip_hyperparameters(self) -> ClipHyperparameters:
         """The live thresholds, to read and to set: `["threshold"] = 0.05`."""
-        return ClipHyperparameters(self._hyper, self.iterations)
+        return ClipHyperparameters(self._clip.thresholds, self.iterations)
 
     def set_frozen_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Name variables that are not trained now, for a ClipMap's rules to match.
@@ -458,21 +418,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau
         )
         if goes_on or not isinstance(self.inner_optimizer.learning_rate, keras.Variable):
-            self._note_schedule(is_new=not goes_on)
-
-    def _note_schedule(self, is_new: bool) -> None:
-        """Tell the clipper that a schedule, or a new one, has set the learning rate."""
-        if self.built and self._clipper is not None and self._clipper.needs_learning_rate:
-            state = {key: aggregation.to_numpy(v) for key, v in self._clip_state.items()}
-            rate = np.float32(aggregation.to_numpy(self.inner_optimizer.learning_rate))
-            for key, value in self._enforcer.scheduled(state, rate, is_new).items():
-                self._clip_state[key].assign(value)
+            self._clip.note_schedule(is_new=not goes_on)
 
     def reset_clip_state(self) -> None:
         """Let the clipper forget what it remembers: norms seen, the largest learning rate."""
-        if self.built:
-            for key, value in self._enforcer.state.items():
-                self._clip_state[key].assign(value)
+        self._clip.reset()
 
     @property
     def iterations(self) -> keras.Variable:
@@ -547,8 +497,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def telemetry(self, value: bool | int) -> None:
         self._every = value
         if self.built:
-            every = int(value)
-            self._telemetry = Telemetry(self._trainable_variables, every) if every else None
+            self._start_telemetry()
+
+    def _start_telemetry(self) -> None:
+        every = int(self._every)
+        self._telemetry = Telemetry(self._trainable_variables, every) if every else None
 
     def mean_grad_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged since the last reset: a float32 scalar.
@@ -606,10 +559,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         Telemetry, and which gradient was first not finite, are not saved.
         """
         named = {"calls": self._iterations}
-        named |= {f"hyper:{k}": v for k, v in self._hyper.items() if isinstance(v, keras.Variable)}
+        thresholds = self._clip.thresholds.items()
+        named |= {f"hyper:{k}": v for k, v in thresholds if isinstance(v, keras.Variable)}
         if self.built:
             named["skipped"] = self._skipped
-            named |= {f"state:{k}": v for k, v in self._clip_state.items()}
+            named |= {f"state:{k}": v for k, v in self._clip.state.items()}
             if self._spikes is not None:
                 named |= {"spikes:norms": self._spikes.norms, "spikes:seen": self._spikes.seen}
             if self._accumulation is not None:
@@ -680,8 +634,3 @@ def _delegated() -> float:
 
 def _nan() -> Tensor:
     return ops.full((), float("nan"))
-
-
-def _constant(value: object, shape: Sequence[int], dtype: str | None = None) -> Tensor:
-    del shape
-    return ops.convert_to_tensor(np.asarray(value), dtype=dtype)

@@ -164,8 +164,7 @@ def _clipped(optimizer, clipper):
                 "ClipHyperModel: the ClippedOptimizer of `build_model` is built already, without "
                 "a clipper. Compile the model again at the end of `build_model`."
             )
-        wrapper._set_clipper(clipper)
-        wrapper._check_learning_rate()
+        wrapper.use(clipper)
         wrapper.telemetry = True
         return optimizer
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):

@@ -197,7 +197,7 @@ def test_the_other_clippers_train(name):
     model.compile(sgd(), "mse", clipper=name)
     history = fit(model, x, y, epochs=2)
     assert np.isfinite(history["loss"]).all()
-    state = model.optimizer._clip_state
+    state = model.optimizer._clip.state
     assert bool(state) == (name in ("zscore", "ada"))
     for value in state.values():
         assert np.isfinite(ops.convert_to_numpy(value)).all()

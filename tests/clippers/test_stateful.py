@@ -248,7 +248,7 @@ def test_replica_parity(case):
     two_model, _, two = train(2, optimizer_of(case))
     np.testing.assert_allclose(two, one, atol=1e-5, rtol=0)
     strategy = two_model.optimizer._strategy
-    for variable in two_model.optimizer._clip_state.values():
+    for variable in two_model.optimizer._clip.state.values():
         copies = [np.asarray(c) for c in strategy.experimental_local_results(variable.value)]
         assert len(copies) == 2
         np.testing.assert_array_equal(copies[0], copies[1])
@@ -277,11 +277,11 @@ def test_a_resumed_run_goes_on_bit_for_bit(case, tmp_path):
     whole.save(tmp_path / "half.keras")
     fit(whole, slice(48, 96))
     resumed = keras.models.load_model(tmp_path / "half.keras")
-    state = resumed.optimizer._clip_state
+    state = resumed.optimizer._clip.state
     assert any(ops.convert_to_numpy(v).any() for v in state.values())
     fit(resumed, slice(48, 96))
     np.testing.assert_array_equal(weights(resumed), weights(whole))
-    for key, value in whole.optimizer._clip_state.items():
+    for key, value in whole.optimizer._clip.state.items():
         np.testing.assert_array_equal(ops.convert_to_numpy(value), ops.convert_to_numpy(state[key]))
 
 
@@ -292,7 +292,7 @@ def test_accumulation_remembers_updates_and_not_micro_batches():
         )
 
     model, _, _ = train(0, optimizer, steps=8)
-    np.testing.assert_array_equal(ops.convert_to_numpy(model.optimizer._clip_state["filled"]), 2)
+    np.testing.assert_array_equal(ops.convert_to_numpy(model.optimizer._clip.state["filled"]), 2)
 
 
 @pytest.mark.parametrize("clipper", [*SMALL.values()], ids=str)

@@ -395,8 +395,8 @@ def test_a_state_is_read_before_anything_is_written():
     v = keras.Variable(np.zeros(1, "float32"))
     for step in (1.0, 2.0):
         optimizer.apply([ops.ones(1)], [v])
-        assert float(optimizer._clip_state["b"].numpy()) == step
-        assert float(optimizer._clip_state["a"].numpy()) == step + 1.0
+        assert float(optimizer._clip.state["b"].numpy()) == step
+        assert float(optimizer._clip.state["a"].numpy()) == step + 1.0
 
 
 def test_an_epoch_of_skipped_updates_is_no_epoch_of_zero_gradients():
