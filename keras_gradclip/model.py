@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import keras
@@ -51,6 +52,7 @@ class _Runtime:
 
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
+        self.told: set[str] = set()  # names of them that a metric of the user's has
         self.gate: gate.ActivationGate | None = None
         self.hidden = False
 
@@ -169,10 +171,39 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     @property
     def metrics(self) -> list[Variable]:
-        """Keras's metrics; while training, also `grad_norm` and `clip_fraction`."""
+        """Keras's metrics; while training, also `grad_norm` and `clip_fraction`.
+
+        A metric of your own with one of these names keeps it, and ours is left out.
+        """
+        own = super().metrics  # type: ignore[misc]
+        return [*own, *self._figures({metric.name for metric in own})]
+
+    def get_metrics_result(self) -> Config:
+        """As in Keras; a result of your own called as one of the two figures keeps its name."""
+        logs = self._without_figures(super().get_metrics_result)  # type: ignore[misc]
+        return {**logs, **{figure.name: figure.result() for figure in self._figures(logs)}}
+
+    def reset_metrics(self) -> None:
+        """As in Keras; the two figures begin anew as well, also one that is left out."""
+        super().reset_metrics()  # type: ignore[misc]
+        if self._figures(()):
+            self._clip_runtime().metrics[0].reset_state()
+
+    def _figures(self, names: Collection[str]) -> list[_TelemetryMetric]:
+        """The two figures, less those whose name is taken; none while nothing is clipped."""
         runtime = self._clip_runtime()
-        own = [] if runtime.hidden else runtime.metrics
-        return [*super().metrics, *own]  # type: ignore[misc]
+        if runtime.hidden:
+            return []
+        for taken in [m.name for m in runtime.metrics if m.name in names]:
+            if taken not in runtime.told:
+                runtime.told.add(taken)
+                warnings.warn(
+                    f"ClippedModel: a metric of yours is called {taken!r} and keeps the name, so "
+                    "that the figure of the clip is not logged. Rename yours to have both; "
+                    "`optimizer.read_telemetry()` has it, too.",
+                    stacklevel=4,
+                )
+        return [metric for metric in runtime.metrics if metric.name not in names]
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; under MultiWorkerMirroredStrategy, files are the chief's alone to write.
@@ -230,14 +261,14 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         comes out. What reads them, as the figures do, has to be told what came out.
         """
         own = self.__dict__.get("train_step")
-        train_step, runtime = self.train_step, self._clip_runtime()
+        train_step = self.train_step
 
         def step(state: Tensor, data: Tensor) -> Tensor:
             logs, state = self._without_figures(train_step, state, data)
             if isinstance(logs, dict):
                 mapping = zip(self.optimizer.variables, state[2], strict=True)
                 with keras.StatelessScope(state_mapping=mapping):
-                    logs = {**logs, **{m.name: m.result() for m in runtime.metrics}}
+                    logs = {**logs, **{m.name: m.result() for m in self._figures(logs)}}
             return logs, state
 
         object.__setattr__(self, "train_step", step)  # Keras compiles what it finds there
