@@ -147,18 +147,18 @@ class ReportsTelemetry:
         self._telemetry = Telemetry(self._trainable_variables, every) if every else None
 
     def mean_grad_norm(self) -> Scalar:
-        """The global L2 norm before the clip, averaged since the last reset: a float32 scalar.
+        """The global L2 norm before the clip, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured.
+        NaN while nothing was measured. A traced step may log it; `read_telemetry` has a float.
         """
         return (
             ops.full((), float("nan")) if self._telemetry is None else self._telemetry.mean_norm()
         )
 
     def mean_clip_fraction(self) -> Scalar:
-        """Elements (or norms) clipped / all, averaged since the last reset: a float32 scalar.
+        """Elements (or norms) clipped / all, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured.
+        NaN while nothing was measured. A traced step may log it; `read_telemetry` has a float.
         """
         if self._telemetry is None:
             return ops.full((), float("nan"))
