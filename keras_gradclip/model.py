@@ -15,6 +15,7 @@ from keras import backend
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat, gate
 from keras_gradclip._types import Config, Optimizer, Scalar, Strategy, Tensor, Variable
+from keras_gradclip._undo import Undo, may_skip
 from keras_gradclip._workers import chief_writes
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.optimizer._hyperparameters import ClipHyperparameters
@@ -55,6 +56,7 @@ class _Runtime:
         self.told: set[str] = set()  # names of them that a metric of the user's has
         self.gate: gate.ActivationGate | None = None
         self.hidden = False
+        self.undo: Undo | None = None
 
 
 class ClippedTrainStep(_compat.LocalSymbolicBuild):
@@ -110,6 +112,10 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             runtime.metrics = [
                 _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")
             ]
+        is_undone = wrapper is not None and may_skip(self.optimizer, wrapper)
+        runtime.undo = Undo(self, wrapper) if is_undone else None
+        if wrapper is not None:
+            wrapper.keep_for(runtime.undo)
         self._set_gate(new_gate)
 
     optimizer: Optimizer
@@ -246,7 +252,16 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             gate.instrument(runtime.gate, self)  # layers may have been made since compile
         if runtime.metrics and backend.backend() == "jax":
             return self._make_stateless(force)
-        return self._make_unrolled("train", force)
+        if runtime.undo is None:
+            return self._make_unrolled("train", force)
+        if backend.backend() == "torch":  # whose function looks for the train step when it runs
+            before = self.train_function
+            result = self._make_unrolled("train", force)
+            if self.train_function is not before:
+                self.train_function = runtime.undo.around(self.train_function)
+            return result
+        with self._with_train_step(runtime.undo.around(self.train_step)):
+            return self._make_unrolled("train", force)
 
     def make_test_function(self, force: bool = False) -> Callable:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
@@ -254,30 +269,60 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     train_step: Callable[..., Tensor]
 
+    def get_metrics_result(self) -> Config:
+        """As in Keras; NaN for an epoch whose updates were all skipped."""
+        runtime = self._clip_runtime()
+        figures = super().get_metrics_result()  # type: ignore[misc]
+        if runtime.undo is None or runtime.hidden:
+            return figures
+        return runtime.undo.of_epoch(figures)
+
+    def reset_metrics(self) -> None:
+        """As in Keras."""
+        super().reset_metrics()  # type: ignore[misc]
+        undo = self._clip_runtime().undo
+        if undo is not None:
+            undo.on_reset_metrics()
+
+    @contextlib.contextmanager
+    def _with_train_step(self, step: Callable[..., Tensor]) -> Iterator[None]:
+        """Inside, Keras finds `step` where it looks for the train step to compile."""
+        own = self.__dict__.get("train_step")
+        object.__setattr__(self, "train_step", step)
+        try:
+            yield
+        finally:
+            object.__delattr__(self, "train_step")
+            if own is not None:
+                object.__setattr__(self, "train_step", own)
+
     def _make_stateless(self, force: bool) -> Callable:
         """Keras's function on JAX, with the two figures taken from the state it returns.
 
         While a step runs on JAX, the optimizer's variables hold nothing: its state goes in and
         comes out. What reads them, as the figures do, has to be told what came out.
         """
-        own = self.__dict__.get("train_step")
-        train_step = self.train_step
+        train_step, runtime = self.train_step, self._clip_runtime()
+        if runtime.undo is not None:
+            runtime.undo.build()
 
         def step(state: Tensor, data: Tensor) -> Tensor:
+            before = state
             logs, state = self._without_figures(train_step, state, data)
+            if runtime.undo is not None:
+                state = runtime.undo.of_state(before, state)
+                with keras.StatelessScope(
+                    state_mapping=zip(self.metrics_variables, state[3], strict=True)
+                ):
+                    logs = self._without_figures(runtime.undo.counted, logs)
             if isinstance(logs, dict):
                 mapping = zip(self.optimizer.variables, state[2], strict=True)
                 with keras.StatelessScope(state_mapping=mapping):
                     logs = {**logs, **{m.name: m.result() for m in self._figures(logs)}}
             return logs, state
 
-        object.__setattr__(self, "train_step", step)  # Keras compiles what it finds there
-        try:
+        with self._with_train_step(step):
             return super().make_train_function(force)  # type: ignore[misc]
-        finally:
-            object.__delattr__(self, "train_step")
-            if own is not None:
-                object.__setattr__(self, "train_step", own)
 
     steps_per_execution: int
 

@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -48,6 +49,7 @@ class HasState(HasThresholds):
     _strategy: Strategy
     _telemetry: Telemetry | None
     _watchers: Sequence[Watcher]
+    _undo: Any
     _start_telemetry: Callable[[], None]
     _iterations: Variable
     _skipped: Variable
@@ -72,7 +74,12 @@ class HasState(HasThresholds):
             own += self._telemetry.state
         if backend.backend() == "jax":
             own += [v for watcher in self._watchers for v in watcher.state]
+            own += [] if self._undo is None else self._undo.state
         return own
+
+    def keep_for(self, undo: Any) -> None:
+        """Let what undoes a model's skipped steps have state: on JAX it travels with ours."""
+        object.__setattr__(self, "_undo", undo)  # past Keras, which would track it
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Create the state for `variables`, here and in the inner optimizer.

@@ -140,6 +140,7 @@ class ClippedOptimizer(
         self._check_learning_rate()
         self._telemetry: Telemetry | None = None
         self._watchers: tuple[Watcher, ...] = ()
+        self.keep_for(None)
         self.telemetry = telemetry
         self.set_frozen_variables(())
 
