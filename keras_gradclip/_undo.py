@@ -174,7 +174,7 @@ class Undo:
         """An epoch begins: a skipped update does not bring back what the last one counted."""
         for v in self._model.metrics_variables:
             if id(v) in self._kept:
-                self._kept[id(v)].assign(kernels.read(v))
+                self._kept[id(v)].assign(ops.copy(kernels.read(v)))  # JAX donates each buffer once
 
 
 def _now(variable: Variable) -> Tensor:
