@@ -185,8 +185,14 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return [*own, *self._figures({metric.name for metric in own})]
 
     def get_metrics_result(self) -> Config:
-        """As in Keras; a result of your own called as one of the two figures keeps its name."""
+        """As in Keras; a result of your own called as one of the two figures keeps its name.
+
+        NaN for an epoch whose updates were all skipped.
+        """
+        runtime = self._clip_runtime()
         logs = self._without_figures(super().get_metrics_result)  # type: ignore[misc]
+        if runtime.undo is not None and not runtime.hidden:
+            logs = runtime.undo.of_epoch(logs)
         return {**logs, **{figure.name: figure.result() for figure in self._figures(logs)}}
 
     def reset_metrics(self) -> None:
@@ -194,6 +200,9 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         super().reset_metrics()  # type: ignore[misc]
         if self._figures(()):
             self._clip_runtime().metrics[0].reset_state()
+        undo = self._clip_runtime().undo
+        if undo is not None:
+            undo.on_reset_metrics()
 
     def _figures(self, names: Collection[str]) -> list[_TelemetryMetric]:
         """The two figures, less those whose name is taken; none while nothing is clipped."""
@@ -268,21 +277,6 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return self._make_unrolled("test", force)
 
     train_step: Callable[..., Tensor]
-
-    def get_metrics_result(self) -> Config:
-        """As in Keras; NaN for an epoch whose updates were all skipped."""
-        runtime = self._clip_runtime()
-        figures = super().get_metrics_result()  # type: ignore[misc]
-        if runtime.undo is None or runtime.hidden:
-            return figures
-        return runtime.undo.of_epoch(figures)
-
-    def reset_metrics(self) -> None:
-        """As in Keras."""
-        super().reset_metrics()  # type: ignore[misc]
-        undo = self._clip_runtime().undo
-        if undo is not None:
-            undo.on_reset_metrics()
 
     @contextlib.contextmanager
     def _with_train_step(self, step: Callable[..., Tensor]) -> Iterator[None]:
