@@ -184,6 +184,44 @@ def own_layers(layer: Layer) -> list[Layer]:
     return list(vars(layer).get("_layers", ()))
 
 
+def states(model: Model) -> list[Variable]:
+    """What the layers of a model keep for themselves: batch statistics, states, random states.
+
+    Not the weights of frozen layers, which `non_trainable_variables` has, too.
+    """
+    found: dict[int, Variable] = {}
+    for layer in all_layers(model):
+        own = [*layer._non_trainable_variables, *(g.state for g in layer._seed_generators)]
+        found.update({id(v): v for v in own})
+    return list(found.values())
+
+
+def build_what_counts(model: Model, step: Callable[..., Any], data: Tensor) -> None:
+    """Make what the loss and the metrics of a compiled model count in, before its first step.
+
+    Keras does so for strategies and on other backends, by `_symbolic_build`, and has no public
+    name for it; of a train step of one's own it does not know what it makes of the data.
+    """
+    parts = (model._compile_loss, model._compile_metrics)
+    if all(part is None or part.built for part in parts):
+        return
+    if type(model).train_step is keras.Model.train_step:
+        model._symbolic_build(data_batch=data)
+        return
+    import tensorflow as tf
+
+    tf.function(step, autograph=False).get_concrete_function(data)
+
+
+def means(metrics: Sequence[Any]) -> list[Any]:
+    """The metrics that count what they have seen, at any depth: `Model.metrics` nests them."""
+    found: list[Any] = []
+    for metric in metrics:
+        found += [metric] if isinstance(metric, keras.metrics.Mean) else []
+        found += means(getattr(metric, "metrics", None) or [])
+    return found
+
+
 def build_under(scope: Callable[..., AbstractContextManager], model: Model) -> None:
     """Let a compiled `model` make what its loss and metrics count in under `scope()`.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ from keras import backend
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat, gate
 from keras_gradclip._types import Config, Optimizer, Scalar, Strategy, Tensor, Variable
+from keras_gradclip._undo import Undo, may_skip
 from keras_gradclip._workers import chief_writes
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.optimizer._hyperparameters import ClipHyperparameters
@@ -51,8 +53,10 @@ class _Runtime:
 
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
+        self.told: set[str] = set()  # names of them that a metric of the user's has
         self.gate: gate.ActivationGate | None = None
         self.hidden = False
+        self.undo: Undo | None = None
 
 
 class ClippedTrainStep(_compat.LocalSymbolicBuild):
@@ -108,6 +112,10 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             runtime.metrics = [
                 _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")
             ]
+        is_undone = wrapper is not None and may_skip(self.optimizer, wrapper)
+        runtime.undo = Undo(self, wrapper) if is_undone else None
+        if wrapper is not None:
+            wrapper.keep_for(runtime.undo)
         self._set_gate(new_gate)
 
     optimizer: Optimizer
@@ -169,10 +177,48 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     @property
     def metrics(self) -> list[Variable]:
-        """Keras's metrics; while training, also `grad_norm` and `clip_fraction`."""
+        """Keras's metrics; while training, also `grad_norm` and `clip_fraction`.
+
+        A metric of your own with one of these names keeps it, and ours is left out.
+        """
+        own = super().metrics  # type: ignore[misc]
+        return [*own, *self._figures({metric.name for metric in own})]
+
+    def get_metrics_result(self) -> Config:
+        """As in Keras; a result of your own called as one of the two figures keeps its name.
+
+        NaN for an epoch whose updates were all skipped.
+        """
         runtime = self._clip_runtime()
-        own = [] if runtime.hidden else runtime.metrics
-        return [*super().metrics, *own]  # type: ignore[misc]
+        logs = self._without_figures(super().get_metrics_result)  # type: ignore[misc]
+        if runtime.undo is not None and not runtime.hidden:
+            logs = runtime.undo.of_epoch(logs)
+        return {**logs, **{figure.name: figure.result() for figure in self._figures(logs)}}
+
+    def reset_metrics(self) -> None:
+        """As in Keras; the two figures begin anew as well, also one that is left out."""
+        super().reset_metrics()  # type: ignore[misc]
+        if self._figures(()):
+            self._clip_runtime().metrics[0].reset_state()
+        undo = self._clip_runtime().undo
+        if undo is not None:
+            undo.on_reset_metrics()
+
+    def _figures(self, names: Collection[str]) -> list[_TelemetryMetric]:
+        """The two figures, less those whose name is taken; none while nothing is clipped."""
+        runtime = self._clip_runtime()
+        if runtime.hidden:
+            return []
+        for taken in [m.name for m in runtime.metrics if m.name in names]:
+            if taken not in runtime.told:
+                runtime.told.add(taken)
+                warnings.warn(
+                    f"ClippedModel: a metric of yours is called {taken!r} and keeps the name, so "
+                    "that the figure of the clip is not logged. Rename yours to have both; "
+                    "`optimizer.read_telemetry()` has it, too.",
+                    stacklevel=4,
+                )
+        return [metric for metric in runtime.metrics if metric.name not in names]
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; under MultiWorkerMirroredStrategy, files are the chief's alone to write.
@@ -215,7 +261,16 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             gate.instrument(runtime.gate, self)  # layers may have been made since compile
         if runtime.metrics and backend.backend() == "jax":
             return self._make_stateless(force)
-        return self._make_unrolled("train", force)
+        if runtime.undo is None:
+            return self._make_unrolled("train", force)
+        if backend.backend() == "torch":  # whose function looks for the train step when it runs
+            before = self.train_function
+            result = self._make_unrolled("train", force)
+            if self.train_function is not before:
+                self.train_function = runtime.undo.around(self.train_function)
+            return result
+        with self._with_train_step(runtime.undo.around(self.train_step)):
+            return self._make_unrolled("train", force)
 
     def make_test_function(self, force: bool = False) -> Callable:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
@@ -223,30 +278,45 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     train_step: Callable[..., Tensor]
 
+    @contextlib.contextmanager
+    def _with_train_step(self, step: Callable[..., Tensor]) -> Iterator[None]:
+        """Inside, Keras finds `step` where it looks for the train step to compile."""
+        own = self.__dict__.get("train_step")
+        object.__setattr__(self, "train_step", step)
+        try:
+            yield
+        finally:
+            object.__delattr__(self, "train_step")
+            if own is not None:
+                object.__setattr__(self, "train_step", own)
+
     def _make_stateless(self, force: bool) -> Callable:
         """Keras's function on JAX, with the two figures taken from the state it returns.
 
         While a step runs on JAX, the optimizer's variables hold nothing: its state goes in and
         comes out. What reads them, as the figures do, has to be told what came out.
         """
-        own = self.__dict__.get("train_step")
         train_step, runtime = self.train_step, self._clip_runtime()
+        if runtime.undo is not None:
+            runtime.undo.build()
 
         def step(state: Tensor, data: Tensor) -> Tensor:
+            before = state
             logs, state = self._without_figures(train_step, state, data)
+            if runtime.undo is not None:
+                state = runtime.undo.of_state(before, state)
+                with keras.StatelessScope(
+                    state_mapping=zip(self.metrics_variables, state[3], strict=True)
+                ):
+                    logs = self._without_figures(runtime.undo.counted, logs)
             if isinstance(logs, dict):
                 mapping = zip(self.optimizer.variables, state[2], strict=True)
                 with keras.StatelessScope(state_mapping=mapping):
-                    logs = {**logs, **{m.name: m.result() for m in runtime.metrics}}
+                    logs = {**logs, **{m.name: m.result() for m in self._figures(logs)}}
             return logs, state
 
-        object.__setattr__(self, "train_step", step)  # Keras compiles what it finds there
-        try:
+        with self._with_train_step(step):
             return super().make_train_function(force)  # type: ignore[misc]
-        finally:
-            object.__delattr__(self, "train_step")
-            if own is not None:
-                object.__setattr__(self, "train_step", own)
 
     steps_per_execution: int
 

@@ -14,7 +14,7 @@ ROOMS = (
     ("_kernels", "_aggregation", "_workers"),
     ("clippers",),
     ("optimizer",),
-    ("gate", "model"),
+    ("gate", "_undo", "model"),
     ("diagnostics",),
     ("", "tuning", "__main__"),  # the package itself, and what stands on it
 )

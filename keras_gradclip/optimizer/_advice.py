@@ -157,11 +157,12 @@ def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variabl
 
     Of one that multiplies a matrix by a number: any other changes the direction of Muon's step.
     """
-    clipped = {
-        path_of(v)
-        for v, (_, rule) in zip(variables, clipper.rule_of(variables), strict=True)
-        if rule is not None and rule.scope in SCOPES and rule.stage != "update"
-    }
+    by_position: dict[int, list[bool]] = {}
+    for assignment in clipper.assignments(variables):
+        one_factor = assignment.clipper.scope in SCOPES and not assignment.calls_apply
+        for i in assignment.members if assignment.clipper.stage == "gradient" else ():
+            by_position.setdefault(i, []).append(one_factor)
+    clipped = {path_of(variables[i]) for i, factors in by_position.items() if all(factors)}
     matrices = [path for path in muon_matrices(inner, variables) if path in clipped]
     if matrices:
         rules = ", ".join(f"{re.escape(path)!r}: None" for path in matrices)
@@ -170,7 +171,7 @@ def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variabl
             f"`clipper` ({clipper}) bounds nothing on its {len(matrices)} matrices, and only "
             "shifts the weight of this step in its momentum. Leave them alone: "
             f"ClipMap({{{rules}}}, default={clipper!r}).",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -182,4 +183,4 @@ def warn_of_remarks(enforcer: Enforcer) -> None:
             paths.setdefault(remark, []).append(name)
     for remark, names in paths.items():
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        warnings.warn(f"ClippedOptimizer: {remark}: {names[:6]}{more}.", stacklevel=3)
+        warnings.warn(f"ClippedOptimizer: {remark}: {names[:6]}{more}.", stacklevel=4)

@@ -129,6 +129,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._watchers: tuple[Watcher, ...] = ()
         self._is_auto, self._every = is_auto, telemetry
         self._clip = Clip(given, inner_optimizer, self.add_variable)
+        self.keep_for(None)
         self.set_frozen_variables(())
 
     # The state --------------------------------------------------------------------------------
@@ -220,7 +221,12 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             own += self._telemetry.state
         if backend.backend() == "jax":
             own += [v for watcher in self._watchers for v in watcher.state]
+            own += [] if self._undo is None else self._undo.state
         return own
+
+    def keep_for(self, undo: Watcher | None) -> None:
+        """Let what undoes a model's skipped steps have state: on JAX it travels with ours."""
+        object.__setattr__(self, "_undo", undo)  # past Keras, which would track it
 
     # One update -------------------------------------------------------------------------------
 
@@ -504,16 +510,16 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._telemetry = Telemetry(self._trainable_variables, every) if every else None
 
     def mean_grad_norm(self) -> Scalar:
-        """The global L2 norm before the clip, averaged since the last reset: a float32 scalar.
+        """The global L2 norm before the clip, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured.
+        NaN while nothing was measured. A traced step may log it; `read_telemetry` has a float.
         """
         return _nan() if self._telemetry is None else self._telemetry.mean_norm()
 
     def mean_clip_fraction(self) -> Scalar:
-        """Elements (or norms) clipped / all, averaged since the last reset: a float32 scalar.
+        """Elements (or norms) clipped / all, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured.
+        NaN while nothing was measured. A traced step may log it; `read_telemetry` has a float.
         """
         return _nan() if self._telemetry is None else self._telemetry.mean_clip_fraction()
 

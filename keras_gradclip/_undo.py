@@ -1,0 +1,196 @@
+"""A training step whose update is skipped leaves no trace in the model, its metrics included.
+
+The forward pass has written batch statistics, states of recurrent layers and random states, and
+the loss has been counted, before anybody knows that the gradients are not finite.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from keras import backend, ops
+
+from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _compat
+from keras_gradclip import _kernels as kernels
+from keras_gradclip._types import Config, Model, Optimizer, Scalar, Tensor, Variable
+
+#: What a train step returns.
+Logs = Any
+
+
+class Undo:
+    """Puts back what the training steps of a skipped update have written.
+
+    That is what layers keep for themselves (`add_weight(trainable=False)`, random states), and
+    what the metrics have counted. With accumulation, an update is several steps: all of them.
+
+    Args:
+        model: a compiled model.
+        wrapper: its ClippedOptimizer.
+    """
+
+    def __init__(self, model: Model, wrapper: Optimizer) -> None:
+        self._model = model
+        self._wrapper = wrapper
+        self._steps = wrapper.gradient_accumulation_steps or 1
+        self._is_inside = False
+        #: `id` of a variable to what it held before the first micro-batch of an update.
+        self._kept: dict[int, Variable] = {}
+        self._has_kept: Variable = None  # 0 before the first micro-batch that was kept
+
+    @property
+    def state(self) -> list[Variable]:
+        """What this keeps from one step to the next: nothing without accumulation."""
+        return [*self._kept.values(), *([] if self._has_kept is None else [self._has_kept])]
+
+    def build(self) -> None:
+        """Make what accumulation needs."""
+        if self._steps == 1:
+            return
+        missing = [v for v in self._written() if id(v) not in self._kept]
+        with aggregation.outside_of_traces(missing):
+            for v in missing:
+                name = f"before_update_{len(self._kept)}"
+                self._kept[id(v)] = aggregation.local_variable(v.shape, v.dtype, name)
+            if self._has_kept is None:
+                self._has_kept = aggregation.local_variable((), "float32", "has_kept")
+
+    def _written(self) -> list[Variable]:
+        return [*_compat.states(self._model), *self._model.metrics_variables]
+
+    def _signs(self) -> list[Variable]:
+        """What changes where an update is skipped: a count that rises, a loss scale that falls.
+
+        The second on JAX and PyTorch, where Keras skips before the wrapper hears of it.
+        """
+        outer = self._model.optimizer
+        is_told = outer is self._wrapper or aggregation.is_tensorflow()
+        return [self._wrapper._skipped, *([] if is_told else [outer.dynamic_scale])]
+
+    def around(self, step: Callable[[Tensor], Logs]) -> Callable[[Tensor], Logs]:
+        """`step`, a train step that writes variables, and what undoes it."""
+
+        def undone(data: Tensor) -> Logs:
+            optimizer, trained = self._model.optimizer, self._model.trainable_variables
+            if not optimizer.built and trained:  # what tells of a skip has to be there before it
+                optimizer.build(trained)
+            if not optimizer.built:
+                return step(data)
+            if aggregation.is_tensorflow():
+                _compat.build_what_counts(self._model, step, data)
+            self.build()
+            written = self._written()
+            before = [_now(v) for v in written]
+            signs = [_now(v) for v in self._signs()]
+            if self._steps > 1:
+                before = self._before_the_update(written, before)
+            self._is_inside = True
+            try:
+                logs = step(data)
+                is_skipped = _tell(signs, [_now(v) for v in self._signs()])
+                aggregation.cond(
+                    is_skipped,
+                    functools.partial(aggregation.assign_each, written),
+                    lambda before: None,
+                    (before,),
+                )
+                return self.counted(logs)
+            finally:
+                self._is_inside = False
+
+        return undone
+
+    def _before_the_update(
+        self, written: Sequence[Variable], now: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What the variables held before the first micro-batch; kept in that one."""
+        kept = [self._kept[id(v)] for v in written]
+        is_first = self._is_first(_now(self._wrapper._iterations), _now(self._has_kept))
+        before = [ops.where(is_first, new, _now(old)) for new, old in zip(now, kept, strict=True)]
+        for variable, value in zip(kept, before, strict=True):
+            variable.assign(value)
+        self._has_kept.assign(1.0)
+        return before
+
+    def _is_first(self, calls: Tensor, has_kept: Tensor) -> Tensor:
+        """Whether a micro-batch is the first of its update, or of a resumed run."""
+        return ops.logical_or(ops.equal(calls % self._steps, 0), ops.equal(has_kept, 0.0))
+
+    def of_state(self, before: Sequence, after: Sequence) -> tuple:
+        """On JAX: the state after a step, with what was skipped put back.
+
+        Args:
+            before: the values of the trainable and other variables, of the optimizer and of the
+                metrics, as a train step gets them.
+            after: those that it returned.
+        """
+        optimizer = self._model.optimizer.variables
+        old, new = (dict(zip(map(id, optimizer), s[2], strict=True)) for s in (before, after))
+        is_skipped = _tell(*([held[id(v)] for v in self._signs()] for held in (old, new)))
+        is_first = None
+        if self._steps > 1:
+            is_first = self._is_first(old[id(self._wrapper._iterations)], old[id(self._has_kept)])
+            new[id(self._has_kept)] = ops.ones((), "float32")
+
+        def put_back(variables: Sequence[Variable], i: int) -> list[Tensor]:
+            result = []
+            for v, was, now in zip(variables, before[i], after[i], strict=True):
+                kept = self._kept.get(id(v))
+                if kept is not None:
+                    was = new[id(kept)] = ops.where(is_first, was, old[id(kept)])
+                result.append(now if now is was else ops.where(is_skipped, was, now))
+            return result
+
+        states = put_back(self._model.non_trainable_variables, 1)
+        metrics = put_back(self._model.metrics_variables, 3)
+        return (after[0], states, [new[id(v)] for v in optimizer], metrics)
+
+    def counted(self, logs: Logs) -> Logs:
+        """The logs of what the metrics count now; as they are before anything was counted."""
+        figures = self._model.get_metrics_result()
+        if not isinstance(logs, Mapping) or not {*logs} <= {*figures}:
+            return logs  # a step of one's own returns what it likes, and Keras leaves it alone
+        is_any = self._is_any_counted()
+        return {
+            k: ops.where(is_any, figures[k], ops.cast(v, figures[k].dtype)) for k, v in logs.items()
+        }
+
+    def _is_any_counted(self) -> Scalar:
+        counts = [kernels.float32(_now(m.count)) for m in _compat.means(self._model.metrics)]
+        return ops.max(ops.stack(counts)) > 0 if counts else True
+
+    def of_epoch(self, figures: Config) -> Config:
+        """The figures of an epoch: NaN, not 0, where every one of its updates was skipped."""
+        if self._is_inside or not self._wrapper.built:
+            return figures
+        nothing = ops.logical_not(self._is_any_counted())
+        is_empty = ops.logical_and(nothing, kernels.read(self._wrapper._skipped) > 0)
+        return {k: ops.where(is_empty, float("nan"), v) for k, v in figures.items()}
+
+    def on_reset_metrics(self) -> None:
+        """An epoch begins: a skipped update does not bring back what the last one counted."""
+        for v in self._model.metrics_variables:
+            if id(v) in self._kept:
+                self._kept[id(v)].assign(ops.copy(kernels.read(v)))  # JAX donates each buffer once
+
+
+def _now(variable: Variable) -> Tensor:
+    value = kernels.read(variable)
+    # PyTorch writes into the tensor that was read.
+    return ops.copy(value) if backend.backend() == "torch" else value
+
+
+def _tell(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Whether an update was skipped, by the values of `_signs` before and after it."""
+    is_skipped = ops.not_equal(before[0], after[0])
+    for old, new in zip(before[1:], after[1:], strict=True):
+        is_skipped = ops.logical_or(is_skipped, new < old)
+    return is_skipped
+
+
+def may_skip(optimizer: Optimizer, wrapper: Optimizer) -> bool:
+    """Whether an update of a model may be skipped: by the wrapper, or by a loss scale around it."""
+    return bool(wrapper.skip_nonfinite or wrapper.skip_spikes or optimizer is not wrapper)
