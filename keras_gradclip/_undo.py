@@ -13,8 +13,8 @@ from typing import Any
 from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import _arithmetic as kernels
 from keras_gradclip import _compat
-from keras_gradclip import _kernels as kernels
 from keras_gradclip._types import Config, Model, Optimizer, Scalar, Tensor, Variable
 
 #: What a train step returns.

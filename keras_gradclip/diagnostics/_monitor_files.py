@@ -13,6 +13,7 @@ from keras_gradclip import _files as files
 from keras_gradclip._names import layers_of, names_of
 from keras_gradclip._types import Config
 from keras_gradclip.clippers.base import Clipper, serialize
+from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.diagnostics._recorder import FIELDS
 from keras_gradclip.diagnostics.watch import labels_of
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
@@ -83,12 +84,13 @@ def watched_variables(
     for optimizer, label, start in zip(optimizers, labels, starts, strict=True):
         variables, clipper = optimizer._trainable_variables, optimizer.clipper
         rules = clipper.rule_of(variables) if clipper else [("*", None)] * len(variables)
-        bounded = clipper.bounded(variables) if clipper else [False] * len(variables)
-        for variable, (rule, part), is_bounded in zip(variables, rules, bounded, strict=True):
+        assignments = clipper.assignments(variables) if clipper else []
+        of_updates = Enforcer(assignments, variables, False).limited_updates()
+        for i, (variable, (rule, part)) in enumerate(zip(variables, rules, strict=True)):
             layer, name = next(named)
             rule = f"{label}: {rule}" if label else rule
             shape = tuple(int(d) for d in variable.shape)
-            limits = UPDATES if is_bounded else "gradients" if part else "nothing"
+            limits = UPDATES if i in of_updates else "gradients" if part else "nothing"
             result.append(
                 WatchedVariable(name, layer, shape, optimizer, label, start, rule, part, limits)
             )

@@ -595,6 +595,10 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """Set all variables, the inner optimizer's as well, in the order of `variables`."""
         set_all(self.variables if self.built else None, weights)
 
+    def __repr__(self) -> str:
+        clipper = repr(AUTO) if self._is_auto else self.clipper
+        return f"<{type(self).__name__} of {type(self.inner_optimizer).__name__}, {clipper}>"
+
     def get_config(self) -> Config:
         """The arguments, JSON-able, with the thresholds that are in force now."""
         return {
