@@ -89,7 +89,7 @@ class Weight:
         if self._norm is None:
             weights = [read() for read in self._read]
             squares = [arithmetic.unit_squares(w, self._axes) for w in weights]
-            self._norm = ops.sqrt(_total(squares))
+            self._norm = ops.minimum(ops.sqrt(_total(squares)), arithmetic.LARGEST)
         return self._norm
 
     @property

@@ -11,8 +11,8 @@ from helpers import data, loss, net, strategy
 
 import keras_gradclip as kgc
 from keras_gradclip._names import layer_of
-from keras_gradclip.clippers.units import default_unit_axes
 from keras_gradclip.clippers.base import threshold_of
+from keras_gradclip.clippers.units import default_unit_axes
 
 tf = pytest.importorskip("tensorflow")
 STEPS, BATCH = 6, 16

@@ -79,7 +79,9 @@ def make_reference(c, weights):
         def inner(weight, g, slot, step):
             return numpy_inner(weight, g, slot, step, learning_rate=rate(step - 1))
 
-    bounds = getattr(c.clipper, "bounds_steps", False)
+    bounds = (
+        any(a.clipper.stage == "update" for a in c.clipper.assignments([])) if c.clipper else False
+    )
     has_two = bounds and not isinstance(INNER[c.inner](RATE), keras.optimizers.SGD)
     return cls(
         [np.array(w, "float64") for w in weights],

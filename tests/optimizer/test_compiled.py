@@ -12,6 +12,7 @@ tf = pytest.importorskip("tensorflow")
 import keras_gradclip as kgc  # noqa: E402
 from keras_gradclip import _arithmetic as kernels  # noqa: E402
 from keras_gradclip.clippers.base import selectable  # noqa: E402
+from keras_gradclip.optimizer import _compiled  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Muon:UserWarning")
 
@@ -107,11 +108,15 @@ def small_is_large(monkeypatch):
     """Let XLA have the variables of these tests."""
     monkeypatch.setattr(kernels, "SMALL", 8)
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(_compiled, "WORTH_AN_OPERATION", 0)
 
 
 # Adam's kernels take 1 - β2 in float32, 1.3e-5 off Keras's: it shows in the second moments.
+@pytest.mark.parametrize("is_small", [False, True])
 @pytest.mark.parametrize("name", BY_KERNELS)
-def test_kernels_do_what_keras_does(name):
+def test_kernels_do_what_keras_does(name, is_small, monkeypatch):
+    if not is_small:
+        monkeypatch.setattr(_compiled, "WORTH_AN_OPERATION", 0)
     assert_parity(BY_KERNELS[name], tolerance=2e-5 if name.startswith("Adam") else 2e-6)
 
 
@@ -413,6 +418,16 @@ def test_a_clip_on_the_way_is_the_clip(inner, name, small_is_large):
     ours, _ = clipped(inner, ON_THE_WAY[name])
     keras_own, _ = clipped(inner, ON_THE_WAY[name], False)
     assert_equal(ours, keras_own, tolerance)
+
+
+@pytest.mark.parametrize("replicas", [0, 2])
+@pytest.mark.parametrize("inner", ["AdamW", "Adam, AMSGrad, EMA"])
+@pytest.mark.parametrize("name", ["absolute", "update ratio", "update ratio, biases, anneal"])
+def test_small_variables_are_written_out(name, inner, replicas):
+    """No kernel and no program: a small variable has neither time to earn."""
+    ours, _ = clipped(inner, ON_THE_WAY[name], replicas=replicas)
+    keras_own, _ = clipped(inner, ON_THE_WAY[name], False, replicas=replicas)
+    assert_equal(ours, keras_own, 2e-6)
 
 
 @pytest.mark.parametrize("inner", ["momentum, decay", "AdamW"])
