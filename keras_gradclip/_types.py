@@ -1,70 +1,34 @@
-"""Types of what passes through an update."""
+"""Names for what passes through an update, and what Keras leaves without types."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
-import keras
-
-LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
-
-
-class Tensor(Protocol):
-    """A tensor of the backend in use: `tf.Tensor`, `jax.Array` or `torch.Tensor`."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-    @property
-    def dtype(self) -> object: ...
-    def __getitem__(self, key: object, /) -> Tensor: ...
-    def __neg__(self) -> Tensor: ...
-    def __add__(self, other: Scalar, /) -> Tensor: ...
-    def __radd__(self, other: Scalar, /) -> Tensor: ...
-    def __sub__(self, other: Scalar, /) -> Tensor: ...
-    def __rsub__(self, other: Scalar, /) -> Tensor: ...
-    def __mul__(self, other: Scalar, /) -> Tensor: ...
-    def __rmul__(self, other: Scalar, /) -> Tensor: ...
-    def __truediv__(self, other: Scalar, /) -> Tensor: ...
-    def __rtruediv__(self, other: Scalar, /) -> Tensor: ...
-    def __mod__(self, other: Scalar, /) -> Tensor: ...
-    def __pow__(self, other: Scalar, /) -> Tensor: ...
-    def __lt__(self, other: Scalar, /) -> Tensor: ...
-    def __le__(self, other: Scalar, /) -> Tensor: ...
-    def __gt__(self, other: Scalar, /) -> Tensor: ...
-    def __ge__(self, other: Scalar, /) -> Tensor: ...
-
-
-class IndexedSlices(Protocol):
-    """A `tf.IndexedSlices`: some rows of a gradient."""
-
-    @property
-    def values(self) -> Tensor: ...
-    @property
-    def indices(self) -> Tensor: ...
-    @property
-    def dense_shape(self) -> Tensor: ...
-
-
-#: A tensor (often a float32 scalar) or a Python number.
-Scalar: TypeAlias = Tensor | float
-#: Of the variable's shape and any float dtype; None where a variable has no gradient.
-Gradient: TypeAlias = Tensor | IndexedSlices | None
-#: A number, or a schedule over the optimizer's iterations.
-Threshold: TypeAlias = float | LearningRateSchedule
-#: Live hyper-parameters at one update, by name.
-Hyper: TypeAlias = Mapping[str, Tensor]
+#: A tensor of the backend in use, of the variable's shape and any float dtype; or a
+#: `tf.IndexedSlices` with some of its rows.
+Gradient: TypeAlias = Any
+#: One entry a variable; None where a variable has no gradient.
+Gradients: TypeAlias = list[Gradient]
+#: A `keras.Variable`.
+Variable: TypeAlias = Any
+#: A float32 tensor of shape () or a Python number.
+Scalar: TypeAlias = Any
+#: Any tensor of the backend in use.
+Tensor: TypeAlias = Any
+#: A `keras.optimizers.Optimizer`, of ours or not.
+Optimizer: TypeAlias = Any
+#: A `keras.layers.Layer`.
+Layer: TypeAlias = Any
+#: A `keras.Model`.
+Model: TypeAlias = Any
+#: A `tf.distribute.Strategy`, or None without one.
+Strategy: TypeAlias = Any
+#: The live hyper-parameters at one step, by name.
+Hyper: TypeAlias = Mapping[str, Scalar]
 #: A clipper's running state, by name.
 State: TypeAlias = dict[str, Tensor]
-#: A JSON-able dict, as `get_config` returns it.
-Config: TypeAlias = dict[str, object]
-
-# TEMPORARY
-from typing import Any
-
-Variable = Any
-Optimizer = Any
-Model = Any
-Strategy = Any
-Layer = Any
-Gradients = Any
+#: A number or a `keras.optimizers.schedules.LearningRateSchedule`.
+Threshold: TypeAlias = Any
+#: What `get_config` returns: JSON-able.
+Config: TypeAlias = dict[str, Any]

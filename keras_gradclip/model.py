@@ -119,6 +119,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         self._set_gate(new_gate)
 
     optimizer: Optimizer
+    metrics_variables: list[Variable]
 
     def _set_gate(self, new_gate: gate.ActivationGate | None) -> None:
         self._clip_runtime().gate = new_gate

@@ -152,6 +152,15 @@ STATELESS = {
 STATEFUL = {kgc.PercentileClip: percentile, kgc.ZScoreClip: zscore, kgc.AdaClip: ada}
 
 
+def limits_updates(clipper):
+    """Whether a clipper, or one inside it, limits weight updates."""
+    if isinstance(clipper, kgc.Chain):
+        return any(map(limits_updates, clipper.clippers))
+    if isinstance(clipper, kgc.ClipMap):
+        return any(limits_updates(c) for c in (*dict(clipper.rules).values(), clipper.default))
+    return clipper is not None and clipper.stage == "update"
+
+
 class Clip:
     """The twin of one clipper, also of a nested one.
 

@@ -7,7 +7,7 @@ import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
 
@@ -125,8 +125,8 @@ class ClipMap(Composite):
         "layers that need their own threshold, or none",
         "`calibrate(...).clip_map()`",
     )
-    rules: Mapping[str, object] | Sequence[tuple[str, object]] = ()
-    default: object = None
+    rules: Any = ()
+    default: Any = None
     allow_unmatched: bool = False
     ordered: bool = dataclasses.field(default=False, init=False)
 
@@ -258,7 +258,7 @@ class ClipMap(Composite):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> Clipper:
+    def from_config(cls, config: Mapping[str, Any]) -> Clipper:
         """The map that `get_config` described."""
         known = ("rules", "default", "allow_unmatched", "ordered")
         config = validation.config(cls.__name__, config, known, needed=("rules",))
@@ -300,7 +300,7 @@ class Chain(Composite):
         "a memory and a hard bound",
         '`Chain([ZScoreClip(), NormClip(1.0, "global")])`',
     )
-    clippers: Sequence[object] = ()
+    clippers: Any = ()
 
     def __new__(cls, clippers: Sequence[object] = (), *more: object) -> Chain:
         """Refuse `Chain(first, second)` in better words than Python's."""
@@ -354,7 +354,7 @@ class Chain(Composite):
         return {"clippers": [serialize_value(c) for c in self.clippers]}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object]) -> Clipper:
+    def from_config(cls, config: Mapping[str, Any]) -> Clipper:
         """The chain that `get_config` described."""
         config = validation.config(cls.__name__, config, ("clippers",), needed=("clippers",))
         return cls(config["clippers"])

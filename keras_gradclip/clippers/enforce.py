@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import SCOPES, scope_numbers, size_of
-from keras_gradclip._types import Gradient, Hyper, Scalar, State, Tensor
+from keras_gradclip._types import Gradient, Hyper, Scalar, State, Tensor, Threshold
 from keras_gradclip.clippers.units import (
     BIAS,
     KERNEL,
@@ -124,19 +124,38 @@ class Limit:
 
     #: What one limit is about: "element", "unit" (what makes one output of a kernel), "variable",
     #: "layer" or "global". A field or a class attribute.
-    scope: ClassVar[str] = "element"
+    scope: str = "element"
     #: "gradient", or "update": the limit holds for the change of the weights that the inner
     #: optimizer computes. For SGD, whose update is η·g, that is a limit of limit/η on the gradient.
-    stage: ClassVar[str] = "gradient"
+    stage: str = "gradient"
     #: What biases and scales are limited by: "own", like any other variable; "unit", each element
     #: by the norm of its unit in the layer's kernel; None, nothing.
-    biases: ClassVar[str | None] = "own"
+    biases: str | None = "own"
     #: What is given back after the clip: None, "norm", "max" or "alpha". A field or an attribute.
-    rescale: ClassVar[str | None] = None
+    rescale: str | None = None
     #: The axes of units, by path of the variable; () to ask the layers.
-    axes: ClassVar[Sequence[tuple[str, tuple[int, ...]]] | None] = None
+    axes: Sequence[tuple[str, tuple[int, ...]]] | None = None
     #: Whether it needs `hyper["learning_rate"]`.
-    needs_learning_rate: ClassVar[bool] = False
+    needs_learning_rate: bool = False
+
+    def hyperparameters(self) -> Mapping[str, Threshold]:
+        """The live hyper-parameters: name to float or LearningRateSchedule."""
+        return {}
+
+    def init(self, variables: Sequence[keras.Variable]) -> dict[str, object]:
+        """The running state before the first update, of a clipper with an `apply` of its own."""
+        del variables
+        return {}
+
+    def apply(
+        self,
+        grads: Sequence[Gradient],
+        variables: Sequence[keras.Variable],
+        state: State,
+        hyper: Hyper,
+    ) -> tuple[list[Gradient], State, ClipStats]:
+        """The clip of a clipper that is no limit."""
+        raise NotImplementedError(f"{type(self).__name__} has no `apply`")
 
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
         """The largest element (or L2 norm) that is allowed.
@@ -336,10 +355,10 @@ class _Enforced:
                 grads[i] = gradient
             return own_state, stats
         is_set = {RATE_IS_SET: True} if hyper.get(RATE_IS_SET) else {}
-        own_state, own_hyper = self.clipper.advance(own_state, {**own_hyper, **is_set})
-        own_hyper = {name: value for name, value in own_hyper.items() if name != RATE_IS_SET}
+        own_state, advanced = self.clipper.advance(own_state, {**own_hyper, **is_set})
+        values = {name: value for name, value in advanced.items() if name != RATE_IS_SET}
         divisor = rate if self.clipper.stage == "update" and weights is None else None
-        clip = _Clip(self, grads, weights, own_hyper, divisor)
+        clip = _Clip(self, grads, weights, values, divisor)
         if self.clipper.scope in SCOPES:
             own_state = clip.norms(own_state)
         elif self.clipper.scope == "unit":

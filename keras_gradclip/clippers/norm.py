@@ -91,7 +91,7 @@ class RMSClip(Clipper):
         live=True,
         threshold=True,
     )
-    scope: ClassVar[str] = "variable"
+    scope = "variable"
     measures: ClassVar[str | None] = "largest_rms"
     card: ClassVar[Card | None] = Card(
         "g' = g / max(1, rms(g)/c), for each variable",

@@ -60,7 +60,7 @@ class ByUnit(Clipper):
     def __str__(self) -> str:
         if self.axes is None:
             return super().__str__()
-        rest = str(dataclasses.replace(self, axes=None)).removesuffix(")")
+        rest = str(self.with_hyperparameters({"axes": None})).removesuffix(")")
         return f"{rest}, axes of {len(self.axes)} variables)"
 
 
@@ -114,7 +114,7 @@ class AdaptiveClip(ByUnit):
     )
     eps: float = parameter(1e-3, help="ε, floor of a unit's weight norm")
     axes: Axes = parameter(None, help="variable path to the axes of a unit, see unit_axes")
-    scope: ClassVar[str] = "unit"
+    scope = "unit"
     measures: ClassVar[str | None] = "unit_ratio"
     card: ClassVar[Card | None] = Card(
         "each unit's norm at most λ·max(‖W‖, ε)",
@@ -205,8 +205,8 @@ class UpdateRatioClip(ByUnit):
         search=True,
     )
     axes: Axes = parameter(None, help="variable path to the axes of a unit, see unit_axes")
-    stage: ClassVar[str] = "update"
-    needs_learning_rate: ClassVar[bool] = True
+    stage = "update"
+    needs_learning_rate = True
     measures: ClassVar[str | None] = "unit_step"
     card: ClassVar[Card | None] = Card(
         "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",

@@ -60,7 +60,7 @@ class Clip:
         """Create the state; every replica writes the same into its own copy."""
         for i, (key, value) in enumerate(self.enforcer.state.items()):
             self.state[key] = self._add_variable(
-                np.shape(value),
+                np.asarray(value).shape,
                 functools.partial(_constant, value),
                 str(np.asarray(value).dtype),
                 aggregation="none",
@@ -110,6 +110,7 @@ class Clip:
         Returns:
             The clipped changes, one entry a variable, and the update with what was clipped.
         """
+        assert update.stats is not None
         variables = self.enforcer.variables
         every = range(len(variables))
         clipped, state, stats = self.enforcer.clip(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import keras
 from keras import backend, ops
@@ -33,6 +34,14 @@ from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
 from keras_gradclip.optimizer._steps import UpdateLimit
 from keras_gradclip.optimizer._telemetry import Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watcher
+
+
+class HasVariables(Protocol):
+    """What has variables that a step writes."""
+
+    @property
+    def state(self) -> Sequence[keras.Variable]:
+        """The variables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +169,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def _build_inner(self, variables: Sequence[keras.Variable]) -> None:
         if not self.inner_optimizer.built:
-            _compat.build_with_all_tracked(self.inner_optimizer, variables)
+            _compat.build_with_all_tracked(self.inner_optimizer, list(variables))
             return
         unknown = [v for v in variables if not _compat.knows(self.inner_optimizer, v)]
         if unknown:
@@ -224,7 +233,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             own += [] if self._undo is None else self._undo.state
         return own
 
-    def keep_for(self, undo: Watcher | None) -> None:
+    def keep_for(self, undo: HasVariables | None) -> None:
         """Let what undoes a model's skipped steps have state: on JAX it travels with ours."""
         object.__setattr__(self, "_undo", undo)  # past Keras, which would track it
 
