@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from keras import ops
+
 from keras_gradclip._types import Gradient, Hyper, Tensor, Variable
 
 #: Of a clip, of this gradient, variable and rule, that may wait for the update: the gradient as the
@@ -32,7 +34,7 @@ class Rule:
         is_factor: `clip` multiplies the gradient by its one argument, a scalar.
         takes_norms: `clip` goes through the gradient twice.
         bounds_step: `clip` gets the step that the update is about to take in the gradient's place,
-            and returns beside the bounded one the share of it that was bounded.
+            and returns beside the bounded one which of its norms or elements were bounded.
     """
 
     clip: Callable[..., Tensor]
@@ -44,6 +46,15 @@ class Rule:
     bounds_step: bool = False
 
 
+def _as_it_is(gradient: Tensor, seen: None) -> Tensor:
+    del seen
+    return gradient
+
+
+#: Of a gradient that is clipped already.
+AS_IT_IS = Rule(_as_it_is)
+
+
 @dataclasses.dataclass(eq=False)
 class Deferred:
     """A gradient and the clip that it is waiting for.
@@ -53,14 +64,19 @@ class Deferred:
         rule: the clip.
         arguments: its scalars or small tensors; a `Deferred` stands for what that one has `seen`.
         seen: what the rule saw of the weight, once the clip is done.
-        fraction: of a rule that bounds steps, what it returned, once it is done.
+        bounded: of a rule that bounds steps, what it returned, once it is done: booleans.
     """
 
     gradient: Tensor
     rule: Rule
     arguments: tuple[Any, ...]
     seen: Tensor = None
-    fraction: Tensor = None
+    bounded: Tensor = None
+
+    @property
+    def fraction(self) -> Tensor:
+        """The share that was bounded."""
+        return ops.mean(ops.cast(self.bounded, "float32"))
 
     def resolved(self) -> tuple[Tensor, ...]:
         """The arguments, with what others have seen in their places."""

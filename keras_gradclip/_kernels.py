@@ -104,7 +104,7 @@ def matching_weight(variable: Variable, gradient: Gradient) -> Tensor:
 def clip_symmetric(x: Tensor, limit: Tensor) -> Tensor:
     """clip(x, -limit, limit), `limit` a scalar or a tensor of x's shape; NaN stays NaN."""
     limit = ops.cast(limit, x.dtype)
-    return _clip_between(x, -limit, limit)
+    return clip_between(x, -limit, limit)
 
 
 def clip_each(xs: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
@@ -114,10 +114,11 @@ def clip_each(xs: Sequence[Tensor], limit: Tensor) -> list[Tensor]:
         if x.dtype not in bounds:
             high = ops.cast(limit, x.dtype)
             bounds[x.dtype] = (-high, high)
-    return [_clip_between(x, *bounds[x.dtype]) for x in xs]
+    return [clip_between(x, *bounds[x.dtype]) for x in xs]
 
 
-def _clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """clip(x, low, high), of scalars or tensors of x's shape; NaN stays NaN."""
     if runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla():
         import tensorflow as tf
 
@@ -376,9 +377,8 @@ def clip_factor(norm: Tensor, max_norm: Tensor) -> Tensor:
     beside it become 0 and only the element itself becomes NaN, where `global_clipnorm` of Keras
     makes every gradient NaN.
     """
-    max_norm = ops.minimum(max_norm, LARGEST)
-    factor = max_norm / ops.maximum(ops.maximum(norm, max_norm), TINY)
-    return ops.where(ops.isfinite(norm), factor, ops.zeros_like(factor))
+    max_norm = clip_between(ops.convert_to_tensor(max_norm), TINY, LARGEST)
+    return ops.where(ops.isfinite(norm), max_norm / ops.maximum(norm, max_norm), 0.0)
 
 
 def divided(gradients: Sequence[Gradient], divisor: Tensor) -> list[Tensor]:

@@ -54,7 +54,7 @@ def norm_and_limit(
 
 def limit_of(weight_square: Tensor, share: Tensor, eps: Tensor) -> Tensor:
     """share·max(‖W‖, ε), where ‖W‖ may be beyond float32 and the share rounded to 0."""
-    return share * ops.clip(ops.sqrt(weight_square), eps, kernels.LARGEST)
+    return share * kernels.clip_between(ops.sqrt(weight_square), eps, kernels.LARGEST)
 
 
 def unit_factors(
@@ -86,21 +86,25 @@ def _bound(
     eps: Tensor,
 ) -> tuple[Tensor, Tensor]:
     norm, limit = norm_and_limit(squares_of(x), weight_squares, share, eps)
-    fraction = ops.mean(kernels.float32(norm > limit))
-    return kernels.scale(x, kernels.clip_factor(norm, limit)), fraction
+    return kernels.scale(x, kernels.clip_factor(norm, limit)), norm > limit
 
 
 def _clip(squares_of: Callable[[Tensor], Tensor], *arguments: Tensor) -> Tensor:
     return _bound(squares_of, *arguments)[0]
 
 
-def _clip_bias(
+def _bound_bias(
     x: Tensor, seen: None, kernels_squares: Tensor, share: Tensor, eps: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     del seen
     limit = limit_of(kernels_squares, share, eps)
     is_one = math.prod(int(d) for d in limit.shape) == 1
-    return kernels.clip_symmetric(x, ops.reshape(limit, () if is_one else x.shape))
+    limit = ops.reshape(limit, () if is_one else x.shape)
+    return kernels.clip_symmetric(x, limit), ops.abs(kernels.float32(x)) > limit
+
+
+def _clip_bias(*arguments: Tensor) -> Tensor:
+    return _bound_bias(*arguments)[0]
 
 
 def _rule(squares_of: Callable[[Tensor], Tensor], *, is_told: bool) -> Rule:
@@ -116,6 +120,7 @@ BOUNDS = {
     rule: dataclasses.replace(rule, clip=functools.partial(_bound, squares_of), bounds_step=True)
     for rule, squares_of in ((COLUMNS, kernels.column_squares), (WHOLE, kernels.sum_of_squares))
 }
+BOUNDS[BESIDE_KERNEL] = dataclasses.replace(BESIDE_KERNEL, clip=_bound_bias, bounds_step=True)
 
 
 def rule_over(axes: Sequence[int], rank: int) -> Rule | None:

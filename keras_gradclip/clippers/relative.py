@@ -328,8 +328,14 @@ class UpdateRatioClip(ByUnit):
             return clipped, new, stats
         new = self._after(new, hyper)
         factor = hyper["max_ratio"] * new.get("share", 1.0)
-        for i, bound in self._deferred(grads, variables, factor, hyper).items():
-            clipped[i] = bound
+        waiting = self._deferred(grads, variables, factor, hyper)
+        units = self._units_of(variables)
+        for i, of in self._biases(grads, variables, units).items():
+            bias = self._beside_kernel(i, of, grads, variables, units, waiting, factor, hyper)
+            if bias is not None:
+                clipped[i] = bias
+        for i, kernel in waiting.items():
+            clipped[i] = kernel
         return clipped, new, stats
 
     def scheduled(self, state, rate, is_new):
@@ -369,13 +375,11 @@ class UpdateRatioClip(ByUnit):
         clipped = [waiting.get(i, g) for i, g in enumerate(grads)]
         seen = {i: bound.seen for i, bound in done.items() if bound.rule.is_told}
         biases = self._biases(grads, variables, units)
+        bounded_biases = {i for i in biases if isinstance(grads[i], Deferred)}
         for i, of in biases.items():
-            # A kernel whose clip waits for the update tells the norms of its units then.
-            kernel = waiting.get(of[0]) if len(of) == 1 and self.scope == "unit" else None
-            clipped[i] = None
-            if kernel is not None and not units[i].letters:
-                arguments = (kernel, factor, self.eps)
-                clipped[i] = defer(hyper, BESIDE_KERNEL, grads[i], variables[i], *arguments)
+            if i in bounded_biases:
+                continue
+            clipped[i] = self._beside_kernel(i, of, grads, variables, units, waiting, factor, hyper)
             if clipped[i] is None:
                 limit = self._limit_of_bias(variables, units, i, of, factor, {**weights, **seen})
                 clipped[i] = kernels.clip_symmetric(grads[i], limit)
@@ -394,6 +398,9 @@ class UpdateRatioClip(ByUnit):
             for i, bound in done.items():
                 result[i] = bound.fraction
             for i, of in biases.items():
+                if i in bounded_biases:
+                    result[i] = grads[i].fraction
+                    continue
                 limit = self._limit_of_bias(variables, units, i, of, factor, all_weights)
                 result[i] = ops.mean(kernels.float32(ops.abs(kernels.float32(grads[i])) > limit))
             return result
@@ -432,6 +439,24 @@ class UpdateRatioClip(ByUnit):
     ) -> dict[int, list[int]]:
         """Position of each bias that is bounded to those of its kernels."""
         return kernels_of_biases(grads, variables, units) if self.biases == "unit" else {}
+
+    def _beside_kernel(
+        self,
+        bias: int,
+        of: Sequence[int],
+        grads: Sequence[Gradient],
+        variables: Sequence[Variable],
+        units: Sequence[Unit],
+        waiting: dict[int, Deferred],
+        factor: Tensor,
+        hyper: Hyper,
+    ) -> Deferred | None:
+        """A bias that is clipped after its kernel, which tells the norms of its units then."""
+        kernel = waiting.get(of[0]) if len(of) == 1 and self.scope == "unit" else None
+        if kernel is None or units[bias].letters:
+            return None
+        rule = BOUNDS[BESIDE_KERNEL] if hyper.get(PASS) == GRADIENTS else BESIDE_KERNEL
+        return defer(hyper, rule, grads[bias], variables[bias], kernel, factor, self.eps)
 
     def _limit_of_bias(
         self,

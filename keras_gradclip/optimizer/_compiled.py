@@ -3,7 +3,8 @@
 Keras writes an update as many operations, each a pass over the memory (Adam: about 15 a variable).
 TensorFlow has the same equations as single kernels, on CPU and GPU, for the common optimizers:
 they need no compilation and serve every strategy, for each replica updates its own copy. What has
-no such kernel is compiled by XLA where that pays: the large variables alone.
+no such kernel is compiled by XLA where that pays: the large variables alone. Adam's kernel takes
+longer to begin than the few operations on a small variable: those are written out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from keras import backend
 
 from keras_gradclip import _compat
 from keras_gradclip import _kernels as kernels
-from keras_gradclip._deferred import Deferred, Later
+from keras_gradclip._deferred import AS_IT_IS, Deferred, Later
 from keras_gradclip._names import path_of
 from keras_gradclip._types import (
     Gradient,
@@ -148,7 +149,7 @@ class CompiledUpdate:
         self._inner = inner
         self.mode = mode
         self._make_kernel = _KERNELS.get(type(inner))
-        self._fused = FusedUpdate(inner)
+        self._fused = FusedUpdate(inner, may_write_out=mode == "auto")
         #: Path of a variable to the reason why Keras updates it.
         self._refused: dict[str, str] = {}
         self._reason = self._impossible()
@@ -252,7 +253,7 @@ class CompiledUpdate:
         import tensorflow as tf
 
         # The scalars are computed once on each device.
-        made: dict[tuple[str, str], tuple[Tensor, Tensor, Kernel]] = {}
+        made: dict[tuple[str, str], tuple[Tensor, Tensor, Kernel, Sequence[Tensor]]] = {}
 
         def of_one(
             variable: Tensor, gradient: Gradient | Deferred, slots: list[Tensor], rate: Scalar
@@ -261,14 +262,17 @@ class CompiledUpdate:
             if key not in made:
                 step = tf.cast(kernels.read(self._inner.iterations) + 1, variable.dtype)
                 rate = tf.cast(rate, variable.dtype)
-                made[key] = (rate, step, make(self._inner, rate, step))
-            rate, step, kernel = made[key]
+                constants = self._fused.constants(rate, step)
+                made[key] = (rate, step, make(self._inner, rate, step), constants)
+            rate, step, kernel, constants = made[key]
+            if self._fused.writes_out(variable) and not isinstance(gradient, Deferred):
+                gradient = Deferred(gradient, AS_IT_IS, ())
             if isinstance(gradient, Deferred):
                 folded = self._fused.folded(gradient, rate)
                 if folded is not None:
                     gradient, kernel = folded[0], make(self._inner, folded[1], step)
                 elif self._fused.takes(variable):
-                    self._fused.run(gradient, variable, slots, rate, step)
+                    self._fused.run(gradient, variable, slots, constants)
                     return
                 else:
                     gradient = gradient.now(variable.read_value())

@@ -83,15 +83,22 @@ _EQUATIONS: dict[type, Callable[[Optimizer], tuple[Equation, Constants]]] = {
 }
 
 
+# Elements. Below, TensorFlow's kernel of Adam takes longer than the operations of its equation: 35
+# for 24 microseconds with 100 elements, as long with 8,000 (`benchmarks/tiny.py`).
+WORTH_A_KERNEL = {keras.optimizers.Adam: 1 << 13, keras.optimizers.AdamW: 1 << 13}
+
+
 class FusedUpdate:
     """Clips and updates, for those inner optimizers whose equations are known.
 
     Args:
         inner: a Keras optimizer.
+        may_write_out: small variables may be updated by the operations of an equation.
     """
 
-    def __init__(self, inner: Optimizer) -> None:
+    def __init__(self, inner: Optimizer, may_write_out: bool) -> None:
         self._inner = inner
+        self._least = WORTH_A_KERNEL.get(type(inner), 0) if may_write_out else 0
         self._make = _EQUATIONS.get(type(inner))
         self._worth: frozenset[tuple[int, ...]] = frozenset()  # shapes, known at the clip
 
@@ -119,9 +126,13 @@ class FusedUpdate:
         def decide(gradient: Gradient, variable: Variable, rule: Rule) -> Gradient:
             if not _is_plain(gradient, variable):
                 return None
+            if rule.follows and rule.bounds_step:
+                return gradient if self.takes(variable) else None
             if (rule.is_factor and self._takes_factors) or rule.follows:
                 return gradient
             # Decoupled weight decay comes before the update: the clip would see its result.
+            if self.writes_out(variable):
+                return gradient if rule.bounds_step else None
             decays = self._inner.weight_decay and rule.sees is not None and not rule.bounds_step
             # Of Adam, TensorFlow's kernel is faster than XLA, by as much as a pass costs.
             gains = rule.takes_norms or self._takes_factors
@@ -149,31 +160,43 @@ class FusedUpdate:
 
     def takes(self, variable: Tensor) -> bool:
         """Whether `run` is worth a program of this variable's shape."""
-        return tuple(variable.shape) in self._worth
+        return tuple(variable.shape) in self._worth or self.writes_out(variable)
+
+    def writes_out(self, variable: Tensor) -> bool:
+        """Whether `run` updates a variable by operations in the graph, without a program."""
+        import tensorflow as tf
+
+        is_small = math.prod(variable.shape) < self._least
+        return is_small and kernels.runs_on_tensorflow_cpu() and not tf.executing_eagerly()
+
+    def constants(self, rate: Tensor, step: Tensor) -> Sequence[Tensor]:
+        """What `run` wants of the learning rate and the number of the step; empty without one."""
+        return () if self._make is None else list(self._make(self._inner)[1](rate, step))
 
     def run(
         self,
         deferred: Deferred,
         variable: Tensor,
         slots: Sequence[Tensor],
-        rate: Tensor,
-        step: Tensor,
+        constants: Sequence[Tensor],
     ) -> None:
         """Clip and update one native variable, on its device."""
         import tensorflow as tf
 
         assert self._make is not None
-        equation, constants = self._make(self._inner)
-        program = _program(
-            equation, deferred.rule, tuple(variable.shape), variable.dtype, variable.device
-        )
+        equation, _ = self._make(self._inner)
+        shape, dtype = tuple(variable.shape), variable.dtype
+        if self.writes_out(variable):
+            program = _operations(equation, deferred.rule, shape, dtype, lambda function: function)
+        else:
+            program = _program(equation, deferred.rule, shape, dtype, variable.device)
         with tf.device(variable.device):  # without a strategy, others may be elsewhere
-            deferred.seen, deferred.fraction = program(
-                tf.ensure_shape(deferred.gradient, variable.shape),
+            deferred.seen, deferred.bounded = program(
+                _of_shape(tf.cast(deferred.gradient, dtype), shape),
                 variable.handle,
                 [slot.handle for slot in slots],
                 [tf.cast(a, tf.float32) for a in deferred.resolved()],
-                list(constants(rate, step)),
+                constants,
             )
 
 
@@ -183,6 +206,12 @@ def _after(operation: Any, gradient: Gradient) -> Gradient:
 
     with tf.control_dependencies([operation]):
         return tf.identity(gradient)
+
+
+def _of_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    import tensorflow as tf
+
+    return x if x.shape == shape else tf.ensure_shape(x, shape)
 
 
 def _is_plain(gradient: Gradient, variable: Variable) -> bool:
@@ -198,23 +227,37 @@ def _is_plain(gradient: Gradient, variable: Variable) -> bool:
 def _program(
     equation: Equation, rule: Rule, shape: tuple[int, ...], dtype: Any, device: str
 ) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_operations` as a program of XLA, one for each device and shape.
+
+    TensorFlow warns of a function with many traces.
+    """
+    del device
+    import tensorflow as tf
+
+    compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
+    return _operations(equation, rule, shape, dtype, compiled)
+
+
+def _operations(
+    equation: Equation,
+    rule: Rule,
+    shape: tuple[int, ...],
+    dtype: Any,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function of (gradient, weight, slots, the clip's arguments, constants), in place.
 
-    It returns what `Deferred` has as `seen` and `fraction`. Weight and slots are the handles of
+    It returns what `Deferred` has as `seen` and `bounded`. Weight and slots are the handles of
     variables: a variable itself would be taken for the one of the first call, on replicas.
     """
-    del device  # one function for each device and shape: TensorFlow warns of one with many traces
     import tensorflow as tf
 
     def read(handle: Tensor) -> Tensor:
-        return tf.ensure_shape(tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype), shape)
+        return _of_shape(tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype), shape)
 
     def assign(handles: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for handle, value in zip(handles, values, strict=True):
             tf.raw_ops.AssignVariableOp(resource=handle, value=value)
-
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return tf.function(function, jit_compile=True, autograph=False)
 
     def look(weight: Tensor) -> Tensor:
         return None if rule.sees is None else rule.sees(weight)
@@ -238,9 +281,9 @@ def _program(
     def bound_step(step, handle, arguments):
         weight = read(handle)
         seen = look(weight)
-        step, fraction = rule.clip(step, seen, *arguments)
+        step, bounded = rule.clip(step, seen, *arguments)
         assign((handle,), (weight + step,))
-        return seen if rule.is_told else None, fraction
+        return seen if rule.is_told else None, bounded
 
     def update_and_bound(gradient, handle, slots, arguments, constants):
         # In two programs: in one, XLA would compute each step once for its norm and once more.
