@@ -16,6 +16,8 @@ from keras_gradclip._types import Config, Gradients, Scalar, Tensor, Variable
 from keras_gradclip.optimizer._hyperparameters import to_numpy
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
+_ONE_UPDATE, _ONE_SKIPPED = np.eye(4, dtype="float32")[2:]
+
 
 class Telemetry:
     """A `Watcher` that adds up, since the last reset, on the device.
@@ -30,29 +32,22 @@ class Telemetry:
         self._variables = list(variables)
         self._layers = layers_of(variables)
         count = len(self._variables)
-        self.squares = zeros((count,), "telemetry_squares")  # of the norm before the clip
-        # What was clipped and what there was, as shares of all that the clipper counts.
-        self.clipped = zeros((count,), "telemetry_clipped")
-        self.counted = zeros((count,), "telemetry_counted")
-        self.norms = zeros((), "telemetry_norms")  # global norms before the clip
-        self.measured = zeros((), "telemetry_measured")
-        self.updates = zeros((), "telemetry_updates")
-        self.skipped = zeros((), "telemetry_skipped")
-
-    @property
-    def _sums(self) -> list[Variable]:
-        """What a measurement writes."""
-        return [self.squares, self.clipped, self.counted, self.norms, self.measured]
+        # Few variables: in a small model each of them shows in the time of a step.
+        # For each variable the squared norm before the clip, and what was clipped and what there
+        # was, as shares of all that the clipper counts.
+        self.sums = zeros((3, count), "telemetry_sums")
+        # The global norms before the clip, and how many; updates, and updates left out.
+        self.totals = zeros((4,), "telemetry_totals")
 
     @property
     def state(self) -> list[Variable]:
         """All of it."""
-        return [*self._sums, self.updates, self.skipped]
+        return [self.sums, self.totals]
 
     def on_skip(self, gradients: Gradients) -> None:
         """Count it."""
         del gradients
-        self.skipped.assign(self.skipped + 1.0)
+        self.totals.assign(self.totals + _ONE_SKIPPED)
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Measure, if it is this update's turn; before any weight changes."""
@@ -60,36 +55,34 @@ class Telemetry:
             self._measure(update)
         else:
             aggregation.local_cond(
-                ops.equal(kernels.read(self.updates) % float(self.every), 0.0),
+                ops.equal(kernels.read(self.totals)[2] % float(self.every), 0.0),
                 functools.partial(self._measure, update),
-                self._sums,
+                self.state,
                 self._variables,
             )
-        self.updates.assign(self.updates + 1.0)
+        self.totals.assign(self.totals + _ONE_UPDATE)
 
     def _measure(self, update: ClippedUpdate) -> None:
         squares = ops.stack(square_norms(update))
-        self.squares.assign(self.squares + squares)
-        self.norms.assign(self.norms + ops.sqrt(ops.sum(squares)))
-        self.measured.assign(self.measured + 1.0)
+        norm, zero = ops.sqrt(ops.sum(squares)), ops.zeros((), "float32")
+        self.totals.assign(self.totals + ops.stack([norm, zero + 1.0, zero, zero]))
         stats = update.stats
-        if stats is None or not sum(stats.weights):
-            return
-        shares = np.asarray(stats.weights, "float64") / sum(stats.weights)
-        zero = ops.zeros((), "float32")
-        fractions = ops.stack([zero if f is None else f for f in stats.fractions()])
-        shares = ops.convert_to_tensor(shares.astype("float32"))
-        self.counted.assign(self.counted + shares)
-        self.clipped.assign(self.clipped + shares * fractions)
+        clipped = counted = np.zeros(squares.shape, "float32")
+        if stats is not None and sum(stats.weights):
+            counted = (np.asarray(stats.weights, "float64") / sum(stats.weights)).astype("float32")
+            fractions = ops.stack([zero if f is None else f for f in stats.fractions()])
+            clipped = counted * fractions
+        self.sums.assign(self.sums + ops.stack([squares, clipped, counted]))
 
     def mean_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged; NaN before the first measurement."""
-        return _ratio(self.norms, self.measured)
+        norms, measured, *_ = ops.unstack(kernels.read(self.totals), num=4)
+        return ops.where(measured > 0, norms / ops.maximum(measured, 1.0), float("nan"))
 
     def mean_clip_fraction(self) -> Scalar:
         """Clipped / all, averaged; NaN before the first measurement, 0 without a clipper."""
-        clipped, counted = ops.sum(kernels.read(self.clipped)), ops.sum(kernels.read(self.counted))
-        nothing = ops.where(kernels.read(self.measured) > 0, 0.0, float("nan"))
+        _, clipped, counted = ops.unstack(ops.sum(kernels.read(self.sums), axis=1), num=3)
+        nothing = ops.where(kernels.read(self.totals)[1] > 0, 0.0, float("nan"))
         return ops.where(counted > 0, clipped / ops.maximum(counted, kernels.TINY), nothing)
 
     def read(self) -> Config:
@@ -98,14 +91,13 @@ class Telemetry:
         position = {layer: i for i, layer in enumerate(layers)}
         number = np.array([position[layer] for layer in self._layers], int)
 
-        def per_layer(variable: Variable) -> np.ndarray:
-            values = np.asarray(to_numpy(variable), "float64")
-            return np.bincount(number, values, minlength=len(layers))
-
-        measured, norms = (float(to_numpy(v)) for v in (self.measured, self.norms))
-        clipped, counted = per_layer(self.clipped), per_layer(self.counted)
+        norms, measured, updates, skipped = to_numpy(self.totals).astype("float64").tolist()
+        squares, clipped, counted = (
+            np.bincount(number, row, minlength=len(layers))
+            for row in to_numpy(self.sums).astype("float64")
+        )
         fractions = np.divide(clipped, counted, out=np.zeros_like(counted), where=counted > 0)
-        mean_squares = per_layer(self.squares) / max(measured, 1.0)
+        mean_squares = squares / max(measured, 1.0)
         nothing = 0.0 if measured else float("nan")
         return {
             "layers": layers,
@@ -113,8 +105,8 @@ class Telemetry:
             "layer_clip_fraction": fractions.astype("float32"),
             "grad_norm": norms / measured if measured else nothing,
             "clip_fraction": clipped.sum() / counted.sum() if counted.any() else nothing,
-            "updates": int(to_numpy(self.updates)),
-            "skipped": int(to_numpy(self.skipped)),
+            "updates": int(updates),
+            "skipped": int(skipped),
         }
 
     def reset(self) -> None:
@@ -213,9 +205,3 @@ def square_norms(update: ClippedUpdate) -> list[Tensor]:
         squares[i] = square
     zero = ops.zeros((), "float32")
     return [zero if square is None else square for square in squares]
-
-
-def _ratio(total: Variable, count: Variable) -> Scalar:
-    """`total / count`; NaN where nothing was counted."""
-    count = kernels.read(count)
-    return ops.where(count > 0, kernels.read(total) / ops.maximum(count, 1.0), float("nan"))
