@@ -13,6 +13,7 @@ tf = pytest.importorskip("tensorflow")
 import keras_gradclip as kgc  # noqa: E402
 from keras_gradclip import _kernels as kernels  # noqa: E402
 from keras_gradclip.clippers.base import selectable  # noqa: E402
+from keras_gradclip.optimizer import _fused  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Muon:UserWarning")
 
@@ -108,11 +109,15 @@ def small_is_large(monkeypatch):
     """Let XLA have the variables of these tests."""
     monkeypatch.setattr(kernels, "SMALL", 8)
     monkeypatch.setattr(kernels, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(_fused, "WORTH_A_KERNEL", {})
 
 
 # Adam's kernels take 1 - β2 in float32, 1.3e-5 off Keras's: it shows in the second moments.
+@pytest.mark.parametrize("is_small", [False, True])
 @pytest.mark.parametrize("name", BY_KERNELS)
-def test_kernels_do_what_keras_does(name):
+def test_kernels_do_what_keras_does(name, is_small, monkeypatch):
+    if not is_small:
+        monkeypatch.setattr(_fused, "WORTH_A_KERNEL", {})
     assert_parity(BY_KERNELS[name], tolerance=2e-5 if name.startswith("Adam") else 2e-6)
 
 
@@ -450,6 +455,17 @@ def test_a_clip_on_the_way_is_the_clip(inner, name, small_is_large):
     assert_equal(ours, keras_own, tolerance)
 
 
+@pytest.mark.parametrize("replicas", [0, 2])
+@pytest.mark.parametrize("inner", ["AdamW", "Adam, AMSGrad, EMA"])
+@pytest.mark.parametrize("name", ["absolute", "update ratio", "update ratio, biases, anneal"])
+def test_small_variables_are_written_out(name, inner, replicas):
+    """No kernel and no program: a small variable has neither time to earn."""
+    ours, step = clipped(inner, ON_THE_WAY[name], replicas=replicas)
+    keras_own, _ = clipped(inner, ON_THE_WAY[name], False, replicas=replicas)
+    assert_equal(ours, keras_own, 2e-6)
+    assert not programs_of(step)
+
+
 @pytest.mark.parametrize("inner", ["momentum, decay", "AdamW"])
 @pytest.mark.parametrize("name", ["exponential", "adaptive", "update ratio, biases, anneal"])
 def test_a_clip_sees_the_weights_before_their_decay(inner, name, small_is_large):
@@ -600,7 +616,6 @@ def test_nan_and_infinity_on_the_way(name, small_is_large):
 def test_the_clip_adds_no_buffer(name, reads, small_is_large):
     """Of what XLA made of it: gradient, weight and momentum are read, two of them written."""
     from keras_gradclip._deferred import LATER
-    from keras_gradclip.optimizer import _fused
 
     shape = (256, 300)
     weight, momentum = (tf.Variable(tf.ones(shape)) for _ in range(2))
