@@ -67,11 +67,11 @@ class Telemetry:
         norm, zero = ops.sqrt(ops.sum(squares)), ops.zeros((), "float32")
         self.totals.assign(self.totals + ops.stack([norm, zero + 1.0, zero, zero]))
         stats = update.stats
-        clipped = counted = np.zeros(squares.shape, "float32")
+        clipped = counted = ops.zeros_like(squares)
         if stats is not None and sum(stats.weights):
-            counted = (np.asarray(stats.weights, "float64") / sum(stats.weights)).astype("float32")
-            fractions = ops.stack([zero if f is None else f for f in stats.fractions()])
-            clipped = counted * fractions
+            shares = np.asarray(stats.weights, "float64") / sum(stats.weights)
+            counted = ops.convert_to_tensor(shares.astype("float32"))
+            clipped = counted * ops.stack([zero if f is None else f for f in stats.fractions()])
         self.sums.assign(self.sums + ops.stack([squares, clipped, counted]))
 
     def mean_norm(self) -> Scalar:
