@@ -32,7 +32,7 @@ MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 @contextlib.contextmanager
 def changed(optimizer: Optimizer, attributes: Mapping[str, Any]) -> Iterator[None]:
     """Set attributes of an object, of whatever class; put back what it had at the end."""
-    own = vars(optimizer)  # past `__setattr__`, which tracks
+    own: dict[str, Any] = optimizer.__dict__  # past `__setattr__`, which tracks
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
     try:
@@ -348,7 +348,7 @@ def slots(optimizer: Optimizer, variable: Variable) -> list[Variable] | None:
     """What an update of a variable by an optimizer of `_SLOTS` uses; None if it was never made."""
     i = optimizer._get_variable_index(variable)
     lists = [getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)](optimizer)]
-    return [slot_list[i] for slot_list in lists] if all(lists) else None
+    return [slot_list[i] for slot_list in lists if slot_list] if all(lists) else None
 
 
 def muon_uses_adamw(muon: Optimizer, variable: Variable) -> bool:

@@ -319,6 +319,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             return super().make_train_function(force)  # type: ignore[misc]
 
     steps_per_execution: int
+    metrics_variables: list[Variable]
 
     def _make_unrolled(self, kind: str, force: bool) -> Callable:
         """Keras's function; on several replicas, with its steps in a Python loop.

@@ -174,10 +174,11 @@ def _apply_scaled(
 
     `own` is Keras's, for an optimizer that was put in the place of ours since.
     """
-    if not isinstance(outer.inner_optimizer, KnowsLossScale):
+    if not hasattr(outer.inner_optimizer, "_on_loss_scale_factor"):
         own(grads, trainable_variables)
         return
     if not outer.built and trainable_variables is not None:
         outer.build(list(trainable_variables))
         outer.built = True
-    outer.inner_optimizer._apply(grads, trainable_variables, DynamicLossScale(outer))
+    wrapper: Optimizer = outer.inner_optimizer
+    wrapper._apply(grads, trainable_variables, DynamicLossScale(outer))

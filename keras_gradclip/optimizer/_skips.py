@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from keras import ops
 
+from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _kernels as kernels
 from keras_gradclip._names import path_of
 from keras_gradclip._types import Gradients, Scalar, Tensor, Variable
@@ -67,8 +69,15 @@ class FirstNonfinite:
     def __init__(self) -> None:
         self.number = zeros((), "first_nonfinite", "int32")  # from 1 on; 0: none yet
 
+    def look(self, gradients: Gradients, squares: Tensor) -> None:
+        """Look for it where one of the squared norms is not finite, until it was found."""
+        is_due = ops.logical_and(
+            ops.equal(kernels.read(self.number), 0), ops.logical_not(ops.all(ops.isfinite(squares)))
+        )
+        aggregation.local_cond(is_due, functools.partial(self.note, gradients), [self.number])
+
     def note(self, gradients: Gradients) -> None:
-        """Look for it in an update that is left out."""
+        """Look for it in these gradients."""
         none = float(len(gradients) + 1)
         # A minimum of floats, since a GPU has no kernel for an argmax of integers.
         numbers = [
@@ -103,8 +112,10 @@ class ReportsSkips:
     def first_nonfinite_variable(self) -> str | None:
         """The path of the variable whose gradient was the first that was not finite.
 
-        The first in the optimizer's order, in the first update that was left out for it since
-        this object was made; None if there was none.
+        The first in the optimizer's order, in the first update that was skipped for it, or that
+        telemetry measured, since this object was made; None if there was none. A `ClippedModel`
+        measures every 8th update and the first of an epoch: with `telemetry=True`, or
+        `skip_nonfinite=True`, no update is missed.
         """
         number: Scalar = int(to_numpy(self._first_nonfinite.number)) if self.built else 0
         return path_of(self._trainable_variables[number - 1]) if number else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,10 +26,14 @@ class Telemetry:
     Args:
         variables: those that the optimizer was built with.
         every: measure one update in this many, from the first after a reset on.
+        first_nonfinite: notes where a measured norm is not finite (`FirstNonfinite`); or None.
     """
 
-    def __init__(self, variables: Sequence[Variable], every: int) -> None:
+    def __init__(
+        self, variables: Sequence[Variable], every: int, first_nonfinite: Any = None
+    ) -> None:
         self.every = every
+        self._first_nonfinite = first_nonfinite
         self._variables = list(variables)
         self._layers = layers_of(variables)
         count = len(self._variables)
@@ -57,13 +62,15 @@ class Telemetry:
             aggregation.local_cond(
                 ops.equal(kernels.read(self.totals)[2] % float(self.every), 0.0),
                 functools.partial(self._measure, update),
-                self.state,
+                self.state + ([self._first_nonfinite.number] if self._first_nonfinite else []),
                 self._variables,
             )
         self.totals.assign(self.totals + _ONE_UPDATE)
 
     def _measure(self, update: ClippedUpdate) -> None:
         squares = ops.stack(square_norms(update))
+        if self._first_nonfinite is not None:
+            self._first_nonfinite.look(update.gradients, squares)
         norm, zero = ops.sqrt(ops.sum(squares)), ops.zeros((), "float32")
         self.totals.assign(self.totals + ops.stack([norm, zero + 1.0, zero, zero]))
         stats = update.stats
@@ -121,6 +128,7 @@ class ReportsTelemetry:
     built: bool
     _trainable_variables: list[Variable]
     _measures: bool | int
+    _first_nonfinite: Any
     _telemetry: Telemetry | None
 
     @property
@@ -136,7 +144,8 @@ class ReportsTelemetry:
 
     def _start_telemetry(self) -> None:
         every = int(self._measures)
-        self._telemetry = Telemetry(self._trainable_variables, every) if every else None
+        variables, first = self._trainable_variables, self._first_nonfinite
+        self._telemetry = Telemetry(variables, every, first) if every else None
 
     def mean_grad_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged since the last reset: a scalar tensor.
