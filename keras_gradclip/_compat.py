@@ -350,7 +350,7 @@ def slots(optimizer: Optimizer, variable: Variable) -> list[Variable] | None:
     lists: list[Any] = [
         getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)](optimizer)
     ]
-    return [slot_list[i] for slot_list in lists] if all(lists) else None
+    return [slot_list[i] for slot_list in lists if slot_list] if all(lists) else None
 
 
 def muon_uses_adamw(muon: Optimizer, variable: Variable) -> bool:

@@ -119,7 +119,6 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         self._set_gate(new_gate)
 
     optimizer: Optimizer
-    metrics_variables: list[Variable]
 
     def _set_gate(self, new_gate: gate.ActivationGate | None) -> None:
         self._clip_runtime().gate = new_gate
@@ -320,6 +319,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             return super().make_train_function(force)  # type: ignore[misc]
 
     steps_per_execution: int
+    metrics_variables: list[Variable]
 
     def _make_unrolled(self, kind: str, force: bool) -> Callable:
         """Keras's function; on several replicas, with its steps in a Python loop.

@@ -10,8 +10,8 @@ grimp = pytest.importorskip("grimp")
 
 #: The plugin's rooms, from the ground up; a room imports those before it and itself.
 ROOMS = (
-    ("_types", "_validation", "_compat", "_layers", "_names", "_deferred", "_files", "_host"),
-    ("_kernels", "_aggregation", "_workers"),
+    ("_types", "_validation", "_compat", "_layers", "_names", "_files", "_host"),
+    ("_arithmetic", "_aggregation", "_workers"),
     ("clippers",),
     ("optimizer",),
     ("gate", "_undo", "model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from keras import ops
@@ -65,8 +66,16 @@ class FirstNonfinite:
     def __init__(self) -> None:
         self.number = aggregation.zeros((), "first_nonfinite", "int32")  # from 1 on; 0: none yet
 
+    def look(self, gradients: Gradients, squares: Tensor) -> None:
+        """Look for it where one of the squared norms is not finite, until it was found."""
+        is_due = ops.logical_and(
+            ops.equal(arithmetic.read(self.number), 0),
+            ops.logical_not(ops.all(ops.isfinite(squares))),
+        )
+        aggregation.local_cond(is_due, functools.partial(self.note, gradients), [self.number])
+
     def note(self, gradients: Gradients) -> None:
-        """Look for it in an update that is left out."""
+        """Look for it in these gradients."""
         none = float(len(gradients) + 1)
         # A minimum of floats, since a GPU has no kernel for an argmax of integers.
         numbers = [

@@ -1,8 +1,8 @@
-"""What the inner optimizer is about to change, to be bounded before it stays.
+"""Limits the weight change computed by the inner optimizer.
 
-Adam and its kin divide by the gradient's size: no clip of a gradient bounds their steps. A clipper
-that bounds steps (`Clipper.bounds_steps`) then gets the steps themselves: what the update, after
-decoupled weight decay and before moving averages and constraints, would add to the weights.
+Adam and its kin divide by the gradient's size: no clip of a gradient limits their updates. A clipper
+whose `stage` is "update" then gets the change of the weights itself: after decoupled weight decay,
+before moving averages and constraints.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -23,10 +24,14 @@ class Telemetry:
     Args:
         variables: those that the optimizer was built with.
         every: measure one update in this many, from the first after a reset on.
+        first_nonfinite: notes where a measured norm is not finite (`FirstNonfinite`); or None.
     """
 
-    def __init__(self, variables: Sequence[Variable], every: int) -> None:
+    def __init__(
+        self, variables: Sequence[Variable], every: int, first_nonfinite: Any = None
+    ) -> None:
         self.every = every
+        self._first_nonfinite = first_nonfinite
         self._variables = list(variables)
         self._layers = layers_of(variables)
         count = len(self._variables)
@@ -55,13 +60,15 @@ class Telemetry:
             aggregation.local_cond(
                 ops.equal(arithmetic.read(self.totals)[2] % float(self.every), 0.0),
                 functools.partial(self._measure, update),
-                self.state,
+                self.state + ([self._first_nonfinite.number] if self._first_nonfinite else []),
                 self._variables,
             )
         self.totals.assign(self.totals + _ONE_UPDATE)
 
     def _measure(self, update: ClippedUpdate) -> None:
         squares = ops.stack(square_norms(update))
+        if self._first_nonfinite is not None:
+            self._first_nonfinite.look(update.gradients, squares)
         norm, zero = ops.sqrt(ops.sum(squares)), ops.zeros((), "float32")
         self.totals.assign(self.totals + ops.stack([norm, zero + 1.0, zero, zero]))
         stats = update.stats

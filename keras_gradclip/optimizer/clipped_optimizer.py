@@ -497,8 +497,10 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def first_nonfinite_variable(self) -> str | None:
         """The path of the variable whose gradient was the first that was not finite.
 
-        The first in the optimizer's order, in the first update that was skipped for it since this
-        object was made; None if there was none.
+        The first in the optimizer's order, in the first update that was skipped for it, or that
+        telemetry measured, since this object was made; None if there was none. A `ClippedModel`
+        measures every 8th update and the first of an epoch: with `telemetry=True`, or
+        `skip_nonfinite=True`, no update is missed.
         """
         number = int(aggregation.to_numpy(self._first_nonfinite.number)) if self.built else 0
         return path_of(self._trainable_variables[number - 1]) if number else None
@@ -515,8 +517,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             self._start_telemetry()
 
     def _start_telemetry(self) -> None:
-        every = int(self._every)
-        self._telemetry = Telemetry(self._trainable_variables, every) if every else None
+        every, variables = int(self._every), self._trainable_variables
+        self._telemetry = Telemetry(variables, every, self._first_nonfinite) if every else None
 
     def mean_grad_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged since the last reset: a scalar tensor.

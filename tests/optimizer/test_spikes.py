@@ -136,6 +136,27 @@ def test_misuse(bad):
         net().compile(kgc.ClippedOptimizer("sgd"), loss(), skip_spikes=6)
 
 
+@pytest.mark.parametrize("telemetry", [True, 2])
+def test_it_is_named_without_a_skip_where_telemetry_measures(telemetry):
+    variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "abc"]
+    optimizer = kgc.ClippedOptimizer("sgd", telemetry=telemetry)
+    good, bad = keras.ops.ones(2), keras.ops.convert_to_tensor([1.0, float("nan")])
+    large = keras.ops.full((2,), 1e30)  # its square is not finite, and it is
+    for gradients in ([good, good, large], [good] * 3, [good, bad, good], [bad] * 3, [bad] * 3):
+        optimizer.apply(gradients, variables)
+    assert optimizer.first_nonfinite_variable == "b"
+    assert optimizer.skipped_steps == 0
+
+
+def test_labels_that_are_not_finite_are_noticed_by_a_model():
+    model = net()
+    model.compile("sgd", "mse", clipper="norm")
+    x, _ = data(16)
+    assert model.optimizer.first_nonfinite_variable is None
+    model.fit(x, np.full((16, 3), np.nan, "float32"), verbose=0)
+    assert model.optimizer.first_nonfinite_variable == model.trainable_variables[0].path
+
+
 def test_the_variable_that_was_first_not_finite():
     variables = [keras.Variable(np.ones(2, "float32"), name=n) for n in "abc"]
     optimizer = kgc.ClippedOptimizer("sgd", skip_nonfinite=True)
