@@ -574,7 +574,7 @@ def _total(squares: Sequence[Tensor]) -> Tensor:
 
 def _limit(clipper: Limit, weight: Weight, hyper: Hyper, divisor: Scalar | None) -> Tensor:
     """What the clipper allows; per learning rate, where it limits the update of SGD."""
-    limit = clipper.limit(weight, hyper)
+    limit = ops.convert_to_tensor(clipper.limit(weight, hyper))
     return limit if divisor is None else limit / ops.maximum(divisor, arithmetic.TINY)
 
 

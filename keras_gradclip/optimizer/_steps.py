@@ -1,8 +1,8 @@
 """Limits the weight change computed by the inner optimizer.
 
-Adam and its kin divide by the gradient's size: no clip of a gradient limits their updates. A clipper
-whose `stage` is "update" then gets the change of the weights itself: after decoupled weight decay,
-before moving averages and constraints.
+Adam and its kin divide by the gradient's size: no clip of a gradient limits their updates. A
+clipper whose `stage` is "update" then gets the change of the weights itself: after decoupled weight
+decay, before moving averages and constraints.
 """
 
 from __future__ import annotations
