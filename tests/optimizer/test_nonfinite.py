@@ -172,8 +172,8 @@ def test_fit_in_mixed_float16(replicas):
     assert float(model.optimizer.dynamic_scale.numpy()) < 2.0**15
     assert find(model.optimizer).skipped_steps > 0
     assert np.isfinite(got).all()
-    assert np.isnan(history["loss"][0])  # every update of the first epoch was skipped
-    assert history["loss"][-1] < history["loss"][1]
+    losses = [loss for loss in history["loss"] if np.isfinite(loss)]  # NaN: all were skipped
+    assert len(losses) >= 3 and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("replicas", [0, 2])
