@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import keras_gradclip as kgc
 
-EXAMPLES = max(int(os.environ.get("FUZZ_EXAMPLES", 100)) // 10, 5)
+EXAMPLES = max(int(os.environ.get("FUZZ_EXAMPLES", 100)) // 25, 4)
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 RATIO, EPS = 0.01, 1e-3
 L = keras.layers
