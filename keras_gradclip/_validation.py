@@ -72,7 +72,7 @@ def threshold(owner: str, name: str, value: object) -> Any:
     return positive(owner, name, value)
 
 
-def _check_constants(owner: str, name: str, schedule: LearningRateSchedule) -> None:
+def _check_constants(owner: str, name: str, schedule: Any) -> None:
     """Raise a ValueError if a schedule is made of a number that float32 does not have."""
     try:
         config = schedule.get_config()
