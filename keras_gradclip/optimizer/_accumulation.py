@@ -77,12 +77,14 @@ class Accumulation:
             gradients: what came for them, one entry a variable.
         """
         flags = kernels.read(self.flags)[1]
+        known = aggregation.concrete_value(self.flags)  # also of another process, from a file
+        touched = self._touched if known is None else {*self._touched, *np.flatnonzero(known[1])}
         return {
             i: flags[i] > 0
             for i, variable in enumerate(self._variables)
             if gradients[i] is None
             and getattr(variable, "trainable", True)
-            and (i not in named or i in self._touched)
+            and (i not in named or i in touched)
         }
 
     def take(self, positions: Iterable[int]) -> Gradients:
