@@ -64,7 +64,10 @@ class Accumulation:
     def mark_from_sums(self) -> None:
         """Set the flags where there is a sum, for files that do not have them."""
         marks = np.zeros(self.flags.shape, "float32")
-        marks[1] = [np.any(ops.convert_to_numpy(kernels.read(total))) for total in self.sums]
+        marks[1] = [
+            np.any(ops.convert_to_numpy(kernels.float32(kernels.read(total))))
+            for total in self.sums
+        ]
         self.flags.assign(marks)
 
     def others(self, named: Sequence[int], gradients: Gradients) -> dict[int, Tensor]:
