@@ -44,7 +44,7 @@ venv-torch: .venv-torch/.installed
 .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt \
-	  -e . $* $(REFERENCES_$*) pytest pytest-timeout
+	  -e . $* $(REFERENCES_$*) hypothesis pytest pytest-timeout
 	$(if $(ALONE_$*),.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints-$*.txt --no-deps $(ALONE_$*))
 	@touch $@
@@ -118,7 +118,7 @@ test: lint
 test-slow: venv
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-BACKEND_TESTS := tests/backends tests/clippers tests/test_misuse.py
+BACKEND_TESTS := tests/backends tests/clippers tests/fuzz tests/test_misuse.py
 
 test-backends: venv venv-jax venv-torch
 	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(BACKEND_TESTS) $(ARGS)

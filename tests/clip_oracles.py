@@ -107,11 +107,12 @@ class Remembering:
         norms = {}
         for g, s in zip(grads, own, strict=True):
             norms[s] = norms.get(s, 0.0) + np.sum(g**2)
-        norms = {s: np.sqrt(n) for s, n in norms.items()}
+        norms = {s: oracles.norms(np.sqrt(n)) for s, n in norms.items()}
+        is_finite = {s: np.isfinite(n) for s, n in norms.items()}
         self.tell(self.memory, clipper, step)
-        limits = self.memory(norms)
+        limits = self.memory({s: n if is_finite[s] else 0.0 for s, n in norms.items()})
         return [
-            g * min(1.0, limits[s] / norms[s]) if norms[s] > 0 else g
+            (g * min(1.0, limits[s] / norms[s]) if norms[s] > 0 else g) if is_finite[s] else 0.0 * g
             for g, s in zip(grads, own, strict=True)
         ]
 
@@ -207,6 +208,23 @@ class Clip:
             dense = {p: w for p, w in self.everything.items() if p not in self.sparse}
             clipped = bound_biases(self.clipper, clipped, paths, step, divisor, dense)
         return clipped
+
+    def change(self, factor):
+        """Multiply the first threshold that is a number, as somebody may in mid-training."""
+        known = {} if self.clipper is None else self.clipper.hyperparameters()
+        key = next((k for k, v in known.items() if not callable(v)), None)
+        if key is not None:
+            self._set(self.clipper.with_hyperparameters({**known, key: factor * known[key]}))
+
+    def _set(self, clipper):
+        self.clipper = clipper
+        if isinstance(clipper, kgc.Chain):
+            for part, own in zip(self.parts, clipper.clippers, strict=True):
+                part._set(own)
+        elif isinstance(clipper, kgc.ClipMap):
+            rules = dict([*clipper.rules, (".*", clipper.default)])
+            for rule, part in self.parts.items():
+                part._set(rules[rule])
 
     def _by_rule(self, grads, weights, paths, step):
         """The first rule that matches has a variable; its norms are over its own variables."""

@@ -2,6 +2,14 @@
 
 import numpy as np
 
+FLOAT32_MAX = float(np.finfo("float32").max)
+
+
+def norms(x, axis=None, keepdims=False):
+    """L2 norms; infinite where float32 does not hold the square, and a clip leaves nothing then."""
+    squares = np.sum(np.square(x), axis=axis, keepdims=keepdims)
+    return np.where(squares > FLOAT32_MAX, np.inf, np.sqrt(squares))
+
 
 def clip(g, limit):
     return np.clip(g, -limit, limit)
@@ -12,9 +20,11 @@ def rescale(mode, g, clipped, factor=None):
         return clipped
     if mode == "alpha":
         return clipped * factor
-    size = np.linalg.norm if mode == "norm" else lambda x: np.abs(x).max(initial=0.0)
-    before, after = size(g.ravel()), size(clipped.ravel())
-    return clipped * (before / after) if after > 0 else np.zeros_like(clipped)
+    size = norms if mode == "norm" else lambda x: np.abs(x).max(initial=0.0)
+    before, after = size(g), size(clipped)
+    if after == 0:
+        return np.zeros_like(clipped)
+    return clipped * (before / after if np.isfinite(before) else 1.0)
 
 
 def absolute(g, w, threshold, mode=None):
@@ -36,8 +46,9 @@ def norm(grads, scopes, max_norm):
     totals = {}
     for g, s in zip(grads, scopes, strict=True):
         totals[s] = totals.get(s, 0.0) + np.sum(np.square(g))
+    sizes = {s: norms(np.sqrt(total)) for s, total in totals.items()}
     return [
-        g * min(1.0, max_norm / np.sqrt(totals[s])) if totals[s] > 0 else g
+        g * min(1.0, max_norm / sizes[s]) if sizes[s] > 0 else g
         for g, s in zip(grads, scopes, strict=True)
     ]
 
@@ -47,9 +58,9 @@ def update_ratio(grads, weights, axes, groups, max_ratio, rate, eps=1e-3):
 
     def norm(arrays, group, i):
         if group is None:
-            return np.sqrt(np.sum(np.square(arrays[i]), axis=axes[i], keepdims=True))
+            return norms(arrays[i], axes[i], keepdims=True)
         members = [a for a, g, x in zip(arrays, groups, axes, strict=True) if g == group and x]
-        return np.sqrt(sum(np.sum(np.square(a)) for a in members))
+        return norms(np.sqrt(sum(np.sum(np.square(a)) for a in members)))
 
     result = []
     for i, (g, group) in enumerate(zip(grads, groups, strict=True)):
@@ -76,13 +87,13 @@ def bounded_biases(grads, weights, owners, max_ratio, rate, eps=1e-3):
 
 def agc(g, w, axes, factor, eps=1e-3):
     """Equation 3 of arXiv 2102.06171, unit by unit."""
-    g_norm = np.sqrt(np.sum(g**2, axis=axes, keepdims=True))
+    g_norm = norms(g, axes, keepdims=True)
     limit = factor * np.maximum(np.sqrt(np.sum(w**2, axis=axes, keepdims=True)), eps)
     return np.where(g_norm > limit, g * limit / np.where(g_norm > 0, g_norm, 1.0), g)
 
 
 def rms_clip(g, threshold):
-    return g / max(1.0, np.sqrt(np.mean(g**2)) / threshold)
+    return g / max(1.0, norms(g) / np.sqrt(g.size) / threshold)
 
 
 class PercentileOracle:

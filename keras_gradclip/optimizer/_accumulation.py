@@ -64,7 +64,10 @@ class Accumulation:
     def mark_from_sums(self) -> None:
         """Set the flags where there is a sum, for files that do not have them."""
         marks = np.zeros(self.flags.shape, "float32")
-        marks[1] = [np.any(ops.convert_to_numpy(arithmetic.read(total))) for total in self.sums]
+        marks[1] = [
+            np.any(ops.convert_to_numpy(arithmetic.float32(arithmetic.read(total))))
+            for total in self.sums
+        ]
         self.flags.assign(marks)
 
     def others(self, named: Sequence[int], gradients: Gradients) -> dict[int, Tensor]:
@@ -77,12 +80,14 @@ class Accumulation:
             gradients: what came for them, one entry a variable.
         """
         flags = arithmetic.read(self.flags)[1]
+        known = aggregation.concrete_value(self.flags)  # also of another process, from a file
+        touched = self._touched if known is None else {*self._touched, *np.flatnonzero(known[1])}
         return {
             i: flags[i] > 0
             for i, variable in enumerate(self._variables)
             if gradients[i] is None
             and getattr(variable, "trainable", True)
-            and (i not in named or i in self._touched)
+            and (i not in named or i in touched)
         }
 
     def take(self, positions: Iterable[int]) -> Gradients:

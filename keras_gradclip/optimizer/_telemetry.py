@@ -74,7 +74,7 @@ class Telemetry:
         stats = update.stats
         clipped = counted = ops.zeros_like(squares)
         if stats is not None and any(stats.weights):
-            shares = np.asarray(stats.weights, "float64") / sum(stats.weights)
+            shares = np.asarray(stats.weights, "float64") / float(np.sum(stats.weights))
             counted = ops.convert_to_tensor(shares.astype("float32"))
             clipped = counted * ops.stack([zero if f is None else f for f in stats.fractions()])
         self.sums.assign(self.sums + ops.stack([squares, clipped, counted]))

@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 import keras_gradclip as kgc
 from keras_gradclip.clippers import parameters, selectable
 
-KERNELS = ("kernel", "embeddings", "depthwise_kernel", "gamma")
-LAYERS = ("dense", "conv2d_transpose", "query")
+BACKEND = keras.backend.backend()
+IS_TENSORFLOW = BACKEND == "tensorflow"
+KERNELS = ("kernel", "embeddings", "depthwise_kernel", "gamma", "w")
+LAYERS = ("dense", "conv2d_transpose", "query", "up", "norm", "depthwise.1", "bias_net", "über")
 RATE = 0.1
+#: What may be set between two calls, and by which factor; `threshold` is the clipper's first.
+LIVE = ("learning_rate", "threshold")
+CHANGES = (*LIVE, "momentum", "beta_1", "weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +26,13 @@ class Configuration:
     Attributes:
         seed: of weights and gradients.
         shapes: path to shape.
-        kinds: for each variable "dense", "sparse" (rows), "sometimes" (missing in some calls) or
-            "frozen" (never there).
+        kinds: for each variable "dense", "sparse" (rows), "sometimes" (missing in some calls),
+            "stops" (missing from the second call on) or "frozen" (never there).
         omit: what is missing is left out of the lists, and is not a None in them.
-        dtype: of the variables.
+        dtypes: of the variables.
+        sizes: for each call what its gradients are multiplied by.
+        changes: triples (call, name, factor): what is set before a call.
+        is_lowered: the sizes from which something is compiled are so small that all is large.
         clipper: a clipper or None.
         inner: a key of `INNER`.
         rate_falls: the learning rate is a schedule.
@@ -46,7 +54,10 @@ class Configuration:
     shapes: dict
     kinds: tuple
     omit: bool
-    dtype: str
+    dtypes: tuple
+    sizes: tuple
+    changes: tuple
+    is_lowered: bool
     clipper: object
     inner: str
     rate_falls: bool
@@ -88,6 +99,12 @@ INNER = {
     "lion": lambda rate: keras.optimizers.Lion(rate),
     "ftrl": lambda rate: keras.optimizers.Ftrl(rate),
 }
+
+
+#: Those that the reference has in NumPy: JAX has no float64 to run Keras's own in.
+INNERS = [k for k in INNER if BACKEND != "jax" or k in ("sgd", "plain sgd", "adam")]
+#: A gradient whose square is beyond float32.
+HUGE = 2.0**66
 
 
 @st.composite
@@ -144,13 +161,19 @@ def configurations(draw):
     kinds = ["dense"]
     for path, shape in list(shapes.items())[1:]:
         del path
-        known = ("dense", "sometimes", "frozen", *(["sparse"] if len(shape) > 1 else []))
+        has_rows = IS_TENSORFLOW and len(shape) > 1
+        known = ("dense", "sometimes", "stops", "frozen", *(["sparse"] if has_rows else []))
         kinds.append(draw(st.sampled_from(known)))
-    if len(next(iter(shapes.values()))) > 1 and draw(st.booleans()):
+    if IS_TENSORFLOW and len(next(iter(shapes.values()))) > 1 and draw(st.booleans()):
         kinds[0] = "sparse"
-    dtype = draw(st.sampled_from(("float32", "float32", "float32", "float64", "bfloat16")))
-    replicas = draw(st.sampled_from((0,) * 14 + (1, 2, 4)))
-    scaling = draw(st.sampled_from(("none", "none", "fixed", "dynamic")))
+    known = ("float32",) * 3 + (("float64",) if BACKEND != "jax" else ()) + ("bfloat16",)
+    dtypes = (draw(st.sampled_from(known)),) * len(shapes)
+    if draw(st.integers(0, 2)) == 2:
+        dtypes = tuple(draw(st.sampled_from(known)) for _ in shapes)
+    replicas = draw(st.sampled_from((0,) * 14 + (1, 2, 4))) if IS_TENSORFLOW else 0
+    # Elsewhere Keras itself drops what overflows, a micro-batch at a time.
+    dynamic = "dynamic" if IS_TENSORFLOW else "none"
+    scaling = draw(st.sampled_from(("none", "none", "fixed", dynamic)))
     skip, calls = draw(st.booleans()), draw(st.integers(1, 5))
     spikes = draw(st.sampled_from((None, None, 0.5, 2.0)))
     is_checked = skip or spikes or scaling == "dynamic"
@@ -158,15 +181,35 @@ def configurations(draw):
     if is_checked and draw(st.booleans()):
         bad = (draw(st.integers(0, calls - 1)), draw(st.integers(0, max(replicas - 1, 0))))
         bad = (*bad, draw(st.sampled_from((float("inf"), float("-inf"), float("nan")))))
+    # Rounding to 8 bits is all that the quotients of the others would show.
+    inner = "plain sgd" if "bfloat16" in dtypes else draw(st.sampled_from(INNERS))
+    sizes = [draw(st.sampled_from((0.0, 0.25, 1.0, 1.0, 4.0))) for _ in range(calls)]
+    clipper = draw(composites(shapes))
+    if inner == "plain sgd" and scaling == "none" and draw(st.integers(0, 3)) == 3:
+        sizes[-1] = HUGE
+    is_lowered = IS_TENSORFLOW and draw(st.integers(0, 29)) == 29
+    graph = is_lowered or (IS_TENSORFLOW and draw(st.integers(0, 14)) == 14)
+    if graph:  # a step that is traced without a gradient never learns of it
+        kinds = ["dense" if kind == "stops" else kind for kind in kinds]
+    changes = []
+    if calls > 1 and draw(st.integers(0, 2)) == 2:
+        # A function that TensorFlow has traced does not see a number of Python's that changes.
+        name = draw(st.sampled_from(CHANGES if IS_TENSORFLOW and not graph else LIVE))
+        if name != "learning_rate" or "anneal=learning_rate" not in str(clipper):
+            changes.append(
+                (draw(st.integers(1, calls - 1)), name, draw(st.sampled_from((0.5, 0.8))))
+            )
     return Configuration(
         seed=draw(st.integers(0, 2**16)),
         shapes=shapes,
         kinds=tuple(kinds),
         omit=draw(st.booleans()),
-        dtype=dtype,
-        clipper=draw(composites(shapes)),
-        # Rounding to 8 bits is all that the quotients of the others would show.
-        inner="plain sgd" if dtype == "bfloat16" else draw(st.sampled_from(list(INNER))),
+        dtypes=dtypes,
+        sizes=tuple(sizes),
+        changes=tuple(changes),
+        is_lowered=is_lowered,
+        clipper=clipper,
+        inner=inner,
         rate_falls=draw(st.integers(0, 4)) == 4,
         replicas=replicas,
         micro_steps=draw(st.integers(1, 3)),
@@ -175,9 +218,9 @@ def configurations(draw):
         spikes=spikes,
         bad=bad,
         compiled=draw(st.sampled_from(("auto", False))),
-        graph=draw(st.sampled_from((False,) * 14 + (True,))),
+        graph=graph,
         telemetry=draw(st.sampled_from((False, True, 2))),
         calls=calls,
         saved_at=draw(st.integers(0, calls - 1)),
-        by=draw(st.sampled_from(("store", "checkpoint"))),
+        by=draw(st.sampled_from(("store", "checkpoint"))) if IS_TENSORFLOW else "store",
     )

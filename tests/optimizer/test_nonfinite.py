@@ -172,7 +172,8 @@ def test_fit_in_mixed_float16(replicas):
     assert float(model.optimizer.dynamic_scale.numpy()) < 2.0**15
     assert find(model.optimizer).skipped_steps > 0
     assert np.isfinite(got).all()
-    assert history["loss"][-1] < history["loss"][0]
+    # The first epoch counts the few batches that were not skipped, if any.
+    assert history["loss"][-1] < history["loss"][1]
 
 
 @pytest.mark.parametrize("replicas", [0, 2])
