@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from reference_update import ReferenceUpdate, adam, sgd
 
 import keras_gradclip as kgc
-from keras_gradclip import _kernels as kernels
+from keras_gradclip import _arithmetic as kernels
 from keras_gradclip.clippers import selectable
-from keras_gradclip.optimizer import _fused, _skips
+from keras_gradclip.optimizer import _compiled, _skips
 
 if IS_TENSORFLOW:
     import tensorflow as tf
@@ -286,7 +286,7 @@ def check(folder, c):
             patch.setattr(kernels, "WORTH_COMPILING", 1)
             patch.setattr(kernels, "WORTH_CONVOLVING", 8)
             patch.setattr(kernels, "LONG", 2)
-            patch.setattr(_fused, "WORTH_A_KERNEL", {})
+            patch.setattr(_compiled, "WORTH_AN_OPERATION", 0)
         check_configuration(folder, c)
 
 
