@@ -15,7 +15,7 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
-from clip_oracles import STATEFUL, STATELESS, Clip
+from clip_oracles import STATEFUL, STATELESS, Clip, limits_updates
 from configuration import INNER, IS_TENSORFLOW, RATE, configurations, falling
 from helpers import strategy, to64
 from hypothesis import strategies as st
@@ -86,9 +86,7 @@ def make_reference(c, weights):
         def inner(weight, g, slot, step):
             return numpy_inner(weight, g, slot, step, learning_rate=rate(step - 1))
 
-    bounds = (
-        any(a.clipper.stage == "update" for a in c.clipper.assignments([])) if c.clipper else False
-    )
+    bounds = limits_updates(c.clipper)
     has_two = bounds and not isinstance(INNER[c.inner](RATE), keras.optimizers.SGD)
     reference = cls(
         [np.array(w, "float64") for w in weights],
