@@ -170,17 +170,16 @@ class Clip:
         rate: a function of the number of updates before.
         steps: where an update has two passes, whether this is the one over steps: those have the
             learning rate in them.
-        sparse: paths of variables whose gradients come as rows.
 
     Attributes:
-        everything: path to weight, also of variables without a gradient in this update.
+        everything: path to weight, also of variables without a gradient, or of another rule.
     """
 
-    def __init__(self, clipper, rate, steps=None, sparse=()):
-        self.clipper, self.rate, self.steps, self.sparse = clipper, rate, steps, sparse
+    def __init__(self, clipper, rate, steps=None):
+        self.clipper, self.rate, self.steps = clipper, rate, steps
         self.largest_rate, self.everything = 0.0, None
         if isinstance(clipper, kgc.Chain):
-            self.parts = [Clip(c, rate, steps, sparse) for c in clipper.clippers]
+            self.parts = [Clip(c, rate, steps) for c in clipper.clippers]
         elif isinstance(clipper, kgc.ClipMap):
             self.parts = {}
         elif clipper is not None:
@@ -205,8 +204,7 @@ class Clip:
         divisor = divisor / rate if self.steps else divisor
         clipped = self.own(self.clipper, grads, weights, paths, step, divisor)
         if self.clipper.biases == "unit":
-            dense = {p: w for p, w in self.everything.items() if p not in self.sparse}
-            clipped = bound_biases(self.clipper, clipped, paths, step, divisor, dense)
+            clipped = bound_biases(self.clipper, clipped, paths, step, divisor, self.everything)
         return clipped
 
     def change(self, factor):
@@ -232,12 +230,8 @@ class Clip:
         rule_of = [next(r for r, _ in rules if re.fullmatch(r, path)) for path in paths]
         result = list(grads)
         for rule, clipper in rules:
-            part = self.parts.setdefault(rule, Clip(clipper, self.rate, self.steps, self.sparse))
-            part.everything = {
-                path: weight
-                for path, weight in (self.everything or {}).items()
-                if next(r for r, _ in rules if re.fullmatch(r, path)) == rule
-            }
+            part = self.parts.setdefault(rule, Clip(clipper, self.rate, self.steps))
+            part.everything = self.everything  # a bias's kernel may have another rule
             chosen = [i for i, name in enumerate(rule_of) if name == rule]
             lists = ([values[i] for i in chosen] for values in (grads, weights, paths))
             for i, g in zip(chosen, part(*lists, step), strict=True):

@@ -560,7 +560,8 @@ class _Clip:
                 self.weight_norms[k] = ops.sqrt(arithmetic.unit_squares(self._read(k), axes))
             norms.append(self.weight_norms[k])
         shape = self.enforced.variables[i].shape
-        return Weight(norm=norms_for_bias(self.enforced.units[i], shape, norms))
+        norm = norms_for_bias(self.enforced.units[i], shape, norms)
+        return Weight(norm=arithmetic.matching_rows(norm, self.before[i]))
 
     def _weight_over(self, members: Sequence[int]) -> Weight:
         """The weights of all members together."""

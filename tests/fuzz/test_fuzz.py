@@ -64,12 +64,6 @@ def rate_of(c):
     return falling(RATE) if c.rate_falls else RATE
 
 
-def sparse_paths(c):
-    """Micro-batches are added up densely."""
-    kinds = zip(c.shapes, c.kinds, strict=True)
-    return [path for path, kind in kinds if kind == "sparse" and c.micro_steps == 1]
-
-
 def make_reference(c, weights):
     factors = [1.0]  # of what was set in mid-training
 
@@ -91,7 +85,7 @@ def make_reference(c, weights):
     reference = cls(
         [np.array(w, "float64") for w in weights],
         list(c.shapes),
-        clip=Clip(c.clipper, rate, False if has_two else None, sparse_paths(c)),
+        clip=Clip(c.clipper, rate, False if has_two else None),
         bound=Clip(c.clipper, rate, True) if has_two else None,
         inner=inner,
         micro_steps=c.micro_steps,
