@@ -7,8 +7,7 @@ registry; there is no other list of clippers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from keras_gradclip import _validation as validation
@@ -140,13 +139,11 @@ class Measure(NamedTuple):
         needs: parameters of the clipper that the `Calibration` has as attributes.
         at_most: the attribute of the `Calibration` that no suggestion exceeds: a figure above it
             says that the learning rate is too high, not that so much is wanted.
-        given: other parameters of the clipper that is suggested.
     """
 
     text: str
     needs: tuple[str, ...] = ()
     at_most: str | None = None
-    given: Mapping[str, object] = MappingProxyType({})
 
 
 #: What `calibrate` can measure; a clipper names one in `measures`.
@@ -161,7 +158,6 @@ MEASURES = {
         "largest share of its weights' norm that a step would move a kernel's unit",
         ("eps", "anneal"),
         at_most="max_ratio",
-        given=MappingProxyType({"biases": "unit"}),
     ),
     "largest_rms": Measure("largest root mean square of a variable's gradient"),
 }

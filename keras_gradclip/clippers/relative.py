@@ -137,11 +137,11 @@ SAME_RATE = 1e-5
 class UpdateRatioClip(ByUnit):
     """No step moves a unit by more than a share of its own norm, at any learning rate.
 
-    g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. Vectors
-    (biases, γ, β of a normalisation) are left alone; with `biases="unit"`, a bias b_u may move by
-    what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its layer's kernel
-    (of recurrent layers the recurrent kernel's; of a GRU's bias of two rows, either kernel's).
-    Biases whose kernel is not clipped with them (it is frozen, say) stay free; they are warned of.
+    g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. A bias
+    b_u may move by what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its
+    layer's kernel (of recurrent layers the recurrent kernel's; of a GRU's bias of two rows, either
+    kernel's). Biases whose kernel is not trained with them (it is frozen, say) stay free; they are
+    warned of. γ and β of a normalisation are left alone.
 
     When to use it: where the learning rate is not known well or the network has no batch
     normalisation: κ has no dimension and stays as it is when η changes. Source: this library; the
@@ -171,8 +171,9 @@ class UpdateRatioClip(ByUnit):
         eps: ε, the floor of the weight's norm, so that zero-initialised weights can move.
         scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has
             it; "variable", a kernel; "layer", all kernels of a layer.
-        biases: None leaves them alone; "unit" bounds them, too. At ten times the largest learning
-            rate that plain training survives, free biases are what fails (docs/evidence.md).
+        biases: "unit" limits them as said; None leaves them alone. At ten times the largest
+            learning rate that plain training survives, free biases are what fails
+            (docs/evidence.md).
         anneal: None leaves κ as it is; "learning_rate" lets it fall with the learning rate.
         axes: as of `AdaptiveClip`.
 
@@ -193,9 +194,9 @@ class UpdateRatioClip(ByUnit):
         "unit", help="what one norm is taken over", choices=("unit", "variable", "layer")
     )
     biases: str | None = parameter(
-        None,
+        "unit",
         help="unit: a bias moves no further than its unit may",
-        choices=(None, "unit"),
+        choices=("unit", None),
         search=True,
     )
     anneal: str | None = parameter(

@@ -172,7 +172,7 @@ class Calibration:
             return None
         cls = selectable()[kind]
         measure = _measure(kind)
-        same = {**{name: getattr(self, name) for name in measure.needs}, **measure.given}
+        same = {name: getattr(self, name) for name in measure.needs}
         names = {p.name for p in parameters(cls)}
         same = {name: value for name, value in same.items() if name in names}
         return cls(**{threshold_of(cls) or "": threshold, **same})

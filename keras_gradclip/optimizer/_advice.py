@@ -130,8 +130,8 @@ def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioCl
     kernels = count_kernels(variables)
     if isinstance(inner, keras.optimizers.SGD) and inner.momentum:
         ratio = _ratio(WITH_MOMENTUM, kernels)
-        return UpdateRatioClip(ratio, biases="unit", anneal="learning_rate")
-    return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels), biases="unit")
+        return UpdateRatioClip(ratio, anneal="learning_rate")
+    return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels))
 
 
 def count_kernels(variables: Sequence[Variable]) -> int:

@@ -76,12 +76,12 @@ class Study:
 
 
 RATIOS = (1e-3, 2e-3, 5e-3)
-UNIT = tuple(kgc.UpdateRatioClip(ratio) for ratio in RATIOS)
-BIASES = kgc.UpdateRatioClip(biases="unit")
-ANNEALED = kgc.UpdateRatioClip(biases="unit", anneal="learning_rate")
-WIDE_BIASES = kgc.UpdateRatioClip(5e-3, biases="unit")
-WIDE_ANNEALED = kgc.UpdateRatioClip(5e-3, biases="unit", anneal="learning_rate")
-KERNEL = tuple(kgc.UpdateRatioClip(ratio, scope="variable") for ratio in RATIOS)
+UNIT = tuple(kgc.UpdateRatioClip(ratio, biases=None) for ratio in RATIOS)
+BIASES = kgc.UpdateRatioClip()
+ANNEALED = kgc.UpdateRatioClip(anneal="learning_rate")
+WIDE_BIASES = kgc.UpdateRatioClip(5e-3)
+WIDE_ANNEALED = kgc.UpdateRatioClip(5e-3, anneal="learning_rate")
+KERNEL = tuple(kgc.UpdateRatioClip(ratio, scope="variable", biases=None) for ratio in RATIOS)
 FIELD = (
     kgc.NormClip(1.0, scope="global"),
     kgc.NormClip(0.1),
@@ -106,7 +106,7 @@ MAIN = (
     *(UNIT[0], UNIT[2], KERNEL[0], KERNEL[2], FIELD[1], *FIELD[5:]),
 )
 #: Momentum adds steps of one direction up to ten times: does the best κ know it?
-WIDE = tuple(kgc.UpdateRatioClip(ratio) for ratio in (1e-3, 2e-3, 5e-3, 2e-2))
+WIDE = tuple(kgc.UpdateRatioClip(ratio, biases=None) for ratio in (1e-3, 2e-3, 5e-3, 2e-2))
 #: Few enough for a reader who has a minute: the clippers, and the studies that have them.
 HEADLINE = (NONE, BIASES, UNIT[1], FIELD[0], FIELD[2], FIELD[4])
 HEADLINE_STUDIES = ("cifar", "high-rates")

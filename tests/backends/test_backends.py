@@ -731,7 +731,7 @@ def averaging():
     return sgd(use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)
 
 
-ANNEALED = kgc.UpdateRatioClip(0.01, biases="unit", anneal="learning_rate")
+ANNEALED = kgc.UpdateRatioClip(0.01, anneal="learning_rate")
 #: What `compile_with` gets for each feature.
 FEATURES = {
     "telemetry of every update": {"clipper": kgc.NormClip(0.5), "telemetry": True},

@@ -17,7 +17,7 @@ SMALLEST, LARGEST = (float(x) for x in (np.finfo("float32").tiny, np.finfo("floa
 SIZES = {"float16": (0.0, 6e4), "bfloat16": (8.0, 1e30), "float32": (0.0, 8.0, 1e30)}
 if keras.backend.backend() != "jax":  # which has no float64 unless it is asked for
     SIZES["float64"] = (8.0, 1e30)
-UNIT = kgc.UpdateRatioClip(eps=SMALLEST, biases="unit")
+UNIT = kgc.UpdateRatioClip(eps=SMALLEST)
 CLIPPERS = {
     "absolute": (kgc.AbsoluteClip(), "threshold"),
     "absolute, rescaled": (kgc.AbsoluteClip(rescale="norm"), "threshold"),
@@ -30,7 +30,7 @@ CLIPPERS = {
     "adaptive": (kgc.AdaptiveClip(eps=SMALLEST), "clip_factor"),
     "adaptive, large eps": (kgc.AdaptiveClip(eps=LARGEST), "clip_factor"),
     "update ratio, unit": (UNIT, "max_ratio"),
-    "update ratio, layer": (kgc.UpdateRatioClip(scope="layer", biases="unit"), "max_ratio"),
+    "update ratio, layer": (kgc.UpdateRatioClip(scope="layer"), "max_ratio"),
     "update ratio, annealed": (kgc.UpdateRatioClip(anneal="learning_rate"), "max_ratio"),
     "percentile": (kgc.PercentileClip(window=3), "percentile"),
     "z-score": (kgc.ZScoreClip(warmup_steps=1), "z_threshold"),
@@ -85,7 +85,7 @@ def test_no_limit_is_nan(case, inner, rate):
 @pytest.mark.parametrize("scope", ["unit", "variable", "layer"])
 def test_no_step_is_nan_at_the_largest_rate(scope, anneal, inner):
     """Where steps are bounded, no rate may take a weight out of its range."""
-    clipper = kgc.UpdateRatioClip(scope=scope, biases="unit", anneal=anneal)
+    clipper = kgc.UpdateRatioClip(scope=scope, anneal=anneal)
     variables = [v for v in layers() if v.dtype == "float32" and "1e30" not in v.path]
     optimizer = optimizer_of(INNERS[inner], clipper, 3e37, variables)
     for size in (0.0, 1.0, 10.0):

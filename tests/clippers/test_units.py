@@ -193,7 +193,7 @@ def test_no_unit_and_no_bias_moves_further_than_it_may(case, inner):
     model, _ = model_of(make, shape)
     rate = 1e4
     step = keras.optimizers.SGD(rate) if inner == "sgd" else keras.optimizers.Adam(rate)
-    clipper = kgc.UpdateRatioClip(KAPPA, biases="unit")
+    clipper = kgc.UpdateRatioClip(KAPPA)
     optimizer = kgc.ClippedOptimizer(step, clipper)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # every unit is known, no bias is free
@@ -231,7 +231,7 @@ def test_tables_scales_and_slopes():
 def test_a_bias_that_stays_free_is_named_and_warned_of_once():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, L.Dense(2, name="b")(L.Dense(4, name="a")(inputs)))
-    clipper = kgc.ClipMap({"a/kernel": None}, kgc.UpdateRatioClip(biases="unit"))
+    clipper = kgc.ClipMap({"a/kernel": None}, kgc.UpdateRatioClip())
     optimizer = kgc.ClippedOptimizer("sgd", clipper)
     with pytest.warns(UserWarning, match=r"free: a bias without.*\['a/bias'\]") as caught:
         optimizer.build(model.trainable_variables)

@@ -26,7 +26,7 @@ def clip(clipper, gs, vs, rate):
 def test_against_the_oracle(scope, dtype):
     vs = variables(5)
     gs, g64 = gradients(vs, 5, dtype)
-    clipper = kgc.UpdateRatioClip(0.01, scope=scope)
+    clipper = kgc.UpdateRatioClip(0.01, scope=scope, biases=None)
     w64 = [to64(v) for v in vs]
     axes = UNITS if scope == "unit" else KERNELS
     groups = LAYERS if scope == "layer" else [None] * len(vs)
@@ -42,13 +42,19 @@ def test_against_the_oracle(scope, dtype):
             assert shares == [1.0, 1.0]
 
 
+def test_biases_are_limited_unless_told_otherwise():
+    assert kgc.UpdateRatioClip().biases == "unit"
+    free = kgc.UpdateRatioClip(biases=None)
+    assert kgc.UpdateRatioClip.from_config(free.get_config()) == free
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scope", ["unit", "layer"])
 def test_biases_against_the_oracle(scope, dtype):
     vs = variables(6)
     gs, g64 = gradients(vs, 6, dtype)
-    free = kgc.UpdateRatioClip(0.01, scope=scope)
-    bound = kgc.UpdateRatioClip(0.01, scope=scope, biases="unit")
+    free = kgc.UpdateRatioClip(0.01, scope=scope, biases=None)
+    bound = kgc.UpdateRatioClip(0.01, scope=scope)
     for rate in (1e-5, 0.012, 1.0):
         got, _, stats = clip(bound, gs, vs, rate)
         kept, _, _ = clip(free, gs, vs, rate)
@@ -73,7 +79,7 @@ def test_a_bias_without_units_of_its_own_is_left_alone():
             for shape, name in (((2, 6), "kernel"), ((2, 6), "bias"), ((3,), "gamma"), ((), "t"))
         ]
     gs = [100 * ops.ones(v.shape) for v in vs]
-    got = kgc.UpdateRatioClip(biases="unit")(gs, vs)
+    got = kgc.UpdateRatioClip()(gs, vs)
     for a, b in zip(got[1:], gs[1:], strict=True):
         np.testing.assert_array_equal(to64(a), to64(b))
 
@@ -252,7 +258,7 @@ def test_annealed_around_momentum_as_with_a_schedule_of_its_own():
     decay = keras.optimizers.schedules.CosineDecay
     results = []
     for clipper in (
-        kgc.UpdateRatioClip(0.01, biases="unit", anneal="learning_rate"),
+        kgc.UpdateRatioClip(0.01, anneal="learning_rate"),
         kgc.UpdateRatioClip(decay(0.01, 6), biases="unit"),
     ):
         keras.utils.set_random_seed(0)

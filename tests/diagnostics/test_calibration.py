@@ -16,7 +16,7 @@ from keras_gradclip.clippers.units import default_unit_axes
 
 tf = pytest.importorskip("tensorflow")
 STEPS, BATCH = 6, 16
-SUGGESTED = kgc.UpdateRatioClip(5e-3, biases="unit")  # without momentum, few kernels
+SUGGESTED = kgc.UpdateRatioClip(5e-3)  # without momentum, few kernels
 
 
 def compiled(clipper=None, replicas=0, optimizer=None, **kwargs):
@@ -291,7 +291,7 @@ def test_layers_without_a_gradient_get_no_rule_but_by_update_ratios():
     assert found.thresholds["norm"]["head"] > 0
     assert "off" in found.clip_map("norm").describe(model)
     rules = dict(found.clip_map().rules)  # a step of a layer that wakes up is bounded
-    assert rules["dead(/[^/]+)?"] == kgc.UpdateRatioClip(2.5e-3, biases="unit")
+    assert rules["dead(/[^/]+)?"] == kgc.UpdateRatioClip(2.5e-3)
     assert np.isnan(found.limits("norm")[:, 0]).all() and (found.limits()[:, 0] == 2.5e-3).all()
 
 

@@ -100,7 +100,7 @@ def test_units_and_bad_batches():
         model, axes = build(kinds, names)
         optimizer = kgc.ClippedOptimizer(
             getattr(keras.optimizers, inner)(1.0),
-            kgc.UpdateRatioClip(RATIO, eps=EPS, biases="unit"),
+            kgc.UpdateRatioClip(RATIO, eps=EPS),
             skip_nonfinite=True,
         )
         model.compile(optimizer, "mse", run_eagerly=how == "eager")

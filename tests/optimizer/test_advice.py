@@ -12,8 +12,8 @@ from helpers import data, loss, needs_muon, net, strategy
 import keras_gradclip as kgc
 from keras_gradclip.__main__ import main
 
-SUGGESTED = kgc.UpdateRatioClip(biases="unit", anneal="learning_rate")
-LARGER = kgc.UpdateRatioClip(5e-3, biases="unit")
+SUGGESTED = kgc.UpdateRatioClip(anneal="learning_rate")
+LARGER = kgc.UpdateRatioClip(5e-3)
 GUARD = kgc.PercentileClip(90, window=20, scope="layer")
 
 
@@ -66,7 +66,7 @@ def test_auto_takes_a_smaller_share_of_a_deeper_network(inner, kernels, ratio):
     optimizer = kgc.ClippedOptimizer(make, "auto")
     optimizer.build(variables)
     anneal = "learning_rate" if momentum else None
-    want = kgc.UpdateRatioClip(ratio, biases="unit", anneal=anneal)
+    want = kgc.UpdateRatioClip(ratio, anneal=anneal)
     assert optimizer.clipper == want
 
 
@@ -147,7 +147,7 @@ def test_auto_bounds_no_tables_and_nothing_that_begins_near_zero():
     optimizer = kgc.ClippedOptimizer("sgd", "auto")
     optimizer.build(model.trainable_variables)
     rules = [c for _, c in optimizer.clipper.rule_of(model.trainable_variables)]
-    bound = kgc.UpdateRatioClip(5e-3, biases="unit")
+    bound = kgc.UpdateRatioClip(5e-3)
     # embeddings; kernel and bias of body, of small, of head
     assert rules == [GUARD, bound, bound, GUARD, GUARD, GUARD, GUARD]
     biases = [v for v in model.trainable_variables if v.name == "bias"]

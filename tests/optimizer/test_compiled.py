@@ -353,17 +353,15 @@ ON_THE_WAY = {
     "rms": kgc.RMSClip(0.3),
     "percentile": kgc.PercentileClip(50, window=4),
     "adaptive": kgc.AdaptiveClip(0.05),
-    "update ratio": kgc.UpdateRatioClip(0.01),
-    "update ratio, variable": kgc.UpdateRatioClip(0.01, scope="variable"),
-    "update ratio, variable, biases": kgc.UpdateRatioClip(0.01, scope="variable", biases="unit"),
-    "update ratio, biases, anneal": kgc.UpdateRatioClip(
-        0.01, biases="unit", anneal="learning_rate"
-    ),
+    "update ratio": kgc.UpdateRatioClip(0.01, biases=None),
+    "update ratio, variable": kgc.UpdateRatioClip(0.01, scope="variable", biases=None),
+    "update ratio, variable, biases": kgc.UpdateRatioClip(0.01, scope="variable"),
+    "update ratio, biases, anneal": kgc.UpdateRatioClip(0.01, anneal="learning_rate"),
     "map": kgc.ClipMap({"[ad]/.*": kgc.AdaptiveClip(0.05)}, default=kgc.AbsoluteClip(0.2)),
     "map of bounds": kgc.ClipMap(
-        [("[ad]/.*", kgc.UpdateRatioClip(0.01, biases="unit")), (".*", kgc.AdaptiveClip(0.05))]
+        [("[ad]/.*", kgc.UpdateRatioClip(0.01)), (".*", kgc.AdaptiveClip(0.05))]
     ),
-    "chain": kgc.Chain([kgc.NormClip(0.5), kgc.UpdateRatioClip(0.01, biases="unit")]),
+    "chain": kgc.Chain([kgc.NormClip(0.5), kgc.UpdateRatioClip(0.01)]),
     "two bounds": kgc.Chain([kgc.UpdateRatioClip(0.01), kgc.UpdateRatioClip(0.005)]),
 }
 LAYERS = {

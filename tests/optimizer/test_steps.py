@@ -198,7 +198,7 @@ def test_a_bias_is_bounded_by_its_kernel_of_before_the_update(units, inner):
             kernel = keras.Variable(np.full((rows, units), 1e-3, "float32"), name="kernel")
             bias = keras.Variable(np.zeros(units, "float32"), name="bias")
         make = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}[inner]
-        clipper = kgc.UpdateRatioClip(kappa, biases="unit")
+        clipper = kgc.UpdateRatioClip(kappa)
         optimizer = kgc.ClippedOptimizer(make(10.0), clipper, compiled=compiled)
         optimizer.build([kernel, bias])
         step = tf.function(optimizer.apply)
