@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import backend, ops
 
-from keras_gradclip._types import Gradient, Gradients, Model, Scalar, Strategy, Tensor, Variable
+from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
 
 
 def is_tensorflow() -> bool:
@@ -32,7 +32,7 @@ def _is_traced_by_jax(x: Tensor) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def concrete_value(variable: Variable) -> np.ndarray | None:
+def concrete_value(variable: keras.Variable) -> np.ndarray | None:
     """What `variable` holds now, also while a step is traced.
 
     None where JAX traces it, and before TensorFlow has run the trace in which it was created.
@@ -50,7 +50,7 @@ def concrete_value(variable: Variable) -> np.ndarray | None:
 
 
 @contextlib.contextmanager
-def outside_of_traces(variables: Sequence[Variable] = ()) -> Iterator[None]:
+def outside_of_traces(variables: Sequence[keras.Variable] = ()) -> Iterator[None]:
     """A scope to make new variables in: outside of the tf.function that is being traced, if any.
 
     TensorFlow traces a function again if it made variables, and takes longer for each of them.
@@ -70,7 +70,7 @@ def outside_of_traces(variables: Sequence[Variable] = ()) -> Iterator[None]:
         yield
 
 
-def can_leave_the_trace(variables: Sequence[Variable] = ()) -> bool:
+def can_leave_the_trace(variables: Sequence[keras.Variable] = ()) -> bool:
     """Whether `outside_of_traces` is outside of one."""
     if not is_tensorflow() or current_strategy() is not None:
         return False
@@ -161,7 +161,7 @@ def gather_numbers(strategy: Strategy, number: float) -> list[float]:
 
 
 def make_step_function(
-    model: Model, step: Callable[[Tensor], Tensor]
+    model: keras.Model, step: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """What Keras's `make_train_function` makes of `step`, for a cluster of workers.
 
@@ -277,7 +277,7 @@ def all_reduce_sum(grads: Sequence[Gradient]) -> Gradients:
     return grads
 
 
-def assign_each(variables: Sequence[Variable], values: Sequence[Tensor]) -> None:
+def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> None:
     """Assign, in replica context, each replica's value to its own copy, and reduce nothing."""
     if not is_tensorflow():
         for variable, value in zip(variables, values, strict=True):
@@ -305,7 +305,7 @@ def cond(
     false_fn: Callable[..., object],
     args: tuple = (),
     *,
-    state: Sequence[Variable] = (),
+    state: Sequence[keras.Variable] = (),
     cross_replica: bool = False,
 ) -> None:
     """Run `true_fn(*args)` or `false_fn(*args)` for their side effects on variables.
@@ -359,8 +359,8 @@ def cond(
 def local_cond(
     flag: Scalar,
     true_fn: Callable[[], object],
-    state: Sequence[Variable],
-    reads: Sequence[Variable] = (),
+    state: Sequence[keras.Variable],
+    reads: Sequence[keras.Variable] = (),
 ) -> None:
     """Run `true_fn()` if `flag`; it writes `state` alone and merges no replicas.
 
@@ -392,8 +392,8 @@ def _stateless_cond(
     true_fn: Callable[..., object],
     false_fn: Callable[..., object],
     args: tuple,
-    state: Sequence[Variable],
-    reads: Sequence[Variable] = (),
+    state: Sequence[keras.Variable],
+    reads: Sequence[keras.Variable] = (),
 ) -> None:
     """`cond` for a compiled JAX step: the branches return the new values of `state`."""
     before = [(v, v.value) for v in (*state, *reads)]
@@ -417,7 +417,7 @@ def _no_result(fn: Callable[..., object], args: tuple) -> Callable[[], None]:
     return call
 
 
-def zeros(shape: Sequence[int], name: str, dtype: str = "float32") -> Variable:
+def zeros(shape: Sequence[int], name: str, dtype: str = "float32") -> keras.Variable:
     """A variable into which every replica writes the same, each into its own copy."""
     return keras.Variable(
         initializer="zeros",
@@ -439,7 +439,7 @@ def to_numpy(value: Tensor) -> Tensor:
     return ops.convert_to_numpy(value)
 
 
-def local_variable(shape: Sequence[int], dtype: str, name: str) -> Variable:
+def local_variable(shape: Sequence[int], dtype: str, name: str) -> keras.Variable:
     """A variable of zeros of which every replica keeps its own copy.
 
     Outside the replicas it reads as the sum of the copies, and that is what is saved.

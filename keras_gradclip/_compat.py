@@ -23,14 +23,14 @@ from keras.src.backend.common import global_state
 from keras.src.models.functional import Functional as Functional
 from keras.src.random import seed_generator
 
-from keras_gradclip._types import Layer, Model, Optimizer, Scalar, Strategy, Tensor, Variable
+from keras_gradclip._types import Scalar, Strategy, Tensor
 
 # Keras 3.15 brought it; nothing is an instance of an empty tuple.
 MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
 @contextlib.contextmanager
-def changed(optimizer: Optimizer, attributes: Mapping[str, Any]) -> Iterator[None]:
+def changed(optimizer: keras.optimizers.Optimizer, attributes: Mapping[str, Any]) -> Iterator[None]:
     """Set attributes of an object, of whatever class; put back what it had at the end."""
     own: dict[str, Any] = optimizer.__dict__  # past `__setattr__`, which tracks
     before = {name: own[name] for name in attributes if name in own}
@@ -43,7 +43,7 @@ def changed(optimizer: Optimizer, attributes: Mapping[str, Any]) -> Iterator[Non
         own.update(before)
 
 
-def without_reduction(optimizer: Optimizer) -> dict[str, Any]:
+def without_reduction(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     """Attributes for `changed`: sum no gradients over the replicas, for the wrapper already did.
 
     Keras reduces in `TFOptimizer._all_reduce_sum_gradients`, after its own clipping, and has no
@@ -54,13 +54,13 @@ def without_reduction(optimizer: Optimizer) -> dict[str, Any]:
     return {name: list} if hasattr(optimizer, name) else {}
 
 
-def overrides(optimizer: Optimizer, name: str) -> bool:
+def overrides(optimizer: keras.optimizers.Optimizer, name: str) -> bool:
     """Whether its class, or the object itself, has a method that Keras's base class has, too."""
     base = getattr(keras.optimizers.Optimizer, name)
     return name in vars(optimizer) or getattr(type(optimizer), name) is not base
 
 
-def build_with_all_tracked(optimizer: Optimizer, variables: list) -> None:
+def build_with_all_tracked(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
     """Build an optimizer so that everything that it remembers is saved.
 
     `LossScaleOptimizer.build` switches the tracking off for what it builds inside, and Nadam
@@ -73,12 +73,14 @@ def build_with_all_tracked(optimizer: Optimizer, variables: list) -> None:
             optimizer._track_variable(value)
 
 
-def knows(optimizer: Optimizer, variable: Variable) -> bool:
+def knows(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
     """Whether a built optimizer has state for a variable; no public method tells."""
     return optimizer._var_key(variable) in optimizer._trainable_variables_indices
 
 
-def averages_of(optimizer: Optimizer, variables: Sequence[Variable]) -> dict[str, Any]:
+def averages_of(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> dict[str, Any]:
     """Attributes for `changed`: the moving averages of these variables alone, in their order.
 
     Keras pairs the variables that it is given with its list of averages by place: with a layer
@@ -91,7 +93,9 @@ def averages_of(optimizer: Optimizer, variables: Sequence[Variable]) -> dict[str
     return {name: [averages[optimizer._get_variable_index(v)] for v in variables]}
 
 
-def overwrite_with_average(optimizer: Optimizer, variables: Sequence[Variable]) -> None:
+def overwrite_with_average(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> None:
     """Copy the moving averages into the variables; to be called in cross-replica context.
 
     Keras does this inside a `cond` in replica context when `ema_overwrite_frequency` is set,
@@ -101,7 +105,7 @@ def overwrite_with_average(optimizer: Optimizer, variables: Sequence[Variable]) 
         optimizer._overwrite_model_variables_with_average_value(list(variables))
 
 
-def find_wrapping_loss_scale(optimizer: Optimizer) -> Optimizer:
+def find_wrapping_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """The `LossScaleOptimizer` that is being constructed around `optimizer`, or None.
 
     `Model.compile` wraps every optimizer in `LossScaleOptimizer` under `mixed_float16` and tells
@@ -122,7 +126,7 @@ def find_wrapping_loss_scale(optimizer: Optimizer) -> Optimizer:
     return None
 
 
-def all_layers(model: Model) -> list[Layer]:
+def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """`model` and every layer inside it, at any depth.
 
     `model.layers` stops at the first level and misses the layers inside custom layers.
@@ -130,7 +134,7 @@ def all_layers(model: Model) -> list[Layer]:
     return list(model._flatten_layers(include_self=True, recursive=True))
 
 
-def replace_optimizer(model: Model, optimizer: Optimizer) -> None:
+def replace_optimizer(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
     """Give a compiled model another optimizer, also in what it saves.
 
     Keras saves what `compile` was given, in `_compile_config`, and has no public way to change one
@@ -159,7 +163,7 @@ def is_called_by(*kinds: type) -> bool:
     return False
 
 
-def living_layers() -> list[Layer]:
+def living_layers() -> list[keras.layers.Layer]:
     """Every layer that is alive, models included, whoever made it.
 
     Keras links layers to variables, never back, and keeps no list of layers. Python's garbage
@@ -170,7 +174,7 @@ def living_layers() -> list[Layer]:
     return [x for x in gc.get_objects() if issubclass(type(x), keras.layers.Layer)]
 
 
-def own_variables(layer: Layer) -> list[Variable]:
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The variables of a layer, less those of the layers inside, which `variables` has as well.
 
     Through `vars`, since a layer may be found while it is being made.
@@ -179,24 +183,24 @@ def own_variables(layer: Layer) -> list[Variable]:
     return [*own.get("_trainable_variables", ()), *own.get("_non_trainable_variables", ())]
 
 
-def own_layers(layer: Layer) -> list[Layer]:
+def own_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layers directly inside a layer; only models have a public list of them."""
     return list(vars(layer).get("_layers", ()))
 
 
-def states(model: Model) -> list[Variable]:
+def states(model: keras.Model) -> list[keras.Variable]:
     """What the layers of a model keep for themselves: batch statistics, states, random states.
 
     Not the weights of frozen layers, which `non_trainable_variables` has, too.
     """
-    found: dict[int, Variable] = {}
+    found: dict[int, keras.Variable] = {}
     for layer in all_layers(model):
         own = [*layer._non_trainable_variables, *(g.state for g in layer._seed_generators)]
         found.update({id(v): v for v in own})
     return list(found.values())
 
 
-def build_what_counts(model: Model, step: Callable[..., Any], data: Tensor) -> None:
+def build_what_counts(model: keras.Model, step: Callable[..., Any], data: Tensor) -> None:
     """Make what the loss and the metrics of a compiled model count in, before its first step.
 
     Keras does so for strategies and on other backends, by `_symbolic_build`, and has no public
@@ -222,7 +226,7 @@ def means(metrics: Sequence[Any]) -> list[Any]:
     return found
 
 
-def build_under(scope: Callable[..., AbstractContextManager], model: Model) -> None:
+def build_under(scope: Callable[..., AbstractContextManager], model: keras.Model) -> None:
     """Let a compiled `model` make what its loss and metrics count in under `scope()`.
 
     Keras makes it where the first step is traced, by `build` of `CompileLoss` and
@@ -240,7 +244,7 @@ def _call_under(
         function(*args)
 
 
-def method_that_applies(loss_scale: Optimizer) -> str:
+def method_that_applies(loss_scale: keras.optimizers.Optimizer) -> str:
     """The method of a `LossScaleOptimizer` to replace: `apply`, or what one of its own calls.
 
     A subclass that overrides `apply` calls Keras's, which on TensorFlow calls `_tf_apply`; there
@@ -329,13 +333,13 @@ def tensorflow_random_state() -> Iterator[None]:
             host.clear_kernel_cache()
 
 
-def _adam_slots(adam: Optimizer) -> tuple[str, ...]:
+def _adam_slots(adam: keras.optimizers.Optimizer) -> tuple[str, ...]:
     return ("_momentums", "_velocities", *(["_velocity_hats"] if adam.amsgrad else []))
 
 
 # Where Keras keeps what an update by the present settings uses, in the order of TensorFlow's
 # kernels. A setting may have changed since the optimizer was built.
-_SLOTS: dict[type, Callable[[Optimizer], tuple[str, ...]]] = {
+_SLOTS: dict[type, Callable[[keras.optimizers.Optimizer], tuple[str, ...]]] = {
     keras.optimizers.SGD: lambda sgd: ("momentums",) if sgd.momentum else (),
     keras.optimizers.Adam: _adam_slots,
     keras.optimizers.AdamW: _adam_slots,
@@ -344,7 +348,9 @@ _SLOTS: dict[type, Callable[[Optimizer], tuple[str, ...]]] = {
 }
 
 
-def slots(optimizer: Optimizer, variable: Variable) -> list[Variable] | None:
+def slots(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> list[keras.Variable] | None:
     """What an update of a variable by an optimizer of `_SLOTS` uses; None if it was never made."""
     i = optimizer._get_variable_index(variable)
     lists: list[Any] = [
@@ -353,18 +359,20 @@ def slots(optimizer: Optimizer, variable: Variable) -> list[Variable] | None:
     return [slot_list[i] for slot_list in lists if slot_list] if all(lists) else None
 
 
-def muon_uses_adamw(muon: Optimizer, variable: Variable) -> bool:
+def muon_uses_adamw(muon: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
     """Whether a built Muon leaves a variable to AdamW, of which no public name tells."""
     return muon._should_use_adamw(variable)
 
 
-def updates_are_replaceable(optimizer: Optimizer) -> bool:
+def updates_are_replaceable(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether `replaced_updates` knows how `optimizer` updates a list of variables."""
     name = "_distributed_tf_update_step"
     return getattr(type(optimizer), name, None) is getattr(keras.optimizers.Optimizer, name, ())
 
 
-def replaced_updates(optimizer: Optimizer, update: Callable[..., None]) -> dict[str, Any]:
+def replaced_updates(
+    optimizer: keras.optimizers.Optimizer, update: Callable[..., None]
+) -> dict[str, Any]:
     """Attributes for `changed`: `update(default, strategy, pairs, learning rate)` updates.
 
     Keras calls `_distributed_tf_update_step` with the native variables, in cross-replica context
@@ -381,7 +389,9 @@ def replaced_updates(optimizer: Optimizer, update: Callable[..., None]) -> dict[
     return attributes
 
 
-def wrapped_update(optimizer: Optimizer, update: Callable[..., None]) -> dict[str, Any]:
+def wrapped_update(
+    optimizer: keras.optimizers.Optimizer, update: Callable[..., None]
+) -> dict[str, Any]:
     """Attributes for `changed`: `update(default, gradients, variables, learning rate)` updates.
 
     Every backend calls `_backend_update_step` in replica context, between decoupled weight decay
@@ -391,7 +401,9 @@ def wrapped_update(optimizer: Optimizer, update: Callable[..., None]) -> dict[st
     return {"_backend_update_step": functools.partial(update, optimizer._backend_update_step)}
 
 
-def wrapped_native_update(optimizer: Optimizer, update: Callable[..., None]) -> dict[str, Any]:
+def wrapped_native_update(
+    optimizer: keras.optimizers.Optimizer, update: Callable[..., None]
+) -> dict[str, Any]:
     """Attributes for `changed`: as `replaced_updates`, but of any optimizer; none elsewhere."""
     default = getattr(optimizer, "_distributed_tf_update_step", None)
     if default is None:
@@ -399,12 +411,14 @@ def wrapped_native_update(optimizer: Optimizer, update: Callable[..., None]) -> 
     return {"_distributed_tf_update_step": functools.partial(update, default)}
 
 
-def wrapped_decay(optimizer: Optimizer, decay: Callable[..., None]) -> dict[str, Any]:
+def wrapped_decay(
+    optimizer: keras.optimizers.Optimizer, decay: Callable[..., None]
+) -> dict[str, Any]:
     """Attributes for `changed`: `decay(default, variables)` does the decoupled weight decay."""
     return {"_apply_weight_decay": functools.partial(decay, optimizer._apply_weight_decay)}
 
 
-def updates_are_separable(optimizer: Optimizer) -> bool:
+def updates_are_separable(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether an update may be done in parts, some variables after others.
 
     Nadam's own `_backend_update_step` counts: it multiplies a product once a call.
@@ -413,16 +427,18 @@ def updates_are_separable(optimizer: Optimizer) -> bool:
     return getattr(type(optimizer), name) is getattr(keras.optimizers.Optimizer, name)
 
 
-def _decay_weights(optimizer: Optimizer, variables: Sequence[Variable]) -> None:
+def _decay_weights(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> None:
     if optimizer.weight_decay is None:
         return
     import tensorflow as tf
 
-    def of_one(variable: Variable, rate: Scalar) -> None:
+    def of_one(variable: keras.Variable, rate: Scalar) -> None:
         if optimizer._use_weight_decay(variable):
             variable.assign_sub(variable * tf.cast(rate, variable.dtype))
 
-    def merged(strategy: Strategy, variables: Sequence[Variable], rate: Scalar) -> None:
+    def merged(strategy: Strategy, variables: Sequence[keras.Variable], rate: Scalar) -> None:
         for variable in variables:
             strategy.extended.update(variable, of_one, args=(rate,), group=False)
 

@@ -15,7 +15,6 @@ from typing import Generic, TypeVar
 import keras
 
 from keras_gradclip import _compat
-from keras_gradclip._types import Layer, Variable
 
 T = TypeVar("T")
 
@@ -26,16 +25,16 @@ class ByVariable(Generic[T]):
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref, T]] = {}
 
-    def __contains__(self, variable: Variable) -> bool:
+    def __contains__(self, variable: keras.Variable) -> bool:
         entry = self._entries.get(id(variable))
         return entry is not None and entry[0]() is variable
 
-    def __getitem__(self, variable: Variable) -> T:
+    def __getitem__(self, variable: keras.Variable) -> T:
         if variable not in self:
             raise KeyError(variable)
         return self._entries[id(variable)][1]
 
-    def __setitem__(self, variable: Variable, value: T) -> None:
+    def __setitem__(self, variable: keras.Variable, value: T) -> None:
         key = id(variable)
         entry = weakref.ref(variable, lambda ref: self._forget(key, ref))
         self._entries[key] = (entry, value)
@@ -49,7 +48,7 @@ class ByVariable(Generic[T]):
 _OWNERS: ByVariable[weakref.ref | None] = ByVariable()
 
 
-def owners_of(variables: Sequence[Variable]) -> list[weakref.ref | None]:
+def owners_of(variables: Sequence[keras.Variable]) -> list[weakref.ref | None]:
     """For each variable, a weak reference to the layer that made it, the same for one layer.
 
     Returns:
@@ -59,7 +58,7 @@ def owners_of(variables: Sequence[Variable]) -> list[weakref.ref | None]:
     unknown = [v for v in variables if v not in _OWNERS]
     if unknown:
         wanted = {id(v): v for v in unknown}
-        found: dict[int, Layer] = {}
+        found: dict[int, keras.layers.Layer] = {}
         for layer in _compat.living_layers():
             for v in _compat.own_variables(layer):
                 # A second layer may share it (tied weights): the first one's path is in its own.
@@ -72,23 +71,23 @@ def owners_of(variables: Sequence[Variable]) -> list[weakref.ref | None]:
     return [_OWNERS[v] for v in variables]
 
 
-def _path(thing: Variable | Layer) -> str:
+def _path(thing: keras.Variable | keras.layers.Layer) -> str:
     return str(getattr(thing, "path", None) or getattr(thing, "name", ""))
 
 
-def networks_of(variables: Sequence[Variable]) -> list[Layer]:
+def networks_of(variables: Sequence[keras.Variable]) -> list[keras.layers.Layer]:
     """The outermost layers around `variables` that train nothing else.
 
     Of all the variables that train in a model, this is the model, with its frozen layers; of those
     of two networks, it is both.
     """
-    parents: dict[int, list[Layer]] = {}
+    parents: dict[int, list[keras.layers.Layer]] = {}
     for layer in _compat.living_layers():
         for part in _compat.own_layers(layer):
             parents.setdefault(id(part), []).append(layer)
     wanted = {id(v) for v in variables}
 
-    def trains_nothing_else(layer: Layer) -> bool:
+    def trains_nothing_else(layer: keras.layers.Layer) -> bool:
         own = (v for part in _compat.all_layers(layer) for v in _compat.own_variables(part))
         return all(id(v) in wanted for v in own if v.trainable)
 
@@ -102,7 +101,7 @@ def networks_of(variables: Sequence[Variable]) -> list[Layer]:
             outermost[key] = layer
         waiting.update((id(p), p) for p in around if id(p) not in reached)
         reached.update((id(p), p) for p in around)
-    result: list[Layer] = []
+    result: list[keras.layers.Layer] = []
     inside: set[int] = set()
     for layer in sorted(outermost.values(), key=lambda x: -len(_compat.all_layers(x))):
         own = _compat.own_layers(layer)
@@ -127,7 +126,7 @@ _NORMALISATIONS = tuple(
 _OTHERS = (keras.layers.Normalization, keras.layers.SpectralNormalization)
 
 
-def is_normalisation(layer: Layer) -> bool:
+def is_normalisation(layer: keras.layers.Layer) -> bool:
     """Whether a layer normalises activations: one of Keras's, or called so by its class.
 
     The class of somebody's own must end in "Norm" or "Normalization" and have no layers inside.

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import keras
+
 from keras_gradclip._layers import owners_of
-from keras_gradclip._types import Variable
 
 
-def path_of(variable: Variable) -> str:
+def path_of(variable: keras.Variable) -> str:
     """`variable.path`; the name of what has no path (a `tf.Variable`)."""
     path = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
     return str(path).removesuffix(":0")
 
 
-def layer_of(variable: Variable) -> str:
+def layer_of(variable: keras.Variable) -> str:
     """The layer of a variable: everything in its path before the last `/`."""
     return path_of(variable).rpartition("/")[0] or path_of(variable)
 
 
-def layers_of(variables: Sequence[Variable]) -> list[str]:
+def layers_of(variables: Sequence[keras.Variable]) -> list[str]:
     """The layer of each variable, by the name that reports have for it.
 
     Two layers may have one path (two towers with a Dense of the same name in each): the second's
@@ -41,7 +42,7 @@ def layers_of(variables: Sequence[Variable]) -> list[str]:
     return names
 
 
-def names_of(variables: Sequence[Variable]) -> list[str]:
+def names_of(variables: Sequence[keras.Variable]) -> list[str]:
     """`variable.path`, each once: the second of one path belongs to layer `#2`."""
     names = []
     for variable, layer in zip(variables, layers_of(variables), strict=True):
@@ -50,7 +51,7 @@ def names_of(variables: Sequence[Variable]) -> list[str]:
     return names
 
 
-def size_of(variable: Variable) -> int:
+def size_of(variable: keras.Variable) -> int:
     """The number of elements of a variable."""
     return math.prod(int(dim) for dim in variable.shape)
 
@@ -59,7 +60,7 @@ def size_of(variable: Variable) -> int:
 SCOPES = ("layer", "variable", "global")
 
 
-def scope_numbers(scope: str, variables: Sequence[Variable]) -> list[int]:
+def scope_numbers(scope: str, variables: Sequence[keras.Variable]) -> list[int]:
     """For each variable the number of the scope that it belongs to, from 0 on.
 
     Args:

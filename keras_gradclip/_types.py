@@ -10,18 +10,10 @@ from typing import Any, TypeAlias
 Gradient: TypeAlias = Any
 #: One entry a variable; None where a variable has no gradient.
 Gradients: TypeAlias = list[Gradient]
-#: A `keras.Variable`.
-Variable: TypeAlias = Any
 #: A float32 tensor of shape () or a Python number.
 Scalar: TypeAlias = Any
 #: Any tensor of the backend in use.
 Tensor: TypeAlias = Any
-#: A `keras.optimizers.Optimizer`, of ours or not.
-Optimizer: TypeAlias = Any
-#: A `keras.layers.Layer`.
-Layer: TypeAlias = Any
-#: A `keras.Model`.
-Model: TypeAlias = Any
 #: A `tf.distribute.Strategy`, or None without one.
 Strategy: TypeAlias = Any
 #: The live hyper-parameters at one step, by name.

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import keras
 from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as kernels
 from keras_gradclip import _compat
-from keras_gradclip._types import Config, Model, Optimizer, Scalar, Tensor, Variable
+from keras_gradclip._types import Config, Scalar, Tensor
 
 #: What a train step returns.
 Logs = Any
@@ -32,17 +33,17 @@ class Undo:
         wrapper: its ClippedOptimizer.
     """
 
-    def __init__(self, model: Model, wrapper: Optimizer) -> None:
+    def __init__(self, model: keras.Model, wrapper: keras.optimizers.Optimizer) -> None:
         self._model = model
         self._wrapper = wrapper
         self._steps = wrapper.gradient_accumulation_steps or 1
         self._is_inside = False
         #: `id` of a variable to what it held before the first micro-batch of an update.
-        self._kept: dict[int, Variable] = {}
-        self._has_kept: Variable = None  # 0 before the first micro-batch that was kept
+        self._kept: dict[int, keras.Variable] = {}
+        self._has_kept: keras.Variable = None  # 0 before the first micro-batch that was kept
 
     @property
-    def state(self) -> list[Variable]:
+    def state(self) -> list[keras.Variable]:
         """What this keeps from one step to the next: nothing without accumulation."""
         return [*self._kept.values(), *([] if self._has_kept is None else [self._has_kept])]
 
@@ -58,10 +59,10 @@ class Undo:
             if self._has_kept is None:
                 self._has_kept = aggregation.local_variable((), "float32", "has_kept")
 
-    def _written(self) -> list[Variable]:
+    def _written(self) -> list[keras.Variable]:
         return [*_compat.states(self._model), *self._model.metrics_variables]
 
-    def _signs(self) -> list[Variable]:
+    def _signs(self) -> list[keras.Variable]:
         """What changes where an update is skipped: a count that rises, a loss scale that falls.
 
         The second on JAX and PyTorch, where Keras skips before the wrapper hears of it.
@@ -104,7 +105,7 @@ class Undo:
         return undone
 
     def _before_the_update(
-        self, written: Sequence[Variable], now: Sequence[Tensor]
+        self, written: Sequence[keras.Variable], now: Sequence[Tensor]
     ) -> list[Tensor]:
         """What the variables held before the first micro-batch; kept in that one."""
         kept = [self._kept[id(v)] for v in written]
@@ -135,7 +136,7 @@ class Undo:
             is_first = self._is_first(old[id(self._wrapper._iterations)], old[id(self._has_kept)])
             new[id(self._has_kept)] = ops.ones((), "float32")
 
-        def put_back(variables: Sequence[Variable], i: int) -> list[Tensor]:
+        def put_back(variables: Sequence[keras.Variable], i: int) -> list[Tensor]:
             result = []
             for v, was, now in zip(variables, before[i], after[i], strict=True):
                 kept = self._kept.get(id(v))
@@ -177,7 +178,7 @@ class Undo:
                 self._kept[id(v)].assign(ops.copy(kernels.read(v)))  # JAX donates each buffer once
 
 
-def _now(variable: Variable) -> Tensor:
+def _now(variable: keras.Variable) -> Tensor:
     value = kernels.read(variable)
     # PyTorch writes into the tensor that was read.
     return ops.copy(value) if backend.backend() == "torch" else value
@@ -191,6 +192,6 @@ def _tell(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return is_skipped
 
 
-def may_skip(optimizer: Optimizer, wrapper: Optimizer) -> bool:
+def may_skip(optimizer: keras.optimizers.Optimizer, wrapper: keras.optimizers.Optimizer) -> bool:
     """Whether an update of a model may be skipped: by the wrapper, or by a loss scale around it."""
     return bool(wrapper.skip_nonfinite or wrapper.skip_spikes or optimizer is not wrapper)

@@ -15,7 +15,7 @@ from keras import ops, tree
 from keras_gradclip import _arithmetic as kernels
 from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Config, Layer, Model, Tensor
+from keras_gradclip._types import Config, Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
@@ -86,7 +86,7 @@ class ActivationGate:
         """`x` itself, a float tensor of any shape, with the gated gradient behind it."""
         return _gate(x, self.threshold, self.gamma)
 
-    def selects(self, layer: Layer) -> bool:
+    def selects(self, layer: keras.layers.Layer) -> bool:
         """Whether this gate belongs before `layer`."""
         if isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
             return False
@@ -95,7 +95,7 @@ class ActivationGate:
         names = {layer.name, getattr(layer, "path", layer.name)}
         return any(re.fullmatch(p, name) for p in self.layers for name in names)
 
-    def attach(self, model: Model) -> None:
+    def attach(self, model: keras.Model) -> None:
         """Gate the layers of `model` in place and for good, in any kind of model.
 
         Saving does not see it, and other models that share the layers are gated as well: meant
@@ -108,7 +108,7 @@ class ActivationGate:
         for layer in _units(model):
             layer.call.always = self
 
-    def insert(self, model: Model) -> Model:
+    def insert(self, model: keras.Model) -> keras.Model:
         """A model with `GatedInput` layers before the gated layers, which are shared with `model`.
 
         Args:
@@ -127,9 +127,9 @@ class ActivationGate:
             raise ValueError(self._no_layer(model))
         return self._insert(model)
 
-    def _insert(self, model: Model) -> Model:
+    def _insert(self, model: keras.Model) -> keras.Model:
         if isinstance(model, keras.Sequential):
-            gated: list[Layer] = []
+            gated: list[keras.layers.Layer] = []
             for layer in model.layers:
                 if self.selects(layer):
                     gated.append(GatedInput(self, name=f"{layer.name}_gate"))
@@ -146,10 +146,10 @@ class ActivationGate:
             )
         calls: dict[str, int] = {}
 
-        def reuse(layer: Layer) -> Tensor:
+        def reuse(layer: keras.layers.Layer) -> Tensor:
             return self._insert(layer) if isinstance(layer, keras.Model) else layer
 
-        def call(layer: Layer, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        def call(layer: keras.layers.Layer, *args: Tensor, **kwargs: Tensor) -> Tensor:
             if self.selects(layer):
                 n = calls[layer.name] = calls.get(layer.name, 0) + 1
                 name = f"{layer.name}_gate" + (f"_{n}" if n > 1 else "")
@@ -158,7 +158,7 @@ class ActivationGate:
 
         return keras.models.clone_model(model, clone_function=reuse, call_function=call)
 
-    def _no_layer(self, model: Model) -> str:
+    def _no_layer(self, model: keras.Model) -> str:
         names = [layer.name for layer in _units(model)][:8]
         return (
             f"ActivationGate: layers={self.layers!r} selects no layer of {model.name!r}; its "
@@ -245,7 +245,7 @@ def active(gate: ActivationGate | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def instrument(gate: ActivationGate, model: Model) -> None:
+def instrument(gate: ActivationGate, model: keras.Model) -> None:
     """Prepare the layers of `model` for `active`; it is no matter how often.
 
     Raises:
@@ -262,7 +262,7 @@ def instrument(gate: ActivationGate, model: Model) -> None:
 class _GatedCall:
     """A layer's `call` that gates its float inputs while a gate is active."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: keras.layers.Layer) -> None:
         self._layer = layer
         self._call = layer.call
         self.always: ActivationGate | None = None
@@ -281,7 +281,7 @@ class _GatedCall:
             _ACTIVE.reset(token)
 
 
-def _units(model: Model) -> list[Layer]:
+def _units(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers that a gate may select: those of the model and of the models inside it.
 
     What is inside a layer (the cell of an LSTM, the projections of an attention) is its own

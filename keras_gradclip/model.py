@@ -14,7 +14,7 @@ from keras import backend
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat, gate
-from keras_gradclip._types import Config, Optimizer, Scalar, Strategy, Tensor, Variable
+from keras_gradclip._types import Config, Scalar, Strategy, Tensor
 from keras_gradclip._undo import Undo, may_skip
 from keras_gradclip._workers import chief_writes
 from keras_gradclip.clippers.base import Clipper
@@ -78,7 +78,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     def compile(
         self,
-        optimizer: Optimizer | str = "rmsprop",
+        optimizer: keras.optimizers.Optimizer | str = "rmsprop",
         *args: Any,
         clipper: ClipperLike = None,
         activation_gate: gate.ActivationGate | Config | None = None,
@@ -118,7 +118,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             wrapper.keep_for(runtime.undo)
         self._set_gate(new_gate)
 
-    optimizer: Optimizer
+    optimizer: keras.optimizers.Optimizer
 
     def _set_gate(self, new_gate: gate.ActivationGate | None) -> None:
         self._clip_runtime().gate = new_gate
@@ -176,7 +176,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return self.__dict__["_kgc"]
 
     @property
-    def metrics(self) -> list[Variable]:
+    def metrics(self) -> list[keras.Variable]:
         """Keras's metrics; while training, also `grad_norm` and `clip_fraction`.
 
         A metric of your own with one of these names keeps it, and ours is left out.
@@ -319,7 +319,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             return super().make_train_function(force)  # type: ignore[misc]
 
     steps_per_execution: int
-    metrics_variables: list[Variable]
+    metrics_variables: list[keras.Variable]
 
     def _make_unrolled(self, kind: str, force: bool) -> Callable:
         """Keras's function; on several replicas, with its steps in a Python loop.
@@ -426,8 +426,8 @@ def _make_functional(cls: type) -> None:
 
 
 def _with_clipper(
-    optimizer: Optimizer, clipper: ClipperLike, skip_spikes: float | None
-) -> Optimizer:
+    optimizer: keras.optimizers.Optimizer, clipper: ClipperLike, skip_spikes: float | None
+) -> keras.optimizers.Optimizer:
     """`optimizer` wrapped with `clipper`, unless it is wrapped already."""
     if optimizer is None:
         if clipper is not None:

@@ -20,7 +20,6 @@ import numpy as np
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
-from keras_gradclip._types import Model
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: Attributes that are put back by value; others are objects that belong to the user.
@@ -32,7 +31,9 @@ _KERAS = (
 
 
 @contextlib.contextmanager
-def everything_put_back(model: Model, optimizers: Sequence[ClippedOptimizer]) -> Iterator[None]:
+def everything_put_back(
+    model: keras.Model, optimizers: Sequence[ClippedOptimizer]
+) -> Iterator[None]:
     """Leave a model, its optimizers and metrics, and all random states as they were."""
     with contextlib.ExitStack() as stack:
         for random_state in RANDOM_STATES:

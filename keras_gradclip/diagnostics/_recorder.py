@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Gradient, Gradients, Scalar, Tensor, Variable
+from keras_gradclip._types import Gradient, Gradients, Scalar, Tensor
 from keras_gradclip.diagnostics.watch import RingBuffer, strategy_scope
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
@@ -29,7 +30,7 @@ class Recorder:
     def __init__(self, optimizer: ClippedOptimizer, every: int, capacity: int) -> None:
         self.optimizer, self.every, self.capacity = optimizer, every, capacity
         self.thresholds: list[str] = []
-        self._state: list[Variable] = []
+        self._state: list[keras.Variable] = []
         self.start = 0  # the number of updates before
         if optimizer.built:
             self._build()
@@ -65,7 +66,7 @@ class Recorder:
             self.has_sample.assign(0.0)
 
     @property
-    def state(self) -> Sequence[Variable]:
+    def state(self) -> Sequence[keras.Variable]:
         """What the two methods below write."""
         return self._state
 

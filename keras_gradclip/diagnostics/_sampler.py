@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Gradient, Gradients, Tensor, Variable
+from keras_gradclip._types import Gradient, Gradients, Tensor
 from keras_gradclip.clippers.units import unit_of
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync
 from keras_gradclip.optimizer._steps import ignores_scale
@@ -32,7 +32,7 @@ class Sampler:
             self._skipped = counter("skipped")
 
     @property
-    def state(self) -> Sequence[Variable]:
+    def state(self) -> Sequence[keras.Variable]:
         """What the two methods below write."""
         return [*self._buffer.state, self._skipped]
 
@@ -61,7 +61,7 @@ class Sampler:
         figures = ops.transpose(ops.stack([ops.stack(c) for c in columns]))
         self._buffer.write(self.optimizer.inner_optimizer.iterations, figures, rate)
 
-    def _of(self, gradient: Gradient, variable: Variable, rate: Tensor) -> list[Tensor]:
+    def _of(self, gradient: Gradient, variable: keras.Variable, rate: Tensor) -> list[Tensor]:
         """Square norm, largest element, largest |g|·exp(−βW), largest unit ratio, and the step's.
 
         A step of an optimizer that ignores a gradient's scale is taken for η an element.

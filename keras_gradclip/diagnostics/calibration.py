@@ -17,7 +17,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
 from keras_gradclip._files import write_json
 from keras_gradclip._names import layers_of, path_of
-from keras_gradclip._types import Model, Optimizer, Tensor, Threshold
+from keras_gradclip._types import Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.parameters import MEASURES, Measure, parameters
@@ -383,7 +383,7 @@ def _path(layer: str, layers: Sequence[str]) -> str:
 
 
 def calibrate(
-    model: Model,
+    model: keras.Model,
     data: Any,
     steps: int = 100,
     percentile: float = 90.0,
@@ -393,7 +393,7 @@ def calibrate(
     beta: float = 0.7,
     eps: float = 1e-3,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
 ) -> Any:
     """Suggest a threshold for each layer and each clipper, from the model's own gradients.
 
@@ -483,7 +483,7 @@ class Calibrations(dict):
 
 
 def _fit(
-    model: Model,
+    model: keras.Model,
     data: Any,
     batch_size: int | None,
     callbacks: list[keras.callbacks.Callback],

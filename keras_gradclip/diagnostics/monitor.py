@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Config, Model, Optimizer
+from keras_gradclip._types import Config
 from keras_gradclip.diagnostics._monitor_files import (
     MonitorFiles,
     WatchedVariable,
@@ -96,7 +96,7 @@ class ClipMonitor(keras.callbacks.Callback):
         tensorboard: bool = False,
         log: Log | Sequence[Log] = (),
         *,
-        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(run_dir, (str, os.PathLike, type(None))):
@@ -131,7 +131,7 @@ class ClipMonitor(keras.callbacks.Callback):
 
     # Keras calls these -----------------------------------------------------------------------
 
-    def set_model(self, model: Model = None) -> None:
+    def set_model(self, model: keras.Model = None) -> None:
         """As in Keras."""
         if not isinstance(self, ClipMonitor):
             raise ValueError(

@@ -6,12 +6,13 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 
+import keras
 import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Model, Optimizer, Strategy, Tensor, Variable
+from keras_gradclip._types import Strategy, Tensor
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find_all
 
 # A batch may bring several updates: a `train_step` may call `apply` more than once.
@@ -19,7 +20,9 @@ UPDATES_IN_A_STEP = 16
 
 
 def watched_optimizers(
-    owner: str, model: Model, optimizer: Optimizer | Sequence[Optimizer] | None = None
+    owner: str,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
 ) -> list[ClippedOptimizer]:
     """The `ClippedOptimizer`s of a compiled model, several under a `MultiOptimizer`.
 
@@ -33,7 +36,7 @@ def watched_optimizers(
     Raises:
         ValueError: there is none.
     """
-    own: Optimizer = getattr(model, "optimizer", None)
+    own: keras.optimizers.Optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         outer = [own]
         if own is not None and model.built and not own.built:
@@ -72,12 +75,12 @@ def strategy_scope(*optimizers: ClippedOptimizer) -> contextlib.AbstractContextM
     return strategies[0].scope() if any(strategies) else contextlib.nullcontext()
 
 
-def counter(name: str) -> Variable:
+def counter(name: str) -> keras.Variable:
     """A whole number on the device, 0 at first."""
     return aggregation.zeros((), name, "int32" if backend.backend() == "jax" else "int64")
 
 
-def sync(model: Model) -> None:
+def sync(model: keras.Model) -> None:
     """Bring the variables up to date: inside an epoch on JAX they are not."""
     if backend.backend() == "jax":
         model.jax_state_sync()

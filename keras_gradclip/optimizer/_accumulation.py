@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Gradients, Scalar, Tensor, Variable
+from keras_gradclip._types import Gradients, Scalar, Tensor
 
 
 class Accumulation:
@@ -27,11 +28,14 @@ class Accumulation:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.sums: list[Variable] = []
+        self.sums: list[keras.Variable] = []
         self._touched: set[int] = set()  # had a gradient in a call of this process
 
     def build(
-        self, variables: Sequence[Variable], flags: Variable, track: Callable[[Variable], None]
+        self,
+        variables: Sequence[keras.Variable],
+        flags: keras.Variable,
+        track: Callable[[keras.Variable], None],
     ) -> None:
         """Create the sums for `variables`; `track` makes each one known to the optimizer."""
         self._variables = list(variables)
@@ -41,7 +45,7 @@ class Accumulation:
             track(total)
             self.sums.append(total)
 
-    def is_due(self, calls: Variable) -> Scalar:
+    def is_due(self, calls: keras.Variable) -> Scalar:
         """Whether the call after `calls` others completes an update."""
         return ops.equal((calls + 1) % self.steps, 0)
 
@@ -106,6 +110,6 @@ class Accumulation:
         self.flags.assign(ops.zeros(self.flags.shape, self.flags.dtype))
 
 
-def is_overwritten(variable: Variable) -> bool:
+def is_overwritten(variable: keras.Variable) -> bool:
     """Whether what comes for `variable` is its new value and no gradient: float8 scales."""
     return getattr(variable, "overwrite_with_gradient", False)

@@ -15,7 +15,6 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _compat
 from keras_gradclip._layers import is_normalisation, networks_of
 from keras_gradclip._names import SCOPES, layers_of, names_of, path_of
-from keras_gradclip._types import Optimizer, Variable
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.enforce import Enforcer
@@ -39,7 +38,9 @@ def _ratio(shares: tuple[float, float], kernels: int) -> float:
     return round(shares[0] * (shares[1] / shares[0]) ** min(max(depth, 0.0), 1.0), 5)
 
 
-def choose(inner: Optimizer, variables: Sequence[Variable]) -> tuple[Clipper | None, str]:
+def choose(
+    inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> tuple[Clipper | None, str]:
     """The clipper of `clipper="auto"`, and why; docs/choosing.md has the rule as a table.
 
     Args:
@@ -99,7 +100,7 @@ _FREE = (
 NEAR_ZERO = 0.1
 
 
-def _layers_to_leave_free(variables: Sequence[Variable]) -> list[str]:
+def _layers_to_leave_free(variables: Sequence[keras.Variable]) -> list[str]:
     """Layers with a kernel whose norm is no measure of a step, or with a bias and no kernel."""
     units, layers = units_of(variables), layers_of(variables)
     free = dict.fromkeys(layer for layer, u in zip(layers, units, strict=True) if u.kind == BIAS)
@@ -112,7 +113,7 @@ def _layers_to_leave_free(variables: Sequence[Variable]) -> list[str]:
     return [layer for layer in dict.fromkeys(layers) if layer in free]
 
 
-def _begins_near_zero(variable: Variable, unit: Unit) -> bool:
+def _begins_near_zero(variable: keras.Variable, unit: Unit) -> bool:
     """Of LoRA the one factor begins at zero, and their product moves by both."""
     if "lora" in path_of(variable).rpartition("/")[2]:
         return True
@@ -120,7 +121,9 @@ def _begins_near_zero(variable: Variable, unit: Unit) -> bool:
     return bool(np.sqrt(np.median(np.sum(values**2, axis=unit.axes))) < NEAR_ZERO)
 
 
-def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioClip:
+def step_bound(
+    inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> UpdateRatioClip:
     """What bounds this optimizer's steps in a network of so many kernels.
 
     Args:
@@ -134,12 +137,14 @@ def step_bound(inner: Optimizer, variables: Sequence[Variable]) -> UpdateRatioCl
     return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels))
 
 
-def count_kernels(variables: Sequence[Variable]) -> int:
+def count_kernels(variables: Sequence[keras.Variable]) -> int:
     """How many of them are kernels: no vectors, biases or tables."""
     return sum(unit.kind == KERNEL for unit in units_of(variables))
 
 
-def muon_matrices(inner: Optimizer, variables: Sequence[Variable]) -> list[str]:
+def muon_matrices(
+    inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> list[str]:
     """The paths of the variables that `keras.optimizers.Muon` updates by its own rule.
 
     Args:
@@ -152,7 +157,9 @@ def muon_matrices(inner: Optimizer, variables: Sequence[Variable]) -> list[str]:
     return [path_of(v) for v in variables if not _compat.muon_uses_adamw(inner, v)]
 
 
-def warn_of_muon(inner: Optimizer, clipper: Clipper, variables: Sequence[Variable]) -> None:
+def warn_of_muon(
+    inner: keras.optimizers.Optimizer, clipper: Clipper, variables: Sequence[keras.Variable]
+) -> None:
     """Warn of a clip in front of Muon's matrices, with the ClipMap that leaves them alone.
 
     Of one that multiplies a matrix by a number: any other changes the direction of Muon's step.

@@ -18,23 +18,15 @@ from keras import backend
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
 from keras_gradclip._names import path_of
-from keras_gradclip._types import (
-    Gradient,
-    Gradients,
-    Optimizer,
-    Scalar,
-    Strategy,
-    Tensor,
-    Variable,
-)
+from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
 Kernel = Callable[..., Tensor]
 #: (optimizer, learning rate, number of the step from 1 on): scalars of the variables' dtype.
-MakeKernel = Callable[[Optimizer, Tensor, Tensor], Kernel]
+MakeKernel = Callable[[keras.optimizers.Optimizer, Tensor, Tensor], Kernel]
 
 
-def _sgd(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+def _sgd(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     import tensorflow as tf
 
     del step
@@ -46,7 +38,7 @@ def _sgd(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     )
 
 
-def _betas(inner: Optimizer, lr: Tensor, step: Tensor) -> dict[str, Tensor]:
+def _betas(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> dict[str, Tensor]:
     import tensorflow as tf
 
     named = {"beta1": inner.beta_1, "beta2": inner.beta_2, "epsilon": inner.epsilon}
@@ -54,7 +46,7 @@ def _betas(inner: Optimizer, lr: Tensor, step: Tensor) -> dict[str, Tensor]:
     return {**constants, "lr": lr, "beta1_power": tf.pow(constants["beta1"], step)}
 
 
-def _adam(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+def _adam(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     import tensorflow as tf
 
     constants = _betas(inner, lr * _rounding_of_beta_2(inner.beta_2, step), step)
@@ -85,14 +77,14 @@ def _rounding_of_beta_2(beta_2: float, step: Tensor) -> Tensor:
     return tf.sqrt(grown(kernels_own) / grown(keras_own))
 
 
-def _adamax(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+def _adamax(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     import tensorflow as tf
 
     constants = _betas(inner, lr, step)
     return lambda v, g, m, u: tf.raw_ops.ResourceApplyAdaMax(var=v, m=m, v=u, grad=g, **constants)
 
 
-def _adadelta(inner: Optimizer, lr: Tensor, step: Tensor) -> Kernel:
+def _adadelta(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel:
     import tensorflow as tf
 
     del step
@@ -112,7 +104,7 @@ _KERNELS: dict[type, MakeKernel] = {
 }
 
 
-def _adam_constants(inner: Optimizer, rate: Tensor, step: Tensor) -> list[Tensor]:
+def _adam_constants(inner: keras.optimizers.Optimizer, rate: Tensor, step: Tensor) -> list[Tensor]:
     import tensorflow as tf
 
     powers = [tf.pow(tf.cast(beta, rate.dtype), step) for beta in (inner.beta_1, inner.beta_2)]
@@ -176,7 +168,7 @@ class CompiledUpdate:
             the variables cannot.
     """
 
-    def __init__(self, inner: Optimizer, mode: bool | str) -> None:
+    def __init__(self, inner: keras.optimizers.Optimizer, mode: bool | str) -> None:
         self._inner = inner
         self.mode = mode
         self._make_kernel = _KERNELS.get(type(inner))
@@ -247,7 +239,7 @@ class CompiledUpdate:
             default(strategy, left, learning_rate)
 
     def steps(
-        self, gradients: Gradients, variables: Sequence[Variable], learning_rate: Scalar
+        self, gradients: Gradients, variables: Sequence[keras.Variable], learning_rate: Scalar
     ) -> list[Tensor] | None:
         """The changes of the weights, which stay; the slots are updated. In replica context.
 

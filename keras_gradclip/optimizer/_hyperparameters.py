@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Scalar, Variable
+from keras_gradclip._types import Scalar
 from keras_gradclip.clippers.base import Clipper, current_value
 
 
@@ -27,7 +27,7 @@ class ClipHyperparameters(MutableMapping):
     `model.jax_state_sync()` first, as for the learning rate.
     """
 
-    def __init__(self, values: Mapping[str, Variable], iterations: Variable) -> None:
+    def __init__(self, values: Mapping[str, keras.Variable], iterations: keras.Variable) -> None:
         self._values, self._iterations = values, iterations
 
     def __getitem__(self, name: str) -> float:

@@ -14,13 +14,13 @@ from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Gradients, Optimizer, Scalar, Strategy, Tensor, Variable
+from keras_gradclip._types import Gradients, Scalar, Strategy, Tensor
 from keras_gradclip.optimizer._accumulation import is_overwritten
 from keras_gradclip.optimizer._compiled import CompiledUpdate
 from keras_gradclip.optimizer._steps import BoundedSteps, UpdateLimit
 
 
-def check_inner(inner: object, wrapper: type) -> Optimizer:
+def check_inner(inner: object, wrapper: type) -> keras.optimizers.Optimizer:
     """The inner optimizer, if `wrapper` can wrap it.
 
     Raises:
@@ -57,7 +57,7 @@ def check_inner(inner: object, wrapper: type) -> Optimizer:
     return inner
 
 
-def _check_arguments(inner: Optimizer) -> None:
+def _check_arguments(inner: keras.optimizers.Optimizer) -> None:
     kind = type(inner).__name__
     for argument, ours in (
         ("clipvalue", "AbsoluteClip({})"),
@@ -80,7 +80,7 @@ def _check_arguments(inner: Optimizer) -> None:
 
 
 def split_overwriting(
-    gradients: Gradients, variables: Sequence[Variable]
+    gradients: Gradients, variables: Sequence[keras.Variable]
 ) -> tuple[Gradients, Gradients]:
     """Gradients, and the new values of variables that are overwritten by what comes for them."""
     overwritten = [is_overwritten(v) for v in variables]
@@ -98,7 +98,7 @@ class Conditionally:
         flags: `id` of a variable to a boolean scalar.
     """
 
-    def __init__(self, inner: Optimizer, flags: Mapping[int, Tensor]) -> None:
+    def __init__(self, inner: keras.optimizers.Optimizer, flags: Mapping[int, Tensor]) -> None:
         self._inner = inner
         self._flags = flags
 
@@ -114,7 +114,7 @@ class Conditionally:
         self,
         default: Callable[..., None],
         gradients: Gradients,
-        variables: Sequence[Variable],
+        variables: Sequence[keras.Variable],
         learning_rate: Scalar,
     ) -> None:
         flags = [self._flags.get(id(v)) for v in variables]
@@ -156,7 +156,7 @@ class Conditionally:
                 arguments = (*gradient, learning_rate)
                 strategy.extended.update(variable, of_one, args=arguments, group=False)
 
-    def _decay(self, default: Callable[..., None], variables: Sequence[Variable]) -> None:
+    def _decay(self, default: Callable[..., None], variables: Sequence[keras.Variable]) -> None:
         unsure = [v for v in variables if id(v) in self._flags]
         before = [ops.copy(arithmetic.read(v)) for v in unsure]
         default(variables)
@@ -178,7 +178,9 @@ class InnerUpdate:
         is_held: whether it is inside `held`.
     """
 
-    def __init__(self, inner: Optimizer, strategy: Strategy, compiled: bool | str) -> None:
+    def __init__(
+        self, inner: keras.optimizers.Optimizer, strategy: Strategy, compiled: bool | str
+    ) -> None:
         self._inner = inner
         self.is_held = False
         self._is_distributed = strategy is not None
@@ -192,7 +194,7 @@ class InnerUpdate:
         self,
         gradients: Gradients,
         overwriting: Gradients,
-        variables: Sequence[Variable],
+        variables: Sequence[keras.Variable],
         indices: Sequence[int],
         bound: UpdateLimit | None = None,
         if_present: Mapping[int, Tensor] | None = None,

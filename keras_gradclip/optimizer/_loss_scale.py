@@ -12,7 +12,7 @@ from keras import ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
-from keras_gradclip._types import Gradient, Optimizer, Scalar, Tensor, Variable
+from keras_gradclip._types import Gradient, Scalar, Tensor
 
 
 class LossScale(Protocol):
@@ -36,7 +36,7 @@ class FixedLossScale:
 
     checks_finite = False
 
-    def __init__(self, inner: Optimizer) -> None:
+    def __init__(self, inner: keras.optimizers.Optimizer) -> None:
         self._inner = inner
 
     def factor(self) -> float:
@@ -65,7 +65,7 @@ class DynamicLossScale:
 
     checks_finite = True
 
-    def __init__(self, outer: Optimizer) -> None:
+    def __init__(self, outer: keras.optimizers.Optimizer) -> None:
         self._outer = outer
 
     def factor(self) -> Scalar:
@@ -88,7 +88,9 @@ class DynamicLossScale:
         outer.dynamic_scale.assign(ops.where(was_finite, scale, scale * 0.5))
 
 
-def wrapping_loss_scale(optimizer: Optimizer, factor: object, own: LossScale) -> LossScale:
+def wrapping_loss_scale(
+    optimizer: keras.optimizers.Optimizer, factor: object, own: LossScale
+) -> LossScale:
     """The loss scale of `optimizer`, to whose `loss_scale_factor` something is assigned.
 
     `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps, which is the only
@@ -121,7 +123,7 @@ def wrapping_loss_scale(optimizer: Optimizer, factor: object, own: LossScale) ->
     return own
 
 
-def _scale_loss(outer: Optimizer, loss: Scalar) -> Scalar:
+def _scale_loss(outer: keras.optimizers.Optimizer, loss: Scalar) -> Scalar:
     """`LossScaleOptimizer.scale_loss` that makes the scale where the first step is traced.
 
     Keras's multiplies by a constant as long as the optimizer is not built, which the same trace
@@ -133,7 +135,7 @@ def _scale_loss(outer: Optimizer, loss: Scalar) -> Scalar:
     return ops.multiply(loss, scale)
 
 
-def _build_scaled(outer: Optimizer, variables: Sequence[Variable]) -> None:
+def _build_scaled(outer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]) -> None:
     """`LossScaleOptimizer.build` whose scale may be there before it knows the variables."""
     if not _has_scale(outer):
         _make_scale(outer)
@@ -141,11 +143,11 @@ def _build_scaled(outer: Optimizer, variables: Sequence[Variable]) -> None:
     keras.optimizers.Optimizer.build(outer, variables)
 
 
-def _has_scale(outer: Optimizer) -> bool:
+def _has_scale(outer: keras.optimizers.Optimizer) -> bool:
     return hasattr(outer, "dynamic_scale")
 
 
-def _make_scale(outer: Optimizer) -> None:
+def _make_scale(outer: keras.optimizers.Optimizer) -> None:
     """The two variables of a `LossScaleOptimizer`, as it makes them."""
     with aggregation.outside_of_traces():
         for name, dtype, initializer in (
@@ -159,10 +161,10 @@ def _make_scale(outer: Optimizer) -> None:
 
 
 def _apply_scaled(
-    outer: Optimizer,
+    outer: keras.optimizers.Optimizer,
     own: Callable[..., None],
     grads: Sequence[Gradient],
-    trainable_variables: Sequence[Variable] | None = None,
+    trainable_variables: Sequence[keras.Variable] | None = None,
 ) -> None:
     """`LossScaleOptimizer.apply` that reduces first and asks for finiteness afterwards.
 

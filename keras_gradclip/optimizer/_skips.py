@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import keras
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Gradients, Tensor, Variable
+from keras_gradclip._types import Gradients, Tensor
 
 #: The number of norms to compare with; before half of them were seen, no finite norm is a spike.
 WINDOW = 128
@@ -32,7 +33,7 @@ class SpikeWindow:
     def __init__(self, sigmas: float) -> None:
         self.sigmas = sigmas
 
-    def build(self, add_variable: Callable[..., Variable]) -> None:
+    def build(self, add_variable: Callable[..., keras.Variable]) -> None:
         """Create the state; every replica writes the same into its own copy."""
         self.norms = add_variable((WINDOW,), "zeros", "float32", "none", name="spike_norms")
         self.seen = add_variable((), "zeros", "int32", "none", name="spike_norms_seen")

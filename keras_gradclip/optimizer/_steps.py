@@ -18,7 +18,7 @@ from keras import ops
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
-from keras_gradclip._types import Gradient, Gradients, Optimizer, Scalar, Tensor, Variable
+from keras_gradclip._types import Gradient, Gradients, Scalar, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,10 @@ class UpdateLimit:
     apply: Callable[[Mapping[int, Tensor], Mapping[int, Tensor]], list[Gradient]]
 
     def __call__(
-        self, variables: Sequence[Variable], changes: Sequence[Tensor], before: Sequence[Tensor]
+        self,
+        variables: Sequence[keras.Variable],
+        changes: Sequence[Tensor],
+        before: Sequence[Tensor],
     ) -> list[Tensor]:
         """The limited changes of `variables`; of variables without a limit, as they are."""
         at = [self.positions.get(id(v)) for v in variables]
@@ -49,7 +52,7 @@ class UpdateLimit:
         ]
 
 
-def ignores_scale(inner: Optimizer) -> bool:
+def ignores_scale(inner: keras.optimizers.Optimizer) -> bool:
     """Whether a smaller gradient makes no smaller step; of somebody's own it is not known."""
     return not isinstance(inner, keras.optimizers.SGD)
 
@@ -62,7 +65,9 @@ class BoundedSteps:
         steps: `CompiledUpdate.steps`.
     """
 
-    def __init__(self, inner: Optimizer, steps: Callable[..., list[Tensor] | None]) -> None:
+    def __init__(
+        self, inner: keras.optimizers.Optimizer, steps: Callable[..., list[Tensor] | None]
+    ) -> None:
         self._steps = steps
         self._bound: UpdateLimit | None = None
         self._inner = inner
@@ -85,14 +90,14 @@ class BoundedSteps:
         self,
         default: Callable[..., None],
         gradients: Gradients,
-        variables: Sequence[Variable],
+        variables: Sequence[keras.Variable],
         learning_rate: Scalar,
     ) -> None:
         if self._bound is None:
             default(gradients, variables, learning_rate)
             return
-        limited: list[tuple[Gradient, Variable]] = []
-        free: list[tuple[Gradient, Variable]] = []
+        limited: list[tuple[Gradient, keras.Variable]] = []
+        free: list[tuple[Gradient, keras.Variable]] = []
         for gradient, variable in zip(gradients, variables, strict=True):
             is_free = self._may_split and id(variable) not in self._bound.positions
             (free if is_free else limited).append((gradient, variable))
@@ -104,7 +109,7 @@ class BoundedSteps:
         self,
         default: Callable[..., None],
         bound: UpdateLimit,
-        pairs: Sequence[tuple[Gradient, Variable]],
+        pairs: Sequence[tuple[Gradient, keras.Variable]],
         learning_rate: Scalar,
     ) -> None:
         if not pairs:

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._names import layers_of
-from keras_gradclip._types import Config, Gradients, Scalar, Tensor, Variable
+from keras_gradclip._types import Config, Gradients, Scalar, Tensor
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 _ONE_UPDATE, _ONE_SKIPPED = np.eye(4, dtype="float32")[2:]
@@ -28,7 +29,7 @@ class Telemetry:
     """
 
     def __init__(
-        self, variables: Sequence[Variable], every: int, first_nonfinite: Any = None
+        self, variables: Sequence[keras.Variable], every: int, first_nonfinite: Any = None
     ) -> None:
         self.every = every
         self._first_nonfinite = first_nonfinite
@@ -43,7 +44,7 @@ class Telemetry:
         self.totals = aggregation.zeros((4,), "telemetry_totals")
 
     @property
-    def state(self) -> list[Variable]:
+    def state(self) -> list[keras.Variable]:
         """All of it."""
         return [self.sums, self.totals]
 

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from keras_gradclip._types import Gradients, Hyper, State, Variable
+import keras
+
+from keras_gradclip._types import Gradients, Hyper, State
 from keras_gradclip.clippers.base import ClipStats
 
 
@@ -33,7 +35,7 @@ class Watcher(Protocol):
     """Sees every update, in replica context; must change nothing but its own state."""
 
     @property
-    def state(self) -> Sequence[Variable]:
+    def state(self) -> Sequence[keras.Variable]:
         """The variables that the two methods write: on JAX they travel with the optimizer's."""
 
     def on_update(self, update: ClippedUpdate) -> None:
