@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from keras_gradclip._files import write_csv  # noqa: E402
+from keras_gradclip.files import write_csv  # noqa: E402
 
 COLUMNS = (
     *("trials", "trials an hour", "of the ideal", "request, median s", "request, longest s"),

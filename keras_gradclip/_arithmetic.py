@@ -20,8 +20,8 @@ import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _compat
-from keras_gradclip._names import size_of
 from keras_gradclip._types import Gradient, Tensor
+from keras_gradclip.names import size_of
 
 # exp(80) = 5.5e34 still fits float32: a larger exponent would turn a zero gradient into
 # 0 * inf = NaN, and thresholds beyond it clip nothing anyway.

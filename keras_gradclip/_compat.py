@@ -446,8 +446,19 @@ def _decay_weights(
     # One product for all, in float32, or in float64 where a variable is.
     wide = "float64" if any(v.dtype == tf.float64 for v in native) else "float32"
     rate = tf.cast(optimizer.weight_decay, wide) * tf.cast(optimizer.learning_rate, wide)
-    strategy = optimizer._distribution_strategy
-    tf.__internal__.distribute.interim.maybe_merge_call(merged, strategy, native, rate)
+    merge_call(merged, native, rate)
+
+
+def merge_call(function: Callable[..., Any], *args: object) -> Any:
+    """`function(strategy, *args)`, in which `strategy.extended.update` serves every replica.
+
+    The public `merge_call` fails under strategies that have none, and inside of one.
+    """
+    import tensorflow as tf
+
+    return tf.__internal__.distribute.interim.maybe_merge_call(
+        function, tf.distribute.get_strategy(), *args
+    )
 
 
 def operations_without_xla(function: Any) -> list[str]:

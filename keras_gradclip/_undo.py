@@ -13,9 +13,8 @@ from typing import Any
 import keras
 from keras import backend, ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as kernels
-from keras_gradclip import _compat
+from keras_gradclip import _compat, aggregation
 from keras_gradclip._types import Config, Scalar, Tensor
 
 #: What a train step returns.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +9,8 @@ from typing import Any
 
 import keras
 import numpy as np
+
+from keras_gradclip.names import did_you_mean
 
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
 
@@ -175,9 +176,3 @@ def config(
         if key not in value:
             raise ValueError(f"{owner}: `config` lacks {key!r}. Pass what get_config() gave.")
     return value
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`", did you mean 'absolute'?"`, or `""` where none of `words` comes near."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

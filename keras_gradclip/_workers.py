@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import aggregation
 from keras_gradclip._types import Strategy
 
 # What each of Keras's callbacks writes, by the attribute that says where.

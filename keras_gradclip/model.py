@@ -12,8 +12,7 @@ from typing import Any
 import keras
 from keras import backend
 
-from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _compat, gate
+from keras_gradclip import _compat, aggregation, gate
 from keras_gradclip._types import Config, Scalar, Strategy, Tensor
 from keras_gradclip._undo import Undo, may_skip
 from keras_gradclip._workers import chief_writes

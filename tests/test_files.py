@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from keras_gradclip import _files
-from keras_gradclip._validation import did_you_mean
+from keras_gradclip import files
+from keras_gradclip.names import did_you_mean
 
 
 def full_disk(*_):
@@ -16,42 +16,42 @@ def full_disk(*_):
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_file_of_before(tmp_path, monkeypatch, moment):
     path = tmp_path / "rows.csv"
-    _files.write_csv(path, ["a", "b"], [{"a": 1, "b": "x"}])
+    files.write_csv(path, ["a", "b"], [{"a": 1, "b": "x"}])
     before = path.read_bytes()
     monkeypatch.setattr(os, moment, full_disk)
     with pytest.raises(OSError, match="No space left"):
-        _files.write_csv(path, ["a", "b"], [[2, "y"]])
+        files.write_csv(path, ["a", "b"], [[2, "y"]])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_csv_and_json_come_back(tmp_path):
     table, text = tmp_path / "t.csv", tmp_path / "t.json"
-    assert _files.read_csv(table) == []
-    _files.append_csv(table, ["step", "layer"], [[0, "größe,1"]])
-    _files.append_csv(table, ["step", "layer"], [[1, ""]])
+    assert files.read_csv(table) == []
+    files.append_csv(table, ["step", "layer"], [[0, "größe,1"]])
+    files.append_csv(table, ["step", "layer"], [[1, ""]])
     rows = [{"step": 0.0, "layer": "größe,1"}, {"step": 1.0, "layer": ""}]
-    assert _files.read_csv(table) == rows
-    _files.write_json(text, rows)
-    assert _files.read_json(text) == rows
+    assert files.read_csv(table) == rows
+    files.write_json(text, rows)
+    assert files.read_json(text) == rows
 
 
 def test_damaged_files_are_named_with_their_line(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("a,b\n1,2\n3,")
-    assert _files.read_csv(path) == [{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": ""}]
+    assert files.read_csv(path) == [{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": ""}]
     path.write_text("a,b\n1,2\n3")  # what a kill leaves
-    assert _files.read_csv(path) == [{"a": 1.0, "b": 2.0}]
+    assert files.read_csv(path) == [{"a": 1.0, "b": 2.0}]
     path.write_text("a,b\n1\n2,3\n")
     with pytest.raises(ValueError, match=r"t\.csv, line 2: 1 fields, and 2 in the first line"):
-        _files.read_csv(path)
+        files.read_csv(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not a CSV file"):
-        _files.read_csv(path)
+        files.read_csv(path)
     for text in ("{", "[" * 100_000):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"t\.csv.*: not JSON"):
-            _files.read_json(path)
+            files.read_json(path)
 
 
 def test_did_you_mean():
@@ -73,5 +73,5 @@ def test_did_you_mean():
 def test_a_line_is_not_added_to_half_of_one(left, want, tmp_path):
     table = tmp_path / "table.csv"
     table.write_text(left, newline="")
-    _files.append_csv(table, ["a", "b"], [[3, 4]])
+    files.append_csv(table, ["a", "b"], [[3, 4]])
     assert table.read_text().split() == want

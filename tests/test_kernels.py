@@ -8,7 +8,7 @@ from helpers import DTYPES, RTOL, gradients, strategy, to64, variables
 
 import keras_gradclip as kgc
 from keras_gradclip import _arithmetic as kernels
-from keras_gradclip._names import layer_of
+from keras_gradclip.names import layer_of
 
 tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":

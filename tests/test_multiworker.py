@@ -16,8 +16,8 @@ import pytest
 import tensorflow as tf
 from multiworker_scenarios import SCENARIOS
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _workers as _chief
+from keras_gradclip import aggregation
 from recipes.tools.cluster import launch
 
 HERE = Path(__file__).resolve().parent

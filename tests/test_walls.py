@@ -10,8 +10,8 @@ grimp = pytest.importorskip("grimp")
 
 #: The plugin's rooms, from the ground up; a room imports those before it and itself.
 ROOMS = (
-    ("_types", "_validation", "_compat", "_layers", "_names", "_files", "_host"),
-    ("_arithmetic", "_aggregation", "_workers"),
+    ("_types", "_validation", "_compat", "_layers", "names", "files", "_host"),
+    ("_arithmetic", "aggregation", "_workers"),
     ("clippers",),
     ("optimizer",),
     ("gate", "_undo", "model"),
@@ -27,7 +27,7 @@ def graph():
         "recipes",
         "tuning",
         include_external_packages=True,
-        exclude_type_checking_imports=True,
+        exclude_type_checking_imports=False,
         cache_dir=None,
     )
 
@@ -64,6 +64,24 @@ def test_the_plugin_stands_alone(graph):
     for other in ("recipes", "tuning"):
         assert not graph.find_shortest_chains("keras_gradclip", other), other
     assert not graph.find_shortest_chains("recipes", "tuning")
+
+
+#: A private module of the plugin, and who outside of it needs which part of it.
+KNOWN_OUTSIDERS = {
+    ("recipes.training.checkpoint", "keras_gradclip._compat"),  # layers at any depth
+    ("tuning.kerastuner_engine", "keras_gradclip.tuning._kerastuner"),  # KerasTuner's own loop
+}
+
+
+def test_private_modules_are_the_plugins_own(graph):
+    outsiders = {
+        (importer, imported)
+        for package in ("recipes", "tuning")
+        for importer in modules(graph, package)
+        for imported in graph.find_modules_directly_imported_by(importer)
+        if imported.startswith("keras_gradclip.") and "._" in imported
+    }
+    assert outsiders == KNOWN_OUTSIDERS
 
 
 def test_commands_are_imported_by_nobody(graph):

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras_tuner as kt
 
@@ -17,10 +17,8 @@ from recipes.errors import RecipeError, first_line
 from recipes.words import counted
 from tuning import workers
 from tuning.rows import PROJECT, TrialRow, ranked
+from tuning.session import Session
 from tuning.trial_runner import TrialRunner, trial_row
-
-if TYPE_CHECKING:
-    from tuning.session import Session
 
 TRIALS = 10  # of a random or Bayesian search
 _SEED = 1_000  # KerasTuner takes a seed of 0 for none
@@ -36,7 +34,7 @@ class KerasTunerEngine:
         RecipeError: variables or options that do not go together.
     """
 
-    def __init__(self, session: "Session"):
+    def __init__(self, session: Session):
         self.session = session
         self.role = workers.role()
         self.joins = self.role == "worker"

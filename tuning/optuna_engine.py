@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
@@ -36,9 +36,7 @@ from tuning.optuna_trials import (
     origin,
 )
 from tuning.rows import TrialRow, best_of_each
-
-if TYPE_CHECKING:
-    from tuning.session import Session
+from tuning.session import Session
 
 DATABASE = "optuna.db"
 TRIALS = 10  # where nothing else is said
@@ -70,7 +68,7 @@ class OptunaEngine:
         RecipeError: options that do not go together.
     """
 
-    def __init__(self, session: "Session"):
+    def __init__(self, session: Session):
         self.session, self.joins = session, session.args.join
         shared = self.joins or session.args.workers
         # A trial that takes its workers with it, say for want of memory, is given up; a search
@@ -305,7 +303,7 @@ class OptunaEngine:
         return self.trials.ranges()
 
 
-def _sampler(session: "Session", limit: int, trials: int) -> optuna.samplers.BaseSampler:
+def _sampler(session: Session, limit: int, trials: int) -> optuna.samplers.BaseSampler:
     """The sampler; seeded by the number of trials, so that a resumed one repeats none."""
     args = session.args
     seed = session.recipe.options(**session.given).seed + trials
@@ -322,7 +320,7 @@ def _sampler(session: "Session", limit: int, trials: int) -> optuna.samplers.Bas
     )
 
 
-def _pruner(session: "Session") -> optuna.pruners.BasePruner:
+def _pruner(session: Session) -> optuna.pruners.BasePruner:
     if session.args.tuner != "hyperband":
         return optuna.pruners.NopPruner()
     epochs = session.recipe.options(**session.given).epochs

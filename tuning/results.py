@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import keras_gradclip as kgc
-from keras_gradclip._files import read_csv, write_csv, write_json
+from keras_gradclip.files import read_csv, write_csv, write_json
 from keras_gradclip.tuning.space import to_clipper
 from tuning.rows import TrialRow, best_row, describe, formatter
 from tuning.verdict import verdict

@@ -24,7 +24,7 @@ from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError, RunFailed, first_line
 from recipes.registry import RECIPES
 from recipes.training.clipper_options import import_modules
-from tuning.session import SMALL, Session
+from tuning.session import SMALL, Engine, Session
 from tuning.space_flags import add_flags
 from tuning.verdict import LEAST_RUNS
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_modules(early.parse_known_args(argv)[0].modules)  # their flags are flags here
         args, rest = build_parser().parse_known_args(argv)
         try:
-            return Session(args, rest, argv).run()
+            return Session(args, rest, argv, make_engine).run()
         except ModuleNotFoundError as error:
             remedy = "`make venv`, or pip install '.[recipes,tuning,optuna]' in the checkout"
             raise RecipeError(f"{error.name} is missing: {remedy}") from error
@@ -109,6 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with _ended_by_sigterm():
         return exit_status(work, argv, interrupted="; the same command goes on with the search")
+
+
+def make_engine(session: Session) -> Engine:
+    """What runs the trials; its library is imported here, TensorFlow before it."""
+    if session.args.engine == "optuna":
+        from tuning.optuna_engine import OptunaEngine
+
+        return OptunaEngine(session)
+    from tuning.kerastuner_engine import KerasTunerEngine
+
+    return KerasTunerEngine(session)
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from keras_gradclip._files import read_json, write_json
+from keras_gradclip.files import read_json, write_json
 from recipes.errors import RecipeError
 from recipes.registry import find_recipe, script_of
 from recipes.training import Recipe
@@ -72,13 +72,20 @@ class Session:
         args: of the search.
         rest: the recipe's options.
         argv: the whole command line.
+        engine: makes what runs the trials of a session.
 
     Raises:
         RecipeError: options that do not go together.
     """
 
-    def __init__(self, args: Namespace, rest: Sequence[str], argv: Sequence[str]):
-        self.args, self.argv = args, list(argv)
+    def __init__(
+        self,
+        args: Namespace,
+        rest: Sequence[str],
+        argv: Sequence[str],
+        engine: "Callable[[Session], Engine]",
+    ):
+        self.args, self.argv, self._engine = args, list(argv), engine
         for name, least in (("workers", 0), ("executions", 1), ("confirm_runs", 0)):
             if getattr(args, name) < least:
                 flag = f"--{name.replace('_', '-')}"
@@ -105,15 +112,6 @@ class Session:
             if self.recipe.name != Path(self.recipe.name).name:
                 raise RecipeError(f"--output {output!r}: no folder can have this name")
         return folder_named(output)
-
-    def _engine(self) -> Engine:
-        if self.args.engine == "optuna":
-            from tuning.optuna_engine import OptunaEngine
-
-            return OptunaEngine(self)
-        from tuning.kerastuner_engine import KerasTunerEngine
-
-        return KerasTunerEngine(self)
 
     def _recipe_options(self, rest: Sequence[str]) -> dict[str, Any]:
         parsed = opts.parse(self.recipe, rest)
@@ -159,7 +157,7 @@ class Session:
     def run(self) -> int:
         """Runs the search, or serves one; returns the exit status."""
         import_tensorflow()
-        self.engine = self._engine()
+        self.engine = self._engine(self)
         self.space = search_space(self.args, self.recipe, self.given)
         self.engine.prepare()
         if self.engine.joins:

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip._files import write_json
+from keras_gradclip.files import write_json
 from keras_gradclip.tuning.divergence import DIVERGED, LARGEST_WEIGHT, exploded, worst_score
 from keras_gradclip.tuning.space import to_clipper, to_gate
 from recipes.errors import RecipeError, TrainingDiverged

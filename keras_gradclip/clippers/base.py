@@ -22,10 +22,10 @@ from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Gradient, Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.enforce import Assignment, ClipStats, Enforcer, Limit
 from keras_gradclip.clippers.parameters import MEASURES, Card, parameters
+from keras_gradclip.names import path_of
 
 
 @dataclasses.dataclass(frozen=True)

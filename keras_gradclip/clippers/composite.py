@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import keras
 
 from keras_gradclip import _validation as validation
-from keras_gradclip._names import names_of, path_of
 from keras_gradclip._types import Config, Threshold
 from keras_gradclip.clippers.base import Clipper, as_clipper, register, serialize_value
 from keras_gradclip.clippers.enforce import Assignment
 from keras_gradclip.clippers.parameters import Card
+from keras_gradclip.names import names_of, path_of
 
 DEFAULT = "default"
 

@@ -15,7 +15,6 @@ import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._names import SCOPES, scope_numbers, size_of
 from keras_gradclip._types import Gradient, Hyper, Scalar, State, Tensor, Threshold
 from keras_gradclip.clippers.units import (
     BIAS,
@@ -27,6 +26,7 @@ from keras_gradclip.clippers.units import (
     units_of,
     with_axes,
 )
+from keras_gradclip.names import SCOPES, scope_numbers, size_of
 
 #: Keys of `hyper`: the optimizer's learning rate, and whether it is a variable that is set, and
 #: no schedule.

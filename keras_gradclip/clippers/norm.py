@@ -7,12 +7,12 @@ import math
 import warnings
 from typing import ClassVar
 
-from keras_gradclip._names import SCOPES
 from keras_gradclip._types import Hyper, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.clippers.elementwise import ALPHA_NOTE
 from keras_gradclip.clippers.enforce import Weight
 from keras_gradclip.clippers.parameters import Card, parameter
+from keras_gradclip.names import SCOPES
 
 
 @register("norm")

@@ -20,10 +20,10 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._names import SCOPES
 from keras_gradclip._types import Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.clippers.parameters import Card, parameter
+from keras_gradclip.names import SCOPES
 
 #: Stands for "no limit" and "no norm yet": an infinity would turn into NaN when divided.
 NO_LIMIT = 1e38

@@ -10,8 +10,8 @@ import keras
 from keras import ops
 
 from keras_gradclip._layers import ByVariable, is_normalisation, owners_of
-from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Tensor
+from keras_gradclip.names import layers_of, path_of
 
 
 def number_of_units(variable: keras.Variable, axes: Sequence[int]) -> float:

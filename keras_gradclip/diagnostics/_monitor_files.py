@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_gradclip import _files as files
-from keras_gradclip._names import layers_of, names_of
+from keras_gradclip import files
 from keras_gradclip._types import Config
 from keras_gradclip.clippers.base import Clipper, serialize
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.diagnostics._recorder import FIELDS
 from keras_gradclip.diagnostics.watch import labels_of
+from keras_gradclip.names import layers_of, names_of
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: File names inside `run_dir`.

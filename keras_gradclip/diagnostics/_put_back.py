@@ -18,8 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _compat
+from keras_gradclip import _compat, aggregation
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 #: Attributes that are put back by value; others are objects that belong to the user.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_gradclip._files import read_json
 from keras_gradclip._types import Config
 from keras_gradclip.diagnostics._monitor_files import (
     MONITOR_CSV,
@@ -21,6 +20,7 @@ from keras_gradclip.diagnostics._monitor_files import (
     step_of,
 )
 from keras_gradclip.diagnostics._recorder import FIELDS
+from keras_gradclip.files import read_json
 
 #: What a clipper of norms says that it measures: see `MEASURES`.
 NORM = "layer_norm"

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import aggregation
 from keras_gradclip._types import Gradient, Gradients, Tensor
 from keras_gradclip.clippers.units import unit_of
 from keras_gradclip.diagnostics.watch import RingBuffer, counter, strategy_scope, sync

@@ -15,8 +15,6 @@ import numpy as np
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
-from keras_gradclip._files import write_json
-from keras_gradclip._names import layers_of, path_of
 from keras_gradclip._types import Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
@@ -31,6 +29,8 @@ from keras_gradclip.diagnostics.watch import (
     labels_of,
     watched_optimizers,
 )
+from keras_gradclip.files import write_json
+from keras_gradclip.names import layers_of, path_of
 from keras_gradclip.optimizer._advice import step_bound
 
 #: What a `Calibration` keeps of how it was watched, beside its samples.

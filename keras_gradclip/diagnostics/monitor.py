@@ -10,8 +10,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
+from keras_gradclip import aggregation
 from keras_gradclip._types import Config
 from keras_gradclip.diagnostics._monitor_files import (
     MonitorFiles,

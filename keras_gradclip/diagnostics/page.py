@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_gradclip._files import write_text
 from keras_gradclip._types import Config
 from keras_gradclip.diagnostics._charts import Chart, HeatMap, number
 from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV
@@ -25,6 +24,7 @@ from keras_gradclip.diagnostics.findings import (
     over_samples,
     percent,
 )
+from keras_gradclip.files import write_text
 
 #: Degrees below which the clip is said to keep the direction.
 STRAIGHT = 0.1

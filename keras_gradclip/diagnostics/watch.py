@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import backend, ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import aggregation
 from keras_gradclip._types import Strategy, Tensor
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find_all
 

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import aggregation
 from keras_gradclip._types import Gradients, Scalar, Tensor
 
 

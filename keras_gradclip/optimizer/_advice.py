@@ -11,16 +11,15 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_gradclip import _aggregation as aggregation
-from keras_gradclip import _compat
+from keras_gradclip import _compat, aggregation
 from keras_gradclip._layers import is_normalisation, networks_of
-from keras_gradclip._names import SCOPES, layers_of, names_of, path_of
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
 from keras_gradclip.clippers.units import BIAS, KERNEL, TABLE, Unit, units_of
+from keras_gradclip.names import SCOPES, layers_of, names_of, path_of
 
 AUTO = "auto"
 LOG = logging.getLogger("keras_gradclip")

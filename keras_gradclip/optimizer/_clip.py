@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import aggregation
 from keras_gradclip._types import Gradient, State, Tensor
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.enforce import LEARNING_RATE, RATE_IS_SET, Enforcer, combined

@@ -17,8 +17,8 @@ from keras import backend
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
-from keras_gradclip._names import path_of
 from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
+from keras_gradclip.names import path_of
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
 Kernel = Callable[..., Tensor]
@@ -288,9 +288,8 @@ class CompiledUpdate:
             ]
 
         slots = [[s.value for s in _compat.slots(self._inner, v) or ()] for v in variables]
-        return tf.__internal__.distribute.interim.maybe_merge_call(
+        return _compat.merge_call(
             merged,
-            tf.distribute.get_strategy(),
             [v.value for v in variables],
             list(gradients),
             slots,

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _validation as validation
+from keras_gradclip import aggregation
 from keras_gradclip._types import Scalar
 from keras_gradclip.clippers.base import Clipper, current_value
 
@@ -84,7 +84,7 @@ class ClipHyperparameters(MutableMapping):
 
 def threshold_variables(
     add_variable: Callable[..., keras.Variable], clipper: Clipper | None
-) -> dict[str, keras.Variable | validation.LearningRateSchedule]:
+) -> dict[str, keras.Variable | keras.optimizers.schedules.LearningRateSchedule]:
     """For each live threshold of `clipper` a variable, or its schedule."""
     result = {}
     for key, value in (clipper.hyperparameters() if clipper else {}).items():

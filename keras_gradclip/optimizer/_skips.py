@@ -8,8 +8,8 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import aggregation
 from keras_gradclip._types import Gradients, Tensor
 
 #: The number of norms to compare with; before half of them were seen, no finite norm is a spike.

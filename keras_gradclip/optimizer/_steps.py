@@ -15,9 +15,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip import _compat
+from keras_gradclip import _compat, aggregation
 from keras_gradclip._types import Gradient, Gradients, Scalar, Tensor
 
 

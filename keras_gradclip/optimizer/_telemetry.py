@@ -10,10 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._names import layers_of
+from keras_gradclip import aggregation
 from keras_gradclip._types import Config, Gradients, Scalar, Tensor
+from keras_gradclip.names import layers_of
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 _ONE_UPDATE, _ONE_SKIPPED = np.eye(4, dtype="float32")[2:]

@@ -10,14 +10,13 @@ from typing import Protocol
 import keras
 from keras import backend, ops
 
-from keras_gradclip import _aggregation as aggregation
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip import _compat
+from keras_gradclip import _compat, aggregation
 from keras_gradclip import _validation as validation
 from keras_gradclip._layers import networks_of
-from keras_gradclip._names import path_of
 from keras_gradclip._types import Config, Gradient, Scalar, Tensor
 from keras_gradclip.clippers.base import Clipper, as_clipper, serialize
+from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._accumulation import Accumulation
 from keras_gradclip.optimizer._advice import AUTO, choose, say, warn_of_muon, warn_of_remarks
 from keras_gradclip.optimizer._clip import Clip

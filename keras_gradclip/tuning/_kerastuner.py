@@ -15,7 +15,7 @@ from keras_tuner.engine.base_tuner import BaseTuner  # the loop of a search, wit
 from keras_tuner.engine.metrics_tracking import infer_metric_direction  # "max" of "val_accuracy"
 from keras_tuner.engine.trial import TrialStatus
 
-from keras_gradclip._files import read_json, write_json
+from keras_gradclip.files import read_json, write_json
 
 __all__ = [
     "BaseTuner",

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras_gradclip as kgc
-from keras_gradclip._validation import did_you_mean
 from keras_gradclip.clippers import Parameter, parameters, selectable
 from keras_gradclip.clippers import threshold_of as threshold_name
+from keras_gradclip.names import did_you_mean
 
 NONE = "none"
 #: What is searched where nobody chooses; any of `searchable()` will do.

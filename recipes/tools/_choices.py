@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip._files import replace_file, write_csv, write_json
 from keras_gradclip.diagnostics.calibration import kinds
+from keras_gradclip.files import replace_file, write_csv, write_json
 
 #: What `PercentileClip` remembers: few enough to keep up with norms that fall in the first epoch.
 WINDOW = 20

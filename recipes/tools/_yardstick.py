@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip._files import read_json, write_json
+from keras_gradclip.files import read_json, write_json
 
 TRIALS = 20
 #: Thresholds on the gradient alone, so that the update ratio is measured by what it is not.

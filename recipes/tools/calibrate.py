@@ -48,8 +48,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 import keras_gradclip as kgc
-from keras_gradclip._files import replace_file, write_json
 from keras_gradclip.diagnostics.calibration import SETTINGS
+from keras_gradclip.files import replace_file, write_json
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe, script_of

@@ -27,7 +27,7 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
 
-from keras_gradclip._files import read_csv, replace_file, write_csv, write_json
+from keras_gradclip.files import read_csv, replace_file, write_csv, write_json
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError, TrainingDiverged, plain_errors
 from recipes.registry import RECIPES, find_recipe

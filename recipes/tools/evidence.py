@@ -28,7 +28,7 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
 import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip._files import append_csv, read_csv
+from keras_gradclip.files import append_csv, read_csv
 from recipes.command_line import Parser, exit_status
 from recipes.errors import DataError, RecipeError, plain_errors
 from recipes.tools._studies import (

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import keras_gradclip as kgc
-from keras_gradclip._files import write_csv
+from keras_gradclip.files import write_csv
 from recipes.command_line import Parser, exit_status
 from recipes.training.folder import file_named
 

@@ -26,7 +26,7 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
 from rich.console import Console
 from rich.table import Table
 
-from keras_gradclip._files import read_csv, write_csv
+from keras_gradclip.files import read_csv, write_csv
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError, first_line, plain_errors
 from recipes.registry import RECIPES, find_recipe

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_gradclip._files import PathLike, append_csv
+from keras_gradclip.files import PathLike, append_csv
 from keras_gradclip.optimizer.clipped_optimizer import find
 from recipes.training.checkpoint import all_finite, average_statistics
 

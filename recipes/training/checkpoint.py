@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gradclip._compat import all_layers
-from keras_gradclip._files import PathLike, replace_file
+from keras_gradclip.files import PathLike, replace_file
 
 
 def state_variables(model: Any) -> list[Any]:

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gradclip._names import layer_of
+from keras_gradclip.names import layer_of
 from recipes.training.callbacks import clipped_optimizer
 from recipes.training.checkpoint import all_finite, restore, state_variables
 

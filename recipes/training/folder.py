@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from keras_gradclip._files import read_csv, write_csv
+from keras_gradclip.files import read_csv, write_csv
 from recipes.errors import RecipeError
 from recipes.training import multiworker
 from recipes.training import options as opts

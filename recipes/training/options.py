@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from keras_gradclip import _files
-from keras_gradclip._validation import did_you_mean
+from keras_gradclip import files
+from keras_gradclip.names import did_you_mean
 from recipes.command_line import Parser
 from recipes.errors import RecipeError
 from recipes.training.clipper_options import NONE, Flags, choose, clippers, import_modules
@@ -147,7 +147,7 @@ def read_json(path: str | os.PathLike) -> object:
     if not str(path):
         raise RecipeError(f"{path!r} is not the name of a file")
     try:
-        return _files.read_json(path)
+        return files.read_json(path)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except ValueError as error:

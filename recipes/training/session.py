@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ import keras
 import tensorflow as tf
 
 import keras_gradclip as kgc
-from keras_gradclip import _aggregation as aggregation
-from keras_gradclip._files import replace_file, write_json
+from keras_gradclip import aggregation
+from keras_gradclip.files import replace_file, write_json
 from recipes.data import Data
 from recipes.errors import RecipeError, TrainingDiverged, plain_errors
 from recipes.models import inference_model
@@ -29,8 +30,9 @@ from recipes.training.build import (
     build_metrics,
     build_model,
     load_data,
+    warmup_updates,
 )
-from recipes.training.devices import dtype_policy, make_strategy, named_losses
+from recipes.training.devices import device_kind, dtype_policy, make_strategy, named_losses
 from recipes.training.diagnose import replay
 from recipes.training.feed import Feed
 from recipes.training.option_table import Options
@@ -220,7 +222,7 @@ class Session:
     def _announce(self, start: int) -> None:
         if not self.writes or self.options.verbose == "quiet":
             return
-        print("\n".join(summary.opening_lines(self, start)), flush=True)
+        print("\n".join(_opening_lines(self, start)), flush=True)
 
     def _check_start(self, start: int) -> None:
         """Whether all workers begin at the same step: each read the backup by itself."""
@@ -363,6 +365,40 @@ def _finished(path: Path, recipe: Recipe, data: Data, options: Options) -> keras
     if model is not kept:
         replace_file(path, model.save)
     return model
+
+
+def _opening_lines(run: Session, start: int) -> list[str]:
+    """A few lines: folder, network, clipper, data, devices, precision, what is resumed.
+
+    Args:
+        run: that begins.
+        start: int, steps that are done already.
+    """
+    options, data, clipper, steps = run.options, run.data, run.clipper, run.steps
+    replicas = run.strategy.num_replicas_in_sync if run.strategy else 1
+    warmup = warmup_updates(options, steps)
+    clip = "no clipping" if clipper is None else textwrap.shorten(repr(clipper), 160)
+    gate = ", activation gate" if options.activation_gate else ""
+    kind = device_kind() + ("s" if replicas > 1 else "")
+    precision = {"none": "float32"}.get(options.mixed_precision, f"mixed {options.mixed_precision}")
+    schedule = f"warm-up of {counted(warmup, 'update')}, then cosine" if warmup else "cosine"
+    sizes = (data.train.size, data.validation.size, data.test.size)
+    lines = [
+        f"{run.recipe.name}: {run.exported.count_params():,} parameters, {clip}{gate}",
+        f"  {options.optimizer} at {options.learning_rate:g} ({schedule}), "
+        f"{counted(options.epochs, 'epoch')} of {counted(steps, 'step')}, "
+        f"batch {options.batch_size}, seed {options.seed}",
+        f"  {data.name}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test "
+        f"examples{f' ({data.note})' if data.note else ''}; on {replicas} {kind} in {precision}",
+        f"  results in {run.folder}",
+    ]
+    if start >= options.epochs * steps:
+        lines.append("  finished: all steps are done, and nothing is trained")
+    elif start:
+        epoch, step = divmod(start, steps)
+        done = f"{counted(start, 'step')} done"
+        lines.append(f"  going on from epoch {epoch + 1}, step {step + 1} ({done})")
+    return lines
 
 
 def _summary(result: Result) -> dict[str, object]:

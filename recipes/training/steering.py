@@ -152,7 +152,7 @@ def report(result) -> list[tuple[str, str]]:
     """
     import keras
 
-    from keras_gradclip._files import write_csv
+    from keras_gradclip.files import write_csv
     from recipes.training import dead_zone
 
     if not result.kept:

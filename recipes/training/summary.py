@@ -1,54 +1,14 @@
 """What does a run say about itself? At its start what it does where, at its end what came out."""
 
 import math
-import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from recipes.training import build, devices
+from recipes.training import devices
 from recipes.training.option_table import Options
 from recipes.training.recipe import Recipe, Result
-from recipes.words import counted
-
-if TYPE_CHECKING:
-    from recipes.training.session import Session
-
-
-def opening_lines(run: "Session", start: int) -> list[str]:
-    """A few lines: folder, network, clipper, data, devices, precision, what is resumed.
-
-    Args:
-        run: that begins.
-        start: int, steps that are done already.
-    """
-    options, data, clipper, steps = run.options, run.data, run.clipper, run.steps
-    replicas = run.strategy.num_replicas_in_sync if run.strategy else 1
-    warmup = build.warmup_updates(options, steps)
-    clip = "no clipping" if clipper is None else textwrap.shorten(repr(clipper), 160)
-    gate = ", activation gate" if options.activation_gate else ""
-    kind = devices.device_kind() + ("s" if replicas > 1 else "")
-    precision = {"none": "float32"}.get(options.mixed_precision, f"mixed {options.mixed_precision}")
-    schedule = f"warm-up of {counted(warmup, 'update')}, then cosine" if warmup else "cosine"
-    sizes = (data.train.size, data.validation.size, data.test.size)
-    lines = [
-        f"{run.recipe.name}: {run.exported.count_params():,} parameters, {clip}{gate}",
-        f"  {options.optimizer} at {options.learning_rate:g} ({schedule}), "
-        f"{counted(options.epochs, 'epoch')} of {counted(steps, 'step')}, "
-        f"batch {options.batch_size}, seed {options.seed}",
-        f"  {data.name}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test "
-        f"examples{f' ({data.note})' if data.note else ''}; on {replicas} {kind} in {precision}",
-        f"  results in {run.folder}",
-    ]
-    if start >= options.epochs * steps:
-        lines.append("  finished: all steps are done, and nothing is trained")
-    elif start:
-        epoch, step = divmod(start, steps)
-        done = f"{counted(start, 'step')} done"
-        lines.append(f"  going on from epoch {epoch + 1}, step {step + 1} ({done})")
-    return lines
 
 
 def warnings(options: Options) -> list[str]:

@@ -13,7 +13,7 @@ from keras import ops
 from reference_update import adam
 
 import keras_gradclip as kgc
-from keras_gradclip import _aggregation as aggregation
+from keras_gradclip import aggregation
 from keras_gradclip.optimizer import _skips
 from keras_gradclip.optimizer.clipped_optimizer import find
 

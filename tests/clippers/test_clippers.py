@@ -8,7 +8,7 @@ from helpers import DTYPES, RTOL, gradients, to64, variables
 from keras import ops
 
 import keras_gradclip as kgc
-from keras_gradclip._names import layer_of, path_of
+from keras_gradclip.names import layer_of, path_of
 
 SEEDS = range(3)
 

@@ -10,7 +10,7 @@ from keras import ops
 from oracles import AdaOracle, PercentileOracle, ZScoreOracle
 
 import keras_gradclip as kgc
-from keras_gradclip._names import path_of
+from keras_gradclip.names import path_of
 
 STEPS = 60
 

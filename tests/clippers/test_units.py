@@ -11,8 +11,8 @@ from helpers import to64
 
 import keras_gradclip as kgc
 from keras_gradclip._layers import networks_of
-from keras_gradclip._names import layers_of, names_of
 from keras_gradclip.clippers.units import unit_of
+from keras_gradclip.names import layers_of, names_of
 
 L = keras.layers
 KAPPA = 1e-2

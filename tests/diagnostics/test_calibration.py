@@ -10,9 +10,9 @@ import pytest
 from helpers import data, loss, net, strategy
 
 import keras_gradclip as kgc
-from keras_gradclip._names import layer_of
 from keras_gradclip.clippers.base import threshold_of
 from keras_gradclip.clippers.units import default_unit_axes
+from keras_gradclip.names import layer_of
 
 tf = pytest.importorskip("tensorflow")
 STEPS, BATCH = 6, 16

@@ -10,7 +10,7 @@ import pytest
 from run_files import CLIPPED, write_run
 
 import keras_gradclip as kgc
-from keras_gradclip import _files as files
+from keras_gradclip import files
 from keras_gradclip.diagnostics._monitor_files import _rows_before, read_rows
 from keras_gradclip.diagnostics._run_files import read_run
 from keras_gradclip.diagnostics.findings import findings

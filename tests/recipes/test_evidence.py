@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_gradclip as kgc
-from keras_gradclip._files import read_csv, read_json
+from keras_gradclip.files import read_csv, read_json
 from recipes.tools import _yardstick, evidence
 from recipes.training.recipe import at_chance
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keras_gradclip._files import read_csv
+from keras_gradclip.files import read_csv
 from recipes.training import checkpoint
 from recipes.training import folder as folders
 

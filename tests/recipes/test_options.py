@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_recipe import RECIPE
 
-from keras_gradclip._files import replace_file, write_json
+from keras_gradclip.files import replace_file, write_json
 from recipes.errors import RecipeError
 from recipes.training import Recipe
 from recipes.training import options as opts

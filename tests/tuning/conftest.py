@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_gradclip._files import read_csv, write_csv
+from keras_gradclip.files import read_csv, write_csv
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import backend, ops
 
+from keras_gradclip import _compat
 from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
 
 
@@ -283,16 +284,13 @@ def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
         return
-    import tensorflow as tf
 
     def merged(strategy: Strategy, natives: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for native, value in zip(natives, values, strict=True):
             strategy.extended.update(native, _assign, args=(value,), group=False)
 
     natives = [v.value if isinstance(v, keras.Variable) else v for v in variables]
-    tf.__internal__.distribute.interim.maybe_merge_call(
-        merged, tf.distribute.get_strategy(), natives, list(values)
-    )
+    _compat.merge_call(merged, natives, list(values))
 
 
 def _assign(native: Tensor, value: Tensor) -> None:
