@@ -72,7 +72,7 @@ def outside_of_traces(variables: Sequence[keras.Variable] = ()) -> Iterator[None
 
 
 def can_leave_the_trace(variables: Sequence[keras.Variable] = ()) -> bool:
-    """Whether `outside_of_traces` is outside of one."""
+    """Whether variables can be created outside of the traced function."""
     if not is_tensorflow() or current_strategy() is not None:
         return False
     import tensorflow as tf
@@ -96,7 +96,7 @@ def current_strategy() -> Strategy:
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raise a ValueError for a strategy under which an update cannot be what it promises to be."""
+    """Raise a ValueError for an unsupported tf.distribute strategy."""
     if strategy is None:
         return
     import tensorflow as tf
@@ -191,7 +191,7 @@ def make_step_function(
 
     # As Keras does: AutoGraph would only slow the trace down.
     one_step = tf.autograph.experimental.do_not_convert(one_step)
-    # Apart from the step, parts of which would otherwise run when the data ends.
+    # Fetched in a separate function: otherwise part of a step runs at the end of the data.
     fetch: Callable[[Iterator], Tensor] = next
     if not model.run_eagerly:
         one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)

@@ -99,7 +99,7 @@ def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[o
 
 
 def _end_last_line(path: PathLike) -> None:
-    """Half a last line goes; a whole one, as an editor leaves it, is ended."""
+    """Drop an incomplete last line; terminate a complete one."""
     if not Path(path).exists():
         return
     with open(path, "rb+") as file:

@@ -1,4 +1,4 @@
-"""What can I run? One short file per network over one shared training package."""
+"""One short file per network over one shared training package."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""How does a command end? The exit status and the one line of error of every command here."""
+"""The exit status and one-line error message of every command here."""
 
 import argparse
 import sys

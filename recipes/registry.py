@@ -1,4 +1,4 @@
-"""Which recipes are there?"""
+"""The list of recipes."""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What does a study of Optuna hold? Its trials, those that ran again under their first name."""
+"""Reads an Optuna study; a retried trial keeps its first number."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The picture of a search: which threshold should I use, and does it matter?"""
+"""The picture of a search: the score of each threshold, and how much it matters."""
 
 import math
 import textwrap

@@ -1,4 +1,4 @@
-"""What is searched? The flags of the search space, and the space that they make.
+"""The flags of the search space, and the space that they make.
 
 Those of the clippers are made from their own declarations.
 """

@@ -1,4 +1,4 @@
-"""What can clip? One declaration a clipper; the registry in `base` knows them all."""
+"""The clippers, one declaration each; the registry in `base` knows them all."""
 
 from keras_gradclip.clippers.base import (
     Clipper,

@@ -1,4 +1,4 @@
-"""What did the clip do? Watchers of the update, and what is read from their figures."""
+"""Diagnostics: a monitor of the update, and reports and calibration from its figures."""
 
 from keras_gradclip.diagnostics.calibration import Calibration, calibrate
 from keras_gradclip.diagnostics.monitor import ClipMonitor

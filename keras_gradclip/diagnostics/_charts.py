@@ -1,4 +1,4 @@
-"""Where does a figure go on the page? The geometry of its line charts and heat maps."""
+"""The geometry of the report's line charts and heat maps."""
 
 from __future__ import annotations
 

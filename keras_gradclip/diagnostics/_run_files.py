@@ -1,4 +1,4 @@
-"""What did `ClipMonitor` write? The samples of its files, by layer."""
+"""Reads the files that `ClipMonitor` wrote: samples by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does a figure become HTML? The pages of `templates/`, filled."""
+"""The HTML pages of `templates/`, filled with a run's figures."""
 
 from __future__ import annotations
 

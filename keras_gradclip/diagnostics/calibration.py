@@ -265,8 +265,7 @@ class Calibration:
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
         at_most = _measure(kind).at_most
         most = getattr(self, at_most) if at_most else math.inf
-        # A run that its learning rate has spoiled has no gradients left: the next one would be
-        # held still, or not held at all.
+        # In a run that diverged the gradients are near 0, and so would the threshold be.
         least = LEAST_SHARE * most if at_most else 0.0
         if not known:
             has_kernels = any(layer in self.kernels for layer in layers)

@@ -1,4 +1,4 @@
-"""Is this installation sound? Versions, devices, a trial update, and what it needs of Keras."""
+"""A check of the installation: versions, devices, a trial update, Keras's private names."""
 
 from __future__ import annotations
 

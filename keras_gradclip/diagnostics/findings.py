@@ -1,4 +1,4 @@
-"""What should a reader know about a run? Plain sentences, the worst first."""
+"""Findings about a run in plain sentences, the worst first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where else may the figures go? `ClipMonitor(log=...)` for four trackers of experiments.
+"""Loggers for `ClipMonitor(log=...)`: four experiment trackers.
 
 ```python
 wandb.init(project="mine")

@@ -1,4 +1,4 @@
-"""What happens to a gradient? Everything between `apply` and the inner optimizer."""
+"""The `ClippedOptimizer`: everything between `apply` and the inner optimizer."""
 
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find
 

@@ -59,7 +59,7 @@ def _adam(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel
 
 
 def _rounding_of_beta_2(beta_2: float, step: Tensor) -> Tensor:
-    """By how much the kernel's root of the second moment is off, as a factor.
+    """Correction factor for TensorFlow's rounding of 1 - β2.
 
     The kernel takes 1 - β2 from a rounded β2, Keras rounds the difference: for 0.999 in float32
     they are 1.3e-5 apart. After t steps so are the second moments, until (1 - β2)·t outgrows 1.

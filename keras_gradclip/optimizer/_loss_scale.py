@@ -15,7 +15,7 @@ from keras_gradclip._types import Gradient, Scalar, Tensor
 
 
 class LossScale(Protocol):
-    """What the gradients of an update have to be divided by, and who hears how it went."""
+    """The loss scale of an update; adjusted after it was applied or skipped."""
 
     #: Whether an update that is not finite is left out whatever `skip_nonfinite` says.
     checks_finite: bool

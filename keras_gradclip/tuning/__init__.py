@@ -1,4 +1,4 @@
-"""Which threshold? A search space, a hypermodel and oracles for KerasTuner, the space for Optuna.
+"""Search for thresholds: space, hypermodel and oracles for KerasTuner; the space for Optuna.
 
     pip install '.[tuning]'      # in the checkout: KerasTuner, the default
     pip install '.[optuna]'      # Optuna

@@ -109,10 +109,10 @@ class SearchOracle(OracleInternals):
         known = self.trials[trial.trial_id]
         if known.hyperparameters.values.keys() == trial.hyperparameters.values.keys():
             trial.hyperparameters = known.hyperparameters
-        # A worker that was given up may come back: after another has done its trial,
+        # A worker that was given up may come back, after another has done its trial or before
+        # another has begun it.
         if trial.trial_id in self.ended:
             return
-        # or before another has begun it.
         if trial.trial_id in self.waiting:
             self.waiting.remove(trial.trial_id)
         super().end_trial(trial)

@@ -1,4 +1,4 @@
-"""Where do images come from? `load` finds a data set by its name, `train_stream` its batches."""
+"""Data: `load` finds a data set by its name, `train_stream` makes its batches."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which images are in a folder? Files by split and class; damage is named by file.
+"""Folders of images: files by split and class; a damaged file is named.
 
 Each image is decoded once before training, so that a truncated file costs a line at the start and
 not a crash in epoch 7.

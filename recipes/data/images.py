@@ -1,4 +1,4 @@
-"""How does a file become an image? Decoding, cropping and mirroring."""
+"""Decoding, cropping and mirroring of image files."""
 
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""Which examples are there? A split, and the three splits with what makes a batch of them."""
+"""A split of a data set, and the three splits with what makes a batch of them."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""In which order do examples come? Batches, shuffled, augmented, and shared by workers.
+"""The stream of batches: shuffled, augmented, and shared by workers.
 
 The training order is a pure function of (seed, epoch, step): `train_stream(..., start_step=k)`
 yields exactly the batches that an uninterrupted run sees from step k on, augmentation included.

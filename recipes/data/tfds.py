@@ -1,4 +1,4 @@
-"""Which sets does TFDS bring? Their builders, features and splits, and the embedded digits."""
+"""Data sets of TFDS: builders, features and splits; and the embedded digits."""
 
 import difflib
 import itertools

@@ -1,3 +1,3 @@
-"""Which commands work on recipes? All of them, compared, calibrated, or on several workers."""
+"""Commands that work on recipes: run all, compare, calibrate, or use several workers."""
 
 import recipes.training  # noqa: F401  (TensorFlow, before anything imports it with its noise)

@@ -1,4 +1,4 @@
-"""What would each threshold have clipped of the updates watched? Files, figures, a picture."""
+"""The share that each threshold would have clipped: files, figures, a picture."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which clipper, and what does it buy? Trains networks × clippers × learning rates × seeds.
+"""Evidence for clippers: trains networks × clippers × learning rates × seeds.
 
     python recipes/tools/evidence.py                      # small: ten minutes on two idle cores
     python recipes/tools/evidence.py --preset full --data-dir FOLDER --output docs/results

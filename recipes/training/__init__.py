@@ -1,4 +1,4 @@
-"""How does a run work? A recipe, its options, its folder, and the training itself."""
+"""Training of a recipe: options, folder, and the run itself."""
 
 from recipes.training.quiet import import_tensorflow
 

@@ -1,4 +1,4 @@
-"""What is trained? Clipper, optimizer, model, loss, metrics and data, from the options."""
+"""Clipper, optimizer, model, loss, metrics and data, built from the options."""
 
 from typing import Any
 

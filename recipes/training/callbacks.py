@@ -1,4 +1,4 @@
-"""What is done around `fit`? A stop at NaN, telemetry, the history, and whole epochs."""
+"""Callbacks of `fit`: a stop at NaN, telemetry, the history, and whole epochs."""
 
 import math
 from pathlib import Path

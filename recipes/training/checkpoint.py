@@ -1,4 +1,4 @@
-"""What survives a kill? The backup a run goes on from, and the best model so far."""
+"""The files that survive a kill: the backup to resume from, and the best model so far."""
 
 import dataclasses
 import json

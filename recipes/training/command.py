@@ -1,4 +1,4 @@
-"""How is a recipe run from the command line?"""
+"""The command line of a recipe."""
 
 import contextlib
 import shlex

@@ -1,4 +1,4 @@
-"""Answers too small to be meant: below which angle does a model steer straight on?"""
+"""Deadband: predictions below a threshold become 0."""
 
 import keras
 import numpy as np

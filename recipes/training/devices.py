@@ -1,4 +1,4 @@
-"""Where does a run compute? Devices, machines and precision."""
+"""Devices, machines and precision of a run."""
 
 import contextlib
 import faulthandler

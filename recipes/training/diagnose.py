@@ -1,4 +1,4 @@
-"""Where did the NaN come from? Replays the last steps before a divergence, looking closely."""
+"""Finds the origin of a NaN: replays the last steps before a divergence."""
 
 import dataclasses
 

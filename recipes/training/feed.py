@@ -1,4 +1,4 @@
-"""Which batches does this process see? All of them, or its part of those of all workers."""
+"""The input pipeline of this process: all batches, or its part of those of all workers."""
 
 import dataclasses
 from collections.abc import Callable

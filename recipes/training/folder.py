@@ -1,4 +1,4 @@
-"""Where do results go? The folder of a run: its name, its files, and one run in it at a time."""
+"""The folder of a run: its name, its files, and one run in it at a time."""
 
 import contextlib
 import os

@@ -306,7 +306,7 @@ def lost(cluster: Cluster, error: Exception, timeout: float) -> WorkerLost | Non
     for job, index in re.findall(r"/job:(\w+)(?:/replica:\d+)?/task:(\d+)", text):
         name = "chief" if job == "chief" else f"worker {index}"
         named += [t for t in cluster.others() if t[0] == name and t not in named]
-    # The one that reports is no casualty; and who has gone does not listen any more.
+    # Not this worker; one that is gone accepts no connections any more.
     absent = silent(cluster)
     blamed = [t for t in named if t in absent] or absent or ([] if late else named)
     if blamed:

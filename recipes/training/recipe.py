@@ -1,4 +1,4 @@
-"""What is a recipe? What differs from network to network, and what a run of it achieved."""
+"""A recipe (what differs from network to network), and the result of a run."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""How does a run go? Data, model and devices are prepared, then it trains to its end."""
+"""A run: data, model and devices are prepared, then it trains to its end."""
 
 import contextlib
 import dataclasses
@@ -357,7 +357,7 @@ class Session:
 
 
 def _finished(path: Path, recipe: Recipe, data: Data, options: Options) -> keras.Model:
-    """The kept model, also on disk, when the recipe has had its last word on it."""
+    """The best model after the recipe's `finish`, which may change it; saved again if so."""
     kept = keras.models.load_model(path, compile=False)
     if recipe.finish is None:
         return kept

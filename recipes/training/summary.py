@@ -1,4 +1,4 @@
-"""What does a run say about itself? At its start what it does where, at its end what came out."""
+"""The warnings before a run and the table of its results."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from recipes.training.recipe import Recipe, Result
 
 
 def warnings(options: Options) -> list[str]:
-    """What the options allow and hardly anybody wants."""
+    """Warnings about unusual options."""
     lines = []
     if options.optimizer == "sgd" and options.momentum == 0:
         lines.append(
