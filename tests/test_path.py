@@ -42,7 +42,7 @@ def model_of(cls):
 
 
 PLAIN = {"absolute": kgc.AbsoluteClip(0.1), "update_ratio": kgc.UpdateRatioClip()}
-MOST = {"absolute": (185, 20), "update_ratio": (236, 20), "norm": (255, 23)}
+MOST = {"absolute": (185, 20), "update_ratio": (244, 20), "norm": (255, 23)}
 
 
 @pytest.mark.parametrize("name", MOST)
