@@ -183,6 +183,15 @@ def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     return [*own.get("_trainable_variables", ()), *own.get("_non_trainable_variables", ())]
 
 
+def not_converted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which AutoGraph leaves as it is, as it leaves Keras's own."""
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)
+
+
 def own_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """The layers directly inside a layer; only models have a public list of them."""
     return list(vars(layer).get("_layers", ()))
@@ -204,13 +213,16 @@ def build_what_counts(model: keras.Model, step: Callable[..., Any], data: Tensor
     """Make what the loss and the metrics of a compiled model count in, before its first step.
 
     Keras does so for strategies and on other backends, by `_symbolic_build`, and has no public
-    name for it; of a train step of one's own it does not know what it makes of the data.
+    name for it. What a custom train step makes of the data, and which variables it trains, only
+    the step knows: it is traced once more, which builds its optimizer, too.
     """
     parts = (model._compile_loss, model._compile_metrics)
-    if all(part is None or part.built for part in parts):
-        return
+    are_built = all(part is None or part.built for part in parts)
     if type(model).train_step is keras.Model.train_step:
-        model._symbolic_build(data_batch=data)
+        if not are_built:
+            model._symbolic_build(data_batch=data)
+        return
+    if are_built and model.optimizer.built:
         return
     import tensorflow as tf
 

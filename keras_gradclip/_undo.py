@@ -74,13 +74,13 @@ class Undo:
         """`step`, a train step that writes variables, and what undoes it."""
 
         def undone(data: Tensor) -> Logs:
+            if aggregation.is_tensorflow():
+                _compat.build_what_counts(self._model, step, data)
             optimizer, trained = self._model.optimizer, self._model.trainable_variables
             if not optimizer.built and trained:  # what tells of a skip has to be there before it
                 optimizer.build(trained)
             if not optimizer.built:
                 return step(data)
-            if aggregation.is_tensorflow():
-                _compat.build_what_counts(self._model, step, data)
             self.build()
             written = self._written()
             before = [_now(v) for v in written]

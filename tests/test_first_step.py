@@ -63,13 +63,15 @@ def test_a_dynamic_loss_scale_is_no_constant(base):
     model = with_heads(cls, 1)
     model.compile(kgc.ClippedOptimizer("adam", "absolute"), LOSS, jit_compile=False)
     model.fit(X, Y, batch_size=16, verbose=0)
-    assert len(traced) == 1
+    # A custom step that may be skipped is traced for what it builds: that is put back, too.
+    traces = len(traced)
+    assert traces == (2 if base is kgc.ClippedModel else 1)
     model.optimizer.dynamic_scale.assign(2.0**100)  # more than float16 has
     before = weights(model)
     model.fit(X, Y, batch_size=16, verbose=0)
     np.testing.assert_array_equal(weights(model), before)
     assert model.optimizer.dynamic_scale.numpy() == 2.0**98  # halved after each of two steps
-    assert len(traced) == 1
+    assert len(traced) == traces
 
 
 def test_a_loss_scale_is_made_as_keras_makes_it():

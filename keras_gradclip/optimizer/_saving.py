@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -29,11 +29,14 @@ def load_named(own: Mapping[str, keras.Variable], store: Mapping[str, Tensor]) -
     return {*own, *saved} - fitting
 
 
-def warn_of_missing(missing: set[str], was_built: bool, built: bool, is_auto: bool) -> None:
+def warn_of_missing(
+    missing: set[str], own: Iterable[str], was_built: bool, built: bool, is_auto: bool
+) -> None:
     """Warn of variables that were not loaded, where that is a loss.
 
     Args:
         missing: what `load_named` returned.
+        own: the names of this optimizer's variables.
         was_built: whether the saved optimizer had its state.
         built: whether this one has.
         is_auto: whether its clipper is yet to be chosen.
@@ -42,7 +45,7 @@ def warn_of_missing(missing: set[str], was_built: bool, built: bool, is_auto: bo
         chosen_anew = {name for name in missing if is_auto and name.startswith("hyper:")}
         missing = missing - {"skipped"} - chosen_anew
     elif not was_built:  # there was no state yet
-        missing = set()
+        missing = missing - {*own}
     if missing:
         remedy = (
             "Use the clipper and the gradient_accumulation_steps that it was saved with."

@@ -238,6 +238,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     # One update -------------------------------------------------------------------------------
 
+    @_compat.not_converted
     def apply(
         self,
         grads: Sequence[Gradient],
@@ -595,11 +596,12 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store: Mapping[str, Tensor]) -> None:
         """Load what `save_own_variables` saved; what does not fit stays, with a warning."""
-        missing = load_named(self._saved(), store)
+        own = self._saved()
+        missing = load_named(own, store)
         if self.built and self._accumulation is not None:
             self._accumulation.mark_from_sums()  # files of 0.1 and 0.2 have no such flags
             missing.discard("touched")
-        warn_of_missing(missing, "skipped" in store, self.built, self._is_auto)
+        warn_of_missing(missing, own, "skipped" in store, self.built, self._is_auto)
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         """Set all variables, the inner optimizer's as well, in the order of `variables`."""

@@ -387,7 +387,7 @@ def test_mixed_float16():
 def test_what_adam_applies_is_bounded():
     model, (x, y) = model_of(), data(5)
     ws = [w.astype("float64") for w in model.get_weights()]
-    model.compile(keras.optimizers.Adam(0.1), "mse", clipper=kgc.UpdateRatioClip(0.01))
+    model.compile(keras.optimizers.Adam(0.1), "mse", clipper=kgc.UpdateRatioClip(0.01, biases=None))
     model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
     slots: list[dict] = [{} for _ in ws]
     for i in range(5):

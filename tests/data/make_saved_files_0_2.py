@@ -34,7 +34,7 @@ CASES = {
     "norm": (momentum, {"clipper": kgc.NormClip(0.3)}),
     "rms": (adam, {"clipper": kgc.RMSClip(0.05)}),
     "adaptive": (momentum, {"clipper": kgc.AdaptiveClip(0.05)}),
-    "update_ratio": (momentum, {"clipper": kgc.UpdateRatioClip(5e-3)}),
+    "update_ratio": (momentum, {"clipper": kgc.UpdateRatioClip(5e-3, biases=None)}),
     "update_ratio_biases": (
         adam,
         {"clipper": kgc.UpdateRatioClip(5e-3, biases="unit", anneal="learning_rate")},

@@ -87,7 +87,7 @@ def test_mixed_precision_keeps_its_loss_scale():
 
 
 @keras.saving.register_keras_serializable("tests")
-class OwnCompile(keras.Model):
+class CompiledByAlpha(keras.Model):
     """Compiles with an argument of its own, and saves it."""
 
     def compile(self, optimizer, alpha, **kwargs):
@@ -123,7 +123,7 @@ def accumulating():
         (keras.Model, lambda: scaled(keras.optimizers.Adam(0.01)), "float32", {}),
         (keras.Model, accumulating, "float32", {"run_eagerly": True}),
         (keras.Model, lambda: scaled(accumulating()), "float32", {"steps_per_execution": 2}),
-        (OwnCompile, lambda: keras.optimizers.Adam(0.01), "float32", {"alpha": 3.0}),
+        (CompiledByAlpha, lambda: keras.optimizers.Adam(0.01), "float32", {"alpha": 3.0}),
         (kgc.ClippedModel, "adam", "float32", {}),
         (kgc.ClippedModel, "adam", "mixed_float16", {"skip_spikes": 9}),
         (kgc.ClippedModel, accumulating, "float32", {"loss_weights": [2.0]}),
