@@ -68,7 +68,8 @@ def choose(
     bound, kernels = step_bound(inner, variables), count_kernels(variables)
     why = (
         "the model has no normalisation: no step moves a unit, or its bias, by more than κ of its "
-        f"norm, which is smaller the deeper the network ({kernels} kernel{'s' if kernels > 1 else ''})"
+        "norm, which is smaller the deeper the network "
+        f"({kernels} kernel{'s' if kernels > 1 else ''})"
     )
     if bound.anneal is not None:
         why += ", and falls with the learning rate, as momentum adds up what is left"
