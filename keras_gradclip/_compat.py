@@ -151,7 +151,7 @@ def is_called_by(*kinds: type) -> bool:
     """Whether a method of one of these is among the callers.
 
     Keras's callbacks set `optimizer.learning_rate` as anybody does: only the caller tells that it
-    is a schedule that goes on.
+    is one more step of the same schedule.
     """
     frame: Any = sys._getframe(1)
     for _ in range(8):

@@ -52,8 +52,8 @@ def owners_of(variables: Sequence[keras.Variable]) -> list[weakref.ref | None]:
     """For each variable, a weak reference to the layer that made it, the same for one layer.
 
     Returns:
-        A list; None where no living layer has the variable (it was made outside of layers, or the
-        garbage collector was told to leave its layer alone, `gc.freeze`).
+        A list; None where no living layer has the variable (it was made outside of layers, or
+        `gc.freeze` hid its layer from the garbage collector).
     """
     unknown = [v for v in variables if v not in _OWNERS]
     if unknown:

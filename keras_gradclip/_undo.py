@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras import backend, ops
 
-from keras_gradclip import _arithmetic as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip._types import Config, Scalar, Tensor
 
@@ -152,14 +152,14 @@ class Undo:
         """The logs of what the metrics count now; as they are before anything was counted."""
         figures = self._model.get_metrics_result()
         if not isinstance(logs, Mapping) or not {*logs} <= {*figures}:
-            return logs  # a step of one's own returns what it likes, and Keras leaves it alone
+            return logs  # a custom train step may return anything, as in Keras
         is_any = self._is_any_counted()
         return {
             k: ops.where(is_any, figures[k], ops.cast(v, figures[k].dtype)) for k, v in logs.items()
         }
 
     def _is_any_counted(self) -> Scalar:
-        counts = [kernels.float32(_now(m.count)) for m in _compat.means(self._model.metrics)]
+        counts = [arithmetic.float32(_now(m.count)) for m in _compat.means(self._model.metrics)]
         return ops.max(ops.stack(counts)) > 0 if counts else True
 
     def of_epoch(self, figures: Config) -> Config:
@@ -167,18 +167,19 @@ class Undo:
         if self._is_inside or not self._wrapper.built:
             return figures
         nothing = ops.logical_not(self._is_any_counted())
-        is_empty = ops.logical_and(nothing, kernels.read(self._wrapper._skipped) > 0)
+        is_empty = ops.logical_and(nothing, arithmetic.read(self._wrapper._skipped) > 0)
         return {k: ops.where(is_empty, float("nan"), v) for k, v in figures.items()}
 
     def on_reset_metrics(self) -> None:
         """An epoch begins: a skipped update does not bring back what the last one counted."""
         for v in self._model.metrics_variables:
             if id(v) in self._kept:
-                self._kept[id(v)].assign(ops.copy(kernels.read(v)))  # JAX donates each buffer once
+                # JAX donates each buffer once.
+                self._kept[id(v)].assign(ops.copy(arithmetic.read(v)))
 
 
 def _now(variable: keras.Variable) -> Tensor:
-    value = kernels.read(variable)
+    value = arithmetic.read(variable)
     # PyTorch writes into the tensor that was read.
     return ops.copy(value) if backend.backend() == "torch" else value
 

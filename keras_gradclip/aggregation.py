@@ -415,15 +415,17 @@ def _no_result(fn: Callable[..., object], args: tuple) -> Callable[[], None]:
     return call
 
 
-def zeros(shape: Sequence[int], name: str, dtype: str = "float32") -> keras.Variable:
+def zeros(
+    shape: Sequence[int], name: str, dtype: str = "float32", **placement: str
+) -> keras.Variable:
     """A variable into which every replica writes the same, each into its own copy."""
     return keras.Variable(
         initializer="zeros",
         shape=tuple(shape),
         dtype=dtype,
         trainable=False,
-        aggregation="none",
         name=name,
+        **{"aggregation": "none", **placement},
     )
 
 
@@ -442,12 +444,4 @@ def local_variable(shape: Sequence[int], dtype: str, name: str) -> keras.Variabl
 
     Outside the replicas it reads as the sum of the copies, and that is what is saved.
     """
-    return keras.Variable(
-        initializer="zeros",
-        shape=tuple(shape),
-        dtype=dtype,
-        trainable=False,
-        aggregation="sum",
-        synchronization="on_read",
-        name=name,
-    )
+    return zeros(shape, name, dtype, aggregation="sum", synchronization="on_read")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import keras
 from keras import ops, tree
 
-from keras_gradclip import _arithmetic as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Tensor
@@ -80,7 +80,7 @@ class ActivationGate:
     def threshold(self) -> float:
         """c/(γ·lr₀): the |input| above which the gradient is scaled; at most float32's largest."""
         quotient = self.clip_value / (self.gamma * self.initial_learning_rate)
-        return min(quotient, kernels.LARGEST)
+        return min(quotient, arithmetic.LARGEST)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` itself, a float tensor of any shape, with the gated gradient behind it."""
@@ -318,7 +318,7 @@ def _gate(x: Tensor, threshold: float, gamma: float) -> Tensor:
         def grad(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
             dx = args[0] if upstream is None else upstream
             large = ops.abs(ops.cast(x, "float32")) > threshold
-            return ops.where(large, kernels.scale(dx, gamma), dx)  # γ may be infinite in float16
+            return ops.where(large, arithmetic.scale(dx, gamma), dx)  # γ may be infinite in float16
 
         return x, grad
 

@@ -52,7 +52,7 @@ class _Runtime:
 
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
-        self.told: set[str] = set()  # names of them that a metric of the user's has
+        self.told: set[str] = set()  # figures whose name a metric of the user's takes: warned of
         self.gate: gate.ActivationGate | None = None
         self.hidden = False
         self.undo: Undo | None = None

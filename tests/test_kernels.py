@@ -7,7 +7,7 @@ import pytest
 from helpers import DTYPES, RTOL, gradients, strategy, to64, variables
 
 import keras_gradclip as kgc
-from keras_gradclip import _arithmetic as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip.names import layer_of
 
 tf = pytest.importorskip("tensorflow")
@@ -192,7 +192,7 @@ def test_compiled_on_replicas(replicas):
 
 
 def test_worth_compiling_is_about_this_size():
-    assert kernels.SMALL < 300 * 256 < kernels.WORTH_COMPILING <= 1024 * 1024
+    assert arithmetic.SMALL < 300 * 256 < arithmetic.WORTH_COMPILING <= 1024 * 1024
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_worth_compiling_is_about_this_size():
 )
 def test_column_squares(shape):
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
-    traced = tf.function(kernels.column_squares, autograph=False).get_concrete_function(
+    traced = tf.function(arithmetic.column_squares, autograph=False).get_concrete_function(
         tf.TensorSpec(shape)
     )
     axes = tuple(range(len(shape) - 1))
@@ -208,7 +208,7 @@ def test_column_squares(shape):
     np.testing.assert_allclose(traced(tf.constant(x)), expected, rtol=2e-6)
     # A convolution of a small tensor takes eight times as long as a square and a sum.
     convolutions = [op for op in traced.graph.get_operations() if "Depthwise" in op.type]
-    assert bool(convolutions) == (x.size >= kernels.WORTH_CONVOLVING)
+    assert bool(convolutions) == (x.size >= arithmetic.WORTH_CONVOLVING)
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
@@ -234,9 +234,9 @@ def test_precision_does_not_depend_on_the_shape(shape, jit_compile):
     """Equal numbers, of which a long sum loses most, to the fifth digit."""
     x = tf.fill(shape, tf.constant(0.1, "float32"))
     square, count = float(np.float32(0.1)) ** 2, np.prod(shape)
-    functions = {kernels.sum_of_squares: count}
+    functions = {arithmetic.sum_of_squares: count}
     if len(shape) > 1:
-        functions[kernels.column_squares] = count / shape[-1]
+        functions[arithmetic.column_squares] = count / shape[-1]
     for function, count in functions.items():
         got = tf.function(function, jit_compile=jit_compile, autograph=False)(x)
         np.testing.assert_allclose(np.ravel(got), count * square, rtol=3e-5)

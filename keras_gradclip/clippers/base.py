@@ -63,7 +63,8 @@ class Clipper(Limit):
     def check_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Raise a ValueError if this clipper cannot serve these variables."""
         for variable in variables:
-            if "complex" in str(getattr(variable, "dtype", "")):
+            is_trained = getattr(variable, "trainable", True)
+            if is_trained and "complex" in str(getattr(variable, "dtype", "")):
                 raise ValueError(
                     f"{type(self).__name__}: {path_of(variable)!r} is of dtype {variable.dtype}, "
                     "and clipping a complex gradient is not defined. Exclude it: "

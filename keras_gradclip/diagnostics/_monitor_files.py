@@ -144,7 +144,7 @@ def is_measured(row: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _rows_before(path: Path, starts: Mapping[str, int]) -> list[dict[str, str]]:
-    """The rows of an earlier run that this one goes on from: of the steps that are not done again.
+    """The rows of the run that this one resumes, up to the step that it resumes from.
 
     Args:
         path: the file.
@@ -156,7 +156,7 @@ def _rows_before(path: Path, starts: Mapping[str, int]) -> list[dict[str, str]]:
     rows, problems = read_rows(path)
     if problems:
         warnings.warn(
-            f"ClipMonitor: damaged lines were left out of {path}: {'; '.join(problems[:3])}"
+            f"ClipMonitor: skipped damaged lines of {path}: {'; '.join(problems[:3])}"
             + (f" and {len(problems) - 3} more." if len(problems) > 3 else "."),
             stacklevel=2,
         )

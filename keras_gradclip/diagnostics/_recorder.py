@@ -126,7 +126,7 @@ class Recorder:
                 "clip_fraction": figures[3],
                 "max_abs": figures[4],
                 "angle": angle,
-                # Where such updates are left out, none is sampled; else all of the sample is bad.
+                # A skipped update is not sampled; an applied one counts as bad as a whole.
                 "nonfinite": np.where(bad > 0, 1.0, skipped),
             }
             for name in FIELDS[:-1]:

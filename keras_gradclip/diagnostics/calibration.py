@@ -161,7 +161,7 @@ class Calibration:
     def saved_threshold(self, kind: str, layer: str) -> float | None:
         """The layer's threshold in `clip_map` and `save`; None where the layer is left alone.
 
-        It is `thresholds[kind][layer]` but for "update_ratio", whose figures are capped.
+        It is `thresholds[kind][layer]`, except for "update_ratio", whose figures are capped.
         """
         path = _path(layer, self.layers)
         levels = self._levels(kind, [n for n in self.layers if _path(n, self.layers) == path], 1)

@@ -134,8 +134,7 @@ def _adam_change(
 _EQUATIONS = dict.fromkeys(
     (keras.optimizers.Adam, keras.optimizers.AdamW), (_adam_constants, _adam_change)
 )
-#: Elements. Below, TensorFlow's operation takes longer than those of the equation: 35 to 24
-#: microseconds with 100 elements, as long with 8,000 (`benchmarks/tiny.py`).
+#: Elements. Below, TensorFlow's operation takes longer than those of the equation.
 WORTH_AN_OPERATION = 1 << 13
 
 # Element by element, in many operations. The others take norms or products of matrices, which XLA

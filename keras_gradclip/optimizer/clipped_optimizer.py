@@ -342,7 +342,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         aggregation.cond(
             is_kept,
             functools.partial(self._step, call),
-            functools.partial(self._skip, call),
+            lambda gradients, *_: self._skip(call, gradients),
             (gradients, overwriting, dict(call.if_present)),
             state=self._written(),
         )
@@ -384,15 +384,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         for watcher in self._all_watchers:
             watcher.on_update(update)
 
-    def _skip(
-        self,
-        call: Call,
-        gradients: list[Gradient],
-        overwriting: list[Gradient],
-        if_present: Mapping[int, Tensor],
-    ) -> None:
+    def _skip(self, call: Call, gradients: list[Gradient]) -> None:
         """Skip the update on every replica: not finite, or a spike."""
-        del overwriting, if_present
         self._skipped.assign(self._skipped + 1)
         self._first_nonfinite.note(gradients)
         for watcher in self._all_watchers:

@@ -61,6 +61,18 @@ def test_nested_rules_of_one_name_are_refused():
     kgc.ClipMap([(".*/kernel", kgc.AbsoluteClip(0.1)), (".*", nested)])
 
 
+class Phased(keras.layers.Dense):
+    def build(self, shape):
+        self.phase = self.add_weight((2,), dtype="complex64", trainable=False, name="phase")
+        super().build(shape)
+
+
+def test_a_frozen_complex_variable_of_the_network_is_no_matter():
+    layer = Phased(2)
+    layer.build((None, 3))
+    kgc.ClippedOptimizer("sgd", "norm").build(layer.trainable_variables)
+
+
 def test_complex_variables_are_refused_and_can_be_excluded():
     z = keras.Variable(np.zeros(2, "complex64"), dtype="complex64", name="z")
     g = keras.ops.convert_to_tensor(np.array([1 + 1j, 2j], "complex64"))

@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import keras_gradclip as kgc
-from keras_gradclip import _arithmetic as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip.clippers import parameters, selectable
 
 SMALLEST, LARGEST = (float(x) for x in (np.finfo("float32").tiny, np.finfo("float32").max))
@@ -113,7 +113,7 @@ def test_the_largest_threshold_clips_nothing(case):
 @pytest.mark.parametrize("limit", [0.0, 1e-45, 1.0, LARGEST, np.inf])
 def test_the_factor_of_any_limit(norm, limit):
     factor = float(
-        kernels.clip_factor(*(ops.convert_to_tensor(x, "float32") for x in (norm, limit)))
+        arithmetic.clip_factor(*(ops.convert_to_tensor(x, "float32") for x in (norm, limit)))
     )
     assert 0.0 <= factor <= 1.0
     if limit == np.inf and norm < np.inf:

@@ -160,7 +160,7 @@ def test_what_can_be_read_is_kept_by_a_run_that_goes_on(name, damage, at, tmp_pa
     assert len(problems) == 1 + (at == "head"), problems
     assert f"line {place + (at != 'head')} of {name}" in problems[-1]
     assert kgc.report(run).exists()
-    with pytest.warns(UserWarning, match=f"damaged lines were left out of .*{name}"):
+    with pytest.warns(UserWarning, match=f"skipped damaged lines of .*{name}"):
         assert _rows_before(path, {"conv1/kernel": 9}) == whole
     assert _rows_before(path, {"conv1/kernel": 0}) == [], "a fresh run begins anew"
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from reference_update import ReferenceUpdate, adam, sgd
 
 import keras_gradclip as kgc
-from keras_gradclip import _arithmetic as kernels
+from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip.clippers import selectable
 from keras_gradclip.optimizer import _compiled, _skips
 
@@ -184,7 +184,7 @@ class Subject:
                 index = index if isinstance(index, int) else int(tf.get_static_value(index))
             scale = SCALES[self.c.scaling] or 1.0
             if self.c.scaling == "dynamic":
-                scale = kernels.read(self.outer.dynamic_scale)
+                scale = arithmetic.read(self.outer.dynamic_scale)
             grads = [
                 self._tensor(g, v, scale)
                 for g, v in zip(replicas[index], self.variables, strict=True)
@@ -274,10 +274,10 @@ def is_schedule(value):
 def check(folder, c):
     with pytest.MonkeyPatch.context() as patch:
         if c.is_lowered:
-            patch.setattr(kernels, "SMALL", 1)
-            patch.setattr(kernels, "WORTH_COMPILING", 1)
-            patch.setattr(kernels, "WORTH_CONVOLVING", 8)
-            patch.setattr(kernels, "LONG", 2)
+            patch.setattr(arithmetic, "SMALL", 1)
+            patch.setattr(arithmetic, "WORTH_COMPILING", 1)
+            patch.setattr(arithmetic, "WORTH_CONVOLVING", 8)
+            patch.setattr(arithmetic, "LONG", 2)
             patch.setattr(_compiled, "WORTH_AN_OPERATION", 0)
         check_configuration(folder, c)
 

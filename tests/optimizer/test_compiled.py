@@ -10,7 +10,7 @@ from helpers import strategy
 tf = pytest.importorskip("tensorflow")
 
 import keras_gradclip as kgc  # noqa: E402
-from keras_gradclip import _arithmetic as kernels  # noqa: E402
+from keras_gradclip import _arithmetic as arithmetic  # noqa: E402
 from keras_gradclip.clippers.base import selectable  # noqa: E402
 from keras_gradclip.optimizer import _compiled  # noqa: E402
 
@@ -106,8 +106,8 @@ def assert_parity(make, compiled="auto", tolerance=2e-6, **arguments):
 @pytest.fixture
 def small_is_large(monkeypatch):
     """Let XLA have the variables of these tests."""
-    monkeypatch.setattr(kernels, "SMALL", 8)
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", 1)
+    monkeypatch.setattr(arithmetic, "SMALL", 8)
+    monkeypatch.setattr(arithmetic, "WORTH_COMPILING", 1)
     monkeypatch.setattr(_compiled, "WORTH_AN_OPERATION", 0)
 
 
@@ -153,8 +153,8 @@ def test_each_replica_does_what_keras_does_for_every_optimizer(name, small_is_la
 
 @pytest.mark.parametrize("enough", [1, 10**6])
 def test_replicas_follow_a_schedule(enough, monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 8)
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", enough)
+    monkeypatch.setattr(arithmetic, "SMALL", 8)
+    monkeypatch.setattr(arithmetic, "WORTH_COMPILING", enough)
     make = functools.partial(optimizers.RMSprop, SCHEDULE)
     ours, optimizer = trained(make, "auto", replicas=2, steps=6)
     keras_own, _ = trained(make, False, replicas=2, steps=6)
@@ -163,8 +163,8 @@ def test_replicas_follow_a_schedule(enough, monkeypatch):
 
 
 def test_replicas_leave_small_variables_to_keras(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 10)
-    monkeypatch.setattr(kernels, "WORTH_COMPILING", 10)
+    monkeypatch.setattr(arithmetic, "SMALL", 10)
+    monkeypatch.setattr(arithmetic, "WORTH_COMPILING", 10)
     assert_parity(BY_XLA["Nadam"], replicas=2, steps=4)
 
 
@@ -530,7 +530,7 @@ def test_every_operation_of_an_update_has_a_gpu_kernel(inner, monkeypatch):
     """And none goes by the host: asked of TensorFlow's registry, for there is no GPU here."""
     from tensorflow.python.framework import kernels as registry
 
-    monkeypatch.setattr(kernels, "_has_tensorflow_gpu", lambda: True)
+    monkeypatch.setattr(arithmetic, "_has_tensorflow_gpu", lambda: True)
     on_gpu = {}
     for kernel in registry.get_all_registered_kernels().kernel:
         if kernel.device_type in ("GPU", "DEFAULT"):
@@ -590,7 +590,7 @@ EVERY_PATH = {"skip_nonfinite": True, "skip_spikes": 6, "telemetry": 2}
 @pytest.mark.parametrize("name", [None, "auto", *selectable()])
 def test_no_operation_is_of_a_type_that_a_gpu_lacks(name, options, monkeypatch):
     """The branch of a skipped update as well: a compiled step fails where one has no kernel."""
-    monkeypatch.setattr(kernels, "_has_tensorflow_gpu", lambda: True)
+    monkeypatch.setattr(arithmetic, "_has_tensorflow_gpu", lambda: True)
     ours = variables(((6, 4), (4,)))
     optimizer = kgc.ClippedOptimizer(optimizers.SGD(0.1, momentum=0.9), name, **options)
     optimizer.build(ours)
