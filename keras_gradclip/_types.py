@@ -1,26 +1,34 @@
-"""Names for what passes through an update, and what Keras leaves without types."""
+"""What passes through an update, by the names that the backends have for it.
+
+TensorFlow, JAX and PyTorch are imported by the backend in use alone: what they call a tensor is
+named here for the reader, and for a type checker that has all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-#: A tensor of the backend in use, of the variable's shape and any float dtype; or a
-#: `tf.IndexedSlices` with some of its rows.
-Gradient: TypeAlias = Any
+if TYPE_CHECKING:
+    import jax
+    import keras
+    import tensorflow as tf
+    import torch
+
+#: A tensor of the backend in use.
+Tensor: TypeAlias = "tf.Tensor | jax.Array | torch.Tensor"
+#: A tensor of shape (), or a Python number where one will do.
+Scalar: TypeAlias = "tf.Tensor | jax.Array | torch.Tensor"
+#: Of the variable's shape and any float dtype; or some of its rows; None where there is none.
+Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices | jax.Array | torch.Tensor"
 #: One entry a variable; None where a variable has no gradient.
 Gradients: TypeAlias = list[Gradient]
-#: A float32 tensor of shape () or a Python number.
-Scalar: TypeAlias = Any
-#: Any tensor of the backend in use.
-Tensor: TypeAlias = Any
-#: A `tf.distribute.Strategy`, or None without one.
-Strategy: TypeAlias = Any
+Strategy: TypeAlias = "tf.distribute.Strategy"
+#: A number, which may change during training, or a schedule of it.
+Threshold: TypeAlias = "float | keras.optimizers.schedules.LearningRateSchedule"
 #: The live hyper-parameters at one step, by name.
 Hyper: TypeAlias = Mapping[str, Scalar]
 #: A clipper's running state, by name.
 State: TypeAlias = dict[str, Tensor]
-#: A number or a `keras.optimizers.schedules.LearningRateSchedule`.
-Threshold: TypeAlias = Any
 #: What `get_config` returns: JSON-able.
 Config: TypeAlias = dict[str, Any]

@@ -24,7 +24,7 @@ _PLACES = (
 
 
 @contextlib.contextmanager
-def chief_writes(strategy: Strategy, callbacks: Any) -> Iterator[Any]:
+def chief_writes(strategy: Strategy | None, callbacks: Any) -> Iterator[Any]:
     """Let Keras's callbacks write their files on the chief; elsewhere in a temporary folder.
 
     All workers run all callbacks: reading a variable that each replica keeps for itself sums it

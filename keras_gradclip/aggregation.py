@@ -86,7 +86,7 @@ def can_leave_the_trace(variables: Sequence[keras.Variable] = ()) -> bool:
         )
 
 
-def current_strategy() -> Strategy:
+def current_strategy() -> Strategy | None:
     """The `tf.distribute` strategy in scope, or None where there is none."""
     if not is_tensorflow():
         return None
@@ -95,7 +95,7 @@ def current_strategy() -> Strategy:
     return tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
 
 
-def check_strategy(strategy: Strategy) -> None:
+def check_strategy(strategy: Strategy | None) -> None:
     """Raise a ValueError for an unsupported tf.distribute strategy."""
     if strategy is None:
         return
@@ -119,7 +119,7 @@ def replica_count() -> int:
     return 1 if strategy is None else strategy.num_replicas_in_sync
 
 
-def spans_workers(strategy: Strategy) -> bool:
+def spans_workers(strategy: Strategy | None) -> bool:
     """Whether `strategy` (or None) is a `MultiWorkerMirroredStrategy` over a cluster."""
     if strategy is None or not is_tensorflow():
         return False
@@ -131,12 +131,12 @@ def spans_workers(strategy: Strategy) -> bool:
     return sum(len(cluster.get(job, ())) for job in ("chief", "worker")) > 1
 
 
-def is_chief(strategy: Strategy) -> bool:
+def is_chief(strategy: Strategy | None) -> bool:
     """Whether this process writes the files: the task `chief`, or worker 0 where there is none.
 
     True without a cluster.
     """
-    if not spans_workers(strategy):
+    if strategy is None or not spans_workers(strategy):
         return True
     resolver = strategy.cluster_resolver
     if resolver.task_type == "chief":

@@ -211,7 +211,7 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _shown_schedule(schedule: Threshold) -> str:
+def _shown_schedule(schedule: keras.optimizers.schedules.LearningRateSchedule) -> str:
     """A schedule's class and its arguments, less those that are at their defaults."""
     owner = type(schedule)
     try:

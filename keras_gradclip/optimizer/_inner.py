@@ -178,7 +178,7 @@ class InnerUpdate:
     """
 
     def __init__(
-        self, inner: keras.optimizers.Optimizer, strategy: Strategy, compiled: bool | str
+        self, inner: keras.optimizers.Optimizer, strategy: Strategy | None, compiled: bool | str
     ) -> None:
         self._inner = inner
         self.is_held = False
