@@ -38,8 +38,6 @@ class KerasTunerEngine:
         self.session = session
         self.role = workers.role()
         self.joins = self.role == "worker"
-        if session.args.storage or session.args.join:
-            raise RecipeError("--storage and --join are for --engine optuna")
         if self.role == "chief" and session.args.workers:
             raise RecipeError("--workers starts a chief of its own: unset KERASTUNER_TUNER_ID")
 

@@ -1,4 +1,4 @@
-"""The trials of a search as rows, whichever engine ran them."""
+"""The trials of a search as rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 #: The folder of the trials inside that of a search.
 PROJECT = "trials"
-_STATUSES = ("completed", "pruned", "diverged", "failed", "running")
+_STATUSES = ("completed", "diverged", "failed", "running")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class TrialRow:
 
     Attributes:
         trial: str, its id.
-        status: "completed", "pruned", "diverged" (in one of its runs), "failed" or "running".
+        status: "completed", "diverged" (in one of its runs), "failed" or "running".
         values: the hyper-parameters by name, those that are not in use left out.
         score: float, the mean of its runs' scores; NaN without one.
         scores: floats, one a run; infinite for a run that diverged.

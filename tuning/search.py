@@ -28,7 +28,6 @@ from tuning.session import SMALL, Engine, Session
 from tuning.space_flags import add_flags
 from tuning.verdict import LEAST_RUNS
 
-ENGINES = ("kerastuner", "optuna")
 TUNERS = ("random", "bayesian", "hyperband", "grid")
 
 
@@ -41,12 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("search").add_argument
     add("--recipe", default="alexnet", help="name, or a file that defines RECIPE (%(default)s)")
-    add(
-        "--engine",
-        choices=ENGINES,
-        default="kerastuner",
-        help="what hands out the trials (%(default)s)",
-    )
     add("--tuner", choices=TUNERS, default="random", help="(%(default)s)")
     add("--max-trials", type=int, metavar="N", help="baseline included (10; a grid: all)")
     add("--objective", metavar="METRIC", help="any logged metric (the recipe's: val_accuracy ...)")
@@ -76,8 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="a worker that is silent for so long has lost its trial to another (%(default)s)",
     )
-    add("--storage", metavar="URL", help="optuna: its database (a file in the output folder)")
-    add("--join", action="store_true", help="optuna: one more process for a search that runs")
     add("--traceback", action="store_true", help="errors with their traceback")
     add_flags(parser)
     return parser
@@ -100,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return Session(args, rest, argv, make_engine).run()
         except ModuleNotFoundError as error:
-            remedy = "`make venv`, or pip install '.[recipes,tuning,optuna]' in the checkout"
+            remedy = "`make venv`, or pip install '.[recipes,tuning]' in the checkout"
             raise RecipeError(f"{error.name} is missing: {remedy}") from error
         except ValueError as error:
             raise RecipeError(first_line(error)) from error
@@ -113,10 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_engine(session: Session) -> Engine:
     """What runs the trials; its library is imported here, TensorFlow before it."""
-    if session.args.engine == "optuna":
-        from tuning.optuna_engine import OptunaEngine
-
-        return OptunaEngine(session)
     from tuning.kerastuner_engine import KerasTunerEngine
 
     return KerasTunerEngine(session)

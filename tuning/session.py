@@ -178,7 +178,7 @@ class Session:
         width = None if out.isatty() else 120
         self.console = Console(file=out, highlight=False, soft_wrap=True, width=width)
         # Engines print from inside their messages; what we have to say goes around it.
-        with open(self.folder / f"{self.args.engine}.log", "a") as log:
+        with open(self.folder / "kerastuner.log", "a") as log:
             if not self.args.traceback:
                 errors = contextlib.redirect_stderr(log)
             with contextlib.redirect_stdout(log), errors:
@@ -198,7 +198,7 @@ class Session:
             "executions": self.args.executions,
             "confirm_runs": self.args.confirm_runs,
             "groups": self.space["groups"],
-            "engine": self.args.engine,
+            "engine": "kerastuner",  # version 0.2 had another, too
             **self.engine.identity(),
             **{f"recipe option {name}": value for name, value in fixed.items()},
         }
@@ -237,7 +237,7 @@ class Session:
         """Which search this is, and whether it goes on."""
         if self.args.confirm_runs:
             trials += f", then 2 again with {counted(self.args.confirm_runs, 'other seed')}"
-        parts = f"{self.args.tuner} ({self.args.engine}), {trials}"
+        parts = f"{self.args.tuner}, {trials}"
         self.say(f"[bold]{self.recipe.name}[/]: {parts}; results in {self.folder}")
         if done:
             are = "is" if done == 1 else "are"
@@ -255,9 +255,9 @@ class Session:
         self._write(rows)
         row = next(row for row in rows if row.trial == trial)
         best = best_row(rows)
-        text = show(row.score) if row.status in ("completed", "pruned") else row.status
-        if row.status in ("diverged", "pruned"):
-            text += {"diverged": " (ranks last)", "pruned": " (pruned)"}[row.status]
+        text = show(row.score) if row.status == "completed" else row.status
+        if row.status == "diverged":
+            text += " (ranks last)"
         if row.status == "failed":
             text += f": {_last_line(row.message)}"
         so_far = f"; best so far {show(best.score)} (trial {best.trial})" if best else ""

@@ -1,4 +1,4 @@
-"""What is tried: the runs of a recipe that make one trial, for either engine."""
+"""One trial of a search: runs of a recipe with different seeds."""
 
 import contextlib
 import math
@@ -79,7 +79,6 @@ class TrialRunner:
         confirms: bool = False,
         last: int | None = None,
         parent: Path | None = None,
-        on_epoch: Callable[[int, float], bool] | None = None,
     ) -> dict[str, float]:
         """Trains the runs of a trial.
 
@@ -89,7 +88,6 @@ class TrialRunner:
             confirms: whether it repeats another trial: other seeds, and more of them.
             last: int, the epoch after which runs end; None for the recipe's own.
             parent: folder of the trial whose runs these continue.
-            on_epoch: called with the epoch (from 1) and the objective of each run; True ends it.
 
         Returns:
             The means of the runs' metrics, with "diverged", "chance" and each run's own score, for
@@ -107,7 +105,7 @@ class TrialRunner:
             if parent is not None and not (run_folder / "config.json").exists():
                 _copy(parent / run_folder.name, run_folder)
             options = self.options(values, number, (run_folder / "config.json").exists())
-            results.append(self._train(options, run_folder, last or options.epochs, on_epoch))
+            results.append(self._train(options, run_folder, last or options.epochs))
         scores = [result[self.objective.name] for result in results]
         means = {
             name: float(np.mean([result[name] for result in results]))
@@ -118,14 +116,14 @@ class TrialRunner:
             means |= {self.objective.name: worst_score(self.objective.direction), DIVERGED: 1.0}
         return {**means, **{_SCORE.format(i): score for i, score in enumerate(scores)}}
 
-    def _train(self, options, folder, last, on_epoch) -> dict[str, float]:
+    def _train(self, options, folder, last) -> dict[str, float]:
         from recipes.training import run
         from recipes.training.folder import BACKUP, BEST, HISTORY, read_history
 
         note = folder / "diverged.json"
         started = time.monotonic()
         rows = read_history(folder / HISTORY)
-        epochs = _Epochs(last, self.objective.name, self.report, on_epoch)
+        epochs = _Epochs(last, self.objective.name, self.report)
         if not note.exists() and len(rows) < last:
             try:
                 run(self.recipe, options, folder, [epochs])
@@ -201,9 +199,9 @@ def trial_settings(given: Mapping, space: Mapping, values: Mapping) -> dict:
 class _Epochs(keras.callbacks.Callback):
     """Reports each epoch, and ends the run after `last` of them (in the middle of its schedule)."""
 
-    def __init__(self, last, metric, report, on_epoch):
+    def __init__(self, last, metric, report):
         super().__init__()
-        self.last, self.metric, self.report, self.on_epoch = last, metric, report, on_epoch
+        self.last, self.metric, self.report = last, metric, report
         self.classes = 0
 
     def on_epoch_end(self, epoch, logs=None):
@@ -215,8 +213,7 @@ class _Epochs(keras.callbacks.Callback):
         self.report(f"  epoch {epoch + 1}/{self.last}  {self.metric} {logs[self.metric]:.4f}")
         if exploded(self.model):
             raise TrainingDiverged(f"a weight grew beyond {LARGEST_WEIGHT:g}", step=-1)
-        enough = self.on_epoch is not None and self.on_epoch(epoch + 1, logs[self.metric])
-        if enough or epoch + 1 >= self.last:
+        if epoch + 1 >= self.last:
             self.model.stop_training = True
 
 

@@ -33,13 +33,6 @@ def suggest(trial: optuna.trial.BaseTrial, **space: Any) -> dict[str, Any]:
     return clip_hyperparameters(_TrialParameters(trial), **space)
 
 
-def grid(**space: Any) -> list[dict[str, Any]]:
-    """All combinations of a space with `points`, for `study.enqueue_trial`."""
-    study = optuna.create_study(sampler=optuna.samplers.BruteForceSampler(seed=0))
-    study.optimize(lambda trial: float(len(suggest(trial, **space))))
-    return [trial.params for trial in study.trials]
-
-
 class _TrialParameters:
     """An Optuna trial that answers as `keras_tuner.HyperParameters` does."""
 

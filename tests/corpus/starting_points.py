@@ -8,7 +8,6 @@ SEARCH = [
     *("--recipe", str(TESTS / "tuning" / "search_recipe.py"), "--clippers", "absolute"),
     *("--confirm-runs", "0", "--max-trials", "2", "--epochs", "1", "--limit-steps", "2"),
 ]
-STUDY = [*SEARCH, "--engine", "optuna"]
 
 
 def make_run(folder):
@@ -20,16 +19,11 @@ def make_run(folder):
     assert main(RECIPE, [*RUN, "--keep-backup", "--output", str(folder)]) == 0
 
 
-def make_search(folder, words=SEARCH):
+def make_search(folder):
     """Two trials."""
     from tuning.search import main
 
-    assert main([*words, "--output", str(folder)]) == 0
-
-
-def make_study(folder):
-    """The same by Optuna."""
-    make_search(folder, STUDY)
+    assert main([*SEARCH, "--output", str(folder)]) == 0
 
 
 def make_monitored(folder):
@@ -59,7 +53,6 @@ def make_digits(folder):
 MAKERS = {
     "run": make_run,
     "search": make_search,
-    "study": make_study,
     "monitored": make_monitored,
     "models": make_models,
     "digits": make_digits,

@@ -16,7 +16,6 @@ import pytest
 from tuning.search import main
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINES = ("kerastuner", "optuna")
 
 
 class Killed(BaseException):
@@ -42,8 +41,7 @@ def check(folder, read_trials, trials=3):
     assert (folder / "search.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_killed_at_any_write(engine, search, fake_run, read_trials, monkeypatch):
+def test_killed_at_any_write(search, fake_run, read_trials, monkeypatch):
     """Each start dies at a later one of its files than the start before."""
     replace, left = os.replace, [0]
 
@@ -58,23 +56,22 @@ def test_killed_at_any_write(engine, search, fake_run, read_trials, monkeypatch)
         for writes in (0, 1, 2, 4):
             left[0] = writes
             with pytest.raises(Killed):
-                search("--engine", engine, "--worker-timeout", "2")
-    assert search("--engine", engine, "--worker-timeout", "2") == 0
+                search("--worker-timeout", "2")
+    assert search("--worker-timeout", "2") == 0
     check(search.folder, read_trials)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_a_full_disk_is_one_line_and_goes_on_after_it(
-    engine, search, fake_run, read_trials, monkeypatch, capsys
+    search, fake_run, read_trials, monkeypatch, capsys
 ):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert search("--engine", engine) == 1
+        assert search() == 1
     assert capsys.readouterr().err == "error: No space left on device\n"
-    assert search("--engine", engine) == 0
+    assert search() == 0
     check(search.folder, read_trials)
 
 
@@ -109,14 +106,6 @@ def test_a_damaged_search_is_one_line_and_stays(name, content, message, search, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert {path: path.read_bytes() for path in search.folder.rglob("*.json")} == before
-
-
-def test_a_damaged_study_is_one_line(search, fake_run, capsys):
-    search.folder.mkdir()
-    (search.folder / "optuna.db").write_text("this is no database " * 99)
-    assert search("--engine", "optuna") in (1, 2)
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "is not a database" in error
 
 
 @pytest.mark.parametrize(
@@ -160,13 +149,12 @@ def test_a_broken_recipe_file_is_one_line(text, message, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_killed_at_random_moments(engine, tmp_path, recipe, read_trials):
+def test_killed_at_random_moments(tmp_path, recipe, read_trials):
     """SIGKILL, twenty times; then the search goes to its end."""
     rng = random.Random(0)
     folder = tmp_path / "search"
     argv = ["--recipe", recipe, "--clippers", "absolute", "--confirm-runs", "2"]
-    argv += ["--output", str(folder), "--max-trials", "6", "--engine", engine]
+    argv += ["--output", str(folder), "--max-trials", "6"]
     command = [sys.executable, "tuning/search.py", *argv, "--worker-timeout", "4"]
     environment = {**os.environ, "STARTS": str(tmp_path / "starts.txt")}
     for _ in range(20):
