@@ -1,10 +1,12 @@
-"""The folder of a run: its name, its files, and one run in it at a time."""
+"""The folder of a run or a search: its name, its lock, its options and its tables."""
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from keras_gradclip.files import read_csv, write_csv
 from recipes.errors import RecipeError
@@ -12,11 +14,6 @@ from recipes.training import multiworker
 from recipes.training import options as opts
 from recipes.training.option_table import Options
 from recipes.training.recipe import Recipe
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two runs from one folder there
-    fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
 CONFIG = "config.json"
@@ -26,6 +23,7 @@ LAYERS = "layers.csv"
 BEST = "best.keras"
 RESULT = "result.json"
 MONITOR = "monitor"
+LOCK = ".lock"
 # An interrupted run may be resumed with these changed: none of them alters a step.
 _FREE_ON_RESUME = {
     "epochs",
@@ -94,7 +92,7 @@ def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
         return options, Path(options.output or RUNS / recipe.name)
     if options.output:
         folder = Path(options.output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not _is_empty(folder):
             raise RecipeError(
                 f"--output {folder} is not an empty folder: name another, or go on with the run in "
                 "it with --resume"
@@ -118,17 +116,11 @@ def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     saved = opts.read_config(path, recipe)
     given = {**parsed.config, **parsed.given}
     options = opts.resolve(recipe, saved, given)
-    now = opts.saved_options(recipe, options)
-    changed = sorted(
-        name
-        for name, value in now.items()
-        if name != "recipe" and name not in _FREE_ON_RESUME and saved.get(name, value) != value
-    )
+    changed = differences(saved, opts.saved_options(recipe, options), _FREE_ON_RESUME)
     if changed:
         raise RecipeError(
-            f"--resume: the run in {folder} was started with other values of "
-            + ", ".join(f"{name} ({saved[name]!r}, now {now[name]!r})" for name in changed)
-            + "; leave them out, or start a new run"
+            f"--resume: the run in {folder} was started with other values of {changed}; leave them "
+            "out, or start a new run"
         )
     return options, folder
 
@@ -144,55 +136,87 @@ def _newest(recipe: Recipe) -> Path:
     return max(folders, key=number)
 
 
-@contextlib.contextmanager
-def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """Makes `folder` and keeps other runs out of it; takes it away again if nothing came of it.
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> str:
+    """The options of a folder that are not those of now.
 
-    The lock is on the folder itself and ends with the process, however that ends.
+    Args:
+        before: options that the folder was begun with, as JSON holds them.
+        now: the same of now. A name that one of the two lacks is of another version, and no
+            difference.
+        free: names that may change.
+
+    Returns:
+        Such as `"learning_rate (0.1, now 0.2), seed (0, now 1)"`; "" where nothing differs.
+    """
+    names = sorted(name for name in now.keys() & before.keys() if name not in free)
+    changed = [name for name in names if before[name] != now[name]]
+    return ", ".join(f"{name} ({before[name]!r}, now {now[name]!r})" for name in changed)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, kind: str = "run") -> Iterator[None]:
+    """Makes `folder` and keeps other processes out of it until the context, or the process, ends.
+
+    Args:
+        folder: of a run or a search.
+        kind: what is in it, for the message.
 
     Raises:
-        RecipeError: another process is at work in it, or it holds a run that is not resumed.
+        RecipeError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK, blocking=False)
     try:
-        _take(lock, folder)
+        lock.acquire()
+    except Timeout:
+        raise RecipeError(
+            f"{folder} is in use by another {kind}: wait for it, or name another --output"
+        ) from None
+    try:
+        for scratch in folder.glob(".partial-*"):  # of a process that was killed as it wrote
+            scratch.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """The lock of a run's folder; a run that ends before its first backup leaves no folder.
+
+    Raises:
+        RecipeError: another process holds the lock, or the folder holds a run and `resume` is
+            False.
+    """
+    with locked(folder):
         if not resume and (folder / CONFIG).exists():
             raise RecipeError(
                 f"{folder} holds a run already: name another folder, or go on with it by --resume"
             )
-        for scratch in folder.glob(".partial-*"):  # what a killed process was writing
-            scratch.unlink(missing_ok=True)
         try:
             yield
         except BaseException:
-            if not resume and {entry.name for entry in folder.iterdir()} <= {CONFIG}:
+            if not resume and _is_empty(folder, CONFIG):
                 _remove(folder)
             raise
-    finally:
-        os.close(lock)
+
+
+def _is_empty(folder: Path, *besides: str) -> bool:
+    """Whether there is nothing in a folder but the files `besides` and what a kill left."""
+    names = {entry.name for entry in folder.iterdir()} - {LOCK, *besides}
+    return all(name.startswith(".partial-") for name in names)
 
 
 def _remove(folder: Path) -> None:
     """Removes the folder of a run that never began, and `runs/` if nothing else is in it."""
-    (folder / CONFIG).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        entry.unlink()
     folder.rmdir()
     if folder.parent == RUNS:
         with contextlib.suppress(OSError):  # not empty
             RUNS.rmdir()
-
-
-def _take(lock: int, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RecipeError(
-            f"another run is at work in {folder}: wait for it, or name another --output"
-        ) from None
-    except OSError:  # a file system without locks
-        return
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

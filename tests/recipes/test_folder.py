@@ -44,7 +44,7 @@ def held(tmp_path):
 def test_a_second_run_in_the_folder_is_refused(held, resume):
     folder, _ = held
     with (
-        pytest.raises(RecipeError, match="another run is at work in"),
+        pytest.raises(RecipeError, match="in use by another run"),
         folders.claimed(folder, resume),
     ):
         pytest.fail("two runs in one folder")
@@ -70,6 +70,24 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path, monkeypatch):
                 (folder / name).write_text("{}")
             raise ZeroDivisionError
         assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_is_no_run(tmp_path):
+    (tmp_path / folders.LOCK).touch()
+    (tmp_path / ".partial-1-config.json").touch()
+    parsed = opts.parse(RECIPE, ["--output", str(tmp_path)])
+    assert folders.open_run(RECIPE, parsed)[1] == tmp_path
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(RecipeError, match="not an empty folder"):
+        folders.open_run(RECIPE, parsed)
+
+
+def test_differences_are_of_names_that_both_have():
+    before = {"seed": 0, "epochs": 3, "gone": 1, "same": [1]}
+    now = {"seed": 9, "epochs": 4, "new": 2, "same": [1]}
+    assert folders.differences(before, now, {"epochs"}) == "seed (0, now 9)"
+    assert folders.differences(before, now) == "epochs (3, now 4), seed (0, now 9)"
+    assert folders.differences(before, {}) == ""
 
 
 def test_what_a_run_has_made_stays(tmp_path):
