@@ -51,12 +51,12 @@ import keras_gradclip as kgc
 from keras_gradclip.diagnostics.calibration import SETTINGS
 from keras_gradclip.files import replace_file, write_json
 from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError
+from recipes.errors import RecipeError, TrainingDiverged
 from recipes.registry import RECIPES, find_recipe, script_of
 from recipes.tools._choices import WINDOW, Choice, choices, draw, steady, write_table
 from recipes.training import options as opts
 from recipes.training import prepared
-from recipes.training.callbacks import NonFinite, StopAtNonFinite
+from recipes.training.callbacks import StopAtNonFinite
 from recipes.training.folder import RUNS, folder_named
 from recipes.training.option_table import Options
 
@@ -76,17 +76,6 @@ def watch(recipe, options: Options, steps: int | None, folder: Path, percentile:
         RecipeError: options that cannot be, more steps than the run has, or a run that diverges.
     """
     with prepared(recipe, options, folder) as run:
-
-        class Stop(StopAtNonFinite):
-            """Also at a gradient that is not finite: the losses may hide it for a while."""
-
-            def on_train_batch_end(self, batch, logs=None):
-                measured = self.step + 1 >= options.accumulate  # NaN before the first update
-                norm = (logs or {}).get("grad_norm", 0.0)
-                if measured and not self.skips and not math.isfinite(norm):
-                    raise NonFinite(self.step)
-                super().on_train_batch_end(batch, logs)
-
         updates = options.epochs * run.steps // options.accumulate
         if steps is not None and steps > updates:
             raise RecipeError(
@@ -104,10 +93,10 @@ def watch(recipe, options: Options, steps: int | None, folder: Path, percentile:
                     run.stream(0),
                     steps=count,
                     percentile=percentile,
-                    callbacks=[Stop(skips=options.skip_nonfinite), progress],
+                    callbacks=[StopAtNonFinite(skips=options.skip_nonfinite), progress],
                     **beta,
                 )
-        except NonFinite as error:
+        except TrainingDiverged as error:
             raise RecipeError(
                 f"training diverged at step {error.step}: there is nothing to take thresholds "
                 "from. Lower --learning-rate, or watch it with a --clipper that holds it"

@@ -8,21 +8,10 @@ import keras
 
 from keras_gradclip.files import PathLike, append_csv
 from keras_gradclip.optimizer.clipped_optimizer import find
+from recipes.errors import TrainingDiverged
 from recipes.training.checkpoint import all_finite, average_statistics
 
 _LOSS_SCALE_SKIPS = 20  # from 2^15 down to 2^-5: no loss scale needs more
-
-
-class NonFinite(Exception):
-    """The loss or a weight is NaN or infinite.
-
-    Attributes:
-        step: int, zero-based step of the run at which it was seen.
-    """
-
-    def __init__(self, step: int):
-        super().__init__(step)
-        self.step = step
 
 
 def clipped_optimizer(model: Any) -> Any:
@@ -69,7 +58,7 @@ class AverageStatistics(keras.callbacks.Callback):
 
 
 class StopAtNonFinite(keras.callbacks.Callback):
-    """Raises `NonFinite` at a NaN or infinite loss, or weight at the end of an epoch.
+    """Raises `TrainingDiverged` at a NaN in loss or gradient, or weight at the end of an epoch.
 
     First in the list, so that nothing after it saves such a model.
 
@@ -83,23 +72,45 @@ class StopAtNonFinite(keras.callbacks.Callback):
         super().__init__()
         self.step = start_step
         self.skips = skips
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Remembers the epoch, for the message."""
+        self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Looks at the running loss, which one bad batch turns."""
-        if not self.skips and not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise NonFinite(self.step)
+        """Looks at the running loss and gradient norm, which one bad batch turns."""
+        logs = logs or {}
+        if not self.skips:
+            is_bad = not math.isfinite(logs.get("loss", 0.0))
+            # A rectifier may hide a NaN from the loss. Before the first update the norm is NaN.
+            if is_bad or (math.isnan(logs.get("grad_norm", 0.0)) and self._seen()["updates"]):
+                raise self.diverged(self.step)
         self.step += 1
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Looks at the weights, for an update after the last loss, and for updates at all."""
         if not all_finite(self.model) or self._all_skipped():
-            raise NonFinite(self.step - 1)
+            raise self.diverged(self.step - 1)
+
+    def diverged(self, step: int) -> TrainingDiverged:
+        """The error for a step; names the first gradient, in the model's order, with a NaN."""
+        variable = clipped_optimizer(self.model).first_nonfinite_variable
+        layer = None if variable is None else variable.rpartition("/")[0] or variable
+        cause = f"first non-finite gradient: {variable!r}"
+        if variable is None:
+            cause = "the gradients were finite, the update was not: lower the learning rate"
+        message = f"training diverged to NaN in epoch {self._epoch + 1}: step {step}, {cause}"
+        return TrainingDiverged(message, step, layer)
 
     def _all_skipped(self) -> bool:
-        seen = clipped_optimizer(self.model).read_telemetry()
+        seen = self._seen()
         # A falling loss scale in float16 may skip a few in a row.
         tolerated = 0 if self.skips else _LOSS_SCALE_SKIPS
         return seen["updates"] == 0 and seen["skipped"] > tolerated
+
+    def _seen(self) -> dict[str, Any]:
+        return clipped_optimizer(self.model).read_telemetry()
 
 
 class TestScore(keras.callbacks.Callback):

@@ -18,7 +18,7 @@ import keras_gradclip as kgc
 from keras_gradclip import aggregation
 from keras_gradclip.files import replace_file, write_json
 from recipes.data import Data
-from recipes.errors import RecipeError, TrainingDiverged, plain_errors
+from recipes.errors import RecipeError, plain_errors
 from recipes.models import inference_model
 from recipes.training import callbacks as cb
 from recipes.training import checkpoint, multiworker, plots, summary
@@ -33,7 +33,6 @@ from recipes.training.build import (
     warmup_updates,
 )
 from recipes.training.devices import device_kind, dtype_policy, make_strategy, named_losses
-from recipes.training.diagnose import replay
 from recipes.training.feed import Feed
 from recipes.training.option_table import Options
 from recipes.training.recipe import Recipe, Result
@@ -177,9 +176,6 @@ class Session:
             elapsed + time.monotonic() - self.started,
             self.writes,
         )
-        if restored is None and not finished:
-            # So that a failure in the first epoch has a state to go back to.
-            checkpoint.save_backup(backup.path, self.model, 0, backup.seconds, self.writes)
         if first_epoch < self.options.epochs:
             chain = [*self._callbacks(start, first_step, backup), *extra_callbacks]
             self._fit(chain, start, first_epoch, validation)
@@ -205,19 +201,16 @@ class Session:
             steps=self.steps,
             model=self.model,
         )
-        try:
-            self.model.fit(
-                self.feed.shared(self.feed.training, start),
-                initial_epoch=first_epoch,
-                epochs=self.options.epochs,
-                steps_per_epoch=self.steps,
-                validation_data=validation,
-                callbacks=callbacks,
-                shuffle=False,  # the stream is
-                verbose=verbosity,
-            )
-        except cb.NonFinite as error:
-            raise self._diverged(error.step) from None
+        self.model.fit(
+            self.feed.shared(self.feed.training, start),
+            initial_epoch=first_epoch,
+            epochs=self.options.epochs,
+            steps_per_epoch=self.steps,
+            validation_data=validation,
+            callbacks=callbacks,
+            shuffle=False,  # the stream is
+            verbose=verbosity,
+        )
 
     def _announce(self, start: int) -> None:
         if not self.writes or self.options.verbose == "quiet":
@@ -307,16 +300,6 @@ class Session:
         return chain
 
     # ---------------------------------------------------------------------------------- endings
-
-    def _diverged(self, step: int) -> TrainingDiverged:
-        backup = checkpoint.load_backup(self.folder / folders.BACKUP)
-        finding = replay(self.model, backup, self.stream(backup["step"]), step)
-        epoch = finding.step // self.steps + 1
-        return TrainingDiverged(
-            f"training diverged to NaN in epoch {epoch}: {finding.message}",
-            finding.step,
-            finding.layer,
-        )
 
     def _result(self) -> Result:
         rows = folders.read_history(self.folder / folders.HISTORY)
