@@ -95,9 +95,9 @@ def install(python: str, keras: str, tensorflow: str, numpy: str, keras_tuner: s
         # TensorFlow may have brought it, and its files are gone with those of keras.
         pip("--pre", "--no-deps", "--force-reinstall", "keras-nightly")
         pip("--no-deps", "-e", ".")
-        pip("jinja2")
+        pip("jinja2", "matplotlib")
     else:
-        pip("-e", ".", *pinned)  # refused if pyproject.toml does not allow the pair
+        pip("-e", ".[report]", *pinned)  # refused if pyproject.toml does not allow the pair
     return executable
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import html
 import math
 import os
 import re
@@ -23,7 +24,6 @@ from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.units import units_of
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics._sampler import Sampler, Watch
-from keras_gradclip.diagnostics._templates import render
 from keras_gradclip.diagnostics.watch import (
     UPDATES_IN_A_STEP,
     labels_of,
@@ -292,8 +292,7 @@ class Calibration:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], _note(self)])
 
     def _repr_html_(self) -> str:
-        head, *rows = _cells(self)
-        return render("calibration.html.j2", head=head, rows=rows, note=_note(self))
+        return f"<pre>{html.escape(self.table())}</pre>"
 
     def __str__(self) -> str:
         return self.table()

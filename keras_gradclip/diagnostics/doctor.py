@@ -17,6 +17,7 @@ from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 #: Packages that bring a part of the plugin to life, and which.
 EXTRAS = {
     "jinja2": "report",
+    "matplotlib": "report",
     "tensorboard": "ClipMonitor(tensorboard=True)",
     "keras-tuner": "keras_gradclip.tuning",
 }

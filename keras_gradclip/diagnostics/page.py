@@ -1,22 +1,19 @@
-"""`report`: one self-contained HTML page about what the clip did in a run.
-
-It reads what `ClipMonitor` wrote; the page loads nothing from elsewhere.
-"""
+"""The report of a monitored run: one HTML page that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
 import functools
-import html
+import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_gradclip._types import Config
-from keras_gradclip.diagnostics._charts import Chart, HeatMap, number
 from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV
 from keras_gradclip.diagnostics._run_files import Run, read_run
-from keras_gradclip.diagnostics._templates import render
 from keras_gradclip.diagnostics.findings import (
     Clipping,
     findings,
@@ -26,20 +23,34 @@ from keras_gradclip.diagnostics.findings import (
 )
 from keras_gradclip.files import write_text
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 #: Degrees below which the clip is said to keep the direction.
 STRAIGHT = 0.1
-#: Keeps divisors above zero.
+#: More thresholds than this are drawn as their lowest, median and highest.
+SINGLE_THRESHOLDS = 6
+#: Columns of a heat map, at most: each is the mean of some samples.
+COLUMNS = 160
+#: More layers than this are not all named beside a heat map; the table has them.
+NAMED_LAYERS = 48
+#: Style of the figures: text stays text, and the same run gives the same page.
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "keras_gradclip",
+}
 _TINY = 1e-30
 
-
-class Report(type(Path())):  # type: ignore[misc]  # Path itself cannot be subclassed before 3.12
-    """The path of a report; a notebook shows the page itself."""
-
-    def _repr_html_(self) -> str | None:
-        if not self.is_file():
-            return None
-        page = html.escape(self.read_text(encoding="utf-8"))
-        return f'<iframe srcdoc="{page}" style="width:100%;height:720px;border:0"></iframe>'
+Lines = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
@@ -54,45 +65,69 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
         output: the page; by default `report.html` beside the monitor's files.
 
     Returns:
-        The path of the page; the last value of a notebook's cell, it shows the page.
+        The path of the page.
 
     Raises:
         ValueError: `run_dir` holds no samples, or its files cannot be read as a whole.
+        ImportError: jinja2 or matplotlib is not installed.
     """
     folder = Path(run_dir)
     if not (folder / MONITOR_CSV).exists() and (folder / "monitor" / MONITOR_CSV).exists():
         folder /= "monitor"
-    page = render("report.html.j2", **_context(read_run(folder), _name(folder.resolve())))
-    path = Report(folder / "report.html" if output is None else output)
+    run = read_run(folder)
+    path = Path(folder / "report.html" if output is None else output)
     if not path.name or "\0" in path.name or path.is_dir():
         raise ValueError(
             f"report: `output` ({str(output)!r}) is not the name of a file. Give one, such as "
             "'report.html'."
         )
+    try:
+        import jinja2  # here: whoever trains needs neither
+        from matplotlib import style
+    except ImportError as error:
+        raise ImportError(
+            f"report: needs jinja2 and matplotlib ({error}). Install them: "
+            "pip install 'keras-gradclip[report]'"
+        ) from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    with style.context(["default", STYLE]):
+        page = environment.get_template("report.html.j2").render(**_context(run, folder.resolve()))
     write_text(path, page)
     return path
 
 
-def _name(folder: Path) -> str:
-    """What a run is called: its folder, or the one above where that is named after the monitor."""
-    return folder.parent.name if folder.name.startswith("monitor") else folder.name
-
-
-def _context(run: Run, name: str) -> Config:
-    """What the template shows."""
-    is_turned = float(np.nanmax(run.figures["angle"], initial=0.0)) >= STRAIGHT
-    is_clipped = bool(run.clipped.any())
+def _context(run: Run, folder: Path) -> Config:
+    """The values of the template."""
+    is_in_a_run = folder.name.startswith("monitor")  # then the folder above has the run's name
+    variables = run.description["variables"]
+    rules = [
+        (v["path"], "×".join(map(str, v["shape"])) or "scalar", v["rule"], v["clipper"])
+        for v in variables
+    ]
+    measured = ("clipped on", "norm left", "median norm", "90 % below", "largest", "angle")
+    tables = [
+        ("every layer in numbers", ("layer", *measured), _layer_rows(run), 12),
+        (
+            f"which rule hits what: {len(variables)} variables",
+            ("variable", "shape", "rule", "clipper"),
+            rules,
+            20,
+        ),
+    ]
     return {
-        "name": name,
+        "name": folder.parent.name if is_in_a_run else folder.name,
         "clipper": _clipper(run.description),
         "tiles": _tiles(run),
         "findings": findings(run),
-        "charts": _charts(run, is_turned),
-        "maps": _maps(run, is_clipped, is_turned),
-        "keeps_direction": is_clipped and not is_turned,
-        "columns": ("clipped on", "norm left", "median norm", "90 % below", "largest", "angle"),
-        "rows": _layer_rows(run),
-        "variables": run.description["variables"],
+        "curves": _curves(run),
+        "maps": _maps(run),
+        "tables": tables,
     }
 
 
@@ -115,7 +150,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     norm, change, clipped = "–", "", 0.0
     if is_finite.any():
         before, after = run.global_before[is_finite], run.global_after[is_finite]
-        norm = number(float(f"{np.median(before):.2g}"))
+        norm = f"{np.median(before):.2g}"
         change = f"median; {percent(float(left_of(before, after)))} left after the clip"
         clipped = run.clipped[is_finite].sum() / max(run.measured[is_finite].sum(), 1)
     return [
@@ -125,57 +160,6 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         ("global norm", norm, change),
         ("not finite", f"{bad}" if bad else "never", "of the measured steps" if bad else ""),
     ]
-
-
-def _charts(run: Run, is_turned: bool) -> list[Chart]:
-    def largest(name: str) -> tuple[np.ndarray, np.ndarray]:
-        return run.steps, over_samples(np.nanmax, run.figures[name], axis=1)
-
-    norms = {
-        "before": (run.steps, run.global_before),
-        "after the clip": (run.steps, run.global_after),
-    }
-    clipped = run.clipped.sum(axis=1) / np.maximum(run.measured.sum(axis=1), 1)
-    charts = [
-        Chart.of("Global gradient norm", norms, log=True),
-        Chart.of("Layers clipped, % of all", {"": (run.steps, 100 * clipped)}, floor=0.0),
-        Chart.of("Largest element before the clip", {"": largest("max_abs")}, log=True),
-    ]
-    if is_turned:
-        title = "Largest angle of a layer's gradient, before to after, degrees"
-        charts.append(Chart.of(title, {"": largest("angle")}, floor=0.0))
-    return charts + _threshold_charts(run.thresholds)
-
-
-def _threshold_charts(thresholds: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[Chart]:
-    """The live thresholds, if any of them changes; of many the lowest, median and highest."""
-    moving = {n: (s, v) for n, (s, v) in thresholds.items() if np.ptp(v) > 0}
-    if not moving:
-        return []
-    if len(moving) <= 6:
-        return [Chart.of("Thresholds", moving, log=True)]
-    steps = next(iter(moving.values()))[0]
-    stacked = np.stack([np.interp(steps, s, v) for s, v in moving.values()])
-    lines = {
-        name: (steps, np.percentile(stacked, q, axis=0))
-        for name, q in (("lowest", 0), ("median", 50), ("highest", 100))
-    }
-    return [Chart.of(f"Thresholds: {len(moving)} of them", lines, log=True)]
-
-
-def _maps(run: Run, is_clipped: bool, is_turned: bool) -> list[HeatMap]:
-    norms = run.figures["norm_before"]
-    median = np.maximum(over_samples(np.nanmedian, norms), _TINY)
-    title = "Norm before the clip, as a multiple of the layer's median"
-    maps = [HeatMap.of(title, run, norms / median, log=True, numbers=norms)]
-    if is_clipped:
-        fractions = run.figures["clip_fraction"]
-        maps.insert(0, HeatMap.of("Share clipped", run, fractions, top=1.0))
-    if is_turned:
-        maps.append(HeatMap.of("Angle, degrees", run, run.figures["angle"]))
-    if np.nanmax(run.figures["nonfinite"]) > 0:
-        maps.append(HeatMap.of("Share not finite", run, run.figures["nonfinite"], top=1.0))
-    return maps
 
 
 def _layer_rows(run: Run) -> list[tuple[str, ...]]:
@@ -193,8 +177,131 @@ def _layer_rows(run: Run) -> list[tuple[str, ...]]:
             layer,
             percent(clipping.share[i]),
             percent(clipping.left[i]),
-            *(number(q[i]) for q in quantiles),
+            *("–" if np.isnan(q[i]) else f"{q[i]:.3g}" for q in quantiles),
             f"{clipping.angle[i]:.1f}°",
         )
         for i, layer in enumerate(run.layers)
     ]
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def _is_turned(run: Run) -> bool:
+    return float(np.nanmax(run.figures["angle"], initial=0.0)) >= STRAIGHT
+
+
+def _curves(run: Run) -> str:
+    """An SVG of line charts over the steps."""
+
+    def largest(name: str) -> Lines:
+        return {"": (run.steps, over_samples(np.nanmax, run.figures[name], axis=1))}
+
+    norms = {"before": run.global_before, "after the clip": run.global_after}
+    clipped = run.clipped.sum(axis=1) / np.maximum(run.measured.sum(axis=1), 1)
+    charts: list[tuple[str, Lines, bool]] = [
+        ("Global gradient norm", {n: (run.steps, v) for n, v in norms.items()}, True),
+        ("Layers clipped, % of all", {"": (run.steps, 100 * clipped)}, False),
+        ("Largest element before the clip", largest("max_abs"), True),
+    ]
+    if _is_turned(run):
+        title = "Largest angle of a layer's gradient, before to after, degrees"
+        charts.append((title, largest("angle"), False))
+    moving = {n: (s, v) for n, (s, v) in run.thresholds.items() if np.ptp(v) > 0}
+    if len(moving) > SINGLE_THRESHOLDS:
+        charts.append((f"Thresholds: {len(moving)} of them", _spread(moving), True))
+    elif moving:
+        charts.append(("Thresholds", moving, True))
+    rows = -(-len(charts) // 2)
+    figure = _figure(2.7 * rows)
+    for i, chart in enumerate(charts):
+        _draw_lines(figure.add_subplot(rows, 2, i + 1), *chart)
+    return _svg(figure)
+
+
+def _spread(thresholds: Lines) -> Lines:
+    """The lowest, median and highest of many thresholds, over the steps of the first."""
+    steps = next(iter(thresholds.values()))[0]
+    stacked = np.stack([np.interp(steps, s, v) for s, v in thresholds.values()])
+    percentiles = {"lowest": 0, "median": 50, "highest": 100}
+    return {n: (steps, np.percentile(stacked, q, axis=0)) for n, q in percentiles.items()}
+
+
+def _draw_lines(axes: Axes, title: str, lines: Lines, log: bool) -> None:
+    """Draw lines over the steps, on a log scale or from 0 on; NaN breaks a line."""
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    drawn = []
+    for steps, values in lines.values():
+        values = np.where(values > 0, values, np.nan) if log else values
+        drawn += axes.plot(steps, values, lw=1.2)
+        known = np.pad(np.isfinite(values), 1)
+        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two NaN: no line shows it
+        axes.plot(steps[alone], values[alone], ".", color=drawn[-1].get_color())
+        if log and known.any():
+            axes.set_yscale("log")
+    if not log:
+        axes.set_ylim(bottom=0)
+    if len(lines) > 1:
+        axes.legend(drawn, [_short(name) for name in lines], frameon=False)
+
+
+def _maps(run: Run) -> str:
+    """An SVG of heat maps, layers down and samples across, which share the columns."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm, Normalize
+
+    norms, share = run.figures["norm_before"], Normalize(0, 1)
+    relative = norms / np.maximum(over_samples(np.nanmedian, norms), _TINY)
+    maps: list[tuple[str, np.ndarray, Normalize]] = []
+    if run.clipped.any():
+        maps.append(("Share clipped", run.figures["clip_fraction"], share))
+    if np.any(relative > 0):
+        title = "Norm before the clip, as a multiple of the layer's median"
+        maps.append((title, relative, LogNorm()))
+    if _is_turned(run):
+        maps.append(("Angle, degrees", run.figures["angle"], Normalize(0)))
+    if np.nanmax(run.figures["nonfinite"]) > 0:
+        maps.append(("Share not finite", run.figures["nonfinite"], share))
+    if not maps:
+        return ""
+    colours = colormaps["viridis"].with_extremes(bad="lightgrey")
+    count = len(run.steps)
+    columns = np.array_split(np.arange(count), min(count, COLUMNS))
+    figure = _figure(len(maps) * (1.0 + 0.17 * min(len(run.layers), NAMED_LAYERS)))
+    for axes, (title, values, norm) in zip(
+        figure.subplots(len(maps), squeeze=False)[:, 0], maps, strict=True
+    ):
+        cells = np.stack([over_samples(np.nanmean, values[c]) for c in columns], axis=1)
+        cells = np.ma.masked_invalid(cells)
+        image = axes.imshow(cells, colours, norm, aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(False)
+        at = np.unique(np.linspace(0, len(columns) - 1, 6).astype(int))
+        axes.set_xticks(at, [f"{run.steps[columns[i][0]]:,}" for i in at])
+        at = np.arange(0, len(run.layers), -(-len(run.layers) // NAMED_LAYERS))
+        axes.set_yticks(at, [_short(run.layers[i]) for i in at], fontsize=8)
+    return _svg(figure)
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(11, height), dpi=144)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an SVG element."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", metadata=nothing)
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _short(name: str) -> str:
+    """A name that fits beside a figure; `$` is no formula."""
+    name = name if len(name) <= 40 else f"…{name[-39:]}"
+    return name.replace("$", r"\$")

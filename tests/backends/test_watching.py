@@ -86,6 +86,7 @@ def test_calibrate_of_several_optimizers():
 
 @with_several
 def test_a_report_says_which_optimizer_has_which_layer(tmp_path):
+    pytest.importorskip("matplotlib")
     model = stacked(several())
     model.fit(X, Y, callbacks=[kgc.ClipMonitor(tmp_path, every=1)], **FIT)
     page = kgc.report(tmp_path).read_text(encoding="utf-8")

@@ -231,7 +231,7 @@ def test_map_table_and_file(tmp_path):
     for layer in found.layers:
         threshold = f"{found.thresholds['norm'][layer]:.3g}"
         assert layer in text and threshold in text
-        assert f"<td>{layer}</td><td>" in shown and f"<td>{threshold}</td>" in shown
+        assert layer in shown and threshold in shown
     described = found.clip_map("absolute").describe(model)
     assert described.count("AbsoluteClip") == len(model.trainable_variables)
     kernels_only = found.clip_map("adaptive").describe(model)
