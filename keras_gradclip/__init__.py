@@ -1,14 +1,21 @@
 """Per-layer gradient clipping for Keras 3: what is clipped is what is applied."""
 
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "keras_gradclip":
+    from keras_gradclip import command_line  # of `python -m keras_gradclip`
+
+    command_line.answer_before_keras(sys.argv[1:])
+
 from keras_gradclip import _host
 from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, serialize
 from keras_gradclip.clippers.composite import Chain, ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
 from keras_gradclip.clippers.norm import NormClip, RMSClip
-from keras_gradclip.clippers.parameters import parameter
 from keras_gradclip.clippers.relative import AdaptiveClip, UpdateRatioClip
 from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
 from keras_gradclip.clippers.units import unit_axes
+from keras_gradclip.declarations import parameter
 from keras_gradclip.diagnostics.calibration import Calibration, calibrate
 from keras_gradclip.diagnostics.monitor import ClipMonitor
 from keras_gradclip.diagnostics.page import report

@@ -1,22 +1,21 @@
-"""Checks of arguments that end in an error naming the argument, the value and the remedy."""
+"""Checks of arguments that end in an error naming the argument, the value and the remedy.
+
+Without Keras at the top: command lines check their flags before they wait for it.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+import struct
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
-import keras
-import numpy as np
-
-from keras_gradclip.names import did_you_mean
-
-LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+from typing import Any, TypeGuard
 
 #: Of float32: normal numbers, for TensorFlow and XLA take smaller ones for 0.
-_SMALLEST = float(np.finfo("float32").tiny)
-_LARGEST = float(np.finfo("float32").max)
+_SMALLEST = 2.0**-126
+_LARGEST = 2.0**128 - 2.0**104
 CLIP_NOTHING = "To clip nothing, pass `clipper=None` (or None as the rule of a ClipMap)."
 
 
@@ -54,15 +53,34 @@ def positive(owner: str, name: str, value: object) -> float:
 
 def fits_float32(value: float) -> bool:
     """Whether `value` is finite in float32, in which limits are computed."""
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(np.float32(value)))
+    try:
+        return math.isfinite(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return False
+
+
+def is_schedule(value: object) -> TypeGuard[Any]:
+    """Whether `value` is a `keras.optimizers.schedules.LearningRateSchedule`."""
+    if "keras" not in sys.modules:  # then nothing is one
+        return False
+    import keras
+
+    return isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`", did you mean 'absolute'?"`, or `""` where none of `words` comes near."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def threshold(owner: str, name: str, value: object) -> Any:
     """`value` as a float, or the schedule that it is."""
     if isinstance(value, dict) and "class_name" in value:  # a schedule from a saved config
+        import keras
+
         value = made_of(owner, name, value, keras.optimizers.schedules.deserialize)
-    if isinstance(value, LearningRateSchedule):
+    if is_schedule(value):
         _check_constants(owner, name, value)
         return value
     if value is None:
@@ -79,6 +97,8 @@ def _check_constants(owner: str, name: str, schedule: Any) -> None:
         config = schedule.get_config()
     except NotImplementedError:  # somebody's own, without a config
         return
+    import keras
+
     for value in keras.tree.flatten(config):
         if isinstance(value, (int, float)) and not fits_float32(value):
             raise ValueError(

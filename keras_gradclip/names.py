@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import keras
 
 from keras_gradclip._layers import owners_of
+from keras_gradclip._validation import did_you_mean as did_you_mean
 
 
 def path_of(variable: keras.Variable) -> str:
@@ -74,9 +74,3 @@ def scope_numbers(scope: str, variables: Sequence[keras.Variable]) -> list[int]:
         return list(range(len(variables)))
     numbers: dict[str, int] = {}
     return [numbers.setdefault(layer, len(numbers)) for layer in layers_of(variables)]
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`", did you mean 'absolute'?"`, or `""` where none of `words` comes near."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

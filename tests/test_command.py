@@ -1,11 +1,17 @@
 """`python -m keras_gradclip`: its three commands, and one line for every mistake."""
 
+import subprocess
+import sys
+
 import keras
 import pytest
 from run_files import CLIPPED, write_run
 
 import keras_gradclip as kgc
 from keras_gradclip.__main__ import main
+from keras_gradclip.clippers import cards
+from keras_gradclip.clippers.base import ALIASES
+from keras_gradclip.declarations import declared
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +50,50 @@ def test_describe_names_the_rule_of_each_variable(model, flags, expected, files,
     assert lines[2].startswith("head/kernel") and expected in lines[2]
 
 
-def test_every_selectable_clipper_has_its_flags_in_the_help(capsys):
+def shown(capsys, *flags):
     with pytest.raises(SystemExit) as stop:
-        main(["describe", "--help"])
+        main(["describe", *flags])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for alias in kgc.clippers.selectable():
-        assert f"--clipper {alias}: --" in text
+    return capsys.readouterr().out
+
+
+def test_help_has_the_flags_of_the_chosen_clipper_and_help_clippers_those_of_all(capsys):
+    text = shown(capsys, "--help", "--clipper", "norm")
+    assert text.startswith("Says which rule of a clipper hits which variable")
+    assert "--max-norm" in text and "--threshold" not in text
+    text = shown(capsys, "--help-clippers")
+    for alias, cls in kgc.clippers.selectable().items():
+        section = text.partition(f"--clipper {alias}:")[2].partition("--clipper ")[0]
+        for parameter in kgc.clippers.parameters(cls):
+            flag = f"--{parameter.flag.replace('_', '-')} "
+            assert (flag in section) == (parameter.kind != "object")
+
+
+def test_the_declarations_that_command_lines_read_are_those_of_the_clippers():
+    ours = [a for a, cls in ALIASES.items() if cls.__module__.startswith("keras_gradclip.")]
+    found = {alias: d for alias, d in cards.declarations().items() if alias in ours}
+    assert declared() == found, "run python -m keras_gradclip.clippers.cards"
+
+
+@pytest.mark.parametrize(
+    "words, status",
+    [
+        (["--help"], 0),
+        (["describe", "--clipper", "norm", "--help"], 0),
+        (["describe", "--help-clippers"], 0),
+        (["describe", "m.keras", "--clipper", "norm", "--max-norm=-1"], 2),
+        (["describe", "m.keras", "--cliper", "norm"], 2),
+        (["reports"], 2),
+    ],
+)
+def test_flags_are_answered_before_keras_is_imported(words, status, tmp_path):
+    """`-X importtime` lists what is imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "keras_gradclip", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "keras_gradclip.command_line" in imported
+    assert not {"keras", "tensorflow", "numpy"} & imported
 
 
 @pytest.mark.parametrize(
@@ -60,9 +103,10 @@ def test_every_selectable_clipper_has_its_flags_in_the_help(capsys):
         (["describe", "nowhere.keras"], "there is no file 'nowhere.keras'"),
         (["describe", "{broken}"], "cannot be loaded as a Keras model"),
         (["describe", "{plain}"], "was compiled without a clipper"),
-        (["describe", "{plain}", "--clipper", "norn"], "Did you mean 'norm'?"),
+        (["describe", "{plain}", "--clipper", "norn"], "did you mean 'norm'?"),
         (["describe", "{plain}", "--clipper", "norm", "--max-norm=-1"], "`max_norm` must be"),
         (["describe", "{plain}", "--clipper", "norm", "--max-norm=x"], "invalid float value"),
+        (["describe", "{plain}", "--clippr", "norm"], "did you mean '--clipper'?"),
         (["describe", "{plain}", "--clipper", "norm", "--beta=1"], "unrecognized arguments"),
         (["describe", "{plain}", "--clipper"], "expected one argument"),
         (["describe", "{plain}", "--import", "no_such_module"], "no_such_module"),

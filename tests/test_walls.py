@@ -10,7 +10,8 @@ grimp = pytest.importorskip("grimp")
 
 #: The plugin's rooms, from the ground up; a room imports those before it and itself.
 ROOMS = (
-    ("_types", "_validation", "_compat", "_layers", "names", "files", "_host"),
+    ("_validation", "declarations", "command_line"),  # without Keras
+    ("_types", "_compat", "_layers", "names", "files", "_host"),
     ("_arithmetic", "aggregation", "_workers"),
     ("clippers",),
     ("optimizer",),

@@ -12,10 +12,10 @@ from keras_gradclip.clippers.base import (
 from keras_gradclip.clippers.composite import Chain, ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
 from keras_gradclip.clippers.norm import NormClip, RMSClip
-from keras_gradclip.clippers.parameters import Card, Parameter, parameter, parameters
 from keras_gradclip.clippers.relative import AdaptiveClip, UpdateRatioClip
 from keras_gradclip.clippers.stateful import AdaClip, PercentileClip, ZScoreClip
 from keras_gradclip.clippers.units import unit_axes
+from keras_gradclip.declarations import Card, Parameter, parameter, parameters
 
 __all__ = [
     "AbsoluteClip",

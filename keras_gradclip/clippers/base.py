@@ -24,7 +24,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Gradient, Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.enforce import Assignment, ClipStats, Enforcer, Limit
-from keras_gradclip.clippers.parameters import MEASURES, Card, parameters
+from keras_gradclip.declarations import MEASURES, Card, parameters
 from keras_gradclip.names import path_of
 
 
@@ -206,7 +206,7 @@ class Clipper(Limit):
 
 def shown(value: object) -> str:
     """A hyper-parameter for people: `0.1`, `ExponentialDecay(0.1, 1000, 0.9)`."""
-    if isinstance(value, validation.LearningRateSchedule):
+    if validation.is_schedule(value):
         return _shown_schedule(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -236,14 +236,14 @@ def current_value(value: object, iterations: keras.Variable | int) -> Tensor:
     A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
     clip would turn gradients around. One that grows out of float32 counts as the largest.
     """
-    if isinstance(value, validation.LearningRateSchedule):
+    if validation.is_schedule(value):
         value = ops.cast(value(iterations), "float32")
         value = ops.clip(value, arithmetic.TINY, arithmetic.LARGEST)
     return ops.cast(arithmetic.read(value), "float32")
 
 
 def serialize_value(value: object) -> object:
-    if isinstance(value, (Clipper, validation.LearningRateSchedule)):
+    if isinstance(value, Clipper) or validation.is_schedule(value):
         return keras.saving.serialize_keras_object(value)
     return value
 

@@ -1,9 +1,17 @@
-"""The table of clippers in the docs, from their cards."""
+"""Tables made from the clippers: that of the docs, and the one that command lines read.
+
+`python -m keras_gradclip.clippers.cards` writes the latter.
+"""
 
 from __future__ import annotations
 
-from keras_gradclip.clippers.base import ALIASES, Clipper
-from keras_gradclip.clippers.parameters import parameters
+from keras_gradclip.clippers.base import ALIASES, Clipper, selectable
+from keras_gradclip.declarations import TABLE, Declaration, as_json, parameters
+
+
+def declarations() -> dict[str, Declaration]:
+    """The registered clippers that flags can make, by alias."""
+    return {alias: Declaration.of(cls) for alias, cls in selectable().items()}
 
 
 def table() -> str:
@@ -23,3 +31,7 @@ def table() -> str:
 def _arguments(cls: type[Clipper]) -> str:
     """What a user sets most: the live parameters, or a composite's clippers."""
     return ", ".join(p.name for p in parameters(cls) if p.live or not p.help)
+
+
+if __name__ == "__main__":
+    TABLE.write_text(as_json(declarations()), encoding="utf-8")

@@ -15,7 +15,7 @@ from keras_gradclip import _validation as validation
 from keras_gradclip._types import Config, Threshold
 from keras_gradclip.clippers.base import Clipper, as_clipper, register, serialize_value
 from keras_gradclip.clippers.enforce import Assignment
-from keras_gradclip.clippers.parameters import Card
+from keras_gradclip.declarations import Card
 from keras_gradclip.names import names_of, path_of
 
 DEFAULT = "default"

@@ -11,7 +11,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Hyper, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.clippers.enforce import Weight
-from keras_gradclip.clippers.parameters import Card, parameter
+from keras_gradclip.declarations import Card, parameter
 
 ALPHA_NOTE = "'alpha' multiplies by exp(β·W) and belongs to ExponentialClip."
 #: Which attribute of a `Weight` is W.

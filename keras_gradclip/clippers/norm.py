@@ -11,7 +11,7 @@ from keras_gradclip._types import Hyper, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.clippers.elementwise import ALPHA_NOTE
 from keras_gradclip.clippers.enforce import Weight
-from keras_gradclip.clippers.parameters import Card, parameter
+from keras_gradclip.declarations import Card, parameter
 from keras_gradclip.names import SCOPES
 
 

@@ -14,7 +14,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Config, Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.clippers.enforce import RATE_IS_SET, Weight
-from keras_gradclip.clippers.parameters import Card, parameter
+from keras_gradclip.declarations import Card, parameter
 from keras_gradclip.names import path_of
 
 #: Pairs of a variable's path and the axes that a unit of it spans.

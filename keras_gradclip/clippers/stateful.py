@@ -22,7 +22,7 @@ from keras import ops
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip._types import Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
-from keras_gradclip.clippers.parameters import Card, parameter
+from keras_gradclip.declarations import Card, parameter
 from keras_gradclip.names import SCOPES
 
 #: Stands for "no limit" and "no norm yet": an infinity would turn into NaN when divided.

@@ -19,9 +19,9 @@ from keras_gradclip import _validation as validation
 from keras_gradclip._types import Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
-from keras_gradclip.clippers.parameters import MEASURES, Measure, parameters
 from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.units import units_of
+from keras_gradclip.declarations import MEASURES, Measure, parameters
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics._sampler import Sampler, Watch
 from keras_gradclip.diagnostics.watch import (

@@ -16,7 +16,7 @@ from keras_gradclip.clippers.base import Clipper, current_value
 
 def is_schedule(value: object) -> bool:
     """Whether a hyper-parameter follows a schedule, and so has no variable."""
-    return isinstance(value, validation.LearningRateSchedule)
+    return validation.is_schedule(value)
 
 
 class ClipHyperparameters(MutableMapping):

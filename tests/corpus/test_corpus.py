@@ -2,8 +2,8 @@
 
 A file says at its top which command it is for. A case has
 
-- argv: {tmp} in it is the folder of its files, {long} a name of 4,000 characters, {search} and
-  {study} the options of `starting_points`;
+- argv: {tmp} in it is the folder of its files, {long} a name of 4,000 characters, {search}
+  the options of `starting_points`;
 - line: a part of the line that it must give; status: the exit status, 2 if nothing is said;
 - start: what is copied into {tmp} first, of `starting_points`; removed: names; folders: names; cut:
   pattern to how many bytes are left;
@@ -26,7 +26,7 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from made_files import FILES
-from starting_points import RUN, SEARCH, STUDY
+from starting_points import RUN, SEARCH
 
 import keras_gradclip as kgc
 from recipes.registry import RECIPES, find_recipe
@@ -37,7 +37,6 @@ TOOLS = ("calibrate", "cluster", "compare", "evidence", "replicas", "zoo")
 WORDS = {
     "{run}": [*RUN, "--output", "{tmp}/run"],
     "{search}": [*SEARCH, "--output", "{tmp}/search"],
-    "{study}": [*STUDY, "--output", "{tmp}/study"],
 }
 
 

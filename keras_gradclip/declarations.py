@@ -1,18 +1,26 @@
 """What a clipper says about itself: its parameters, its card, and what a calibration measures.
 
 Command lines, search spaces, `calibrate` and the table in the docs are made from this and from the
-registry; there is no other list of clippers.
+registry. `declarations.json` repeats the parameters of this package's clippers for command lines,
+which read their flags before they import Keras; `python -m keras_gradclip.clippers.cards` writes
+it, and a test compares.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from keras_gradclip import _validation as validation
+from . import _validation as validation  # relative: recipes load this file without the package
 
 _KEY = "keras_gradclip"
+_TYPES = {"number": float, "count": int, "word": str}
+TABLE = Path(__file__).with_suffix(".json")
 
 #: number: a float above 0. count: a whole number from 1 on. word: one of `choices`. object: what
 #: only Python can write (a dict of axes, a list of clippers); no flag, no search.
@@ -74,6 +82,52 @@ class Parameter:
             validation.bounds(owner, self.name, value, below=self.below, at_most=self.at_most)
         return value
 
+    def read(self, text: str) -> Any:
+        """The number or the word that a command line means by `text`; `check` is yet to come.
+
+        Raises:
+            ValueError: it is no number.
+        """
+        return _TYPES[self.kind](text)
+
+    def add_to(
+        self,
+        parser: argparse._ActionsContainer,
+        flag: str = "",
+        default: object = None,
+        *,
+        searched: bool = False,
+        of: str = "",
+    ) -> None:
+        """Adds the flag to a parser, or to a group of one; its value is None if it is not given.
+
+        Args:
+            parser: an `argparse` parser or group.
+            flag: with underscores, in place of the parameter's own; the name in the namespace.
+            default: what the help shows in place of the declared default.
+            searched: a flag for what a search varies: `--max-norm-range LOW HIGH`, `--rescales
+                WORD ...`.
+            of: the clippers that have the flag, for the help.
+        """
+        flag, default = flag or self.flag, self.default if default is None else default
+        notes = [] if default is None or searched else [f"default: {default}"]
+        if self.range:
+            notes.append("useful: {:g} to {:g}".format(*self.range))
+        text = (f"{of}: " if of else "") + self.help + (f" ({'; '.join(notes)})" if notes else "")
+        words = [word for word in self.choices if word is not None]
+        keywords: dict[str, Any] = {"help": text.replace("%", "%%"), "type": _TYPES[self.kind]}
+        if searched and self.kind == "word":
+            flag, words = f"{flag}s", []
+            keywords |= {"nargs": "+", "metavar": "WORD"}
+        elif searched:
+            flag = f"{flag}_range"
+            keywords |= {"nargs": 2, "metavar": ("LOW", "HIGH"), "type": float}
+        else:
+            keywords["metavar"] = "{" + ",".join(words) + "}" if words else flag.upper()
+        parser.add_argument(
+            f"--{flag.replace('_', '-')}", dest=flag, choices=words or None, **keywords
+        )
+
 
 def parameter(
     default: Any,
@@ -129,6 +183,71 @@ def parameters(clipper: Any) -> tuple[Parameter, ...]:
             declared = {**declared, "flag": declared.get("flag") or field.name}
             result.append(Parameter(field.name, field.default, **declared))
     return tuple(result)
+
+
+class Declaration(NamedTuple):
+    """What command lines know of a clipper.
+
+    Attributes:
+        name: of the class.
+        summary: first line of its docstring.
+        parameters: those that a flag can set.
+    """
+
+    name: str
+    summary: str
+    parameters: tuple[Parameter, ...]
+
+    @classmethod
+    def of(cls, clipper: type) -> Declaration:
+        """That of a clipper's class."""
+        summary = (inspect.getdoc(clipper) or "").partition("\n")[0]
+        flagged = tuple(p for p in parameters(clipper) if p.kind != "object")
+        return cls(clipper.__name__, summary, flagged)
+
+
+def declared() -> dict[str, Declaration]:
+    """The clippers of this package by alias, read from `declarations.json`."""
+    content = json.loads(TABLE.read_text(encoding="utf-8"))
+    result = {}
+    for alias, (name, summary, rows) in content.items():
+        for row in rows:
+            row |= {key: tuple(row[key]) for key in ("range", "choices") if row.get(key)}
+        result[alias] = Declaration(name, summary, tuple(Parameter(**row) for row in rows))
+    return result
+
+
+def as_json(declarations: Mapping[str, Declaration]) -> str:
+    """The text of `declarations.json`: what differs from the defaults of `Parameter`."""
+    usual = {f.name: f.default for f in dataclasses.fields(Parameter)}
+    sections = []
+    for alias, (name, summary, parameters) in declarations.items():
+        rows = []
+        for p in parameters:
+            values = {k: v for k, v in vars(p).items() if k == "default" or v != usual[k]}
+            rows.append(json.dumps(values, ensure_ascii=False))
+        head = json.dumps([name, summary], ensure_ascii=False)[:-1]
+        sections.append(f'"{alias}": {head}, [\n  ' + ",\n  ".join(rows) + "\n]]")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
+Flags = dict[str, dict[str, Parameter]]
+
+
+def flags_of(declarations: Mapping[str, Declaration], reserved: Collection[str] = ()) -> Flags:
+    """The flags of clippers: for each clipper, flag (with underscores) to parameter.
+
+    Clippers may share one. A parameter whose flag is `reserved`, or means another kind of value to
+    another clipper, has its clipper's name in front: `my_clipper_epochs`.
+    """
+    kinds: dict[str, str] = {}
+    result: Flags = {}
+    for alias, declaration in declarations.items():
+        result[alias] = {}
+        for p in declaration.parameters:
+            is_free = p.flag not in reserved and kinds.setdefault(p.flag, p.kind) == p.kind
+            result[alias][p.flag if is_free else f"{alias}_{p.flag}"] = p
+    return result
 
 
 class Measure(NamedTuple):

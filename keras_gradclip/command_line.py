@@ -1,0 +1,203 @@
+"""Command lines: the parser that all share, and the flags of `python -m keras_gradclip`.
+
+Imports no Keras, so that `--help` and a mistake in a flag are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from ._validation import did_you_mean
+from .declarations import Declaration, Flags, declared, flags_of
+
+_PROGRAM = "python -m keras_gradclip"
+COMMANDS = {
+    "report": "Writes the HTML page of a monitored run.",
+    "describe": "Says which rule of a clipper hits which variable of a saved model.",
+    "doctor": "Prints versions, devices, and what a trial update did.",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags that are written out in full; a mistake in them is an exception.
+
+    Args:
+        prog: the command as it is typed.
+        description: its first line and the examples head `--help`, the rest ends it.
+        examples: command lines.
+        usage: what follows `prog`.
+        **keywords: of `argparse.ArgumentParser`.
+    """
+
+    #: What a mistake raises.
+    mistake: type[Exception] = ValueError
+
+    def __init__(
+        self,
+        prog: str,
+        description: str = "",
+        examples: Sequence[str] = (),
+        usage: str = "[--FLAG VALUE ...]",
+        **keywords: Any,
+    ):
+        first, _, rest = inspect.cleandoc(description).partition("\n")
+        head = [first, "", f"usage: {prog} {usage}", "", *(f"  {line}" for line in examples)]
+        super().__init__(
+            prog=prog,
+            usage=argparse.SUPPRESS,
+            description="\n".join(head).strip(),
+            epilog=rest.strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **keywords,
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but an unknown flag is answered with the one that was meant."""
+        result, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.refuse(rest)
+        return result
+
+    def refuse(self, words: Sequence[str], more: Iterable[str] = ()) -> NoReturn:
+        """Raises over words that nobody knows; `more` are flags beside the parser's own."""
+        first = next((word for word in words if word.startswith("--")), "").partition("=")[0]
+        near = did_you_mean(first, [*self._option_string_actions, *more]) if first else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{near}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the mistake instead of printing the usage and ending the process."""
+        raise self.mistake(f"{message} (see --help)")
+
+    def add_clippers(
+        self,
+        declarations: Mapping[str, Declaration],
+        flags: Flags,
+        chosen: str | None,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        """Adds the flags of the chosen clipper, and `--help-clippers`, which shows those of all.
+
+        Args:
+            declarations: the clippers by alias.
+            flags: their flags, from `flags_of`.
+            chosen: alias of the chosen clipper; another word has no flags.
+            defaults: values of the chosen one's flags for the help.
+        """
+        sections = []
+        for alias, declaration in declarations.items():
+            page = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+            for parser in (page, self) if alias == chosen else (page,):
+                summary = declaration.summary.replace("%", "%%")
+                group = parser.add_argument_group(f"--clipper {alias}", summary)
+                for flag, parameter in flags[alias].items():
+                    default = defaults.get(flag) if alias == chosen else None
+                    parameter.add_to(group, flag, default)
+            sections.append(page.format_help())
+        self.add_argument(
+            "--help-clippers",
+            action="version",
+            version="\n".join(sections),
+            help="show the flags of every clipper and exit",
+        )
+
+
+def early(arguments: Sequence[str], *flags: str) -> dict[str, list[str]]:
+    """The values of some flags by name, read before it is known which others there are."""
+    parser = Parser("", add_help=False)
+    for flag in flags:
+        parser.add_argument(flag, action="append", default=[])
+    return vars(parser.parse_known_args(arguments)[0])
+
+
+def imports_of(arguments: Sequence[str]) -> list[str]:
+    """The modules of `--import`."""
+    return early(arguments, "--import")["import"]
+
+
+def parse(arguments: Sequence[str], declarations: Mapping[str, Declaration]) -> argparse.Namespace:
+    """The command line of `python -m keras_gradclip`.
+
+    Args:
+        arguments: the words after that.
+        declarations: the clippers by alias.
+
+    Returns:
+        A namespace with `command`, a key of `COMMANDS`; of `describe` also `clipping`, the values
+        of the clipper's parameters.
+
+    Raises:
+        ValueError: a mistake, in one line.
+    """
+    if not arguments or arguments[0] not in COMMANDS:
+        lines = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+        about = f"Reports on clipping: of a run, of a model, of this installation.\n\n{lines}"
+        root = Parser(_PROGRAM, about, usage="COMMAND ...")
+        root.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+        root.parse_args(arguments[:1])
+    name, *rest = arguments
+    program = f"{_PROGRAM} {name}"
+    if name == "report":
+        parser = Parser(program, COMMANDS[name], usage="RUN [--output PAGE]")
+        parser.add_argument("run", metavar="RUN", help="the folder of a ClipMonitor, or of a run")
+        parser.add_argument("--output", metavar="PAGE", help="(default: report.html in RUN)")
+    elif name == "describe":
+        return _parse_describe(program, rest, declarations)
+    else:
+        parser = Parser(program, COMMANDS[name], usage="")
+    return parser.parse_args(rest, argparse.Namespace(command=name))
+
+
+def _parse_describe(
+    program: str, arguments: Sequence[str], declarations: Mapping[str, Declaration]
+) -> argparse.Namespace:
+    examples = [
+        f"{program} model.keras",
+        f"{program} model.keras --clipper norm --max-norm 1",
+        f"{program} model.keras --clipper mine --import my_clippers",
+    ]
+    parser = Parser(program, COMMANDS["describe"], examples, "MODEL.keras [--FLAG VALUE ...]")
+    add = parser.add_argument
+    add("model", metavar="MODEL.keras", help="a file of model.save(...)")
+    add("--clipper", metavar="NAME", help="(default: that which the model was compiled with)")
+    add(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        help="import first, for clippers and layers of your own",
+    )
+    classes = {declaration.name: alias for alias, declaration in declarations.items()}
+    given = early(arguments, "--clipper")["clipper"]
+    chosen = classes.get(given[-1], given[-1]) if given else None
+    flags = flags_of(declarations, ("command", "model", "clipper", "modules", "import", "help"))
+    parser.add_clippers(declarations, flags, chosen, {})
+    options = parser.parse_args(arguments, argparse.Namespace(command="describe", clipping={}))
+    names = ["auto", *declarations]
+    if chosen is not None and chosen not in names:
+        near = did_you_mean(chosen, names) or f": choose from {', '.join(names)}"
+        parser.error(f"--clipper: no clipper is called {chosen!r}{near}")
+    options.clipper = chosen
+    for flag, parameter in flags.get(chosen or "", {}).items():
+        value = getattr(options, flag)
+        if value is not None:
+            owner = declarations[options.clipper].name
+            options.clipping[parameter.name] = parameter.check(owner, value)
+    return options
+
+
+def answer_before_keras(arguments: Sequence[str]) -> None:
+    """Ends the process with `--help` or the line of a mistake, if that is all there is to say.
+
+    Clippers of `--import` have flags that are not known before it.
+    """
+    try:
+        if not imports_of(arguments):
+            parse(arguments, declared())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
