@@ -38,8 +38,8 @@ def load(
     Images leave as float32 [image_size, image_size, 3] in -1..1, labels as int64 scalars.
 
     Args:
-        dataset: str, `mnist_embedded`, `image_folder` (then `data_dir` is laid out as
-            split/class/file) or any TFDS name (`cifar10`, `imagenet2012:5.1.0`).
+        dataset: str, `mnist_embedded`, `image_folder` (then `data_dir` is laid out as class/file
+            or split/class/file) or any TFDS name (`cifar10`, `imagenet2012:5.1.0`).
         data_dir: str or None, the folder that holds the prepared data set.
         image_size: int, side in pixels.
         augment: str, "imagenet" (a random crop of 8 to 100 % of the area, decoded alone; the
@@ -58,35 +58,42 @@ def load(
         DataError: the data set is unknown, not prepared, or has no images with labels.
     """
     if files := dataset == IMAGE_FOLDER:
-        parts, num_classes, note = image_folder_splits(data_dir, on_bad_data)
+        parts, class_names, note = image_folder_splits(data_dir, on_bad_data)
         small = False
     else:
         builder = tfds.open_builder(dataset, data_dir, download)
-        image_key, label_key, num_classes, small = tfds.features_of(builder)
+        image_key, label_key, class_names, small = tfds.features_of(builder)
         parts, note = tfds.splits_of(builder, image_key, label_key, splits, data_dir)
     read = tf.io.read_file if files else tf.identity
     if augment == "auto":
         augment = "shift" if small else "imagenet"
     if flip is None:
         flip = augment != "none" and not any(word in dataset.lower() for word in _NEVER_FLIPPED)
+    decoding: dict[str, Any] = {"image_size": image_size, "augment": augment}
 
+    # Elements are (image, label), and of an image folder (path, label, EXIF orientation).
     def preprocess_train(element: Any, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        encoded, label = element
-        return normalise(images.decode_train(read(encoded), seed, image_size, augment, flip)), label
+        image, label, *turned = element
+        pixels = images.decode_train(read(image), seed, image_size, augment, flip, *turned)
+        return normalise(pixels), label
 
-    def preprocess_eval(encoded: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return normalise(images.decode_eval(read(encoded), image_size, augment)), label
+    def preprocess_eval(
+        image: tf.Tensor, label: tf.Tensor, orientation: tf.Tensor | int = 1
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        pixels = images.decode_eval(read(image), **decoding, orientation=orientation)
+        return normalise(pixels), label
 
     train, validation, test = parts
-    buffer = SMALL_SHUFFLE_BUFFER if small or files else LARGE_SHUFFLE_BUFFER
     return Data(
         train,
         validation,
         test,
         preprocess_train,
         preprocess_eval,
-        num_classes,
-        dataset,
-        buffer,
-        note,
+        num_outputs=len(class_names),
+        name=dataset,
+        shuffle_buffer=SMALL_SHUFFLE_BUFFER if small or files else LARGE_SHUFFLE_BUFFER,
+        note=note,
+        class_names=class_names,
+        decoding=decoding,
     )

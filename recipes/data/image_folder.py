@@ -1,18 +1,22 @@
-"""Folders of images: files by split and class; a damaged file is named.
+"""Folders of images: files by class, or by split and class; a damaged file is named.
 
 Each image is decoded once before training, so that a truncated file costs a line at the start and
 not a crash in epoch 7.
 """
 
-import collections
+import contextlib
+import itertools
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from PIL import ExifTags, Image
 
 from recipes.data import images
 from recipes.data.sets import Split
@@ -21,7 +25,9 @@ from recipes.errors import DataError, first_line
 IMAGE_FOLDER = "image_folder"  # the name of the set
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
-Row = tuple[str, int]
+_UNREAD = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".tif", ".tiff", ".webp"}
+_VALIDATION, _TEST = ("validation", "val"), ("test",)  # names of their folders
+Row = tuple[bytes, int, int]  # path, label, EXIF orientation
 _SHOWN = 10  # problems listed one by one; the rest are counted
 
 
@@ -30,16 +36,14 @@ def image_problem(path: str | Path) -> str | None:
 
     TensorFlow decodes it, as it does in training. PIL knows the format and has the better words.
     """
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
-            if image.format not in _FORMATS:  # PIL knows more of them than TensorFlow
+            if image.format not in (*_FORMATS, "MPO"):  # MPO: a JPEG with others behind it
                 wanted = ", ".join(_FORMATS)
                 return f"is {image.format} by its content, and must be one of {wanted}"
             pixels = words = None
             try:
-                pixels = images.decode(tf.io.read_file(str(path))).numpy()
+                pixels = images.decode(tf.io.read_file(os.fsencode(path))).numpy()
             except tf.errors.OpError as error:
                 words = re.sub(r"^\{\{.*?\}\} *| *\[Op:.*", "", first_line(error))
             same = pixels is not None and pixels.shape[:2] == (image.height, image.width)
@@ -84,98 +88,124 @@ def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
     print("\n".join([*lines, f"warning: {count}, skipped"]), file=sys.stderr)
 
 
-def readable_images(rows: Sequence[Row], on_bad_data: str, what: str) -> list[Row]:
-    """The rows whose image decodes.
-
-    Args:
-        rows: pairs of an image's path and its label.
-        on_bad_data: "skip" or "refuse", see `report_bad`.
-        what: str, the source, for the message.
-    """
-
-    def problem_of(row: Row) -> str | None:
-        problem = image_problem(row[0])
-        return f"{row[0]}: {problem}" if problem else None
-
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        found = list(pool.map(problem_of, rows))
-    report_bad([problem for problem in found if problem], on_bad_data, what)
-    return [row for row, problem in zip(rows, found, strict=True) if problem is None]
+def exif_orientation(path: str | Path) -> int:
+    """How a readable image file is turned, 1 to 8: see `recipes.data.images.upright`."""
+    with Image.open(path) as image, contextlib.suppress(Exception):  # PIL's parser of EXIF
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in range(1, 9) else 1
+    return 1
 
 
-def image_folder_splits(root: str | None, on_bad_data: str) -> tuple[list[Split], int, str]:
-    """Train, validation and test splits of (path, label) from split/class/file folders.
+def image_folder_splits(
+    root: str | None, on_bad_data: str
+) -> tuple[list[Split], tuple[str, ...], str]:
+    """Train, validation and test splits of (path, label, EXIF orientation) from folders of files.
 
-    Without a `validation` (or `val`) folder every tenth training image of each class is held
-    out, and without a `test` folder another tenth: the same ones each time. Classes are the
-    folders of `train` in alphabetical order.
+    The layout is SPLIT/CLASS/FILE where a folder `train` has folders in it, else CLASS/FILE.
+    Without a `validation` (or `val`) folder every tenth training image of each class is held out,
+    and without a `test` folder another tenth: the same ones each time, and one at least of a class
+    of three or more. Classes are in alphabetical order. Names that begin with a dot are left out.
 
     Returns:
-        The splits, the number of classes, and what was held out, in words.
+        The splits, the names of the classes, and what was held out, in words.
 
     Raises:
         DataError: no such folder, no classes, or an unreadable image under "refuse".
     """
     if not root:
-        raise DataError("dataset='image_folder' needs --data-dir, laid out as split/class/file")
+        raise DataError(f"dataset={IMAGE_FOLDER!r} needs --data-dir, a folder of CLASS/FILE")
     base = Path(root)
-    if not (base / "train").is_dir():
-        raise DataError(f"data-dir={root!r} has no folder 'train' (wanted: train/CLASS/FILE)")
-    classes = sorted(folder.name for folder in (base / "train").iterdir() if folder.is_dir())
-    if len(classes) < 2:
-        raise DataError(f"{base / 'train'} holds {len(classes)} class folders: two are needed")
+    if not base.is_dir():
+        raise DataError(f"data-dir={root!r} is not a folder")
+    by_split = bool(_folders(base / "train"))
+    home = base / "train" if by_split else base
+    classes = _folders(home)
+    like_splits = {"train", *_VALIDATION, *_TEST}.intersection(classes if not by_split else ())
+    if len(classes) < 2 or len(like_splits) == len(classes):
+        names = f" ({', '.join(classes)})" if classes else ""
+        raise DataError(
+            f"{home} holds {len(classes)} class folders{names}: two are needed, as CLASS/FILE or "
+            "train/CLASS/FILE"
+        )
+    if like_splits:
+        names = ", ".join(sorted(like_splits))
+        print(
+            f"warning: {home}: {names} read as classes, since they hold no folders", file=sys.stderr
+        )
 
-    def rows(split: str) -> list[Row]:
-        folder = base / split
-        unknown = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name not in classes)
+    def rows(folder: Path) -> list[Row]:
+        unknown = sorted(set(_folders(folder)) - set(classes))
         if unknown:
             raise DataError(f"{folder} has a class that train has not: {unknown[0]!r}")
-        return [
-            (str(path), label)
-            for label, name in enumerate(classes)
-            for path in sorted((folder / name).glob("*"))
-            if path.suffix.lower() in _SUFFIXES
-        ]
+        return _readable(folder, classes, on_bad_data)
 
-    def checked(split: str) -> list[Row]:
-        return readable_images(rows(split), on_bad_data, str(base / split))
-
-    train = checked("train")
+    train = rows(home)
+    empty = set(range(len(classes))) - {label for _, label, _ in train}
+    if train and empty:
+        raise DataError(
+            f"the class {classes[min(empty)]!r} of {home} holds no images: add some, or remove its "
+            "folder"
+        )
     parts, held_out = [], []
-    for role, names in (("validation", ("validation", "val")), ("test", ("test",))):
-        folder = next((name for name in names if (base / name).is_dir()), None)
-        if folder:
-            parts.append(checked(folder))
+    for role, spelt, first in (("validation", _VALIDATION, 10), ("test", _TEST, 5)):
+        folders = [base / name for name in spelt if by_split and (base / name).is_dir()]
+        if folders:
+            parts.append(rows(folders[0]))
         else:
-            taken, train = _tenth(train, first=10 if role == "validation" else 5)
+            taken, train = _tenth(train, first)
             parts.append(taken)
             held_out.append(role)
-    validation, test = parts
-    empty = set(range(len(classes))) - {label for _, label in (*train, *validation)}
-    if len(empty) < len(classes) and empty:
-        raise DataError(
-            f"the class {classes[min(empty)]!r} of {base / 'train'} holds no images: add some, or "
-            "remove its folder"
-        )
-    for name, part in (("train", train), ("validation", validation), ("test", test)):
+    for role, part in zip(("train", "validation", "test"), (train, *parts), strict=True):
         if not part:
-            raise DataError(f"{base}: no images for the {name} split")
-    note = f"{' and '.join(held_out)}: held out of train/" if held_out else ""
-    return [_split(part) for part in (train, validation, test)], len(classes), note
+            raise DataError(
+                f"{base}: no images for the {role} split: add some, four of a class at least, or a "
+                f"folder {role}/CLASS/FILE"
+            )
+    note = f"{' and '.join(held_out)}: held out of {home.name}/" if held_out else ""
+    return [_split(part) for part in (train, *parts)], tuple(classes), note
+
+
+def _folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted; none where it is not there."""
+    return sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
+
+
+def _readable(folder: Path, classes: Sequence[str], on_bad_data: str) -> list[Row]:
+    """The images of CLASS/FILE that decode, by class and name; `report_bad` has the others."""
+    files = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).glob("[!.]*"))
+    ]
+    unread = Counter(s for path, _ in files if (s := path.suffix.lower()) in _UNREAD)
+    if unread:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        print(
+            f"warning: {folder}: {counts} left out: {', '.join(_FORMATS)} are read", file=sys.stderr
+        )
+
+    def checked(file: tuple[Path, int]) -> tuple[str | None, Row]:
+        path, label = file
+        problem = image_problem(path)
+        turned = 1 if problem else exif_orientation(path)
+        return problem and f"{path}: {problem}", (os.fsencode(path), label, turned)
+
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        rows = list(pool.map(checked, [f for f in files if f[0].suffix.lower() in _SUFFIXES]))
+    report_bad([problem for problem, _ in rows if problem], on_bad_data, str(folder))
+    return [row for problem, row in rows if not problem]
 
 
 def _tenth(rows: Sequence[Row], first: int) -> tuple[list[Row], list[Row]]:
-    """Every tenth row of each class, from the `first` on, and the others."""
-    tenths: list[Row] = []
-    others: list[Row] = []
-    counts: collections.Counter[int] = collections.Counter()
-    for row in rows:
-        counts[row[1]] += 1
-        (tenths if counts[row[1]] % 10 == first % 10 else others).append(row)
-    return tenths, others
+    """Every tenth row of each class from the `first` on, or the last of three, and the others."""
+    taken: set[Row] = set()
+    for _, group in itertools.groupby(rows, key=lambda row: row[1]):
+        members = list(group)
+        taken.update(members[first - 1 :: 10] or members[2:][-1:])
+    return [row for row in rows if row in taken], [row for row in rows if row not in taken]
 
 
 def _split(rows: Sequence[Row]) -> Split:
-    paths, labels = zip(*rows, strict=True)
-    dataset = tf.data.Dataset.from_tensor_slices((list(paths), tf.constant(labels, dtype=tf.int64)))
-    return Split(dataset, len(rows))
+    paths, labels, turned = zip(*rows, strict=True)
+    columns = (list(paths), np.array(labels, np.int64), np.array(turned, np.int32))
+    return Split(tf.data.Dataset.from_tensor_slices(columns), len(rows))

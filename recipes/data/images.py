@@ -4,7 +4,12 @@ import tensorflow as tf
 
 
 def decode_train(
-    encoded: tf.Tensor, seed: tf.Tensor, image_size: int, augment: str, flip: bool
+    encoded: tf.Tensor,
+    seed: tf.Tensor,
+    image_size: int,
+    augment: str,
+    flip: bool,
+    orientation: tf.Tensor | int = 1,
 ) -> tf.Tensor:
     """One training image: float32 [image_size, image_size, 3] in 0..255.
 
@@ -14,13 +19,15 @@ def decode_train(
         image_size: int, side in pixels.
         augment: str, "imagenet", "shift" or "none" (see `load`).
         flip: bool, mirror half of the images.
+        orientation: how the file is turned, see `upright`.
     """
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     if augment == "imagenet":
-        image = _decode_random_crop(encoded, crop_seed)
+        image = upright(_decode_random_crop(encoded, crop_seed), orientation)
         image = tf.image.resize(image, [image_size, image_size])
     else:
-        image = tf.image.resize(decode(encoded), [image_size, image_size])
+        image = upright(decode(encoded), orientation)
+        image = tf.image.resize(image, [image_size, image_size])
         if augment == "shift":
             border = max(1, image_size // 8)
             edge = [[border, border], [border, border], [0, 0]]
@@ -31,13 +38,16 @@ def decode_train(
     return tf.ensure_shape(image, [image_size, image_size, 3])
 
 
-def decode_eval(encoded: tf.Tensor, image_size: int, augment: str) -> tf.Tensor:
+def decode_eval(
+    encoded: tf.Tensor, image_size: int, augment: str, orientation: tf.Tensor | int = 1
+) -> tf.Tensor:
     """One evaluation image, float32 [image_size, image_size, 3] in 0..255.
 
     With augment "imagenet": the standard crop, the central image_size pixels after the shorter
-    side was resized to image_size · 256 / 224; otherwise the whole image, resized.
+    side was resized to image_size · 256 / 224; otherwise the whole image, resized. `orientation`
+    as in `upright`.
     """
-    image = decode(encoded)
+    image = upright(decode(encoded), orientation)
     if augment == "imagenet":
         shape = tf.cast(tf.shape(image)[:2], tf.float32)
         # The centre first, then one resize: the same pixels at less cost.
@@ -57,6 +67,27 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     """
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
+
+
+def upright(image: tf.Tensor, orientation: tf.Tensor | int) -> tf.Tensor:
+    """Turns and mirrors an image [height, width, 3] as EXIF says, which TensorFlow does not read.
+
+    Args:
+        image: as stored.
+        orientation: the EXIF tag of that name, 1 to 8; 1: the image is upright as it is stored.
+    """
+    if isinstance(orientation, int) and orientation == 1:
+        return image
+
+    def turned() -> tf.Tensor:
+        # From 5 on rows and columns are exchanged. What is left is mirrored, left to right (2),
+        # upside down (4) or both (3).
+        stored = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+        rest = tf.gather([1, 1, 2, 3, 4, 1, 2, 3, 4], orientation)
+        stored = tf.cond((rest == 2) | (rest == 3), lambda: tf.reverse(stored, [1]), lambda: stored)
+        return tf.cond((rest == 3) | (rest == 4), lambda: tf.reverse(stored, [0]), lambda: stored)
+
+    return tf.ensure_shape(tf.cond(orientation == 1, lambda: image, turned), [None, None, 3])
 
 
 def _decode_random_crop(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

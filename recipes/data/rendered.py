@@ -3,16 +3,20 @@
 Each is drawn on the first call into the recipes' cache. Same arguments, same files.
 """
 
+import contextlib
 import csv
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from recipes.data.driving_log import COLUMNS
-from recipes.data.sets import DEFAULT_CACHE, made_once
 
+# Beside the runs, out of version control; safe to delete.
+CACHE = Path(__file__).resolve().parents[2] / "runs" / "data"
 # What the driver adds for what a side camera sees, in the log's units.
 SIDE_CORRECTION = 0.2
 _WIDTH, _HEIGHT = 160, 80
@@ -22,6 +26,21 @@ _SIDE_CAMERA = 0.8  # metres from the centre camera
 # The driver: steering = sum of these times curvature (1/m), offset (m) and heading (rad).
 # The gain on the offset makes SIDE_CORRECTION the right answer to _SIDE_CAMERA metres.
 _CURVATURE_GAIN, _OFFSET_GAIN, _HEADING_GAIN = 20.0, SIDE_CORRECTION / _SIDE_CAMERA, 1.0
+
+
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
+    """The folder `target`, which `make(folder)` fills on the first call.
+
+    Several processes may call this at once: the first to finish moves its own into place.
+    """
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as scratch:
+            made = Path(scratch) / "made"
+            make(made)
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(target)
+    return target
 
 
 def render_drive(folder: str | os.PathLike, frames: int = 1000, seed: int = 0) -> Path:
@@ -95,7 +114,7 @@ def _scene(metres, curvature, offset, heading, light, rng) -> np.ndarray:
 
 def rendered_drive() -> Path:
     """The folder of the embedded drive, rendered on the first call."""
-    return made_once(DEFAULT_CACHE / "driving_rendered-1", render_drive)
+    return made_once(CACHE / "driving_rendered-1", render_drive)
 
 
 SIGNS = (
@@ -188,4 +207,4 @@ def _draw_sign(sign: str, rng) -> Image.Image:
 
 def rendered_signs() -> Path:
     """The folder of the embedded signs, rendered on the first call."""
-    return made_once(DEFAULT_CACHE / "signs_rendered-1", render_signs)
+    return made_once(CACHE / "signs_rendered-1", render_signs)

@@ -1,20 +1,11 @@
 """A split of a data set, and the three splits with what makes a batch of them."""
 
-import contextlib
 import dataclasses
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
 
-from recipes.errors import DataError
-
-# Beside the runs, out of version control; safe to delete.
-DEFAULT_CACHE = Path(__file__).resolve().parents[2] / "runs" / "data"
 SMALL_SHUFFLE_BUFFER = 50_000  # examples of small encoded images: the whole set fits
 LARGE_SHUFFLE_BUFFER = 8_192  # examples of encoded photographs, about 1 GB
 
@@ -46,6 +37,9 @@ class Data:
         name: str, for tables and file heads.
         shuffle_buffer: int, examples held to shuffle from.
         note: str, which parts the three splits are where the set itself has others.
+        class_names: tuple of str, one a class; empty where the outputs are no classes.
+        decoding: keyword arguments with which an image file is read for evaluation, as
+            `recipes/predict.py` does; JSON has to know them.
     """
 
     train: Split
@@ -57,29 +51,8 @@ class Data:
     name: str
     shuffle_buffer: int = SMALL_SHUFFLE_BUFFER
     note: str = ""
-
-
-def made_once(target: Path, make: Callable[[Path], object]) -> Path:
-    """The folder `target`, which `make` fills on the first call, under its name but elsewhere.
-
-    Several processes may call this at once: the first to finish moves its own into place.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        make(scratch / target.name)
-        with contextlib.suppress(OSError):  # another process was first
-            os.rename(scratch / target.name, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if not target.is_dir():
-        raise DataError(f"{target} cannot be written: free some space, or give --data-dir")
-    return target
+    class_names: tuple[str, ...] = ()
+    decoding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def normalise(image: tf.Tensor) -> tf.Tensor:

@@ -2,16 +2,14 @@
 
 import difflib
 import itertools
-import math
-import os
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from recipes.data.image_folder import IMAGE_FOLDER
-from recipes.data.mnist_embedded import prepared_builder
-from recipes.data.sets import DEFAULT_CACHE, Split
+from recipes.data.mnist_embedded import MnistEmbedded
+from recipes.data.sets import Split
 from recipes.errors import DataError, first_line
 
 EMBEDDED = "mnist_embedded"
@@ -26,19 +24,16 @@ def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
     Raises:
         DataError: no such set, or it could not be downloaded.
     """
+    if dataset == EMBEDDED:
+        # A run of before may name the folder that it wrote the digits to.
+        if data_dir is not None and not (Path(data_dir) / EMBEDDED).is_dir():
+            raise DataError(
+                f"data-dir={data_dir!r}: {EMBEDDED} needs no folder; to train on images of your "
+                f"own add --dataset {IMAGE_FOLDER}"
+            )
+        return MnistEmbedded()
     if data_dir is not None and not Path(data_dir).is_dir() and not download:
         raise DataError(f"data-dir={data_dir!r} is not a folder: give the one that holds {dataset}")
-    if dataset == EMBEDDED:
-        folder = data_dir or os.environ.get("TFDS_DATA_DIR") or DEFAULT_CACHE
-        try:
-            return prepared_builder(folder)
-        except OSError:
-            raise
-        except Exception as error:  # TFDS's parsers, over files that are damaged
-            raise DataError(
-                f"dataset={dataset!r} in {folder} is damaged: {first_line(error)}; delete it there "
-                "to have it made again"
-            ) from error
     try:
         builder = tfds.builder(dataset, data_dir=data_dir)
     except Exception as error:  # TFDS raises a dozen kinds for a bad version or config
@@ -62,8 +57,8 @@ def _hint(dataset: str) -> str:
     return f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
 
 
-def features_of(builder: Any) -> tuple[str, str, int, bool]:
-    """(image key, label key, classes, images surely under 96 pixels)."""
+def features_of(builder: Any) -> tuple[str, str, tuple[str, ...], bool]:
+    """(image key, label key, names of the classes, images surely under 96 pixels)."""
     features = builder.info.features
     images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
     labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
@@ -77,7 +72,9 @@ def features_of(builder: Any) -> tuple[str, str, int, bool]:
         )
     height, width, _ = features[image].shape
     small = height is not None and width is not None and max(height, width) < 96
-    return image, label, features[label].num_classes, small
+    classes = features[label]
+    names = classes.names or [str(i) for i in range(classes.num_classes)]
+    return image, label, tuple(names), small
 
 
 def splits_of(
@@ -105,18 +102,19 @@ def splits_of(
     return parts, "" if usual else f"its {', '.join(names)}"
 
 
-def _share(builder: Any, *names: str) -> bool:
+def _share(builder: Any, one: str, other: str) -> bool:
     """Whether two splits, in TFDS's slicing language, have an example in common."""
-    one, other = (
-        [
-            (str(f.filename), f.skip, f.skip + f.take if f.take >= 0 else math.inf)
-            for f in builder.info.splits[name].file_instructions
+
+    def ranges(name: str) -> list[tuple[str, range]]:
+        known = builder.info.splits
+        parts = tfds.core.ReadInstruction.from_spec(name).to_absolute(known)
+        return [
+            (p.splitname, range(known[p.splitname].num_examples)[p.from_ : p.to]) for p in parts
         ]
-        for name in names
-    )
+
     return any(
-        file == file_2 and max(start, start_2) < min(end, end_2)
-        for (file, start, end), (file_2, start_2, end_2) in itertools.product(one, other)
+        split == split_2 and max(a.start, b.start) < min(a.stop, b.stop)
+        for (split, a), (split_2, b) in itertools.product(ranges(one), ranges(other))
     )
 
 

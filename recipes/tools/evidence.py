@@ -108,10 +108,10 @@ def load_images(name: str, side: int, data_dir: str) -> tuple[np.ndarray, ...]:
     """
     import tensorflow_datasets as tfds
 
-    from recipes.data.mnist_embedded import prepared_builder
+    from recipes.data.mnist_embedded import MnistEmbedded
 
     if name == "mnist_embedded":
-        builder, splits = prepared_builder(data_dir), ("train", "validation+test")
+        builder, splits = MnistEmbedded(), ("train", "validation+test")
     else:
         try:
             builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)

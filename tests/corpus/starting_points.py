@@ -43,17 +43,9 @@ def make_models(folder):
     model.save(folder / "plain.keras")
 
 
-def make_digits(folder):
-    """The embedded data set, prepared."""
-    from recipes.data.mnist_embedded import prepared_builder
-
-    prepared_builder(folder)
-
-
 MAKERS = {
     "run": make_run,
     "search": make_search,
     "monitored": make_monitored,
     "models": make_models,
-    "digits": make_digits,
 }

@@ -13,7 +13,6 @@ A file says at its top which command it is for. A case has
 Cases of `library.toml` are expressions, each of which must raise a ValueError.
 """
 
-import dataclasses
 import importlib
 import shutil
 import tomllib
@@ -61,11 +60,8 @@ def run(command, argv):
     """The exit status of a command."""
     if command in RECIPES:
         return main(find_recipe(command), argv)
-    if command in ("tiny", "digits"):
-        recipe = importlib.import_module("tiny_recipe").RECIPE
-        return main(
-            recipe if command == "tiny" else dataclasses.replace(recipe, load_data=None), argv
-        )
+    if command == "tiny":
+        return main(importlib.import_module("tiny_recipe").RECIPE, argv)
     if command == "search":
         return importlib.import_module("tuning.search").main(argv)
     if command in TOOLS:

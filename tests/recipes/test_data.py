@@ -1,18 +1,19 @@
 """Data of the recipes: splits, order, augmentation, and what happens to damaged or missing data."""
 
 import io
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageOps
 
 from recipes import data
 from recipes.data import images
 from recipes.data.image_folder import image_problem
-from recipes.data.mnist_embedded import split_rows
+from recipes.data.mnist_embedded import MnistEmbedded, split_rows
 from recipes.errors import DataError
 
 CIFAR_DIR = Path(__file__).resolve().parents[3] / "shared" / "tfds"
@@ -57,6 +58,22 @@ def test_embedded_mnist_as_read_back(mnist):
     labels = [int(label) for _, label in mnist.test.dataset]
     assert Counter(labels) == {digit: 50 for digit in range(10)}
     assert mnist.num_outputs == 10
+
+
+@pytest.mark.parametrize(
+    ("split", "code"), [("train", 2919929789), ("validation", 2872718405), ("test", 1770625028)]
+)
+def test_the_order_of_the_embedded_digits_is_that_of_their_files_in_0_2(split, code):
+    """A run that began then, with the data set in files of TFDS, goes on with the same batches."""
+    whole = MnistEmbedded().as_dataset(split=split, batch_size=-1)
+    assert zlib.crc32(whole["image"].numpy().tobytes() + whole["label"].numpy().tobytes()) == code
+
+
+def test_a_folder_for_the_embedded_digits_is_a_mistake(tmp_path):
+    with pytest.raises(DataError, match=r"needs no folder; .*--dataset image_folder"):
+        data.load(data_dir=str(tmp_path))
+    (tmp_path / "mnist_embedded").mkdir()  # as a run of 0.2 may have left it
+    assert data.load(data_dir=str(tmp_path), image_size=32).train.size == 4000
 
 
 def test_evaluation_sees_each_example_once_scaled(mnist):
@@ -417,15 +434,86 @@ def test_the_parts_of_an_image_folder_share_nothing(parts, sizes, note, tmp_path
     splits = (loaded.train, loaded.validation, loaded.test)
     assert tuple(split.size for split in splits) == sizes
     assert loaded.note == note
-    files = [{path.numpy() for path, _ in split.dataset} for split in splits]
+    files = [{path.numpy() for path, _, _ in split.dataset} for split in splits]
     assert len(files[0] | files[1] | files[2]) == sum(sizes)
     for split in splits:
-        assert len(set(Counter(int(label) for _, label in split.dataset).values())) == 1
+        assert len(set(Counter(int(label) for _, label, _ in split.dataset).values())) == 1
     again = data.load("image_folder", data_dir=root, image_size=32)
-    assert [p.numpy() for p, _ in again.test.dataset] == [p.numpy() for p, _ in loaded.test.dataset]
+    paths = [[path.numpy() for path, _, _ in d.test.dataset] for d in (loaded, again)]
+    assert paths[0] == paths[1]
 
 
 @pytest.mark.parametrize("place", [None, "absent"])
 def test_image_folder_must_exist(place, tmp_path):
     with pytest.raises(DataError, match="data-dir"):
         data.load("image_folder", data_dir=place and str(tmp_path / place))
+
+
+def test_class_folders_alone_are_split_in_three(tmp_path, capsys):
+    """Keras's layout, with what an operating system and a user leave between the images."""
+    names = ("rote Äpfel", "test", "train")
+    for number, name in enumerate(names):
+        place = tmp_path / name
+        place.mkdir()
+        for i in range(10):
+            image = Image.fromarray(random_image(8 + i, 12, 100 * number + i))
+            image.save(place / f"photo {i}.{('PNG', 'jpg', 'JPEG')[i % 3]}")
+        (place / ".DS_Store").write_bytes(b"\0")
+        (place / "._photo 0.png").write_bytes(b"\0")
+        (place / "notes.txt").write_text("a text")
+    (tmp_path / ".cache" / "old").mkdir(parents=True)
+    Image.fromarray(random_image(8, 8)).save(tmp_path / "train" / "z.webp")
+    loaded = data.load("image_folder", data_dir=str(tmp_path), image_size=32)
+    assert loaded.class_names == names
+    assert (loaded.train.size, loaded.validation.size, loaded.test.size) == (24, 3, 3)
+    assert loaded.note == f"validation and test: held out of {tmp_path.name}/"
+    warnings = capsys.readouterr().err
+    assert f"{tmp_path}: 1 .webp left out" in warnings
+    assert f"{tmp_path}: test, train read as classes, since they hold no folders" in warnings
+    assert [x.shape for x, _ in as_arrays(data.eval_batches(loaded, loaded.test, 8))] == [
+        (3, 32, 32, 3)
+    ]
+
+
+@pytest.mark.parametrize("size, sizes", [(3, None), (4, (4, 2, 2)), (9, (14, 2, 2))])
+def test_few_images_of_a_class_are_in_all_parts(size, sizes, tmp_path):
+    root = str(image_folder(tmp_path, {"train": size}))
+    if sizes is None:
+        with pytest.raises(DataError, match="no images for the test split: add some, four of a"):
+            data.load("image_folder", data_dir=root)
+        return
+    loaded = data.load("image_folder", data_dir=root, image_size=32)
+    assert (loaded.train.size, loaded.validation.size, loaded.test.size) == sizes
+    for split in (loaded.train, loaded.validation, loaded.test):
+        assert {int(label) for _, label, _ in split.dataset} == {0, 1}
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says(orientation, ending, tmp_path):
+    """Training, with and without crops, and evaluation see the image as a viewer shows it."""
+    x, y = np.meshgrid(np.linspace(0, 255, 48), np.linspace(0, 255, 32))
+    image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    tags = image.getexif()
+    tags[0x0112] = orientation
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            image.save(tmp_path / name / f"{i}.{ending}", exif=tags)
+    shown = ImageOps.exif_transpose(Image.open(tmp_path / "cat" / f"0.{ending}"))
+    pixels = np.asarray(shown.resize((16, 16)), np.float32) / 127.5 - 1
+    for augment in ("none", "imagenet"):
+        loaded = data.load(
+            "image_folder", str(tmp_path), image_size=16, augment=augment, flip=False
+        )
+        for stream in (
+            data.train_stream(loaded, 4, seed=0).take(1),
+            data.eval_batches(loaded, loaded.test, 2),
+        ):
+            seen = as_arrays(stream)[0][0]
+            if augment == "none":
+                np.testing.assert_allclose(seen, pixels[None].repeat(len(seen), 0), atol=0.15)
+            # A crop has the same slopes, whatever its place.
+            for axis in (0, 1):
+                slopes, own = (np.diff(p, axis=axis).mean((0, 1)) for p in (seen.mean(0), pixels))
+                assert np.array_equal(np.sign(slopes.round(2)), np.sign(own.round(2)))
