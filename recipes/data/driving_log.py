@@ -213,9 +213,10 @@ def load(
         validation=splits[1],
         test=splits[2],
         preprocess_train=functools.partial(_training_example, image_shape=image_shape),
-        preprocess_eval=lambda path, angle: (_road(path, image_shape), angle[None]),
+        preprocess_eval=lambda path, angle: (road(path, image_shape), angle[None]),
         num_outputs=1,
         name=f"drive ({Path(data_dir).name})",
+        decoding={"image_shape": list(image_shape)},
         parts=parts,
         correction=correction,
     )
@@ -225,7 +226,7 @@ def _training_example(
     element: tuple[tf.Tensor, tf.Tensor], seed: tf.Tensor, image_shape: tuple[int, int]
 ) -> tuple[tf.Tensor, tf.Tensor]:
     path, angle = element
-    x = _road(path, image_shape)
+    x = road(path, image_shape)
     flip_seed, light_seed = tf.unstack(tf.random.split(seed, 2))
     mirrored = tf.random.stateless_uniform([], flip_seed) < 0.5
     x = tf.where(mirrored, tf.reverse(x, [1]), x)
@@ -233,7 +234,7 @@ def _training_example(
     return tf.clip_by_value(x + light, -1.0, 1.0), tf.where(mirrored, -angle, angle)[None]
 
 
-def _road(path: tf.Tensor, image_shape: tuple[int, int]) -> tf.Tensor:
+def road(path: tf.Tensor, image_shape: Sequence[int]) -> tf.Tensor:
     """float32 [height, width, 3] in -1..1: an image file without its sky and bonnet."""
     pixels = images.decode(tf.io.read_file(path))
     rows = tf.cast(tf.shape(pixels)[0], tf.float32)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from recipes.data import images
 from recipes.data.sets import Split
@@ -54,6 +54,8 @@ def image_problem(path: str | Path) -> str | None:
                 same = np.array_equal(pixels, np.asarray(image.convert("RGB")))
     except FileNotFoundError:
         return "no such file"
+    except UnidentifiedImageError:
+        return "cannot identify image file"
     except Exception as error:  # PIL's decoders raise whatever they stumble over
         return first_line(error)
     if words:

@@ -36,7 +36,7 @@ def steps_per_epoch(split: Split, batch_size: int, limit: int | None = None) -> 
     if steps == 0:
         raise DataError(
             f"batch-size={batch_size} is larger than the {split.size} training examples: "
-            "choose a smaller one"
+            f"choose {split.size} or less"
         )
     return min(steps, limit) if limit else steps
 

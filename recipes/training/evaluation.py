@@ -1,0 +1,182 @@
+"""The classes of a run: their names beside the model, and how well each is recognised."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keras_gradclip.files import read_csv, read_json, replace_file, write_csv, write_json
+from recipes.data import Data
+from recipes.errors import RecipeError
+
+CLASSES, CONFUSION = "classes.csv", "confusion.png"
+_PRINTED = 20  # classes; a longer table is left to the CSV file
+_NUMBERED = 25  # classes; more numbers than in their matrix could not be read
+_NAMED = 120  # classes; of more, some names are left out
+_COLUMNS = ("class", "images", "accuracy", "taken_for")
+
+
+def names_file(model: Path) -> Path:
+    """The file with the names of a `.keras` file's classes: `best.classes.json` of `best.keras`."""
+    return model.with_suffix(".classes.json")
+
+
+def write_names(model: Path, data: Data) -> None:
+    """Writes what `recipes/predict.py` needs beside the model: class names, and how to decode."""
+    if data.decoding:
+        content = {"classes": list(data.class_names), "decoding": dict(data.decoding)}
+        write_json(names_file(model), content)
+
+
+def read_names(model: Path) -> tuple[list[str], Mapping[str, Any]]:
+    """The class names beside a model, none where it predicts no classes, and `Data.decoding`.
+
+    Raises:
+        RecipeError: there is no such file, or it is damaged.
+    """
+    path = names_file(model)
+    try:
+        content = read_json(path)
+        classes, decoding = content["classes"], content["decoding"]
+        if not all(isinstance(name, str) for name in classes) or not isinstance(decoding, dict):
+            raise ValueError(f"{path}: holds no names of classes")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{path} is missing, which has the names of the classes: copy it with the model, or "
+            "have a run of an earlier version write it with --resume"
+        ) from None
+    except (KeyError, TypeError):
+        raise RecipeError(f"{path}: holds no 'classes' and 'decoding'") from None
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    return classes, decoding
+
+
+class Confusion(keras.metrics.Metric):
+    """Counts of images by their class (rows) and the predicted one (columns).
+
+    The result is the accuracy.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__(name="confusion")
+        self.counts = self.add_weight(shape=(num_classes, num_classes), initializer="zeros")
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Adds a batch of labels [n] and probabilities [n, classes]."""
+        size = self.counts.shape[0]
+        pairs = keras.ops.cast(keras.ops.reshape(y_true, [-1]), "int32") * size
+        pairs += keras.ops.cast(keras.ops.argmax(y_pred, axis=-1), "int32")
+        counts = keras.ops.bincount(pairs, minlength=size * size)
+        self.counts.assign_add(
+            keras.ops.cast(keras.ops.reshape(counts, (size, size)), self.counts.dtype)
+        )
+
+    def result(self) -> Any:
+        """The share of images whose class is the predicted one."""
+        return keras.ops.trace(self.counts) / keras.ops.maximum(keras.ops.sum(self.counts), 1)
+
+
+def evaluate(
+    model: keras.Model, batches: Any, data: Data, folder: Path, loss: Any, metrics: Sequence[Any]
+) -> dict[str, float]:
+    """The loss and metrics of a model, compiled with them, over batches of (x, y).
+
+    Where the model predicts classes with names, also writes `classes.csv` and `confusion.png`.
+    """
+    confusion = [Confusion(len(data.class_names))] if data.class_names else []
+    model.compile(loss=loss, metrics=[*metrics, *confusion], jit_compile=False)
+    scores = model.evaluate(batches, verbose=0, return_dict=True)
+    for metric in confusion:
+        accuracy = scores.pop(metric.name)
+        counts = keras.ops.convert_to_numpy(metric.counts).astype(int)
+        title = f"{data.name}: {100 * accuracy:.1f} % of {counts.sum():,} test images are right"
+        write_classes(folder, counts, data.class_names, title)
+    return scores
+
+
+def write_classes(folder: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
+    """Writes `classes.csv`, a row a class, and `confusion.png`.
+
+    Args:
+        folder: of the run.
+        counts: `[classes, classes]`, images by true and predicted class.
+        names: of the classes.
+        title: of the picture.
+    """
+    images = counts.sum(axis=1)
+    wrong = counts * (1 - np.eye(len(counts)))
+    rows = [
+        (
+            name,
+            int(images[i]),
+            f"{counts[i, i] / images[i]:.4f}" if images[i] else "",
+            names[wrong[i].argmax()] if wrong[i].any() else "",
+        )
+        for i, name in enumerate(names)
+    ]
+    write_csv(folder / CLASSES, _COLUMNS, rows)
+    draw_confusion(counts, names, folder / CONFUSION, title)
+
+
+def print_classes(folder: Path) -> None:
+    """The accuracy of each class of a run that has any, or where to read that of many."""
+    rows = read_csv(folder / CLASSES, numbers=False)
+    if len(rows) > _PRINTED:
+        print(f"accuracy of {len(rows)} classes: {folder / CLASSES}, {folder / CONFUSION}")
+    elif rows:
+        table = Table("class", title="test images by class")
+        for name in ("images", "accuracy", "taken for"):
+            table.add_column(name, justify="left" if name == "taken for" else "right")
+        for name, images, accuracy, taken_for in (row.values() for row in rows):
+            share = f"{100 * float(accuracy):.1f} %" if accuracy else ""
+            table.add_row(Text(name), images, share, Text(taken_for))  # Text: no markup
+        Console().print(table)
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:
+    """Draws a confusion matrix, each row as shares of the images of its class."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    size = len(counts)
+    side = min(3 + 0.45 * size, 14)  # inches
+    figure = Figure(figsize=(side + 1.5, side), dpi=110)
+    axis = figure.add_subplot()
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # The root shows the few mistakes of a class beside the many images that are right.
+    image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
+    figure.colorbar(image, ax=axis, label="% of the class", fraction=0.046, pad=0.02)
+    ticks = range(0, size, -(-size // _NAMED))
+    labels = [_short(names[i]) for i in ticks]
+    font = min(9, 700 / len(labels))
+    wide = len(labels) * max(map(len, labels)) > 40
+    axis.set_yticks(ticks, labels, fontsize=font, parse_math=False)
+    axis.set_xticks(ticks, labels, fontsize=font, parse_math=False, rotation=90 if wide else 0)
+    axis.set(xlabel="predicted", ylabel="class")
+    axis.set_title(title, fontsize=10, parse_math=False)
+    if size <= _NUMBERED:
+        for row, column in np.argwhere(counts):
+            colour = "white" if shares[row, column] > 35 else "black"
+            axis.text(
+                column,
+                row,
+                f"{counts[row, column]:,}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=colour,
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks
+        replace_file(path, lambda scratch: figure.savefig(scratch, bbox_inches="tight"))
+
+
+def _short(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
