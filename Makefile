@@ -88,7 +88,7 @@ search: venv
 	$(BIN)/python tuning/search.py $(ARGS)
 
 evidence: venv
-	$(BIN)/python recipes/tools/evidence.py $(ARGS)
+	$(BIN)/python benchmarks/evidence.py $(ARGS)
 
 bench: venv venv-jax venv-torch
 	$(BIN)/python benchmarks/bench.py $(ARGS)

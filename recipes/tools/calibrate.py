@@ -57,7 +57,7 @@ from recipes.tools._choices import WINDOW, Choice, choices, draw, steady, write_
 from recipes.training import options as opts
 from recipes.training import prepared
 from recipes.training.callbacks import StopAtNonFinite
-from recipes.training.folder import RUNS, folder_named
+from recipes.training.folder import RUNS, check_options, folder_named
 from recipes.training.option_table import Options
 
 SEGMENTS = 8
@@ -236,11 +236,8 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
     settings = opts.saved_options(recipe, options) | {"steps": steps}
     path = output / "config.json"
     watched = output / WATCHED
-    if path.exists() and watched.exists() and opts.read_json(path) != settings:
-        raise RecipeError(
-            f"{output} holds what was watched with other options: name another --output"
-        )
     if watched.exists():
+        check_options(path, settings)
         print(f"using what was watched before: {watched}")
         found = load_watched(watched, percentile)
     else:

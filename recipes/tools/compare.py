@@ -15,39 +15,36 @@ of guessing, else `learned`.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
 
-from keras_gradclip.files import read_csv, replace_file, write_csv, write_json
+import pandas as pd
+
+from keras_gradclip.files import read_csv, write_json
 from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, TrainingDiverged, plain_errors
+from recipes.errors import RecipeError, TrainingDiverged
 from recipes.registry import RECIPES, find_recipe
+from recipes.tools import study
 from recipes.training import options as opts
-from recipes.training.folder import folder_named
+from recipes.training.folder import check_options, folder_named
 from recipes.training.recipe import at_chance
 
-COLUMNS = (
-    "recipe",
-    "clipper",
-    "learning_rate",
-    "seed",
-    "status",
-    "val_accuracy",
-    "test_accuracy",
-    "clip_fraction",
-    "epochs",
-    "diverged_step",
-    "seconds",
+KEY = ("recipe", "clipper", "learning_rate", "seed")
+RESULTS = (
+    *("status", "val_accuracy", "test_accuracy", "clip_fraction"),
+    *("epochs", "diverged_step", "seconds"),
 )
+_NUMBERS = ("learning_rate", "seed", "val_accuracy", "clip_fraction")
+_OF_HISTORY = ("epoch", "val_accuracy", "clip_fraction")
 OWN = "recipe"
 
 
@@ -81,7 +78,7 @@ def clipper_values(text: str) -> dict:
     return values
 
 
-def run_cell(recipe, values: dict, folder: Path) -> dict:
+def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> dict:
     """One run; the part of its row that the run decides.
 
     An interrupted run in `folder` is resumed.
@@ -90,138 +87,62 @@ def run_cell(recipe, values: dict, folder: Path) -> dict:
 
     resume = (folder / "config.json").exists()
     options = dataclasses.replace(recipe.options(**values), resume=resume)
-    started = time.monotonic()
-    row: dict[str, object] = dict.fromkeys(COLUMNS, "")
     try:
-        result = run(recipe, options, folder)
+        result = run(recipe, options, folder, [study.steps_to(progress)])
     except TrainingDiverged as error:
-        history = read_csv(folder / "history.csv")
-        best = max((r["val_accuracy"] for r in history), default=math.nan)
-        row |= {"status": "diverged", "val_accuracy": best, "diverged_step": error.step}
-        row |= {"clip_fraction": _mean(r["clip_fraction"] for r in history)}
-        return row | {"epochs": len(history), "seconds": round(time.monotonic() - started, 1)}
-    if result is None:  # a worker of a cluster, which writes nothing
-        return row
-    guess = 1 / result.data.num_outputs
-    return row | {
-        "status": "at chance" if at_chance(result.best, guess) else "learned",
-        "val_accuracy": result.best,
-        "test_accuracy": result.test.get("accuracy", ""),
-        "clip_fraction": result.clip_fraction,
-        "epochs": len(result.history),
-        "seconds": round(result.seconds, 1),
-    }
+        rows = pd.DataFrame(read_csv(folder / "history.csv"), columns=_OF_HISTORY)
+        row: dict[str, Any] = {
+            "status": "diverged",
+            "val_accuracy": rows["val_accuracy"].max(),
+            "clip_fraction": rows["clip_fraction"].mean(),
+            "epochs": len(rows),
+            "diverged_step": error.step,
+        }
+    else:
+        assert result is not None  # of one machine
+        guess = 1 / result.data.num_outputs
+        row = {
+            "status": "at chance" if at_chance(result.best, guess) else "learned",
+            "val_accuracy": result.best,
+            "test_accuracy": result.test.get("accuracy", ""),
+            "clip_fraction": result.clip_fraction,
+            "epochs": len(result.history),
+            "seconds": round(result.seconds, 1),
+        }
+    for name in ("backup.npz", "best.keras"):  # hundreds of megabytes a cell
+        (folder / name).unlink(missing_ok=True)
+    return row
 
 
-def _mean(values) -> float:
-    values = list(values)
-    return statistics.fmean(values) if values else math.nan
+def outcome(row: study.Row) -> str:
+    """What the log says of a run."""
+    best = row["val_accuracy"]
+    return row["status"] + ("" if math.isnan(best) else f", {100 * best:.1f} %")
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a `compare.csv`, numbers as numbers."""
-    numbers = {"learning_rate": float, "seed": int, "val_accuracy": float, "clip_fraction": float}
-    with plain_errors():
-        rows = read_csv(path, numbers=False, needs=COLUMNS)
-    try:
-        return [row | {name: kind(row[name]) for name, kind in numbers.items()} for row in rows]
-    except ValueError as error:
-        raise RecipeError(f"{path}: {error}; mend it, or name another --output") from None
+def scored(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with what table and picture show, in %; a run that diverged has no score."""
+    kept = rows["val_accuracy"].where(rows["status"] != "diverged")
+    return rows.assign(score=100 * kept, clipped=100 * rows["clip_fraction"])
 
 
-def key(row: dict) -> tuple:
-    """What tells a cell from the others."""
-    return row["clipper"], float(row["learning_rate"]), int(row["seed"])
+def cell_text(runs: pd.DataFrame) -> str:
+    """A cell of the table: the accuracy, and where a clipper is at work what it clipped."""
+    share = runs["clipped"].mean()  # a run that diverged in its first epoch has none
+    of_clipper = runs["clipper"].iloc[0] != "none" and not math.isnan(share)
+    return study.summary(runs) + (f"; {share:.3g} % clipped" if of_clipper else "")
 
 
-def show(rows: list[dict], title: str) -> None:
-    """The table on the terminal: a line a learning rate, the clippers side by side."""
-    from rich.console import Console
-    from rich.table import Table
-
-    clippers = list(dict.fromkeys(row["clipper"] for row in rows))
-    table = Table(title=f"{title}: best validation accuracy, mean (lowest to highest) over seeds")
-    table.add_column("learning rate", justify="right")
-    for clipper in clippers:
-        table.add_column(_label(clipper), justify="right")
-        if clipper != "none":
-            table.add_column("clipped", justify="right")
-    for rate in sorted({row["learning_rate"] for row in rows}):
-        cells = [f"{rate:g}"]
-        for clipper in clippers:
-            here = [r for r in rows if r["clipper"] == clipper and r["learning_rate"] == rate]
-            cells.append(summary(here))
-            if clipper != "none":
-                # A run that diverged in its first epoch has no figure.
-                known = [r["clip_fraction"] for r in here if not math.isnan(r["clip_fraction"])]
-                fraction = _mean(known)
-                cells.append("" if math.isnan(fraction) else f"{100 * fraction:.3g} %")
-        table.add_row(*cells)
-    Console().print(table)
+def draw(rows: pd.DataFrame, path: Path, title: str) -> None:
+    """Accuracy and clip fraction over the learning rate."""
+    rows = scored(rows)
+    rows["clipped"] = rows["clipped"].where(rows["clipper"] != "none")
+    measures = {"score": "best validation accuracy, %", "clipped": "clipped, % (mean of epochs)"}
+    study.draw(path, rows, title, measures)
 
 
-def summary(rows: list[dict]) -> str:
-    """`"96.1 % (95.8 to 96.4)"`, then how many of the runs diverged or stayed at chance."""
-    parts = []
-    scores = [100 * r["val_accuracy"] for r in rows if r["status"] != "diverged"]
-    if scores:
-        spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
-        parts.append(f"{statistics.fmean(scores):.1f} %{spread}")
-    for status in ("diverged", "at chance"):
-        count = sum(r["status"] == status for r in rows)
-        if count:
-            parts.append(f"{count} of {len(rows)} {status}")
-    return ", ".join(parts)
-
-
-def _label(clipper: str) -> str:
-    return {"none": "no clipping", OWN: "clipped"}.get(clipper, clipper)
-
-
-def draw(rows: list[dict], path: Path, title: str) -> None:
-    """Accuracy and clip fraction over the learning rate; diverged runs as crosses at zero."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    accuracy, clipped = figure.subplots(1, 2)
-    clippers = list(dict.fromkeys(row["clipper"] for row in rows))
-    for number, clipper in enumerate(clippers):
-        mine = [row for row in rows if row["clipper"] == clipper]
-        style = {"color": f"C{number}"}
-        rates = sorted({row["learning_rate"] for row in mine})
-        # A diverged run leaves no model: it counts as zero in the mean line.
-        score = {id(r): 0.0 if r["status"] == "diverged" else 100 * r["val_accuracy"] for r in mine}
-        means = [_mean(score[id(r)] for r in mine if r["learning_rate"] == rate) for rate in rates]
-        accuracy.plot(rates, means, label=_label(clipper), **style)
-        for diverged, marker in ((False, "o"), (True, "x")):
-            dots = [r for r in mine if (r["status"] == "diverged") == diverged]
-            accuracy.scatter(
-                [r["learning_rate"] for r in dots],
-                [score[id(r)] for r in dots],
-                marker=marker,
-                **style,
-            )
-        if clipper != "none":
-            dots = [r for r in mine if not math.isnan(r["clip_fraction"])]
-            clipped.scatter(
-                [r["learning_rate"] for r in dots],
-                [100 * r["clip_fraction"] for r in dots],
-                label=_label(clipper),
-                **style,
-            )
-    accuracy.set(ylabel="best validation accuracy, %  (x: diverged)", ylim=(-4, 104))
-    clipped.set(ylabel="clipped, % (mean over the epochs)", ylim=(-4, 104))
-    for axis in (accuracy, clipped):
-        axis.set(xscale="log", xlabel="peak learning rate")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-    figure.suptitle(title)
-    replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
-
-
-def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Path) -> list[dict]:
-    """Runs the cells that `output` has no row of yet; returns all rows.
+def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Path) -> pd.DataFrame:
+    """Runs the cells that `output` has no row of yet; the rows of all.
 
     Args:
         recipe: `Recipe`, a classifier.
@@ -239,6 +160,8 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     parsed = opts.parse(recipe, rest)
     shared = {**parsed.config, **parsed.given, "tensorboard": False}
     shared.setdefault("verbose", "quiet")
+    if recipe.options(**shared).strategy == "multiworker":
+        raise RecipeError("--strategy multiworker: a comparison runs on one machine")
     clipping = opts.clipping_names(recipe.extra_options)
     cells = []
     for rate, seed, clipper in itertools.product(learning_rates, seeds, clippers):
@@ -246,34 +169,25 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
         values = {n: v for n, v in shared.items() if not chosen or n not in clipping}
         values |= {**chosen, "learning_rate": rate, "seed": seed}
         recipe.options(**values)  # every cell is checked before the first one runs
-        cells.append(({"clipper": clipper, "learning_rate": rate, "seed": seed}, values))
+        name = f"{clipper}-lr{rate:g}-seed{seed}"
+        folder = output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
+        key = {"recipe": recipe.name, "clipper": clipper, "learning_rate": rate, "seed": seed}
+        job = functools.partial(run_cell, recipe, values, folder)
+        cells.append(study.Cell(key, f"{clipper} at {rate:g}, seed {seed}", job))
     output.mkdir(parents=True, exist_ok=True)
     # What all cells share: rows made otherwise must not stand in one table.
     common = opts.saved_options(recipe, recipe.options(**shared))
     for name in ("learning_rate", "seed"):
         common.pop(name)
     settings = output / "compare.json"
-    if settings.exists() and opts.read_json(settings) != common:
-        raise RecipeError(f"{output} was begun with other options: name another --output")
-    path = output / "compare.csv"
-    rows = read(path)
+    check_options(settings, common)
+    table = study.StudyFile(output / "compare.csv", KEY, RESULTS, _NUMBERS)
+    table.read()  # a damaged one is found before anything is written
     write_json(settings, common)
-    for cell, values in cells:
-        if key(cell) in {key(row) for row in rows}:
-            continue
-        name = f"{cell['clipper']}-lr{cell['learning_rate']:g}-seed{cell['seed']}"
-        folder = output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
-        print(f"{len(rows) + 1}: {name}", end=" ... ", flush=True)
-        row = run_cell(recipe, values, folder) | {"recipe": recipe.name} | cell
-        best = "" if math.isnan(row["val_accuracy"]) else f", {100 * row['val_accuracy']:.1f} %"
-        print(row["status"] + best, flush=True)
-        rows.append(row)
-        write_csv(path, COLUMNS, rows)
-        draw(rows, output / "compare.png", f"{recipe.name}: with and without clipping")
-        for name in ("backup.npz", "best.keras"):  # hundreds of megabytes a cell
-            (folder / name).unlink(missing_ok=True)
-    wanted = {key(cell) for cell, _ in cells}
-    return [row for row in rows if key(row) in wanted]
+    title = f"{recipe.name}: with and without clipping"
+    return table.run(
+        cells, outcome, after=lambda _: draw(table.read(), output / "compare.png", title)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,7 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = folder_named(usual if given.output is None else given.output)
         recipe, rates = find_recipe(given.recipe), given.learning_rates
         rows = compare(recipe, rest, given.clippers, rates, given.seeds, output)
-        show(rows, given.recipe)
+        study.show(
+            study.cross_table(scored(rows), "learning_rate", "clipper", cell_text),
+            f"{given.recipe}: best validation accuracy in %, mean (lowest–highest) of the seeds "
+            + ", ".join(map(str, given.seeds)),
+        )
         print(f"results in {output / 'compare.csv'} and {output / 'compare.png'}")
 
     return exit_status(work, interrupted="; the same command goes on from here")

@@ -11,6 +11,7 @@ middle of the recipe that was interrupted.
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import sys
 from collections.abc import Sequence
@@ -23,36 +24,30 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
 
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
-from keras_gradclip.files import read_csv, write_csv
 from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, first_line, plain_errors
+from recipes.errors import RecipeError, first_line
 from recipes.registry import RECIPES, find_recipe
+from recipes.tools import study
 from recipes.training import options as opts
 from recipes.training import run
 from recipes.training.folder import folder_named
 
 Row = dict[str, Any]
-COLUMNS = (
-    "recipe",
-    "parameters",
-    "monitor",
-    "best",
-    "best_epoch",
-    "test",
-    "clip_fraction",
-    "seconds",
-    "error",
+RESULTS = (
+    *("parameters", "monitor", "best", "best_epoch", "test", "clip_fraction"),
+    *("seconds", "error"),
 )
-
-_NUMBERS = ("parameters", "best", "clip_fraction", "seconds")  # of a row that is finished
+#: How long a recipe takes, relative to ResNet-50 (recipes/README.md).
+COSTS = {
+    **{"alexnet": 0.3, "vgg16": 0.8, "vgg19": 1.6, "googlenet": 0.6, "inception_v2": 0.4},
+    **{"driving_resnet50": 0.3, "driving_pilotnet": 0.1, "driving_resnet50_signs": 0.3},
+}
 
 
 def train(name: str, folder: str, argv: list[str]) -> Row:
-    """Runs one recipe; a row of `zoo.csv`. Errors of the recipe end up in its last column."""
-    row: Row = dict.fromkeys(COLUMNS, "") | {"recipe": name}
+    """Runs one recipe; the rest of its row. Errors of the recipe end up in the last column."""
     try:
         recipe = find_recipe(name)
         resume = (Path(folder) / "config.json").exists()
@@ -60,11 +55,11 @@ def train(name: str, folder: str, argv: list[str]) -> Row:
         result = run(recipe, options, folder)
     # One recipe's failure, whatever it is, must not cost the others their turn.
     except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {first_line(error)}"}
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
     if result is None:
-        return row | {"error": "--strategy multiworker: a zoo runs on one machine"}
+        return {"error": "--strategy multiworker: a zoo runs on one machine"}
     metric = result.monitor.removeprefix("val_")
-    return row | {
+    return {
         "parameters": result.parameters,
         "monitor": result.monitor,
         "best": result.best,
@@ -75,57 +70,48 @@ def train(name: str, folder: str, argv: list[str]) -> Row:
     }
 
 
-def train_apart(name: str, folder: str, argv: list[str]) -> Row:
+def train_apart(name: str, folder: str, argv: list[str], _: study.Progress | None = None) -> Row:
     """`train` in a process of its own, so that no recipe can take the others down with it."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(train, name, folder, argv).result()
     except BrokenProcessPool:
-        return dict.fromkeys(COLUMNS, "") | {
-            "recipe": name,
-            "error": "the process was killed (out of memory?)",
+        return {"error": "the process was killed (out of memory?)"}
+
+
+def outcome(row: study.Row) -> str:
+    """What the log says of a run."""
+    return f"failed: {row['error']}" if row["error"] else score(row, "best")
+
+
+def score(row: study.Row, name: str) -> str:
+    """A column of a row in the recipe's own metric."""
+    metric = row["monitor"].removeprefix("val_")
+    if row[name] == "":
+        return ""
+    value = float(row[name])
+    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{metric} {value:.4f}"
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """What is printed: a line a recipe."""
+
+    def line(row: study.Row) -> Row:
+        if row["error"]:
+            return {"network": row["recipe"], "validation": outcome(row)}
+        return {
+            "network": row["recipe"],
+            "parameters": f"{int(float(row['parameters'])):,}",
+            "validation": score(row, "best"),
+            "test": score(row, "test"),
+            "clipped": f"{100 * float(row['clip_fraction']):.3g} %",
+            "seconds": f"{float(row['seconds']):.0f}",
         }
 
-
-def finished_rows(path: Path) -> dict[str, Row]:
-    """The rows of a `zoo.csv` that hold a result, by recipe."""
-    with plain_errors():
-        rows = read_csv(path)
-    if rows and not rows[0].keys() >= set(COLUMNS):
-        raise RecipeError(f"{path}: is not a table of the zoo: name another --output")
-    whole = [row for row in rows if all(isinstance(row[name], float) for name in _NUMBERS)]
-    return {row["recipe"]: row for row in whole if not row["error"]}
-
-
-def show(rows: Sequence[Row]) -> None:
-    """The table on the terminal."""
-    table = Table(title="the zoo on embedded data")
-    table.add_column("network")
-    for column in ("parameters", "validation", "test", "clipped", "seconds"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row["error"]:
-            table.add_row(row["recipe"], "", f"[red]failed: {row['error']}[/red]", "", "", "")
-            continue
-        table.add_row(
-            row["recipe"],
-            f"{int(row['parameters']):,}",
-            _score(row, "best"),
-            _score(row, "test"),
-            f"{100 * float(row['clip_fraction']):.3g} %",
-            f"{float(row['seconds']):.0f}",
-        )
-    Console().print(table)
-
-
-def _score(row: Row, key: str) -> str:
-    if row[key] == "":
-        return ""
-    metric = row["monitor"].removeprefix("val_")
-    if metric == "accuracy":
-        return f"{100 * float(row[key]):.2f} %"
-    return f"{metric} {float(row[key]):.4f}"
+    columns = ("network", "parameters", "validation", "test", "clipped", "seconds")
+    lines = [line(row) for row in rows.to_dict("records")]
+    return pd.DataFrame(lines, columns=columns).fillna("")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,19 +140,19 @@ def train_all(arguments: argparse.Namespace, rest: list[str]) -> int:
             "there with --resume"
         )
     output.mkdir(parents=True, exist_ok=True)
-    path = output / "zoo.csv"
-    done = finished_rows(path)
+    zoo = study.StudyFile(output / "zoo.csv", ("recipe",), RESULTS)
+    rows = zoo.read()
+    numbers = rows[["parameters", "best", "clip_fraction", "seconds"]]
+    is_whole = numbers.apply(pd.to_numeric, errors="coerce").notna().all(axis=1)
+    zoo.drop((rows["error"] != "") | ~is_whole)
+    cells = []
     for name in names:
-        if name not in done:
-            print(f"== {name}", flush=True)
-            done[name] = train_apart(name, str(output / name), rest)
-            if done[name]["error"]:
-                print(f"{name} failed: {done[name]['error']}", file=sys.stderr)
-        write_csv(path, COLUMNS, [row for row in done.values() if row["recipe"] in RECIPES])
-    rows = [done[name] for name in names]
-    show(rows)
-    print(f"results in {path}")
-    return 1 if any(row["error"] for row in rows) else 0
+        job = functools.partial(train_apart, name, str(output / name), rest)
+        cells.append(study.Cell({"recipe": name}, name, job, COSTS.get(name, 1.0)))
+    rows = zoo.run(cells, outcome)
+    study.show(table(rows), "the zoo on embedded data")
+    print(f"results in {zoo.path}")
+    return 1 if rows["error"].any() else 0
 
 
 if __name__ == "__main__":

@@ -155,6 +155,24 @@ def differences(
     return ", ".join(f"{name} ({before[name]!r}, now {now[name]!r})" for name in changed)
 
 
+def check_options(path: Path, now: Mapping[str, Any]) -> None:
+    """Nothing, where a file's options are those of now, or there is no file.
+
+    Raises:
+        RecipeError: its folder was begun with others, or it is damaged.
+    """
+    if not path.exists():
+        return
+    before = opts.read_json(path)
+    changed = "no recipe"
+    if isinstance(before, dict) and "recipe" in before:
+        changed = differences(before, now)
+    if changed:
+        raise RecipeError(
+            f"{path.parent} was begun with other options: name another --output ({changed})"
+        )
+
+
 @contextlib.contextmanager
 def locked(folder: Path, kind: str = "run") -> Iterator[None]:
     """Makes `folder` and keeps other processes out of it until the context, or the process, ends.

@@ -32,7 +32,7 @@ from recipes.registry import RECIPES, find_recipe
 from recipes.training import main
 
 HERE = Path(__file__).resolve().parent
-TOOLS = ("calibrate", "cluster", "compare", "evidence", "replicas", "zoo")
+TOOLS = ("calibrate", "cluster", "compare", "replicas", "zoo")
 WORDS = {
     "{run}": [*RUN, "--output", "{tmp}/run"],
     "{search}": [*SEARCH, "--output", "{tmp}/search"],
@@ -64,6 +64,8 @@ def run(command, argv):
         return main(importlib.import_module("tiny_recipe").RECIPE, argv)
     if command == "search":
         return importlib.import_module("tuning.search").main(argv)
+    if command == "evidence":
+        return importlib.import_module("benchmarks.evidence").main(argv)
     if command in TOOLS:
         return importlib.import_module(f"recipes.tools.{command}").main(argv)
     try:

@@ -11,7 +11,7 @@ from tiny_recipe import RECIPE as TINY
 from recipes import training
 from recipes.errors import RecipeError, TrainingDiverged
 from recipes.registry import find_recipe
-from recipes.tools import compare
+from recipes.tools import compare, study
 
 FLAGS = ["--epochs", "1", "--limit-steps", "2"]
 
@@ -54,6 +54,11 @@ def fast(monkeypatch):
     return calls
 
 
+def read(folder):
+    table = study.StudyFile(folder / "compare.csv", compare.KEY, compare.RESULTS, compare._NUMBERS)
+    return table.read().to_dict("records")
+
+
 def arguments(folder, *more):
     return ["alexnet", "--output", str(folder), *more]
 
@@ -61,7 +66,7 @@ def arguments(folder, *more):
 def test_every_cell_has_a_row_and_the_verdicts_are_right(fast, tmp_path, capsys):
     rates = ["--learning-rates", "0.01", "1.0", "--seeds", "0", "3"]
     assert compare.main(arguments(tmp_path, *rates, *FLAGS)) == 0
-    rows = {compare.key(row): row for row in compare.read(tmp_path / "compare.csv")}
+    rows = {(r["clipper"], r["learning_rate"], r["seed"]): r for r in read(tmp_path)}
     assert set(rows) == {
         (clipper, rate, seed)
         for clipper in ("recipe", "none")
@@ -78,9 +83,11 @@ def test_every_cell_has_a_row_and_the_verdicts_are_right(fast, tmp_path, capsys)
     }
     assert {(o.epochs, o.limit_steps, o.tensorboard) for o in fast} == {(1, 2, False)}
     out = capsys.readouterr().out
-    assert "2 of 2 diverged" in out and "2 of 2 at chance" in out and "90.0 %" in out
+    assert "8 of 8 runs to do: the first of them tells how long" in out
+    assert "recipe at 0.01, seed 3\n  learned, 90.0 %, " in out and "; about 0 s left" in out
+    assert "2 of 2 diverged" in out and "11.0 (11.0–11.0), 2 of 2 at chance; 50 % clipped" in out
     with Image.open(tmp_path / "compare.png") as picture:
-        assert picture.size == (1100, 462)
+        assert min(picture.size) > 400
     assert not list(tmp_path.rglob("backup.npz"))
 
 
@@ -113,7 +120,7 @@ def test_an_interrupted_cell_goes_on(fast, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "run", interrupted)
     assert compare.main(arguments(tmp_path, *flags)) == 130
     assert "goes on" in capsys.readouterr().err
-    assert [r["clipper"] for r in compare.read(tmp_path / "compare.csv")] == ["recipe"]
+    assert [r["clipper"] for r in read(tmp_path)] == ["recipe"]
     monkeypatch.setattr(training, "run", finish)
     assert compare.main(arguments(tmp_path, *flags)) == 0
     assert [(o.clipper, o.resume) for o in fast] == [("absolute", False), ("none", True)]
@@ -135,6 +142,7 @@ def test_rows_of_other_options_do_not_mix(fast, tmp_path, capsys):
         (["--clippers", "norm:max_norm=big"], ["max_norm='big'"]),
         (["--clippers", "none", "--threshhold", "1"], ["--threshhold"]),
         (["--learning-rates", "-1"], ["learning-rate"]),
+        (["--strategy", "multiworker"], ["--strategy multiworker", "one machine"]),
     ],
 )
 def test_mistakes_cost_no_training(fast, tmp_path, capsys, flags, words):
@@ -166,7 +174,7 @@ def test_real_runs_with_and_without_clipping(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "find_recipe", lambda name: TINY)
     flags = ["--learning-rates", "0.01", "--seeds", "0", "--clippers", "absolute:threshold=1e-6"]
     assert compare.main(arguments(tmp_path, *flags, "none", *FLAGS)) == 0
-    clipped, plain = compare.read(tmp_path / "compare.csv")
+    clipped, plain = read(tmp_path)
     assert clipped["clip_fraction"] > 0.5 and plain["clip_fraction"] == 0
     with (tmp_path / "compare.csv").open(newline="") as file:
-        assert next(csv.reader(file)) == list(compare.COLUMNS)
+        assert next(csv.reader(file)) == [*compare.KEY, *compare.RESULTS]

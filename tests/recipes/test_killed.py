@@ -33,7 +33,7 @@ STUDY = PATHS + (
     """
 import numpy as np
 import keras_gradclip as kgc
-from recipes.tools import evidence
+from benchmarks import evidence
 rng = np.random.default_rng(0)
 x, y = rng.normal(size=(256, 14, 14, 1)).astype("float32"), rng.integers(0, 10, 256)
 evidence.load_images = lambda *_: (x, y, x[:50], y[:50])

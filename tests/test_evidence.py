@@ -3,11 +3,13 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import keras_gradclip as kgc
+from benchmarks import evidence, yardstick
 from keras_gradclip.files import read_csv, read_json
-from recipes.tools import _yardstick, evidence
+from recipes.tools import study as runner
 from recipes.training.recipe import at_chance
 
 
@@ -26,36 +28,43 @@ def study(**changes):
     )
 
 
+def train(path, *studies):
+    """The rows of the studies, as the command trains them."""
+    file = runner.StudyFile(path, evidence.KEY, evidence.RESULTS, evidence.NUMBERS)
+    return evidence.train(file, studies, "")
+
+
 def test_a_study_goes_on_and_draws(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(128, 14, 14, 1)).astype("float32"), rng.integers(0, 10, 128)
     monkeypatch.setattr(evidence, "load_images", lambda *_: (x, y, x[:50], y[:50]))
     path = tmp_path / "evidence.csv"
-    evidence.train(study(clippers=(evidence.NONE,)), path, "")
-    evidence.train(study(), path, "")
-    evidence.train(study(), path, "")
-    rows = read_csv(path, numbers=False)
-    assert [row["clipper"] for row in rows] == ["none", str(kgc.UpdateRatioClip())]
-    assert float(rows[1]["clip_fraction"]) > 0
+    train(path, study(clippers=(evidence.NONE,)))
+    train(path, study())
+    rows = train(path, study())
+    assert list(rows["clipper"]) == ["none", str(kgc.UpdateRatioClip())]
+    assert float(rows["clip_fraction"].iloc[1]) > 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in printed] == ["1 of 1, tiny"] * 2
-    assert "at 0.3, seed 1: " in printed[0] and " %, " in printed[0]
+    assert printed[0] == "1 of 1 runs to do: about 3 s on two CPU cores"
+    assert printed[1] == "1 of 1: tiny: none at 0.3, seed 1" and " %, " in printed[2]
+    assert printed[3].startswith("1 of 2 runs to do: about ") and "CPU" not in printed[3]
+    assert len(printed) == 6  # the third time nothing is left
     evidence.report((study(),), rows, tmp_path)
     assert (tmp_path / "evidence-tiny.png").stat().st_size > 5_000
 
 
 def test_a_run_that_diverged_counts_as_guessing():
-    def row(seed, status, accuracy):
-        return {
+    rows = pd.DataFrame(
+        {
             "clipper": "none",
-            "learning_rate": "0.1",
-            "seed": seed,
-            "status": status,
-            "test_accuracy": accuracy,
+            "learning_rate": 0.1,
+            "seed": ["1", "2"],
+            "status": ["learned", "diverged"],
+            "test_accuracy": [0.5, float("nan")],
         }
-
-    rows = [row("1", "learned", "0.5"), row("2", "diverged", "nan")]
-    assert "| `none` | 30.0 (10.0–50.0), 1 of 2 diverged |" in evidence.table(rows)
+    )
+    [line] = evidence.table(evidence.scored(rows)).to_dict("records")
+    assert line == {"clipper": "none", "0.1": "30.0 (10.0–50.0), 1 of 2 diverged"}
 
 
 def test_missing_data_is_said(tmp_path, capsys):
@@ -71,11 +80,13 @@ def test_a_run_that_learned_nothing_is_at_chance(tmp_path, monkeypatch, capsys):
     x = np.random.default_rng(0).normal(size=(100, 14, 14, 1)).astype("float32")
     y = np.arange(100) % 10
     monkeypatch.setattr(evidence, "load_images", lambda *_: (x, y, np.zeros_like(x), y))
-    evidence.train(study(clippers=(evidence.NONE,)), tmp_path / "evidence.csv", "")
-    [row] = evidence.read(tmp_path / "evidence.csv")
-    assert row["status"] == "at chance" and float(row["test_accuracy"]) == pytest.approx(0.1)
+    rows = train(tmp_path / "evidence.csv", study(clippers=(evidence.NONE,)))
+    [row] = rows.to_dict("records")
+    assert row["status"] == "at chance" and row["test_accuracy"] == pytest.approx(0.1)
     assert "at chance, 10.0 %" in capsys.readouterr().out
-    assert "| `none` | 10.0, 1 of 1 at chance |" in evidence.table([row])
+    assert "| none | 10.0, 1 of 1 at chance |" in runner.markdown(
+        evidence.table(evidence.scored(rows))
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,16 +112,16 @@ def test_the_yardstick_is_searched_once(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(80, 14, 14, 1)).astype("float32"), rng.integers(0, 10, 80)
     monkeypatch.setattr(evidence, "load_images", lambda *_: (x, y, x[:50], y[:50]))
-    monkeypatch.setattr(_yardstick, "TRIALS", 2)
+    monkeypatch.setattr(yardstick, "TRIALS", 2)
     path = tmp_path / "evidence.csv"
-    yardstick = study(clippers=(evidence.SEARCHED,))
-    evidence.train(yardstick, path, "")
+    of_search = study(clippers=(evidence.SEARCHED,))
+    train(path, of_search)
     [found] = read_json(tmp_path / "evidence-search.json").values()
     assert 0 <= found["val_accuracy"] <= 1
     assert found["clipper"] is None or kgc.get(found["clipper"]) is not None
     # The second seed takes what was found.
-    monkeypatch.setattr(_yardstick, "_search", None)
-    evidence.train(dataclasses.replace(yardstick, seeds=(1, 2)), path, "")
+    monkeypatch.setattr(yardstick, "_search", None)
+    train(path, dataclasses.replace(of_search, seeds=(1, 2)))
     rows = read_csv(path, numbers=False)
     assert [row["clipper"] for row in rows] == [evidence.SEARCHED] * 2
     assert [row["seed"] for row in rows] == ["1", "2"]

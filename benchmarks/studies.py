@@ -8,28 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras_gradclip as kgc
-from recipes.tools._yardstick import TRIALS
+from benchmarks.yardstick import TRIALS
 
-COLUMNS = (
-    "study",
-    "network",
-    "data",
-    "label_noise",
-    "optimizer",
-    "schedule",
-    "batch_size",
-    "epochs",
-    "clipper",
-    "learning_rate",
-    "seed",
-    "status",
-    "test_accuracy",
-    "train_loss",
-    "clip_fraction",
-    "seconds",
-)
 #: What tells a run from the others.
-KEY = COLUMNS[: COLUMNS.index("status")]
+KEY = (
+    *("study", "network", "data", "label_noise", "optimizer", "schedule"),
+    *("batch_size", "epochs", "clipper", "learning_rate", "seed"),
+)
 NONE = "none"
 CALIBRATED = "calibrate"
 CALIBRATED_RATIO = "calibrate update_ratio"

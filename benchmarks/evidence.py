@@ -1,7 +1,7 @@
 """Evidence for clippers: trains networks × clippers × learning rates × seeds.
 
-    python recipes/tools/evidence.py                      # small: ten minutes on two idle cores
-    python recipes/tools/evidence.py --preset full --data-dir FOLDER --output docs/results
+    python benchmarks/evidence.py                      # small: ten minutes on two idle cores
+    python benchmarks/evidence.py --preset full --data-dir FOLDER --output docs/results
 
 Writes `evidence.csv` (a row a run, with all that tells it from the others), `evidence.md` (a table
 a study), one picture a study, and one for readers in a hurry (`evidence.png`) into `--output`. The
@@ -14,27 +14,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import recipes.training  # noqa: F401  (TensorFlow, before anything imports it with its noise)
 
 import numpy as np
+import pandas as pd
 
 import keras_gradclip as kgc
-from keras_gradclip.files import append_csv, read_csv
-from recipes.command_line import Parser, exit_status
-from recipes.errors import DataError, RecipeError, plain_errors
-from recipes.tools._studies import (
+from benchmarks.studies import (
     CALIBRATED,
     CALIBRATED_RATIO,
-    COLUMNS,
     HEADLINE,
     HEADLINE_STUDIES,
     KEY,
@@ -43,11 +41,18 @@ from recipes.tools._studies import (
     SEARCHED,
     Study,
 )
-from recipes.tools._yardstick import searched
+from benchmarks.yardstick import searched
+from recipes.command_line import Parser, exit_status
+from recipes.errors import DataError, RecipeError
+from recipes.tools import study as runner
 from recipes.training.folder import folder_named
 from recipes.training.recipe import at_chance
 
 CLASSES = 10
+#: What a run decides.
+RESULTS = ("status", "test_accuracy", "train_loss", "clip_fraction", "seconds")
+NUMBERS = ("learning_rate", "test_accuracy", "seed")
+PACE = 3.0  # seconds an epoch, with its share of the start
 
 
 def small_vgg(side: int, channels: int, width: int = 8):
@@ -145,7 +150,7 @@ def scheduled(study: Study, rate: float, examples: int):
     return keras.optimizers.schedules.CosineDecay(rate, steps)
 
 
-def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
+def run(study: Study, clipper, rate: float, seed: int, images, progress: runner.Progress) -> dict:
     """Trains once; the columns that the run decides."""
     import keras
 
@@ -176,7 +181,7 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
         batch_size=study.batch_size,
         epochs=study.epochs,
         verbose=0,
-        callbacks=[keras.callbacks.TerminateOnNaN()],
+        callbacks=[keras.callbacks.TerminateOnNaN(), runner.steps_to(progress)],
     )
     train_loss = history.history["loss"][-1]
     finite = math.isfinite(train_loss) and all(np.isfinite(w).all() for w in model.get_weights())
@@ -193,115 +198,59 @@ def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     }
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of an `evidence.csv`, as text; none if there is none.
-
-    Raises:
-        RecipeError: it is another table, or damaged.
-    """
-    with plain_errors():
-        rows = read_csv(path, numbers=False, needs=COLUMNS)
-    try:
-        for row in rows:
-            float(row["learning_rate"]), float(row["test_accuracy"]), int(row["seed"])
-    except ValueError as error:
-        raise RecipeError(f"{path}: {error}; mend it, or name another --output") from None
-    return rows
+def scored(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their test accuracy in %; guessing where a run diverged."""
+    return rows.assign(score=(100 * rows["test_accuracy"]).fillna(100 / CLASSES))
 
 
-def accuracy_of(row: dict) -> float:
-    """Test accuracy in %; guessing where the run diverged."""
-    return 100 / CLASSES if row["status"] == "diverged" else 100 * float(row["test_accuracy"])
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A line a clipper, a column a learning rate; mean and (lowest–highest)."""
+    seeds = rows["seed"].nunique()
+
+    def cell(runs: pd.DataFrame) -> str:
+        fewer = f", {len(runs)} of {seeds} seeds" if len(runs) < seeds else ""
+        return runner.summary(runs) + fewer
+
+    return runner.cross_table(rows, "clipper", "learning_rate", cell)
 
 
-def by_cell(rows: list[dict]) -> dict[str, dict[float, list[dict]]]:
-    """The rows of a study: clipper to learning rate to runs, in the order of the rows."""
-    cells: dict[str, dict[float, list[dict]]] = {}
-    for row in rows:
-        cells.setdefault(row["clipper"], {}).setdefault(float(row["learning_rate"]), []).append(row)
-    return cells
+def label(clipper: str) -> str:
+    """A clipper in a legend, without its rarer parameters."""
+    return re.sub(r", (eps|alpha|warmup_steps|option)=[^,)]*", "", clipper)
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: a line a clipper, a column a learning rate; mean and (lowest to highest)."""
-    rates = sorted({float(row["learning_rate"]) for row in rows})
-    seeds = len({row["seed"] for row in rows})
-    lines = [
-        "| clipper | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
-        "|---|" + "---:|" * len(rates),
-    ]
-    for clipper, of_clipper in by_cell(rows).items():
-        cells = []
-        for rate in rates:
-            runs = of_clipper.get(rate, [])
-            scores = [accuracy_of(r) for r in runs]
-            if len(scores) > 1:
-                text = f"{statistics.fmean(scores):.1f} ({min(scores):.1f}–{max(scores):.1f})"
-            else:
-                text = "".join(f"{score:.1f}" for score in scores)
-            for status in ("diverged", "at chance"):
-                count = sum(r["status"] == status for r in runs)
-                text += f", {count} of {len(runs)} {status}" if count else ""
-            text += f", {len(runs)} of {seeds} seeds" if 0 < len(runs) < seeds else ""
-            cells.append(text)
-        lines.append(f"| `{clipper}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw(rows: list[dict], path: Path, title: str) -> None:
-    """Accuracy over learning rate: a line (the mean) and a band (the seeds) a clipper."""
-    from matplotlib.figure import Figure
-
-    cells = by_cell(rows)
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
-    axis = figure.subplots()
-    colours = iter([f"C{k}" for k in range(10) if k != 7] * len(cells))
-    for number, (clipper, of_clipper) in enumerate(cells.items()):
-        rates = sorted(of_clipper)
-        scores = [[accuracy_of(row) for row in of_clipper[rate]] for rate in rates]
-        color = "black" if clipper == NONE else next(colours)
-        style = "--" if clipper == NONE else ("-", ":")[number > 9]
-        label = re.sub(r", (eps|alpha|warmup_steps|option)=[^,)]*", "", clipper)
-        means = [statistics.fmean(s) for s in scores]
-        axis.plot(rates, means, style, marker="o", markersize=3, label=label, color=color)
-        low, high = [min(s) for s in scores], [max(s) for s in scores]
-        axis.fill_between(rates, low, high, alpha=0.08, linewidth=0, color=color)
-    axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy, %")
-    figure.suptitle(title, fontsize="medium")
-    axis.grid(alpha=0.3)
-    if len(cells) > 6:
-        figure.legend(loc="outside right center", fontsize="x-small")
-    else:
-        axis.legend(loc="best", fontsize="small", framealpha=0.6)
-    figure.savefig(path, dpi=110)
-
-
-def report(studies: tuple[Study, ...], rows: list[dict], output: Path) -> None:
+def report(studies: Sequence[Study], rows: pd.DataFrame, output: Path) -> None:
     """`evidence.md` and a picture for each study that has rows."""
-    parts = []
+
+    def sorted_by(clippers, mine: pd.DataFrame) -> pd.DataFrame:
+        order = [str(clipper) for clipper in clippers]
+        return mine.sort_values("clipper", key=lambda c: c.map(order.index), kind="stable")
+
+    def draw(name: str, mine: pd.DataFrame, title: str) -> None:
+        measures = {"score": "test accuracy, %"}
+        runner.draw(output / name, mine, title, measures, guess=100 / CLASSES, label=label)
+
+    rows, parts = scored(rows), []
     for study in studies:
-        order = {str(clipper): k for k, clipper in enumerate(study.clippers)}
-        mine = [row for row in rows if row["study"] == study.name]
-        mine.sort(key=lambda row: order.get(row["clipper"], len(order)))
-        if not mine:
+        mine = sorted_by(study.clippers, rows[rows["study"] == study.name])
+        if mine.empty:
             continue
-        seeds = sorted({int(row["seed"]) for row in mine})
+        seeds = sorted(mine["seed"].astype(int).unique().tolist())
         title = (
             f"{study.name}: {study.network}, {study.data}, {study.optimizer}, {study.schedule} "
             f"learning rate, {study.epochs} epochs of batch {study.batch_size}"
         )
+        lines = table(mine.assign(clipper="`" + mine["clipper"] + "`"))
         parts.append(
             f"## {title}\n\nTest accuracy in %, mean (lowest–highest) of the seeds {seeds}.\n\n"
-            f"{table(mine)}\n"
+            f"{runner.markdown(lines)}\n"
         )
-        draw(mine, output / f"evidence-{study.name}.png", title)
+        draw(f"evidence-{study.name}.png", mine, title)
     (output / "evidence.md").write_text("\n".join(parts), encoding="utf-8")
-    order = {str(clipper): k for k, clipper in enumerate(HEADLINE)}
-    few = [r for r in rows if r["study"] in HEADLINE_STUDIES and r["clipper"] in order]
-    if few:
-        few.sort(key=lambda row: order[row["clipper"]])
+    few = rows["study"].isin(HEADLINE_STUDIES) & rows["clipper"].isin(map(str, HEADLINE))
+    if few.any():
         title = "Six convolutions without normalisation, CIFAR-10 subset, SGD with momentum"
-        draw(few, output / "evidence.png", title)
+        draw("evidence.png", sorted_by(HEADLINE, rows[few]), title)
 
 
 def parse(argv) -> argparse.Namespace:
@@ -335,15 +284,54 @@ def _studies(arguments: argparse.Namespace) -> None:
 
         tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
         tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
+    file = runner.StudyFile(arguments.output / "evidence.csv", KEY, RESULTS, NUMBERS)
+    file.read()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "evidence.csv"
-    for study in () if arguments.tables else studies:
-        if arguments.studies is None or study.name in arguments.studies:
-            if arguments.seeds:
-                study = dataclasses.replace(study, seeds=tuple(arguments.seeds))
-            train(study, path, arguments.data_dir)
-    report(studies, read(path), arguments.output)
-    print(f"results in {path} and {arguments.output / 'evidence.md'}")
+    chosen = [s for s in studies if arguments.studies is None or s.name in arguments.studies]
+    if not arguments.tables:
+        seeds = tuple(arguments.seeds or ())
+        chosen = [dataclasses.replace(s, seeds=seeds or s.seeds) for s in chosen]
+        train(file, chosen, arguments.data_dir)
+    rows = file.read()
+    report(studies, rows, arguments.output)
+    for study in chosen:
+        mine = rows[rows["study"] == study.name]
+        if len(mine):
+            runner.show(
+                table(scored(mine)), f"{study.name}: test accuracy in %, mean (lowest–highest)"
+            )
+    print(f"results in {file.path} and {arguments.output / 'evidence.md'}")
+
+
+def train(file: runner.StudyFile, studies: Sequence[Study], data_dir: str) -> pd.DataFrame:
+    """The runs of studies that have no row yet; the rows of all."""
+    images = functools.cache(load_images)
+
+    def job(study: Study, clipper, key: dict, progress: runner.Progress) -> dict:
+        name, _, side = study.data.partition("@")
+        rate, seed = float(key["learning_rate"]), int(key["seed"])
+        data = images(name, int(side), data_dir)
+        if clipper == SEARCHED:
+            clipper = _searched(study, rate, data, file.path.with_name("evidence-search.json"))
+        return run(study, clipper, rate, seed, data, progress)
+
+    cells = [
+        runner.Cell(
+            key,
+            f"{study.name}: {key['clipper']} at {key['learning_rate']}, seed {key['seed']}",
+            functools.partial(job, study, clipper, key),
+            study.epochs,
+        )
+        for study in studies
+        for key, clipper in study.runs()
+    ]
+    return file.run(cells, outcome, PACE)
+
+
+def outcome(row: runner.Row) -> str:
+    """What the log says of a run."""
+    score = "" if row["status"] == "diverged" else f", {100 * float(row['test_accuracy']):.1f} %"
+    return row["status"] + score
 
 
 def _searched(study: Study, rate: float, images, file: Path):
@@ -361,26 +349,6 @@ def _searched(study: Study, rate: float, images, file: Path):
 
     key, of_trials = f"{study.name}, {rate:g}", (study.epochs, study.batch_size)
     return searched(file, key, make_model, images[:2], *of_trials) or NONE
-
-
-def train(study: Study, path: Path, data_dir: str) -> None:
-    """The runs of a study that have no row yet."""
-    done = {tuple(row[k] for k in KEY) for row in read(path)}
-    missing = [(key, c) for key, c in study.runs() if tuple(key[k] for k in KEY) not in done]
-    if not missing:
-        return
-    name, _, side = study.data.partition("@")
-    images = load_images(name, int(side), data_dir)
-    for number, (key, clipper) in enumerate(missing, start=1):
-        rate, seed = float(key["learning_rate"]), int(key["seed"])
-        if clipper == SEARCHED:
-            clipper = _searched(study, rate, images, path.with_name("evidence-search.json"))
-        row = key | run(study, clipper, rate, seed, images)
-        append_csv(path, COLUMNS, [[row[column] for column in COLUMNS]])
-        cell = f"{study.name}: {row['clipper']} at {row['learning_rate']}, seed {row['seed']}"
-        score = "" if row["status"] == "diverged" else f", {accuracy_of(row):.1f} %"
-        print(f"{number} of {len(missing)}, {cell}: {row['status']}{score}, {row['seconds']} s")
-        sys.stdout.flush()
 
 
 if __name__ == "__main__":

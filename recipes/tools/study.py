@@ -1,0 +1,355 @@
+"""A study: cells (runs to be made) become rows of a CSV file, then a table and a picture.
+
+The file is the state of the study. The same cells again run those that have no row yet, so that a
+study that was interrupted goes on, and one with more cells than before adds theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from keras_gradclip.files import append_csv, read_csv, replace_file, write_csv
+from recipes.errors import RecipeError, plain_errors
+
+Row = Mapping[str, Any]
+#: Called with the share of a run that is done, 0 to 1.
+Progress = Callable[[float], None]
+
+MOST_LINES = 6  # in one axis; a picture of more clippers has a panel for each
+_COLOURS = [f"C{k}" for k in range(10) if k != 7]  # without the grey
+_FIRST_LOOK = 5.0  # seconds of the first run from which the time of all is estimated
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A run to be made.
+
+    Attributes:
+        key: the columns that tell it from the others.
+        name: of the run, for the log.
+        job: makes the run; takes a `Progress` and returns the other columns, "seconds" left out.
+        cost: how long it takes, relative to the other cells.
+    """
+
+    key: Row
+    name: str
+    job: Callable[[Progress], Row]
+    cost: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyFile:
+    """The file of a study.
+
+    Attributes:
+        path: of the CSV file.
+        key: columns that tell a row from the others.
+        results: columns that a run fills in; "seconds" is one of them.
+        numbers: columns that hold a number in every row.
+    """
+
+    path: Path
+    key: Sequence[str]
+    results: Sequence[str]
+    numbers: Sequence[str] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns, in the order of the file."""
+        return [*self.key, *self.results]
+
+    def read(self) -> pd.DataFrame:
+        """The rows, `numbers` as floats and all else as text.
+
+        Raises:
+            RecipeError: the file is another table, or damaged.
+        """
+        with plain_errors():
+            rows = read_csv(self.path, numbers=False, needs=self.columns)
+        try:
+            frame = pd.DataFrame(rows, columns=self.columns, dtype=str)
+            return frame.astype(dict.fromkeys(self.numbers, float))
+        except ValueError as error:
+            raise RecipeError(f"{self.path}: {error}; mend it, or name another --output") from None
+
+    def drop(self, unwanted: pd.Series) -> None:
+        """Removes the rows of `read` for which `unwanted` is true, to run them again."""
+        if unwanted.any():
+            write_csv(self.path, self.columns, self.read()[~unwanted].to_dict("records"))
+
+    def identity(self, row: Row) -> tuple:
+        """What tells a row or a cell from the others: 0.10 is 0.1."""
+        return tuple(_plain(row[name]) for name in self.key)
+
+    def run(
+        self,
+        cells: Sequence[Cell],
+        outcome: Callable[[Row], str],
+        pace: float | None = None,
+        after: Callable[[Row], None] = lambda row: None,
+    ) -> pd.DataFrame:
+        """Runs the cells that have no row yet, and says how long all of them will take.
+
+        Args:
+            cells: in the order in which they run.
+            outcome: what the log says of a row.
+            pace: seconds for each unit of `cost` on two CPU cores, said where no row in the
+                file tells; or None.
+            after: called with each new row.
+
+        Returns:
+            The rows of these cells, as `read` has them.
+        """
+        known = [self.identity(row) for row in self.read().to_dict("records")]
+        left = [cell for cell in cells if self.identity(cell.key) not in known]
+        if left:
+            clock = _Clock(self._paces(cells), pace, sum(cell.cost for cell in left))
+            print(f"{len(left)} of {len(cells)} runs to do: {clock.estimate()}", flush=True)
+        for number, cell in enumerate(left, start=1):
+            print(f"{number} of {len(left)}: {cell.name}", flush=True)
+            row = {**dict.fromkeys(self.results, ""), **cell.key}
+            row |= cell.job(clock.start(cell.cost))
+            seconds = clock.stop()
+            row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
+            append_csv(self.path, self.columns, [[row[column] for column in self.columns]])
+            more = f"; {clock.estimate()} left" if number < len(left) else ""
+            print(f"  {outcome(row)}, {duration(seconds)}{more}", flush=True)
+            after(row)
+        rows = self.read()
+        wanted = {self.identity(cell.key) for cell in cells}
+        return rows[[self.identity(row) in wanted for row in rows.to_dict("records")]]
+
+    def _paces(self, cells: Sequence[Cell]) -> list[float]:
+        """Seconds for each unit of cost, of the cells that have a row."""
+        costs = {self.identity(cell.key): cell.cost for cell in cells}
+        seconds = pd.to_numeric(self.read()["seconds"], errors="coerce")
+        rows = zip(self.read().to_dict("records"), seconds, strict=True)
+        paces = [s / costs[k] for row, s in rows if (k := self.identity(row)) in costs]
+        return [pace for pace in paces if pace >= 0]  # no NaN
+
+
+def _plain(value: object) -> object:
+    try:
+        return float(str(value))
+    except ValueError:
+        return str(value)
+
+
+def duration(seconds: float) -> str:
+    """`"40 s"`, `"7 min"`, `"2.5 h"`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class _Clock:
+    """The time that is left, by the median pace of the runs so far.
+
+    Args:
+        paces: seconds for each unit of cost, of runs that were made before.
+        usual: the pace on two CPU cores, or None.
+        cost: of all runs that are left.
+    """
+
+    def __init__(self, paces: list[float], usual: float | None, cost: float):
+        self.paces, self.usual, self.cost = paces, usual, cost
+        self.begun = self.of_run = 0.0
+
+    def estimate(self) -> str:
+        """How long the rest will take."""
+        if self.paces:
+            return f"about {duration(pd.Series(self.paces).median() * self.cost)}"
+        if self.usual is not None:
+            return f"about {duration(self.usual * self.cost)} on two CPU cores"
+        return "the first of them tells how long"
+
+    def start(self, cost: float) -> Progress:
+        """A run begins; where none has ended yet, its first steps tell the pace."""
+        self.begun, self.of_run = time.monotonic(), cost
+        first: list[float] = []
+        is_told = bool(self.paces)
+
+        def progress(share: float) -> None:
+            nonlocal is_told
+            now = time.monotonic()
+            if not first:
+                first[:] = now, share
+            elif not is_told and now - first[0] > _FIRST_LOOK:
+                is_told = True
+                whole = (now - first[0]) / (share - first[1]) + first[0] - self.begun
+                text = duration(whole / cost * self.cost)
+                print(f"  about {text} in all, by its first steps", flush=True)
+
+        return progress
+
+    def stop(self) -> float:
+        """The run has ended; its seconds."""
+        seconds = time.monotonic() - self.begun
+        self.paces.append(seconds / self.of_run)
+        self.cost -= self.of_run
+        return seconds
+
+
+def steps_to(progress: Progress) -> keras.callbacks.Callback:
+    """A callback of `fit` that tells `progress` after each step."""
+
+    class Steps(keras.callbacks.Callback):
+        done = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.done += 1
+            progress(self.done / (self.params["epochs"] * self.params["steps"]))
+
+    return Steps()
+
+
+# ----------------------------------------------------------------------------- table and picture
+
+
+def summary(runs: pd.DataFrame) -> str:
+    """`"96.1 (95.8–96.4), 1 of 3 diverged"`: mean and range of the scores of some rows."""
+    scores, parts = runs["score"].dropna(), []
+    if len(scores):
+        spread = f" ({scores.min():.1f}–{scores.max():.1f})" if len(scores) > 1 else ""
+        parts.append(f"{statistics.fmean(scores):.1f}{spread}")
+    for status in ("diverged", "at chance"):
+        if count := (runs["status"] == status).sum():
+            parts.append(f"{count} of {len(runs)} {status}")
+    return ", ".join(parts)
+
+
+def cross_table(rows: pd.DataFrame, lines: str, columns: str, cell=summary) -> pd.DataFrame:
+    """Text for each group of rows: a line and a column for each value of two columns.
+
+    Numbers rise; words come in the order of the rows.
+    """
+    groups = rows.groupby([lines, columns], sort=False)
+    texts = pd.Series({key: cell(runs) for key, runs in groups}).unstack(fill_value="")
+    table = texts.reindex(index=_values(rows[lines]), columns=_values(rows[columns]))
+    return table.rename(index=_text, columns=_text).rename_axis(lines).reset_index()
+
+
+def _values(column: pd.Series) -> list:
+    values = column.unique().tolist()
+    return sorted(values) if pd.api.types.is_numeric_dtype(column) else values
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table in Markdown, its first column to the left and the others to the right."""
+    head = "| " + " | ".join(table.columns) + " |\n|---|" + "---:|" * (len(table.columns) - 1)
+    return "\n".join([head, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
+
+
+def show(table: pd.DataFrame, title: str) -> None:
+    """Prints the table on the terminal."""
+    page = Table(title=title)
+    for number, name in enumerate(table.columns):
+        page.add_column(name.replace("_", " "), justify="right" if number else "left")
+    for row in table.to_numpy():
+        page.add_row(*row)
+    Console().print(page)
+
+
+def draw(path: Path, *of_picture: Any, **options: Any) -> None:
+    """Saves `picture` as a PNG file."""
+    figure = picture(*of_picture, **options)
+    replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+
+
+def picture(
+    rows: pd.DataFrame,
+    title: str,
+    measures: Mapping[str, str],
+    guess: float | None = None,
+    label: Callable[[str], str] = str,
+) -> Figure:
+    """Measures over the learning rate: a line (the mean) and a dot a run for each clipper.
+
+    A learning rate at which a run diverged has a cross at the foot of the axis. More clippers than
+    `MOST_LINES` have a panel each, of the first measure, beside the first of the clippers.
+
+    Args:
+        rows: with the columns clipper, learning_rate, status and the measures (in %, or NaN).
+        title: of the picture.
+        measures: column to what its axis is called.
+        guess: the first measure of a guess, in %; None where it is not known.
+        label: makes the name in the legend from a clipper.
+    """
+    clippers = list(rows["clipper"].unique())
+    is_small = len(clippers) > MOST_LINES
+    panels = [(measure, clippers) for measure in measures]
+    if is_small:
+        panels = [(next(iter(measures)), [clippers[0], one]) for one in clippers[1:]]
+    columns = 4 if is_small else len(panels)
+    lines = -(-len(panels) // columns)
+    size = (13, 1 + 2.6 * lines) if is_small else (max(8, 5.5 * columns), 5.4)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=is_small)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (measure, shown) in zip(axes.flat, panels, strict=False):
+        if guess is not None and measure == panels[0][0]:
+            axis.axhline(guess, color="grey", linestyle=":", linewidth=1, label="a guess")
+        for place, clipper in enumerate(shown):
+            colour = "black" if clipper == "none" else _COLOURS[place % len(_COLOURS)]
+            _line(axis, rows[rows["clipper"] == clipper], measure, colour, place, label(clipper))
+        _finish(axis, rows, measure, is_small)
+        if is_small:
+            axis.set_title(textwrap.fill(label(shown[-1]), 36), fontsize=8)
+        else:
+            axis.set(ylabel=measures[measure], xlabel="learning rate")
+    note = "x: a run diverged" if (rows["status"] == "diverged").any() else ""
+    if is_small:
+        figure.supylabel(measures[panels[0][0]])
+        note = f"each beside {label(clippers[0])!r} (black)" + (f"; {note}" if note else "")
+    else:
+        handles, names = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize="small")
+    figure.suptitle(f"{title}\n{note}" if note else title, fontsize="medium")
+    return figure
+
+
+def _line(
+    axis: Axes, runs: pd.DataFrame, measure: str, colour: str, place: int, label: str
+) -> None:
+    """One clipper: the mean of its runs at each learning rate, the runs, and what diverged."""
+    lost = runs["status"] == "diverged"
+    by_rate = runs.groupby("learning_rate")
+    # Where all runs diverged there is nothing to draw but the cross.
+    means = by_rate[measure].mean().where(by_rate["status"].agg(lambda s: set(s) != {"diverged"}))
+    style = "--" if colour == "black" else "-"
+    axis.plot(means.index, means, style, label=label, linewidth=1.6, color=colour)
+    left = runs[~lost]
+    axis.scatter(left["learning_rate"], left[measure], s=9, color=colour, alpha=0.6)
+    rates = runs["learning_rate"][lost].unique()
+    at_foot = axis.get_xaxis_transform()
+    axis.plot(rates, [0.03 + 0.02 * place] * len(rates), "x", color=colour, transform=at_foot)
+
+
+def _finish(axis: Axes, rows: pd.DataFrame, measure: str, is_small: bool) -> None:
+    """The axis of the learning rates, each of those that were tried with its number."""
+    rates = sorted(rows["learning_rate"].unique())
+    axis.set_xscale("log")
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8 if is_small else 9)
+    axis.set_xticks([], minor=True)
+    low, high = rows[measure].min(), rows[measure].max()
+    span = high - low if high > low else 1.0
+    axis.set_ylim(low - 0.2 * span, high + 0.06 * span)  # the crosses have the foot to themselves
+    axis.grid(alpha=0.3)

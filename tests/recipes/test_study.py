@@ -1,0 +1,137 @@
+"""The runner of studies: what is run again, what it says of the time, the table, the picture."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from recipes.errors import RecipeError
+from recipes.tools import study
+
+
+def cells(jobs, *names, cost=1.0):
+    """Cells that note in `jobs` that they ran."""
+
+    def job(name, progress):
+        jobs.append(name)
+        return {"status": "learned"}
+
+    return [study.Cell({"name": n, "rate": 0.1}, n, lambda p, n=n: job(n, p), cost) for n in names]
+
+
+def file_of(folder):
+    return study.StudyFile(folder / "study.csv", ("name", "rate"), ("status", "seconds"), ("rate",))
+
+
+def test_cells_with_a_row_are_not_run_again(tmp_path, capsys):
+    jobs, file = [], file_of(tmp_path)
+    file.run(cells(jobs, "a", "b"), str)
+    rows = file.run(cells(jobs, "b", "c"), lambda row: row["status"])
+    assert jobs == ["a", "b", "c"]
+    assert list(rows["name"]) == ["b", "c"] and list(file.read()["name"]) == ["a", "b", "c"]
+    assert "1 of 2 runs to do: about 0 s\n1 of 1: c\n  learned, 0 s\n" in (capsys.readouterr().out)
+
+
+def test_numbers_are_the_same_however_they_are_written(tmp_path):
+    """As the files of earlier versions have them."""
+    (tmp_path / "study.csv").write_text("name,rate,status,seconds\na,0.10,learned,3.5\n")
+    jobs = []
+    file_of(tmp_path).run(cells(jobs, "a"), str)
+    assert not jobs
+
+
+def test_a_last_line_that_was_cut_off_is_run_again(tmp_path):
+    (tmp_path / "study.csv").write_text("name,rate,status,seconds\na,0.1,learned,3.5\nb,0.")
+    jobs = []
+    file_of(tmp_path).run(cells(jobs, "a", "b"), str)
+    assert jobs == ["b"]
+    assert [len(line.split(",")) for line in (tmp_path / "study.csv").read_text().split()] == [
+        4
+    ] * 3
+
+
+@pytest.mark.parametrize("text", ["name,score\na,1\n", "name,rate,status,seconds\na,high,,\n"])
+def test_another_table_is_refused(tmp_path, text):
+    (tmp_path / "study.csv").write_text(text)
+    with pytest.raises(RecipeError, match=r"study\.csv"):
+        file_of(tmp_path).read()
+
+
+def test_the_time_that_is_left_follows_from_the_rows(tmp_path, capsys):
+    (tmp_path / "study.csv").write_text(
+        "name,rate,status,seconds\na,0.1,learned,100\nb,0.1,learned,120\nc,0.1,learned,9000\n"
+    )
+    file_of(tmp_path).run(cells([], *"abcde"), str)
+    assert "2 of 5 runs to do: about 4 min\n" in capsys.readouterr().out
+    other = study.StudyFile(tmp_path / "other.csv", ("name", "rate"), ("status", "seconds"))
+    other.run(cells([], "a", cost=3.0), str, pace=20.0)
+    assert "1 of 1 runs to do: about 60 s on two CPU cores\n" in capsys.readouterr().out
+
+
+def test_the_first_run_tells_the_time_of_all_by_its_steps(tmp_path, capsys, monkeypatch):
+    """Ten seconds of start, then a tenth of the run in every ten seconds."""
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+
+    def job(progress):
+        for share in range(1, 11):
+            now[0] += 10
+            progress(share / 10)
+        return {"status": "learned"}
+
+    names = ("a", "b", "c")
+    file_of(tmp_path).run([study.Cell({"name": n, "rate": 0.1}, n, job) for n in names], str)
+    out = capsys.readouterr().out
+    assert (
+        "3 of 3 runs to do: the first of them tells how long\n1 of 3: a\n  about 6 min in all"
+        in out
+    )
+    assert out.count("first steps") == 1
+    assert "100 s; about 3 min left" in out.replace("2 min; ", "100 s; ")
+    assert float(file_of(tmp_path).read()["seconds"].iloc[0]) == 100
+
+
+def test_duration():
+    assert [study.duration(s) for s in (4.2, 600, 9000)] == ["4 s", "10 min", "2.5 h"]
+
+
+def rows():
+    """Three learning rates: at 0.1 one of `none`'s two runs diverged, at 1 both."""
+    nan = math.nan
+    return pd.DataFrame(
+        [
+            *(("none", 0.01, 90.0, "learned"), ("none", 0.01, 92.0, "learned")),
+            *(("none", 0.1, 80.0, "learned"), ("none", 0.1, nan, "diverged")),
+            *(("none", 1.0, nan, "diverged"), ("none", 1.0, nan, "diverged")),
+            *(("norm", 0.01, 85.0, "learned"), ("norm", 1.0, 10.0, "at chance")),
+        ],
+        columns=["clipper", "learning_rate", "score", "status"],
+    )
+
+
+def test_the_table_calls_chance_and_divergence_by_name():
+    assert study.markdown(study.cross_table(rows(), "clipper", "learning_rate")).splitlines() == [
+        "| clipper | 0.01 | 0.1 | 1 |",
+        "|---|---:|---:|---:|",
+        "| none | 91.0 (90.0–92.0) | 80.0, 1 of 2 diverged | 2 of 2 diverged |",
+        "| norm | 85.0 |  | 10.0, 1 of 1 at chance |",
+    ]
+
+
+def test_the_picture_marks_what_diverged_and_labels_what_was_tried():
+    figure = study.picture(rows(), "title", {"score": "accuracy, %"}, guess=10.0)
+    [axis] = figure.axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0.01", "0.1", "1"]
+    none = next(line for line in axis.lines if line.get_label() == "none")
+    assert list(none.get_ydata())[:2] == [91.0, 80.0] and math.isnan(none.get_ydata()[2])
+    crosses = next(line for line in axis.lines if line.get_marker() == "x")
+    assert list(crosses.get_xdata()) == [0.1, 1.0]  # at the foot, whatever the accuracy there
+    assert crosses.get_transform() == axis.get_xaxis_transform()
+    assert "x: a run diverged" in figure.get_suptitle()
+
+
+def test_many_clippers_have_a_panel_each():
+    many = pd.concat([rows().replace("norm", f"clip{n}") for n in range(study.MOST_LINES)])
+    figure = study.picture(many, "title", {"score": "accuracy, %"})
+    assert len(figure.axes) == study.MOST_LINES
+    assert [a.get_title() for a in figure.axes] == [f"clip{n}" for n in range(study.MOST_LINES)]
