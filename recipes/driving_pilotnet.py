@@ -15,7 +15,8 @@ if not __package__:  # run as a script: the folder above recipes/ holds its pack
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from recipes import driving_resnet50
-from recipes.training import main, steering
+from recipes.driving import steering
+from recipes.training import main
 
 
 def build(num_outputs, image_size, model_class, options):

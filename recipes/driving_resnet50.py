@@ -4,9 +4,9 @@ Command: `python recipes/driving_resnet50.py`, or with a log of the Udacity simu
 `python recipes/driving_resnet50.py --data-dir DRIVE`
 
 Learns the steering angle from camera frames: of an embedded rendered drive, or of a folder with a
-`driving_log.csv`. Side cameras are corrected by what the log says, the loss is Huber's, answers too
-small to be meant become 0, and the closing table tells curves from straights and names the
-constants to beat. docs/driving.md says why, and what a recorded drive gave.
+`driving_log.csv`. Side cameras are corrected by what the log says, the loss is Huber's, and the
+closing table tells curves from straights and names the constants to beat. docs/driving.md says why,
+and what a recorded drive gave.
 
 Command: `python recipes/driving_resnet50.py --task signs`, or with real signs
 `... --task signs --dataset image_folder --data-dir SIGNS` and `... --task signs --dataset
@@ -25,7 +25,8 @@ from pathlib import Path
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.training import Recipe, main, steering
+from recipes.driving import steering
+from recipes.training import Recipe, main
 from recipes.training.options import Option
 
 
@@ -74,7 +75,6 @@ RECIPE = Recipe(
     metrics=steering.metrics,
     monitor="val_mae",
     mode="min",
-    finish=steering.finish,
     report=steering.report,
     settings={**steering.SETTINGS, "image_size": 32},
     extra_options=(TASK, *steering.options(image_width=32)),

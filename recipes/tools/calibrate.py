@@ -55,7 +55,7 @@ from recipes.errors import RecipeError, TrainingDiverged
 from recipes.registry import RECIPES, find_recipe, script_of
 from recipes.tools._choices import WINDOW, Choice, choices, draw, steady, write_table
 from recipes.training import options as opts
-from recipes.training import prepared
+from recipes.training.build import prepared
 from recipes.training.callbacks import StopAtNonFinite
 from recipes.training.folder import RUNS, check_options, folder_named
 from recipes.training.option_table import Options
@@ -69,13 +69,13 @@ WATCHED = "watched.npz"
 # ------------------------------------------------------------------------------------- watching
 
 
-def watch(recipe, options: Options, steps: int | None, folder: Path, percentile: float):
+def watch(recipe, options: Options, steps: int | None, percentile: float):
     """A `keras_gradclip.Calibration` of the recipe's first `steps` updates; None: its whole run.
 
     Raises:
         RecipeError: options that cannot be, more steps than the run has, or a run that diverges.
     """
-    with prepared(recipe, options, folder) as run:
+    with prepared(recipe, options) as run:
         updates = options.epochs * run.steps // options.accumulate
         if steps is not None and steps > updates:
             raise RecipeError(
@@ -241,7 +241,7 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
         print(f"using what was watched before: {watched}")
         found = load_watched(watched, percentile)
     else:
-        found = watch(recipe, options, steps, output, percentile)
+        found = watch(recipe, options, steps, percentile)
         output.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
         save_watched(watched, found)

@@ -1,20 +1,173 @@
-"""Clipper, optimizer, model, loss, metrics and data, built from the options."""
+"""What a run trains with: devices, data, model and optimizer, built from the options."""
 
+import contextlib
+import dataclasses
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 import keras_gradclip as kgc
 from keras_gradclip.clippers import selectable
 from recipes import models
-from recipes.data import Data, load
+from recipes.data import Data, Part, Split, eval_batches, load, steps_per_epoch, train_stream
 from recipes.errors import plain_errors
+from recipes.training import multiworker
+from recipes.training.devices import device_kind, dtype_policy, make_strategy, named_losses
 from recipes.training.losses import SmoothedCrossentropy
 from recipes.training.option_table import Options
 from recipes.training.recipe import Recipe
+from recipes.words import counted
 
 # A warm-up longer than this share of a run would leave it little but the warm-up.
 _LONGEST_WARMUP = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run trains with.
+
+    Attributes:
+        recipe: `Recipe`.
+        options: `Options`.
+        data: `recipes.data.Data`.
+        clipper: `keras_gradclip.Clipper`, or None.
+        strategy: of tf.distribute, or None for one device without one.
+        cluster: the workers on several machines, or None.
+        steps: batches an epoch.
+        model: compiled `keras_gradclip.ClippedModel`.
+        exported: the model that is kept. It shares the weights, loads without this package, and
+            has no optimizer.
+    """
+
+    recipe: Recipe
+    options: Options
+    data: Data
+    clipper: kgc.Clipper | None
+    strategy: Any
+    cluster: multiworker.Cluster | None
+    steps: int
+    model: Any
+    exported: Any
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files: the chief alone of several workers."""
+        return self.cluster is None or self.cluster.is_chief
+
+    def description(self) -> list[str]:
+        """The opening lines: network, clipper, optimizer, data and devices."""
+        options, data = self.options, self.data
+        replicas = self.strategy.num_replicas_in_sync if self.strategy else 1
+        warmup = warmup_updates(options, self.steps)
+        clip = "no clipping" if self.clipper is None else textwrap.shorten(repr(self.clipper), 160)
+        gate = ", activation gate" if options.activation_gate else ""
+        kind = device_kind() + ("s" if replicas > 1 else "")
+        precision = "float32"
+        if options.mixed_precision != "none":
+            precision = f"mixed {options.mixed_precision}"
+        schedule = f"warm-up of {counted(warmup, 'update')}, then cosine" if warmup else "cosine"
+        sizes = (data.train.size, data.validation.size, data.test.size)
+        return [
+            f"{self.recipe.name}: {self.exported.count_params():,} parameters, {clip}{gate}",
+            f"  {options.optimizer} at {options.learning_rate:g} ({schedule}), "
+            f"{counted(options.epochs, 'epoch')} of {counted(self.steps, 'step')}, "
+            f"batch {options.batch_size}, seed {options.seed}",
+            f"  {data.name}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test "
+            f"examples{f' ({data.note})' if data.note else ''}; on {replicas} {kind} in "
+            f"{precision}",
+        ]
+
+    def scope(self) -> Any:
+        """The strategy's scope, or an empty context."""
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
+    def create_state(self) -> None:
+        """Makes the variables of the optimizer and the metrics, before the first step does."""
+        with self.scope(), plain_errors():
+            self.model.optimizer.build(self.model.trainable_variables)
+        self.model.evaluate(self.evaluation(self.data.validation), steps=1, verbose=0)
+
+    def stream(self, start: int, *part: Part) -> tf.data.Dataset:
+        """Endless training batches, from global step `start` on."""
+        batch_size, seed = self.options.batch_size, self.options.seed
+        return train_stream(self.data, batch_size, seed, start, self.steps, *part)
+
+    def evaluation(self, split: Split, *part: Part) -> tf.data.Dataset:
+        """The batches of a split, at most `limit_steps`."""
+        batches = eval_batches(self.data, split, self.options.batch_size, *part)
+        return batches.take(self.options.limit_steps) if self.options.limit_steps else batches
+
+    def shared(self, make: Callable[..., tf.data.Dataset], what: Any) -> Any:
+        """`make(what)`, of which each of several workers prepares its part alone."""
+        if self.cluster is None:
+            return make(what)
+
+        def make_part(context: Any) -> tf.data.Dataset:
+            number, replicas = context.num_input_pipelines, context.num_replicas_in_sync
+            return make(what, Part(context.input_pipeline_id, number, replicas))
+
+        return self.strategy.distribute_datasets_from_function(make_part)
+
+    def test(self, path: Path) -> dict[str, float]:
+        """The metrics of a saved model, as a user would load it, on the test split."""
+        model = keras.models.load_model(path, compile=False)
+        model.compile(
+            loss=build_loss(self.recipe, self.options),
+            metrics=build_metrics(self.recipe),
+            jit_compile=False,
+        )
+        return model.evaluate(self.evaluation(self.data.test), verbose=0, return_dict=True)
+
+
+@contextlib.contextmanager
+def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
+    """A run before its first step: its devices, data and model.
+
+    Args:
+        recipe: `Recipe`.
+        options: from `recipe.options(...)`.
+
+    Yields:
+        `Setup`, valid inside the context alone.
+
+    Raises:
+        RecipeError: a clipper, data set or device that cannot be.
+        WorkerLost: another worker died or hangs.
+    """
+    keras.backend.clear_session()
+    if options.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    clipper = build_clipper(options)
+    cluster = multiworker.read_cluster() if options.strategy == "multiworker" else None
+    strategy = make_strategy(options, cluster)
+    with dtype_policy(options.mixed_precision), named_losses(options, cluster):
+        data = load_data(recipe, options)
+        steps = steps_per_epoch(data.train, options.batch_size, options.limit_steps)
+        # Not before: preparing the data may have drawn random numbers.
+        keras.utils.set_random_seed(options.seed)
+        with strategy.scope() if strategy else contextlib.nullcontext(), plain_errors():
+            model = build_model(recipe, options, data, clipper, steps)
+            exported = models.inference_model(model)
+        yield Setup(recipe, options, data, clipper, strategy, cluster, steps, model, exported)
+
+
+def warnings(options: Options) -> list[str]:
+    """Warnings about unusual options."""
+    lines = []
+    if options.optimizer == "sgd" and options.momentum == 0:
+        lines.append(
+            "plain SGD; the authors of the method advise an adaptive optimizer such as adamw"
+        )
+    if options.mixed_precision == "float16" and device_kind() == "CPU":
+        lines.append(
+            "float16 on a CPU takes many times as long as float32, which --mixed-precision none "
+            "gives"
+        )
+    return lines
 
 
 def build_clipper(options: Options) -> kgc.Clipper | None:

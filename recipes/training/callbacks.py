@@ -1,22 +1,168 @@
-"""Callbacks of `fit`: a stop at NaN, telemetry, the history, and whole epochs."""
+"""Callbacks of a run: a stop at NaN, the tables, the best model, the progress, the backup."""
 
 import math
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
-from keras_gradclip.files import PathLike, append_csv
+import keras_gradclip as kgc
+from keras_gradclip.files import PathLike, replace_file
 from keras_gradclip.optimizer.clipped_optimizer import find
 from recipes.errors import TrainingDiverged
-from recipes.training.checkpoint import all_finite, average_statistics
+from recipes.training.build import Setup
+from recipes.training.checkpoint import (
+    Interrupted,
+    Selection,
+    Start,
+    all_finite,
+    average_statistics,
+    restore,
+    save_backup,
+)
+from recipes.training.folder import BACKUP, BEST, HISTORY, LAYERS, write_table
 
 _LOSS_SCALE_SKIPS = 20  # from 2^15 down to 2^-5: no loss scale needs more
+
+
+def chain(
+    setup: Setup,
+    start: Start,
+    folder: Path,
+    selection: Selection,
+    monitored: Path | None,
+    started: float,
+) -> list[keras.callbacks.Callback]:
+    """The callbacks of a run, in their order.
+
+    Args:
+        setup: what trains.
+        start: where it begins; the rows of its tables are appended to.
+        folder: of the run.
+        selection: which model is kept.
+        monitored: folder of the `ClipMonitor`; None for no monitor.
+        started: `time.monotonic()` at the beginning of this process's part of the run.
+    """
+    options, done = setup.options, start.step % setup.steps
+    result: list[keras.callbacks.Callback] = [StopAtNonFinite(start.step, options.skip_nonfinite)]
+    if done:
+        result.append(PartialEpoch(setup.steps - done))
+    if options.select_best == "beats-test":
+        result.append(TestScore(setup.shared(setup.evaluation, setup.data.test)))
+    if setup.cluster is not None:
+        result.append(AverageStatistics())
+    result.append(Tables(folder, start.history, start.layers, setup.writes))
+    if setup.writes:
+        kept = selection.kept(start.history)
+        best = None if kept is None else start.history[kept]
+        result.append(SaveBest(folder / BEST, setup.exported, selection, best))
+        if options.tensorboard:
+            result.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
+        if options.verbose != "quiet":
+            bar = options.verbose == "bar" or (options.verbose == "auto" and sys.stdout.isatty())
+            metric = selection.monitor.removeprefix("val_")
+            result.append(Progress(metric, options.epochs, setup.steps, done, bar))
+    if monitored is not None:
+        result.append(kgc.ClipMonitor(monitored, every=options.monitor))
+    began = started - start.seconds
+    result.append(
+        Backup(folder / BACKUP, options.backup_every, setup.steps, start, began, setup.writes)
+    )
+    return result
 
 
 def clipped_optimizer(model: Any) -> Any:
     """The optimizer that clips, from under a LossScaleOptimizer where there is one."""
     return find(model.optimizer)
+
+
+class Backup(keras.callbacks.Callback):
+    """Keeps one file from which the run goes on bit for bit, replaced as a whole.
+
+    `keras.callbacks.BackupAndRestore` forgets the step within the epoch and the metrics so far,
+    and a kill while it writes leaves half a file.
+
+    Args:
+        path: of the file.
+        every: steps between two backups; one more is made at the end of each epoch.
+        steps_per_epoch: int.
+        start: where the run begins; a backup is restored at the beginning of its first epoch.
+        started: `time.monotonic()` at the run's start, less the seconds of earlier processes.
+        writes: False on a worker other than the chief, which takes part in reading alone.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        every: int,
+        steps_per_epoch: int,
+        start: Start,
+        started: float,
+        writes: bool = True,
+    ):
+        super().__init__()
+        self.path = Path(path)
+        self.every = every
+        self.steps_per_epoch = steps_per_epoch
+        self.step = start.step
+        self.started = started
+        self.writes = writes
+        self._restored = start.backup if isinstance(start, Interrupted) else None
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Restores; `fit` has just set the metrics back to zero, so this is the place."""
+        if self._restored is not None:
+            restore(self.model, self._restored)
+            self._restored = None
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Saves every so many steps."""
+        self.step += 1
+        if self.step % self.every == 0 and self.step % self.steps_per_epoch:
+            self.save()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Saves at the end of the epoch, when its row of the history is written."""
+        self.save()
+
+    def save(self) -> None:
+        """Writes the state of the model and the optimizer, and the step."""
+        seconds = time.monotonic() - self.started
+        save_backup(self.path, self.model, self.step, seconds, self.writes)
+
+
+class SaveBest(keras.callbacks.Callback):
+    """Saves a model when the rule says so; the file is replaced as a whole.
+
+    Args:
+        path: of the `.keras` file.
+        model: the model to save, which shares the weights of the one in training.
+        rule: `Selection`.
+        best: logs of the last save of the run so far, or None.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        model: Any,
+        rule: Selection,
+        best: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.path = Path(path)
+        self.exported = model
+        self.rule = rule
+        self.best = best
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Saves, or leaves the file as it is."""
+        if self.rule.is_better(logs, self.best):
+            replace_file(self.path, self.exported.save)
+            self.best = dict(logs)
 
 
 class PartialEpoch(keras.callbacks.Callback):
@@ -128,23 +274,30 @@ class TestScore(keras.callbacks.Callback):
         logs.update({f"test_{name}": value for name, value in values.items()})
 
 
-class Telemetry(keras.callbacks.Callback):
-    """Writes what the clip did to each layer into `layers.csv`, a row per epoch and layer.
+class Tables(keras.callbacks.Callback):
+    """Keeps `history.csv`, a row an epoch, and `layers.csv`, a row an epoch and layer.
 
-    Columns: epoch (from 1), layer, grad_norm (L2 before the clip, root mean square over the
-    epoch's updates), clip_fraction. Adds the learning rate of the epoch's last update and, where
-    `fit` did not, `grad_norm` and `clip_fraction` to the logs.
+    Columns of `layers.csv`: epoch (from 1), layer, grad_norm (L2 before the clip, root mean square
+    over the epoch's updates), clip_fraction. Adds the learning rate of the epoch's last update
+    and, where `fit` did not, `grad_norm` and `clip_fraction` to the logs.
 
     Args:
-        path: of the file.
-        writes: bool, False on a worker other than the chief.
+        folder: of the run.
+        history, layers: the rows of earlier epochs, to which those of this `fit` are appended.
+        writes: False on a worker other than the chief.
     """
 
-    FIELDS = ("epoch", "layer", "grad_norm", "clip_fraction")
-
-    def __init__(self, path: PathLike, writes: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        history: list[dict[str, Any]],
+        layers: list[dict[str, Any]],
+        writes: bool = True,
+    ):
         super().__init__()
-        self.path = Path(path)
+        self.folder = folder
+        self.history = history
+        self.layers = layers
         self.writes = writes
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -156,13 +309,17 @@ class Telemetry(keras.callbacks.Callback):
             logs.setdefault(name, float(seen[name]))
         if seen.get("skipped"):
             logs["skipped"] = int(seen["skipped"])
-        if not self.writes:
-            return
-        figures = zip(
-            seen["layers"], seen["layer_grad_norm"], seen["layer_clip_fraction"], strict=True
-        )
-        rows = [(epoch + 1, layer, f"{norm:.6g}", f"{share:.6g}") for layer, norm, share in figures]
-        append_csv(self.path, self.FIELDS, rows)
+        figures = {n: float(value) for n, value in sorted(logs.items()) if np.ndim(value) == 0}
+        self.history.append({"epoch": float(epoch + 1), **figures})
+        names = ("layer", "grad_norm", "clip_fraction")
+        columns = (seen["layers"], seen["layer_grad_norm"], seen["layer_clip_fraction"])
+        for layer, *values in zip(*columns, strict=True):
+            rounded = (float(f"{value:.6g}") for value in values)
+            row = dict(zip(names, (layer, *rounded), strict=True))
+            self.layers.append({"epoch": float(epoch + 1), **row})
+        if self.writes:
+            write_table(self.folder / HISTORY, self.history)
+            write_table(self.folder / LAYERS, self.layers)
 
 
 def _last_learning_rate(optimizer: Any) -> float:
@@ -174,9 +331,61 @@ def _last_learning_rate(optimizer: Any) -> float:
     return float(keras.ops.convert_to_numpy(rate))
 
 
-class History(keras.callbacks.CSVLogger):
-    """Writes `history.csv`, a row an epoch; epochs count from 1, as in every table."""
+class Progress(keras.callbacks.Callback):
+    """Prints a line an epoch, and before it a progress bar that the line replaces.
+
+    Args:
+        metric: the metric beside the loss.
+        epochs: of the run.
+        steps: batches an epoch.
+        done: the steps of the first epoch that an earlier process did.
+        bar: whether to show the progress bar.
+    """
+
+    def __init__(self, metric: str, epochs: int, steps: int, done: int = 0, bar: bool = False):
+        super().__init__()
+        self.metric = metric
+        self.epochs = epochs
+        self.steps = steps
+        self.done = done
+        self.bar = bar
+        self._width = max(10, len(metric) + 2)
+        self._progress: keras.utils.Progbar | None = None
+        self._started = time.monotonic()
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Prints the head of the columns."""
+        self._print("epoch", "loss", self.metric, "validation", "clipped", "rate", "seconds")
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Begins a progress bar."""
+        self._started = time.monotonic()
+        if self.bar:
+            names = ("loss", self.metric)
+            self._progress = keras.utils.Progbar(self.steps, width=15, stateful_metrics=names)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Updates the progress bar."""
+        if self._progress is not None:
+            figures = [(n, logs[n]) for n in ("loss", self.metric) if n in (logs or {})]
+            self._progress.update(self.done + batch + 1, figures, finalize=False)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Appends the epoch's row."""
-        super().on_epoch_end(epoch + 1, logs)
+        """Prints the epoch's line."""
+        self.done = 0
+        if self._progress is not None:
+            print("\r" + " " * 79, end="\r")
+        self._print(
+            f"{epoch + 1}/{self.epochs}",
+            f"{logs['loss']:.4g}",
+            f"{logs[self.metric]:.4f}",
+            f"{logs['val_' + self.metric]:.4f}",
+            f"{100 * logs['clip_fraction']:.3g} %",
+            f"{logs['learning_rate']:.2g}",
+            f"{time.monotonic() - self._started:.0f}",
+        )
+
+    def _print(self, *cells: str) -> None:
+        widths = (9, 10, self._width, 12, 10, 10, 9)
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(line, flush=True)

@@ -1,9 +1,8 @@
-"""The files that survive a kill: the backup to resume from, and the best model so far."""
+"""The backup of a run, where a run begins, and which of its models is kept."""
 
 import dataclasses
 import json
 import math
-import time
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_gradclip import aggregation
 from keras_gradclip._compat import all_layers
 from keras_gradclip.files import PathLike, replace_file
+from recipes.errors import RecipeError, plain_errors
+from recipes.training import folder as folders
+from recipes.training.build import Setup
+from recipes.words import counted
 
 
 def state_variables(model: Any) -> list[Any]:
@@ -34,68 +38,6 @@ def state_variables(model: Any) -> list[Any]:
 def all_finite(model: Any) -> bool:
     """Whether every trainable weight is a finite number."""
     return all(np.isfinite(keras.ops.convert_to_numpy(v)).all() for v in model.trainable_variables)
-
-
-class Backup(keras.callbacks.Callback):
-    """Keeps one file from which the run goes on bit for bit, replaced as a whole.
-
-    `keras.callbacks.BackupAndRestore` forgets the step within the epoch and the metrics so far,
-    and a kill while it writes leaves half a file.
-
-    Args:
-        path: where the backup lives.
-        every: int, steps between two backups; one more at the end of each epoch.
-        steps_per_epoch: int.
-        start_step: int, the run's step at which this `fit` starts.
-        restored: the loaded backup, or None for a fresh run.
-        elapsed: seconds spent before this process.
-        writes: bool, False on a worker other than the chief: it takes part in reading alone.
-    """
-
-    def __init__(
-        self,
-        path: PathLike,
-        every: int,
-        steps_per_epoch: int,
-        start_step: int = 0,
-        restored: Mapping[str, Any] | None = None,
-        elapsed: float = 0.0,
-        writes: bool = True,
-    ):
-        super().__init__()
-        self.writes = writes
-        self.path = Path(path)
-        self.every = every
-        self.steps_per_epoch = steps_per_epoch
-        self.step = start_step
-        self._restored = restored
-        self._elapsed = elapsed
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, earlier processes of the same run included."""
-        return self._elapsed + time.monotonic() - self._started
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Restores; `fit` has just set the metrics back to zero, so this is the place."""
-        if self._restored is not None:
-            restore(self.model, self._restored)
-            self._restored = None
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Saves every so many steps."""
-        self.step += 1
-        if self.step % self.every == 0 and self.step % self.steps_per_epoch:
-            self.save()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Saves at the end of the epoch, when its row of the history is written."""
-        self.save()
-
-    def save(self) -> None:
-        """Writes the state of the model and the optimizer, and the step."""
-        save_backup(self.path, self.model, self.step, self.seconds, self.writes)
 
 
 def save_backup(path: PathLike, model: Any, step: int, seconds: float, writes: bool = True) -> None:
@@ -195,36 +137,6 @@ def average_statistics(model: Any) -> None:
         variable.assign(tf.reshape(value, variable.shape))
 
 
-class SaveBest(keras.callbacks.Callback):
-    """Saves a model when the rule says so; the file is replaced as a whole.
-
-    Args:
-        path: of the `.keras` file.
-        model: the model to save, which shares the weights of the one in training.
-        rule: `Selection`.
-        best: logs of the last save of the run so far, or None.
-    """
-
-    def __init__(
-        self,
-        path: PathLike,
-        model: Any,
-        rule: "Selection",
-        best: Mapping[str, Any] | None = None,
-    ):
-        super().__init__()
-        self.path = Path(path)
-        self.exported = model
-        self.rule = rule
-        self.best = best
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Saves, or leaves the file as it is."""
-        if self.rule.is_better(logs, self.best):
-            replace_file(self.path, self.exported.save)
-            self.best = dict(logs)
-
-
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """Which epoch's model is kept.
@@ -266,3 +178,86 @@ class Selection:
             if self.is_better(row, None if place is None else history[place]):
                 place = i
         return place
+
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        step: the number of steps done.
+        seconds: the time spent by earlier processes.
+        history, layers: the rows of `history.csv` and `layers.csv`; the run appends its own.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    history: Rows = dataclasses.field(default_factory=list)
+    layers: Rows = dataclasses.field(default_factory=list)
+
+
+class New(Start):
+    """The first step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupted(Start):
+    """The step of a backup, `load_backup`'s."""
+
+    backup: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Finished(Start):
+    """The end: a run that left its result and no backup."""
+
+
+def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
+    """Where the run of a folder begins; writes nothing.
+
+    Args:
+        setup: with its state created.
+        folder: of the run.
+        selection: which model is kept, and so which columns of the history must hold numbers.
+
+    Raises:
+        RecipeError: the backup or a table is damaged, of another network, or not the one that the
+            other workers see.
+    """
+    start: Start = New()
+    options, backup = setup.options, folder / folders.BACKUP
+    if options.resume and backup.exists():
+        with plain_errors():
+            content = load_backup(backup)
+            matched(setup.model, content)
+        rows = _tables(folder, selection, content["step"] // setup.steps)
+        start = Interrupted(content["step"], content["seconds"], *rows, content)
+    elif options.resume and (folder / folders.RESULT).exists():
+        rows = _tables(folder, selection, options.epochs)
+        if len(rows[0]) < options.epochs:
+            raise RecipeError(
+                f"--resume: the run in {folder} ended after {counted(len(rows[0]), 'epoch')}, "
+                "and its backup is gone: start a new run with more --epochs (and --keep-backup, "
+                "to go on after its end)"
+            )
+        seconds = folders.read_seconds(folder / folders.RESULT)
+        start = Finished(options.epochs * setup.steps, seconds, *rows)
+    if setup.cluster is not None:
+        steps = {int(step) for step in aggregation.gather_numbers(setup.strategy, start.step)}
+        if len(steps) > 1:
+            raise RecipeError(
+                f"--resume: {setup.cluster.name} would begin at step {start.step}, and others at "
+                f"{sorted(steps - {start.step})}: {folder} must be on a disk that all workers "
+                "share"
+            )
+    return start
+
+
+def _tables(folder: Path, selection: Selection, epochs: int) -> tuple[Rows, Rows]:
+    """The rows of `history.csv` and `layers.csv` up to an epoch; later ones are trained again."""
+    return (
+        folders.read_epochs(folder / folders.HISTORY, selection.needs, epochs),
+        folders.read_epochs(folder / folders.LAYERS, ("grad_norm", "clip_fraction"), epochs),
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from keras_gradclip.files import read_csv, write_csv
-from recipes.errors import RecipeError
+from recipes.errors import RecipeError, RunFailed
 from recipes.training import multiworker
 from recipes.training import options as opts
 from recipes.training.option_table import Options
@@ -202,7 +202,7 @@ def locked(folder: Path, kind: str = "run") -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """The lock of a run's folder; a run that ends before its first backup leaves no folder.
+    """The lock of a run's folder; a mistake before the first backup leaves no folder.
 
     Raises:
         RecipeError: another process holds the lock, or the folder holds a run and `resume` is
@@ -215,6 +215,8 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             )
         try:
             yield
+        except RunFailed:
+            raise
         except BaseException:
             if not resume and _is_empty(folder, CONFIG):
                 _remove(folder)
@@ -257,24 +259,37 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def check_tables(folder: Path, needed: Sequence[str]) -> None:
-    """Looks whether a run can go on with its tables, before anything is written.
+def read_epochs(path: Path, needed: Sequence[str], last: int) -> list[dict[str, Any]]:
+    """The rows of a run's table up to the epoch `last`; a resumed run trains the later ones again.
 
     Args:
-        folder: of the run.
-        needed: columns of the history that must hold numbers.
+        path: of `history.csv` or `layers.csv`.
+        needed: columns that must hold numbers.
+        last: the number of epochs done.
 
     Raises:
-        RecipeError: it cannot; names the file and the line.
+        RecipeError: the file is damaged; names it and the line.
     """
-    for name, columns in ((HISTORY, needed), (LAYERS, ("grad_norm", "clip_fraction"))):
-        for line, row in enumerate(read_history(folder / name), 2):
-            wrong = next((c for c in columns if not isinstance(row.get(c), float)), None)
-            if wrong:
-                raise RecipeError(
-                    f"{folder / name}, line {line}: no number of {wrong!r}; it is no table of "
-                    "this run: put that back, or start a new run"
-                )
+    rows = read_history(path)
+    for line, row in enumerate(rows, 2):
+        wrong = next((c for c in needed if not isinstance(row.get(c), float)), None)
+        if wrong:
+            raise RecipeError(
+                f"{path}, line {line}: no number of {wrong!r}; it is no table of this run: put "
+                "that back, or start a new run"
+            )
+    return [row for row in rows if row["epoch"] <= last]
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `history.csv` or `layers.csv`, replaced as a whole; counts are written as integers."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    counts = {"epoch", "skipped"}
+    lines = [
+        {k: int(v) if k in counts and isinstance(v, float) else v for k, v in row.items()}
+        for row in rows
+    ]
+    write_csv(path, columns, lines)
 
 
 def read_seconds(path: Path) -> float:
@@ -287,13 +302,3 @@ def read_seconds(path: Path) -> float:
     if not isinstance(content, dict) or not isinstance(content.get("seconds"), (int, float)):
         raise RecipeError(f"{path}: has no number 'seconds'; delete it to have it made again")
     return float(content["seconds"])
-
-
-def keep_epochs(path: Path, last: int) -> None:
-    """Drops the rows of epochs after `last`, which a resumed run writes again."""
-    rows = [row for row in read_history(path) if row["epoch"] <= last]
-    if rows:
-        whole = [{**row, "epoch": int(row["epoch"])} for row in rows]
-        write_csv(path, list(rows[0]), whole)
-    else:
-        path.unlink(missing_ok=True)

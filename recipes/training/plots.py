@@ -1,12 +1,9 @@
-"""The picture of a run, drawn from its CSV files."""
+"""The picture of a run, drawn from its tables."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
-
-from recipes.training.folder import HISTORY, LAYERS, read_history
 
 _LABELLED_LAYERS = 36  # more names than this would overlap
 _LEAST_SHOWN = 1e-3  # per cent, bottom of the heat map's scale
@@ -137,12 +134,3 @@ def _colours():
 
 def _short(name: str, length: int = 34) -> str:
     return name if len(name) <= length else "…" + name[-length + 1 :]
-
-
-def draw_from_files(folder, title: str, metric: str) -> Path:
-    """`curves.png` in a run's folder, from its `history.csv` and `layers.csv`."""
-    folder = Path(folder)
-    path = folder / "curves.png"
-    history, layers = read_history(folder / HISTORY), read_history(folder / LAYERS)
-    draw_curves(history, layers, path, title=title, metric=metric)
-    return path

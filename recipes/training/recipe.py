@@ -1,15 +1,19 @@
 """A recipe (what differs from network to network), and the result of a run."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes.data import Data
 from recipes.errors import RecipeError
 from recipes.training import options as opts
 from recipes.training.option_table import Option, Options
+
+if TYPE_CHECKING:  # --help need not wait for TensorFlow
+    from recipes.data import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +33,6 @@ class Recipe:
         metrics: None (accuracy), or `() -> list of keras.metrics.Metric`.
         monitor: the validation metric that chooses the best model, with its `val_`.
         mode: "max" or "min".
-        finish: None, or `(model, data, options) -> model`: what becomes of the model that was kept
-            when the run is over, before it is tested. It may meet what it returned before.
         report: None, or `Result -> list of (name, text)` rows for the closing table. Recipes that
             are not classifiers print no `Best accuracy` line.
         extra_options: `recipes.training.options.Option`s of this recipe alone.
@@ -47,8 +49,7 @@ class Recipe:
     metrics: Callable[[], list[Any]] | None = None
     monitor: str = "val_accuracy"
     mode: str = "max"
-    finish: Callable[..., Any] | None = None
-    report: Callable[["Result"], list[tuple[str, str]]] | None = None
+    report: Callable[[Result], list[tuple[str, str]]] | None = None
     extra_options: tuple[Option, ...] = ()
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from recipes.data import driving_log as driving
 from recipes.data import rendered
+from recipes.driving import steering
 from recipes.errors import DataError, RecipeError
-from recipes.training import dead_zone, steering
 
 REAL_DRIVE = Path(__file__).resolve().parents[3] / "shared" / "drive"
 
@@ -371,61 +371,11 @@ def test_the_report_is_of_the_kept_model_on_the_frames_of_the_log(drive, tmp_pat
             assert image.width > 900 and np.ptp(np.asarray(image.convert("L"))) > 100
 
 
-def errors_with(width, angles, answers):
-    kept = np.where(np.abs(answers) > width, answers, 0)
-    return np.abs(angles - kept).sum(), ((angles - kept) ** 2).sum()
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_dead_zone_is_the_best_of_all_widths(seed):
-    random = np.random.default_rng(seed)
-    angles = np.where(random.random(200) < 0.7, 0, random.normal(0, 0.4, 200))
-    answers = (0.3 * angles + random.normal(0, 0.03, 200)).astype("float32")
-    width = dead_zone.fit_dead_zone(angles, answers)
-    widths = [0.0, *np.abs(answers)]
-    plain = errors_with(0, angles, answers)
-    scores = [sum(np.divide(errors_with(w, angles, answers), plain)) for w in widths]
-    assert width == widths[int(np.argmin(scores))] > 0
-    assert min(scores) < 1.9
-
-
-def test_answers_that_are_meant_have_no_dead_zone():
-    angles = np.linspace(-1, 1, 50)
-    assert dead_zone.fit_dead_zone(angles, angles) == 0
-    assert dead_zone.fit_dead_zone(angles, 0.9 * angles) == 0
-    assert dead_zone.fit_dead_zone(np.zeros(3), np.zeros(3)) == 0
-
-
-def test_a_dead_zone_is_saved_with_the_model_and_laid_once(tmp_path):
-    import keras
-
-    x = keras.Input((1,))
-    plain = keras.Model(x, keras.layers.Dense(1, kernel_initializer="ones")(x))
-    assert dead_zone.width_of(plain) is None
-    dead_zone.with_dead_zone(plain, 0.25).save(tmp_path / "model.keras")
-    model = keras.saving.load_model(tmp_path / "model.keras")
-    assert dead_zone.width_of(model) == 0.25
-    values = np.array([[-1], [-0.25], [-0.1], [0], [0.2], [0.25], [0.3], [np.nan]], "float32")
-    answers = np.array(model(values))
-    np.testing.assert_array_equal(answers[:7, 0], np.float32([-1, 0, 0, 0, 0, 0, 0.3]))
-    assert np.isnan(answers[7, 0])
-    assert steering.finish(model, None, None) is model
-
-
-def test_the_dead_zone_of_a_run_can_be_chosen(drive, tmp_path, capsys):
-    import keras
-
-    from recipes.training import main
-
-    for flags, expected in ((["--dead-zone", "0.125"], 0.125), (["--dead-zone", "0"], None)):
-        folder = tmp_path / flags[1]
-        arguments = ["--data-dir", str(drive), "--output", str(folder), "--limit-steps", "2"]
-        assert main(small(epochs=1), [*arguments, *flags]) == 0
-        assert dead_zone.width_of(keras.saving.load_model(folder / "best.keras")) == expected
-        assert f"up to │ {expected or 0:.3f}" in " ".join(capsys.readouterr().out.split())
-        answers = [float(row["answer"]) for row in csv.DictReader((folder / "angles.csv").open())]
-        small_ones = [answer for answer in answers if answer and abs(answer) <= 0.125]
-        assert bool(small_ones) == (expected is None)
+def test_a_run_with_a_dead_zone_goes_on_without(drive, capsys):
+    """Its config.json still names the option."""
+    options = small().options(dead_zone=0.125, data_dir=str(drive))
+    assert steering.load(options).train.size
+    assert "warning: --dead-zone has no effect any more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import json
 import re
 import time
 import zipfile
-from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -14,7 +13,7 @@ import tensorflow as tf
 from tiny_recipe import RECIPE
 
 from recipes.errors import RecipeError, TrainingDiverged
-from recipes.training import build, checkpoint, main, run, session
+from recipes.training import build, checkpoint, main, run
 from recipes.training import callbacks as cb
 from recipes.training import folder as folders
 from recipes.training import options as opts
@@ -73,13 +72,13 @@ def test_the_learning_rate_of_an_epoch_is_that_of_its_last_update(finished):
 
 
 def test_the_seconds_of_a_run_end_with_its_test(tmp_path, monkeypatch):
-    before = session.Session._test_kept
+    before = build.Setup.test
 
-    def slow(self):
+    def slow(self, path):
         time.sleep(1.5)
-        return before(self)
+        return before(self, path)
 
-    monkeypatch.setattr(session.Session, "_test_kept", slow)
+    monkeypatch.setattr(build.Setup, "test", slow)
     started = time.monotonic()
     result = quick(tmp_path, select_best="improve")
     assert result.seconds == pytest.approx(time.monotonic() - started, abs=1)
@@ -212,14 +211,14 @@ def test_missing_data_set(capsys, tmp_path):
 
 def stop_in_epoch_2(monkeypatch, error):
     """Raises at the end of the second epoch, when the first one's files are there."""
-    original = cb.Telemetry.on_epoch_end
+    original = cb.Tables.on_epoch_end
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch == 1:
             raise error
         original(self, epoch, logs)
 
-    monkeypatch.setattr(cb.Telemetry, "on_epoch_end", on_epoch_end)
+    monkeypatch.setattr(cb.Tables, "on_epoch_end", on_epoch_end)
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
@@ -301,12 +300,10 @@ def test_nan_in_a_later_epoch_keeps_the_best_model(tmp_path):
     assert keras.models.load_model(tmp_path / "run" / folders.BEST)  # of epoch 1
 
 
-def test_plain_sgd_warns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(session, "Session", lambda *_: SimpleNamespace(train=lambda *_: None))
-    quick(tmp_path / "1", optimizer="sgd")
-    assert "warning: plain SGD" in capsys.readouterr().err
-    quick(tmp_path / "2", optimizer="sgd", momentum=0.9)
-    assert "warning" not in capsys.readouterr().err
+def test_plain_sgd_warns():
+    [line] = build.warnings(RECIPE.options(optimizer="sgd"))
+    assert line.startswith("plain SGD")
+    assert not build.warnings(RECIPE.options(optimizer="sgd", momentum=0.9))
 
 
 # ----------------------------------------------------------------------------- what options do

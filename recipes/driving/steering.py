@@ -1,6 +1,7 @@
 """The task of the driving recipes: options, data, loss, and a report that a person can look at."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,6 @@ from recipes.errors import RecipeError
 from recipes.training.options import Option
 
 if TYPE_CHECKING:  # --help need not wait for TensorFlow
-    import keras
-
     from recipes.data.driving_log import Drive
 
 RENDERED = "rendered"  # a drive that is drawn, or signs that are
@@ -82,8 +81,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             "dead_zone",
             float,
             None,
-            "answers up to this size become 0, in the log's units (default: fitted to the training "
-            "frames; 0: none)",
+            "no effect any more: the model's answers stay as they are",
             low=0,
         ),
     )
@@ -98,6 +96,8 @@ def load(options: argparse.Namespace) -> "Drive":
             f"--dataset {options.dataset}: the task steering reads a driving_log.csv; name its "
             "folder with --data-dir, or choose --task signs"
         )
+    if options.dead_zone:
+        print("warning: --dead-zone has no effect any more", file=sys.stderr)
     return driving_log.load(
         options.data_dir or rendered.rendered_drive(),
         (options.image_size, options.image_width),
@@ -125,19 +125,6 @@ def metrics() -> list:
     ]
 
 
-def finish(model: "keras.Model", drive: "Drive", options: argparse.Namespace) -> "keras.Model":
-    """The model with its dead zone, which is fitted to the training frames unless it was chosen."""
-    from recipes.training import dead_zone
-
-    if dead_zone.width_of(model) is not None:
-        return model  # of a run that goes on after its end
-    width = options.dead_zone
-    if width is None:
-        frames = drive.parts[0]
-        width = dead_zone.fit_dead_zone(_angles(frames), predict(model, drive, frames))
-    return dead_zone.with_dead_zone(model, width) if width else model
-
-
 # ---------------------------------------------------------------------------------- the report
 
 
@@ -153,7 +140,6 @@ def report(result) -> list[tuple[str, str]]:
     import keras
 
     from keras_gradclip.files import write_csv
-    from recipes.training import dead_zone
 
     if not result.kept:
         return []
@@ -176,7 +162,6 @@ def report(result) -> list[tuple[str, str]]:
     table = [
         ("errors", "in the units of the log"),
         ("side cameras corrected by", f"{drive.correction:.3f}"),
-        ("answers that become 0, up to", f"{dead_zone.width_of(model) or 0:.3f}"),
     ]
     for row in errors[1:]:
         table += _lines(row)
