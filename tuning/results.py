@@ -1,15 +1,270 @@
-"""What a search leaves: a table, `trials.csv`, `best.json`, TensorBoard's HParams."""
+"""The results of a search: its trials, its verdict, and the files and the table that show them.
+
+The verdict: the best clipped and the best unclipped trial, each at its own learning rate, are
+trained again with seeds that had no part in choosing them. An exact rank test (Mann and Whitney,
+1947; a run that diverged ranks last, ties count half) gives the probability that chance alone
+separates their scores so far.
+"""
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import PermutationMethod, mannwhitneyu
 
 import keras_gradclip as kgc
-from keras_gradclip.files import read_csv, write_csv, write_json
+from keras_gradclip.files import write_csv, write_json
+from keras_gradclip.tuning.divergence import DIVERGED
+from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS
 from keras_gradclip.tuning.space import to_clipper
-from tuning.rows import TrialRow, best_row, describe, formatter
-from tuning.verdict import verdict
+from recipes.training.recipe import at_chance
+
+#: Clipping matters where chance alone would give such scores less often than this.
+SIGNIFICANCE = 0.05
+#: The fewest runs a trial that can be significant: 2 of the C(8, 4) = 70 orders are so extreme.
+LEAST_RUNS = 4
+_ORDERS = 200_000  # all orders of two times ten runs are counted; of more, so many at random
+_STATUSES = ("completed", "diverged", "failed", "running")
+
+# --------------------------------------------------------------------------------------- the trials
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial.
+
+    Attributes:
+        trial: str, its id.
+        status: "completed", "diverged" (in one of its runs), "failed" or "running".
+        values: the hyper-parameters by name, those that are not in use left out.
+        score: float, the mean of its runs' scores; NaN without one.
+        scores: floats, one a run; infinite for a run that diverged.
+        baseline: whether it is the trial of the default values, unclipped.
+        confirms: id of the trial that this one repeats with other seeds, or "".
+        chance: float, the objective of a model that guesses; NaN where unknown.
+        message: str, why it failed.
+        clip_fraction, grad_norm, epochs, seconds: floats, means over its runs.
+    """
+
+    trial: str
+    status: str
+    values: Mapping[str, Any]
+    score: float = math.nan
+    scores: tuple[float, ...] = ()
+    baseline: bool = False
+    confirms: str = ""
+    chance: float = math.nan
+    message: str = ""
+    clip_fraction: float = math.nan
+    grad_norm: float = math.nan
+    epochs: float = math.nan
+    seconds: float = math.nan
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the trial has a clipper."""
+        return self.values.get("clipper", "none") != "none"
+
+    @property
+    def runs(self) -> int:
+        """The number of its runs that have ended."""
+        return len(self.scores)
+
+    @property
+    def lowest(self) -> float:
+        """The lowest score of its runs."""
+        return min(self.scores, default=math.nan)
+
+    @property
+    def highest(self) -> float:
+        """The highest score of its runs."""
+        return max(self.scores, default=math.nan)
+
+
+def trial_rows(oracle) -> list[TrialRow]:
+    """The trials of a `SearchOracle`, ranked."""
+    rows = []
+    for trial_id, trial in oracle.trials.items():
+        values, metrics = trial.hyperparameters.values, trial.metrics
+        row = TrialRow(
+            trial=trial_id,
+            status=trial.status.lower() if trial.status in ("COMPLETED", "FAILED") else "running",
+            values=own_values(values),
+            score=math.nan if trial.score is None else float(trial.score),
+            scores=_scores(metrics, oracle.objective.name),
+            baseline=BASELINE in values,
+            confirms=values.get(CONFIRMS, ""),
+            message=trial.message or "",
+        )
+        means = {name: float(metrics.get_last_value(name)) for name in metrics.metrics}
+        known = ("chance", "clip_fraction", "grad_norm", "epochs", "seconds")
+        figures: dict[str, Any] = {name: means[name] for name in known if name in means}
+        row = replace(row, **figures)
+        if row.status == "completed" and (means.get(DIVERGED) or not math.isfinite(row.score)):
+            row = replace(row, status="diverged")
+        rows.append(row)
+    return ranked(rows, oracle.objective.direction)
+
+
+def _scores(metrics, objective: str) -> tuple[float, ...]:
+    """The score of each run, which KerasTuner keeps as one observation of several values."""
+    old = [f"run-{i}" for i in range(len(metrics.metrics)) if metrics.exists(f"run-{i}")]
+    if old:  # of a search that was begun before KerasTuner kept them: a metric a run
+        return tuple(float(metrics.get_last_value(name)) for name in old)
+    history = metrics.get_history(objective) if metrics.exists(objective) else []
+    return tuple(float(value) for observation in history for value in observation.value)
+
+
+def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a trial without KerasTuner's notes on it."""
+    return {name: value for name, value in values.items() if not name.startswith("tuner/")}
+
+
+def ranked(rows: Sequence[TrialRow], direction: str) -> list[TrialRow]:
+    """By status; trials that confirm before the others; best first."""
+    sign = -1 if direction == "max" else 1
+    return sorted(
+        rows,
+        key=lambda row: (
+            _STATUSES.index(row.status),
+            not row.confirms,
+            sign * row.score if row.status == "completed" else 0,
+            row.trial,
+        ),
+    )
+
+
+def best_row(rows: Sequence[TrialRow]) -> TrialRow | None:
+    """The best completed trial: the better of those that were confirmed, if any was."""
+    return next((row for row in rows if row.status == "completed"), None)
+
+
+def contest(rows: Sequence[TrialRow]) -> tuple[TrialRow | None, TrialRow | None]:
+    """The clipped and the unclipped trial that the verdict compares.
+
+    The confirmed one of each kind, else the best; where all of a kind diverged, the first of them.
+    """
+    ended = [row for row in rows if row.status in ("completed", "diverged")]
+    ended.sort(key=lambda row: not row.confirms)  # stable: the best stay in front
+    clipped = next((row for row in ended if row.clipped), None)
+    return clipped, next((row for row in ended if not row.clipped), None)
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """A trial's hyper-parameters in a line."""
+    kind = values.get("clipper", "?")
+    parts = ["no clipping" if kind == "none" else kind]
+    parts += [
+        f"{name.partition('/')[2]}={_short(value)}"
+        for name, value in values.items()
+        if name.startswith(f"{kind}/") and value != "none"
+    ]
+    if values.get("activation_gate"):
+        parts.append(f"gate c={_short(values['gate/clip_value'])} γ={_short(values['gate/gamma'])}")
+    others = (name for name in values if "/" not in name)
+    ordered = sorted(others, key=lambda name: name != "learning_rate")
+    parts += [
+        f"{n}={_short(values[n])}" for n in ordered if n not in ("clipper", "activation_gate")
+    ]
+    return " ".join(parts)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def formatter(metric: str) -> Callable[[float], str]:
+    """How to print a metric: accuracies in per cent, others to four digits."""
+    return lambda value: f"{100 * value:.2f} %" if "accuracy" in metric else f"{value:.4g}"
+
+
+# -------------------------------------------------------------------------------------- the verdict
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of a search.
+
+    Attributes:
+        effect: what clipping did: "helps" and "harms" are significant, "not shown" is not;
+            "not tested": too few runs, or no model that learned.
+        text: the answer in one or two sentences.
+        p_value: float, of the test; NaN where there was none.
+        learned: whether the best trial is better than a guess, as far as is known.
+    """
+
+    effect: Literal["helps", "harms", "not shown", "not tested"]
+    text: str
+    p_value: float = math.nan
+    learned: bool = True
+
+
+def rank_test(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value of the exact rank test; 1 for fewer than two runs a side."""
+    if min(len(a), len(b)) < 2:
+        return 1.0
+    method = PermutationMethod(n_resamples=_ORDERS, rng=np.random.default_rng(0))
+    return float(mannwhitneyu(a, b, method=method).pvalue)
+
+
+def verdict(rows: Sequence[TrialRow], objective) -> Verdict:
+    """The answer of a search.
+
+    Args:
+        rows: as `ranked` orders them.
+        objective: with `name` and `direction`.
+    """
+    best = best_row(rows)
+    if best is None:
+        text = "No trial ended: see the errors above."
+        if any(row.status == "diverged" for row in rows):
+            text = "No trial ended well: lower the learning rates (--learning-rate-range)."
+        return Verdict("not tested", text)
+    clipped, unclipped = contest(rows)
+    show = formatter(objective.name)
+    choice = f"Use {describe(best.values)}" if best.clipped else "Do not clip"
+    guess = f"The best guess: {choice}."
+    if clipped is None or unclipped is None:
+        missing = "clipped" if clipped is None else "unclipped"
+        return Verdict("not tested", f"Not tested: no {missing} trial ended. {guess}")
+    scores = f"{_runs(clipped, show)} clipped, {_runs(unclipped, show)} unclipped"
+    if objective.direction == "max" and best.chance > 0 and at_chance(best.score, best.chance):
+        text = f"No model learned: {scores}, where guessing gives {show(best.chance)}. Train longer"
+        return Verdict("not tested", f"{text} (--epochs, --limit-steps).", learned=False)
+    runs = min(clipped.runs, unclipped.runs)
+    if not (clipped.confirms and unclipped.confirms and runs >= LEAST_RUNS):
+        remedy = f"--confirm-runs {LEAST_RUNS} or more tests it with other seeds"
+        return Verdict("not tested", f"Not tested: {scores}; {remedy}. {guess}")
+    p_value = rank_test(clipped.scores, unclipped.scores)
+    scores += f" (rank test over seeds: p = {p_value:.2g})"
+    helps = _ranks_better(clipped, unclipped, objective)
+    if p_value >= SIGNIFICANCE or helps != best.clipped:  # or means and ranks disagree
+        return Verdict("not shown", f"Clipping is not shown to matter: {scores}. {guess}", p_value)
+    if helps:
+        return Verdict("helps", f"{choice}. It matters: {scores}.", p_value)
+    return Verdict("harms", f"{choice}. Clipping harms: {scores}.", p_value)
+
+
+def _ranks_better(a: TrialRow, b: TrialRow, objective) -> bool:
+    sign = 1 if objective.direction == "max" else -1
+    return sum(np.sign(sign * (x - y)) for x in a.scores for y in b.scores if x != y) > 0
+
+
+def _runs(row: TrialRow, show: Callable[[float], str]) -> str:
+    """The mean of a trial's runs and their range, or how many of them diverged."""
+    diverged = sum(not math.isfinite(score) for score in row.scores)
+    if diverged or row.status == "diverged":
+        return f"{diverged or 1} of {max(row.runs, 1)} runs diverged"
+    if row.runs < 2:
+        return show(row.score)
+    return f"{show(row.score)} ({show(row.lowest)} to {show(row.highest)})"
+
+
+# ---------------------------------------------------------------------------------------- the files
 
 _FIELDS = (
     *("trial", "status", "baseline", "confirms", "score", "lowest", "highest", "runs", "scores"),
@@ -24,11 +279,13 @@ def write_trials(rows: Sequence[TrialRow], path: Path) -> None:
     for rank, row in enumerate(rows, 1):
         line = {"rank": rank, **{name: getattr(row, name) for name in _FIELDS}, **row.values}
         line["scores"] = " ".join(f"{score:.7g}" for score in row.scores)
-        lines.append({name: "" if _is_nan(value) else value for name, value in line.items()})
+        lines.append({n: "" if value != value else value for n, value in line.items()})  # no NaN
     write_csv(path, ["rank", *_FIELDS, *names], lines)
 
 
-def write_best(rows: Sequence[TrialRow], path: Path, objective, groups, recipe: str) -> dict | None:
+def write_best(
+    rows: Sequence[TrialRow], path: Path, objective, groups, recipe: str
+) -> dict[str, Any] | None:
     """`best.json`: the best trial's clipper, which recipes take with `--clip-config`.
 
     Where not clipping was best, the clipper is a ClipMap that leaves all variables alone.
@@ -39,7 +296,6 @@ def write_best(rows: Sequence[TrialRow], path: Path, objective, groups, recipe: 
     best = best_row(rows)
     if best is None:
         return None
-    clipper = to_clipper(best.values, groups) or kgc.ClipMap({".*": None})
     answer = verdict(rows, objective)
     content = {
         "recipe": recipe,
@@ -52,14 +308,14 @@ def write_best(rows: Sequence[TrialRow], path: Path, objective, groups, recipe: 
             "p_value": None if math.isnan(answer.p_value) else answer.p_value,
             "text": answer.text,
         },
-        "clipper": kgc.serialize(clipper),
+        "clipper": kgc.serialize(to_clipper(best.values, groups) or kgc.ClipMap({".*": None})),
     }
     write_json(path, content)
     return content
 
 
 def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
-    """For TensorBoard's page HParams: a run for each trial that ended; what is there stays.
+    """For TensorBoard's page HParams: a run for each trial that ended; existing ones stay.
 
     `folder` gets a folder a trial, with its values, its score, clip fraction and gradient norm.
     """
@@ -70,16 +326,13 @@ def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
         target = folder / row.trial
         if row.status == "running" or target.exists():
             continue
-        figures = {
-            objective.name: row.score,
-            "clip_fraction": row.clip_fraction,
-            "grad_norm": row.grad_norm,
-        }
         partial = folder.parent / "tensorboard.partial"  # a kill leaves no half of a run
         shutil.rmtree(partial, ignore_errors=True)
         writer = tf.summary.create_file_writer(str(partial))
         with writer.as_default(step=0):
             api.hparams(dict(row.values), trial_id=row.trial)
+            figures = {objective.name: row.score}
+            figures |= {"clip_fraction": row.clip_fraction, "grad_norm": row.grad_norm}
             for name, value in figures.items():
                 if math.isfinite(value):
                     tf.summary.scalar(name, value)
@@ -89,43 +342,31 @@ def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
 
 
 def print_table(rows: Sequence[TrialRow], objective, title: str, console) -> None:
-    """The ranked trials."""
+    """Prints the ranked trials."""
     from rich.table import Table
 
     show = formatter(objective.name)
     caption = None
     if any(row.confirms for row in rows):
-        caption = "bold, and first: the best of each kind again, with seeds that did not choose it"
+        caption = "bold, without a rank: the best of each kind, trained again with other seeds"
     table = Table(title=title, caption=caption)
     for name in ("rank", objective.name, "runs from .. to", "clipped", "time", "trial", ""):
         table.add_column(name, justify="left" if not name else "right")
-    for rank, row in enumerate(rows, 1):
+    rank = 0
+    for row in rows:
+        rank += not row.confirms
         done = row.status == "completed"
-        spread = ""
-        if done and row.runs > 1:
-            spread = f"{show(row.lowest)} .. {show(row.highest)}"
         label = describe(row.values) + (" (baseline)" if row.baseline else "")
         if row.confirms:
             label += f" (trial {row.confirms} with other seeds)"
-        fraction = row.clip_fraction
         table.add_row(
-            str(rank),
+            "" if row.confirms else str(rank),
             show(row.score) if done else row.status,
-            spread,
-            "" if math.isnan(fraction) else f"{100 * fraction:.3g} %",
+            f"{show(row.lowest)} .. {show(row.highest)}" if done and row.runs > 1 else "",
+            "" if math.isnan(row.clip_fraction) else f"{100 * row.clip_fraction:.3g} %",
             "" if math.isnan(row.seconds) else f"{row.seconds:.0f} s",
             row.trial,
             label,
             style="bold" if row.confirms else None,
         )
     console.print(table)
-
-
-def curves(folder: Path, row: TrialRow, metric: str) -> list[list[float]]:
-    """The metric by epoch of each run of a trial, as far as its files are on this machine."""
-    runs = sorted((folder / f"trial_{row.trial}").glob("run-*/history.csv"))
-    return [[line[metric] for line in read_csv(path) if metric in line] for path in runs]
-
-
-def _is_nan(value) -> bool:
-    return isinstance(value, float) and math.isnan(value)

@@ -6,10 +6,9 @@ searches for AlexNet on the embedded MNIST digits in minutes. Options of the rec
 
     python tuning/search.py --recipe resnet50 --tuner hyperband --epochs 9 --devices 2
 
-The same command goes on with a search that was interrupted; results are in the output folder.
+The same command resumes a search that was interrupted; results are in the output folder.
 """
 
-import argparse
 import contextlib
 import signal
 import sys
@@ -22,56 +21,8 @@ if not __package__:  # run as a script: the folder above tuning/ holds its packa
 
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError, RunFailed, first_line
-from recipes.registry import RECIPES
 from recipes.training.clipper_options import import_modules
-from tuning.session import SMALL, Engine, Session
-from tuning.space_flags import add_flags
-from tuning.verdict import LEAST_RUNS
-
-TUNERS = ("random", "bayesian", "hyperband", "grid")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; what it does not know is the recipe's."""
-    parser = Parser(
-        "search",
-        __doc__,
-        epilog=f"Recipes: {', '.join(RECIPES)}. Their options: python recipes/NAME.py --help",
-    )
-    add = parser.add_argument_group("search").add_argument
-    add("--recipe", default="alexnet", help="name, or a file that defines RECIPE (%(default)s)")
-    add("--tuner", choices=TUNERS, default="random", help="(%(default)s)")
-    add("--max-trials", type=int, metavar="N", help="baseline included (10; a grid: all)")
-    add("--objective", metavar="METRIC", help="any logged metric (the recipe's: val_accuracy ...)")
-    add("--direction", choices=("max", "min"), help="of an objective whose name does not tell")
-    add(
-        "--budget",
-        choices=("small", "full"),
-        default="small",
-        help=f"small: {SMALL} unless given; full: the recipe's own epochs (%(default)s)",
-    )
-    add("--executions", type=int, default=1, metavar="N", help="runs a trial (%(default)s)")
-    add(
-        "--confirm-runs",
-        type=int,
-        default=5,
-        metavar="N",
-        help="at the end, the best clipped and unclipped trial with N other seeds: "
-        f"{LEAST_RUNS} or more test whether clipping matters (%(default)s)",
-    )
-    add("--output", metavar="DIR", help="folder of the search (runs/search-RECIPE)")
-    add("--keep-weights", action="store_true", help="keep best.keras of each run")
-    add("--workers", type=int, default=0, metavar="N", help="processes on this machine")
-    add(
-        "--worker-timeout",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="a worker that is silent for so long has lost its trial to another (%(default)s)",
-    )
-    add("--traceback", action="store_true", help="errors with their traceback")
-    add_flags(parser)
-    return parser
+from tuning.flags import build_parser, check, load_recipe, recipe_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,9 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         early = Parser("search", None, add_help=False)
         early.add_argument("--import", dest="modules")
         import_modules(early.parse_known_args(argv)[0].modules)  # their flags are flags here
-        args, rest = build_parser().parse_known_args(argv)
+        args, rest = build_parser(__doc__ or "").parse_known_args(argv)
         try:
-            return Session(args, rest, argv, make_engine).run()
+            check(args)
+            recipe = load_recipe(args.recipe)
+            given = recipe_options(args, recipe, rest)
+            from tuning.search_run import Search  # imports TensorFlow and KerasTuner
+
+            return Search(recipe, given, args, argv).run()
         except ModuleNotFoundError as error:
             remedy = "`make venv`, or pip install '.[recipes,tuning]' in the checkout"
             raise RecipeError(f"{error.name} is missing: {remedy}") from error
@@ -99,19 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RunFailed(first_line(error)) from error
 
     with _ended_by_sigterm():
-        return exit_status(work, argv, interrupted="; the same command goes on with the search")
-
-
-def make_engine(session: Session) -> Engine:
-    """What runs the trials; its library is imported here, TensorFlow before it."""
-    from tuning.kerastuner_engine import KerasTunerEngine
-
-    return KerasTunerEngine(session)
+        return exit_status(work, argv, interrupted="; the same command resumes the search")
 
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """A polite kill ends the workers as Ctrl-C does."""
+    """SIGTERM ends the workers as Ctrl-C does."""
 
     def interrupt(*details):
         raise KeyboardInterrupt

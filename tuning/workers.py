@@ -1,11 +1,10 @@
-"""Chief and workers: KerasTuner's own mode, with workers that may be lost.
+"""KerasTuner's chief and workers, with workers that may be lost.
 
 KerasTuner reads KERASTUNER_TUNER_ID, KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT. Its chief
-waits for ever for a worker that was killed. Here every worker touches a file in the search's
-folder, and the chief gives the trial of one that no longer does to another.
+waits for ever for a worker that was killed. Here every worker writes a file in the search's folder
+every two seconds, and the chief gives the trial of a worker that no longer does to another one.
 """
 
-import _thread
 import contextlib
 import os
 import signal
@@ -16,16 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 BEAT_SECONDS = 2.0
 LOOPBACK = "127.0.0.1"
 _PARENT = "TUNING_PARENT_PID"
 _NAMES = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
 
+Processes = Mapping[str, subprocess.Popen]
+
 
 def role() -> str:
-    """The part of this process: "alone", "chief" or "worker".
+    """The role of this process: "alone", "chief" or "worker".
 
     Raises:
         ValueError: some of KerasTuner's variables are set and others are not.
@@ -42,63 +43,55 @@ def role() -> str:
     return "chief" if "chief" in os.environ["KERASTUNER_TUNER_ID"] else "worker"
 
 
-def become_chief() -> dict[str, str]:
-    """Makes this process the chief of workers on this machine; returns their environment."""
+@contextlib.contextmanager
+def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[Processes]:
+    """Makes this process the chief of workers on this machine, and ends them with the context.
+
+    Args:
+        number: of workers; each gets one of the GPUs, in turn, and this process none. With 0 this
+            process stays what it is.
+        argv: this program's arguments, for the workers.
+        folder: of the search; the workers' output goes to `worker-K.log` in it.
+    """
+    processes: dict[str, subprocess.Popen] = {}
+    if number:
+        _become_chief()
+    gpus = _gpus()
+    try:
+        for k in range(number):
+            name = f"worker-{k}"
+            own = {**os.environ, "KERASTUNER_TUNER_ID": name, _PARENT: str(os.getpid())}
+            own.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # they may share one
+            if gpus:
+                own["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
+            with open(folder / f"{name}.log", "a") as log:
+                processes[name] = subprocess.Popen(
+                    [*_program(), *argv],
+                    env=own,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C reaches the chief alone, which ends them
+                )
+        if number:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
+        yield processes
+    finally:
+        _stop(processes)
+
+
+def _become_chief() -> None:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         port = probe.getsockname()[1]
-    oracle = {"KERASTUNER_ORACLE_IP": LOOPBACK, "KERASTUNER_ORACLE_PORT": str(port)}
-    oracle["no_grpc_proxy"] = LOOPBACK
-    os.environ |= {**oracle, "KERASTUNER_TUNER_ID": "chief"}
-    return oracle
+    values = ("chief", LOOPBACK, str(port))
+    os.environ |= {**dict(zip(_NAMES, values, strict=True)), "no_grpc_proxy": LOOPBACK}
 
 
-def start_workers(
-    number: int, command: Sequence[str], folder: Path, environment: Mapping[str, str]
-) -> dict[str, subprocess.Popen]:
-    """Starts workers on this machine, a GPU for each as far as they go; hides them from here.
-
-    Args:
-        number: of workers.
-        command: the command line of a worker.
-        folder: of the search; the workers' output goes to `worker-K.log` in it.
-        environment: variables for the workers.
-
-    Returns:
-        The processes by worker id.
-    """
-    gpus = _gpus()
-    workers = {}
-    for k in range(number):
-        name = f"worker-{k}"
-        own = {**os.environ, **environment, "KERASTUNER_TUNER_ID": name, _PARENT: str(os.getpid())}
-        own.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # they may share one
-        if gpus:
-            own["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
-        with open(folder / f"{name}.log", "a") as log:
-            workers[name] = subprocess.Popen(
-                command,
-                env=own,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the chief, which ends them in order
-            )
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
-    return workers
-
-
-def stop_workers(workers: Mapping[str, subprocess.Popen]) -> None:
-    """Ends the workers that still run."""
-    for process in workers.values():
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    for process in workers.values():
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _program() -> list[str]:
+    """The command line of this program without its arguments: a script or a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [sys.executable, *(["-m", spec.name] if spec is not None else [sys.argv[0]])]
 
 
 def _gpus() -> list[str]:
@@ -109,14 +102,26 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(number)]
 
 
-def _beat_file(folder: Path, name: str) -> Path:
+def _stop(processes: Processes) -> None:
+    for process in processes.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in processes.values():
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _heartbeat_file(folder: Path, name: str) -> Path:
     return folder / "workers" / f"{name}.alive"
 
 
 @contextlib.contextmanager
 def heartbeat(folder: Path) -> Iterator[None]:
-    """While open, shows the chief that this worker lives, and ends it if its launcher is gone."""
-    path = _beat_file(folder, os.environ.get("KERASTUNER_TUNER_ID", str(os.getpid())))
+    """Shows the chief that this worker lives, and ends it when the chief that started it ends."""
+    path = _heartbeat_file(folder, os.environ["KERASTUNER_TUNER_ID"])
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = int(os.environ.get(_PARENT, 0))
     done = threading.Event()
@@ -125,9 +130,9 @@ def heartbeat(folder: Path) -> Iterator[None]:
         count = 0
         while not done.wait(BEAT_SECONDS):
             if parent and os.getppid() != parent:
-                os._exit(1)  # nobody would ever ask this process to stop
+                os._exit(1)  # no other process would ever ask this one to stop
             count += 1
-            with contextlib.suppress(OSError):  # a hiccup of a network disk; the next may succeed
+            with contextlib.suppress(OSError):  # a network disk may fail for a moment
                 path.write_text(str(count))
 
     path.write_text("0")
@@ -140,85 +145,73 @@ def heartbeat(folder: Path) -> Iterator[None]:
         thread.join()
 
 
-class Watchdog:
-    """The chief's thread that takes trials back from workers that are gone.
+def lead(
+    serve: Callable[[], object],
+    oracle: Any,
+    folder: Path,
+    timeout: float,
+    processes: Processes,
+    report: Callable[[str], object],
+) -> None:
+    """Serves workers until no trial is left, and takes the trials of lost workers back.
 
-    A worker is gone when its process on this machine has ended, or when its file in the folder
-    has not changed for `timeout` seconds by the chief's own clock.
-
-    As a context manager it ends with the workers of this machine: quietly once one of them was
-    told that there is nothing left to do, with a RuntimeError where all of them failed.
+    A worker is lost when its process on this machine has ended, or when its heartbeat file has not
+    changed for `timeout` seconds by the chief's own clock.
 
     Args:
+        serve: KerasTuner's server, which returns when all workers have been told to stop; it
+            sleeps for up to 20 seconds at a time, and therefore runs in a thread of its own.
         oracle: `SearchOracle`.
         folder: of the search.
         timeout: seconds.
-        workers: processes on this machine, by id.
+        processes: the workers on this machine, by id.
         report: called with a line of text.
+
+    Raises:
+        RuntimeError: all workers on this machine failed.
     """
+    errors: list[BaseException] = []
 
-    def __init__(
-        self,
-        oracle,
-        folder: Path,
-        timeout: float,
-        workers: Mapping[str, subprocess.Popen],
-        report: Callable[[str], object],
-    ):
-        self.oracle, self.folder, self.timeout = oracle, folder, timeout
-        self.workers, self.report = workers, report
-        self._ended: Literal["told to", "failed"] | None = None
-        self._beats: dict[str, tuple[str, float]] = {}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind, error, trace) -> bool:
-        self._done.set()
-        self._thread.join()
-        if kind is not KeyboardInterrupt or self._ended is None:
-            return False
-        if self._ended == "failed":
-            raise RuntimeError(
-                f"all workers have ended; see {self.folder}/worker-0.log. The same command goes "
-                "on with the search"
-            ) from None
-        return True
-
-    def _watch(self):
-        while not self._done.wait(1.0):
-            for name in {*self.oracle.running, *self.oracle.workers}:
-                if self._is_gone(name):
-                    trial = self.oracle.lose_worker(name)
-                    if trial is not None:
-                        self.report(f"{name} is gone; its trial {trial} goes to another worker")
-            codes = [process.poll() for process in self.workers.values()]
-            if codes and None not in codes:
-                self._ended = "told to" if 0 in codes else "failed"
-                # KerasTuner's chief sleeps in the main thread, for 20 seconds or for ever.
-                _thread.interrupt_main()
-                return
-
-    def _is_gone(self, name: str) -> bool:
-        process = self.workers.get(name)
-        if process is not None:
-            return process.poll() is not None
+    def run() -> None:
         try:
-            beat = _beat_file(self.folder, name).read_text()
-        except OSError:
-            return False  # no shared folder, or not now: never give up on a guess
-        seen, since = self._beats.get(name, ("", 0.0))
-        if beat != seen:
-            self._beats[name] = (beat, time.monotonic())
-            return False
-        return time.monotonic() - since > self.timeout
+            serve()
+        except BaseException as error:
+            errors.append(error)
+
+    server = threading.Thread(target=run, daemon=True, name="chief")
+    server.start()
+    beats: dict[str, tuple[str, float]] = {}
+    while server.is_alive():
+        server.join(1.0)
+        for name in {*oracle.running, *oracle.workers}:
+            process = processes.get(name)
+            if process is None:
+                lost = _is_silent(_heartbeat_file(folder, name), beats, timeout)
+            else:
+                lost = process.poll() is not None
+            trial = oracle.lose_worker(name) if lost else None
+            if trial is not None:
+                report(f"{name} is lost; its trial {trial} goes to another worker")
+        codes = [process.poll() for process in processes.values()]
+        if codes and None not in codes:
+            if 0 in codes:  # it was told that no trial is left
+                return
+            raise RuntimeError(
+                f"all workers have ended; see {folder}/worker-0.log. The same command resumes the "
+                "search"
+            )
+    for error in errors:
+        raise error
 
 
-def worker_command() -> list[str]:
-    """How to start this program again: as a script or as a module."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", spec.name] if spec is not None else [sys.argv[0]]
-    return [sys.executable, *program]
+def _is_silent(path: Path, beats: dict[str, tuple[str, float]], timeout: float) -> bool:
+    """Whether a heartbeat file has not changed for `timeout` seconds; `beats` keeps the last."""
+    try:
+        beat = path.read_text()
+    except OSError:
+        return False  # the folder is not shared, or not at this moment: not lost
+    before, since = beats.get(path.name, ("", 0.0))
+    if beat != before:
+        beats[path.name] = (beat, time.monotonic())
+        return False
+    return time.monotonic() - since > timeout

@@ -18,8 +18,8 @@ from keras_tuner.engine.trial import TrialStatus
 from keras_gradclip.files import read_json, write_json
 
 __all__ = [
-    "BaseTuner",
     "OracleInternals",
+    "RunsTuner",
     "TrialStatus",
     "infer_metric_direction",
     "mark_for_reload",
@@ -42,9 +42,11 @@ def missing_names() -> dict[str, str]:
     """The private names that the installed KerasTuner lacks, and what each is used for."""
     oracle = kt.oracles.RandomSearchOracle("val_loss", 1)
     missing = {name: why for name, why in _REASONS.items() if not hasattr(oracle, name)}
-    if not hasattr(BaseTuner, "_get_tuner_fname"):
-        missing["_get_tuner_fname"] = "a tuner reloads where it finds this file"
-    return missing
+    tuner = {
+        "_get_tuner_fname": "a tuner reloads where it finds this file",
+        "_run_and_update_trial": "overridden: reports each run of a trial",
+    }
+    return missing | {name: why for name, why in tuner.items() if not hasattr(BaseTuner, name)}
 
 
 def mark_for_reload(folder: str | os.PathLike) -> None:
@@ -60,6 +62,18 @@ def mark_for_reload(folder: str | os.PathLike) -> None:
     if (folder / "oracle.json").exists():
         name = os.environ.get("KERASTUNER_TUNER_ID", "tuner0")
         (folder / f"{name}.json").write_text("{}")
+
+
+class RunsTuner(BaseTuner):
+    """A tuner whose `run_trial` returns the metrics of each run of the trial, as a list of dicts.
+
+    KerasTuner keeps them as one observation of several values, whose mean is the trial's score;
+    its own tuners report the mean alone.
+    """
+
+    def _run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
+        for metrics in self.run_trial(trial, *fit_args, **fit_kwargs):
+            self.oracle.update_trial(trial.trial_id, metrics)
 
 
 class OracleInternals(kt.Oracle):
@@ -96,6 +110,10 @@ class OracleInternals(kt.Oracle):
         finally:
             self.trials = everything
 
+    def forget_metrics(self, trial) -> None:
+        """Drops what an unfinished trial has reported, which would count twice."""
+        trial.metrics = type(trial.metrics)()
+
     def save(self):
         """Writes `oracle.json` whole or not at all; it holds default dicts and NumPy numbers."""
         write_json(self._get_oracle_fname(), self.get_state(), default=float)
@@ -119,8 +137,7 @@ class OracleInternals(kt.Oracle):
                 if trial_id not in self.end_order:
                     self.end_order.append(trial_id)
             else:
-                # What an unfinished run has reported already would count twice.
-                trial.metrics = type(trial.metrics)()
+                self.forget_metrics(trial)
                 trial.status = TrialStatus.RUNNING
                 waiting.append(trial_id)
         self._retry_queue = waiting[::-1]  # taken from the end: the oldest first

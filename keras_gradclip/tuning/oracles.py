@@ -12,7 +12,6 @@ What `SearchOracle` adds to each of them:
 """
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -104,6 +103,13 @@ class SearchOracle(OracleInternals):
         return trial
 
     @kt.synchronized
+    def update_trial(self, trial_id, metrics, step=0):
+        """As KerasTuner's; a lost worker that comes back adds nothing to a trial that is over."""
+        if trial_id in self.ended:
+            return self.trials[trial_id]
+        return super().update_trial(trial_id, metrics, step)
+
+    @kt.synchronized
     def end_trial(self, trial):
         """As KerasTuner's; the values stay as they were given out, in float64."""
         known = self.trials[trial.trial_id]
@@ -138,6 +144,7 @@ class SearchOracle(OracleInternals):
             self.end_trial(trial)
             return trial.trial_id
         del self.running[tuner_id]
+        self.forget_metrics(trial)
         self.waiting.append(trial.trial_id)
         self.save()
         return trial.trial_id
@@ -260,8 +267,3 @@ def _finite_scores(trials, direction):
     finally:
         for trial, score in zip(diverged, scores, strict=True):
             trial.score = score
-
-
-def product_size(hps) -> int:
-    """The number of combinations of a grid."""
-    return sum(1 for _ in itertools.islice(combinations(hps), 1_000_000))

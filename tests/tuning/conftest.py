@@ -43,7 +43,6 @@ def fake_run(monkeypatch):
     Returns:
         A list of (options, folder, epochs that were there) of the runs.
     """
-    from recipes import training
     from recipes.errors import TrainingDiverged
     from recipes.training.folder import HISTORY
 
@@ -72,5 +71,5 @@ def fake_run(monkeypatch):
             if model.stop_training:
                 return
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr("tuning.trial.run", run)
     return calls

@@ -187,6 +187,22 @@ def test_a_worker_that_comes_back_counts_once(when, tmp_path):
     assert oracle.trials[lost.trial_id].status == "COMPLETED"
 
 
+def test_a_run_counts_once_whoever_reports_it(tmp_path):
+    """A lost worker's reports go with it; once the trial is over it adds nothing."""
+    oracle = oracle_in(tmp_path, "random", max_trials=2)
+    trial = oracle.create_trial("worker-0")
+    oracle.update_trial(trial.trial_id, {"val_accuracy": 0.1})
+    oracle.lose_worker("worker-0")
+    again = oracle.create_trial("worker-1")
+    for score in (0.4, 0.6):
+        oracle.update_trial(again.trial_id, {"val_accuracy": score})
+    again.status = "COMPLETED"
+    oracle.end_trial(again)
+    oracle.update_trial(trial.trial_id, {"val_accuracy": 0.9})
+    (observation,) = oracle.trials[trial.trial_id].metrics.get_history("val_accuracy")
+    assert observation.value == [0.4, 0.6] and oracle.trials[trial.trial_id].score == 0.5
+
+
 def test_a_trial_that_takes_its_workers_with_it_fails(tmp_path):
     oracle = oracle_in(tmp_path, "random", max_trials=2)
     ids = []

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import keras_gradclip as kgc
+from keras_gradclip.tuning.oracles import BASELINE, make_oracle
 from tuning import plots, results
-from tuning.rows import TrialRow, best_row, describe, ranked
-from tuning.verdict import rank_test, verdict
+from tuning.results import TrialRow, best_row, describe, rank_test, ranked, verdict
 
 ACCURACY = kt.Objective("val_accuracy", "max")
 LOSS = kt.Objective("val_loss", "min")
@@ -87,9 +87,9 @@ def test_the_test_agrees_with_counting_every_order():
         (confirmed(0.9, 0.8, 0.01), ACCURACY, "helps", "Use absolute threshold=0.02", "It matters"),
         (confirmed(0.7, 0.8, 0.01), ACCURACY, "harms", "Do not clip", "Clipping harms: 70.00 %"),
         (confirmed(0.7, 0.8, 0.01, "min"), LOSS, "helps", "Use absolute", "0.7 (0.69 to 0.71)"),
-        (confirmed(0.9, 0.8, 0.2), ACCURACY, "not shown", "That clipping matters is", "guess: Use"),
-        (confirmed(0.8, 0.9, 0.2), ACCURACY, "not shown", "That clipping", "guess: Do not clip"),
-        (confirmed(0.8, 0.8), ACCURACY, "not shown", "That clipping matters is not shown", "p = 1"),
+        (confirmed(0.9, 0.8, 0.2), ACCURACY, "not shown", "Clipping is not shown", "guess: Use"),
+        (confirmed(0.8, 0.9, 0.2), ACCURACY, "not shown", "Clipping is not", "guess: Do not clip"),
+        (confirmed(0.8, 0.8), ACCURACY, "not shown", "Clipping is not shown to matter", "p = 1"),
         # Two numbers never overlap, and three against three do so one time in ten.
         ([row("1", 0.9, 0.02), row("0", 0.8)], ACCURACY, "not tested", "Not tested", "--confirm"),
         (confirmed(0.9, 0.8, scores=(0.9,)), ACCURACY, "not tested", "Not tested", "--confirm"),
@@ -184,6 +184,22 @@ def test_hparams_has_a_run_for_each_trial_that_ended(tmp_path):
     info = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info
     assert info.hparams["absolute/threshold"].number_value == 0.02
     assert info.hparams["clipper"].string_value == "absolute"
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_trial_has_the_score_of_each_run(old):
+    """Version 0.2 first kept them as metrics of names of their own."""
+    oracle = make_oracle("random", ACCURACY, 2, hyperparameters=kt.HyperParameters())
+    trial = kt.engine.trial.Trial(kt.HyperParameters(), trial_id="0000", status="COMPLETED")
+    trial.hyperparameters.values = {"clipper": "none", BASELINE: True}
+    trial.score = 0.5
+    for i, score in enumerate((0.4, 0.6)):
+        trial.metrics.update(f"run-{i}" if old else "val_accuracy", score)
+    trial.metrics.update("seconds", 3.0)
+    oracle.trials["0000"] = trial
+    (row,) = results.trial_rows(oracle)
+    assert row.scores == (0.4, 0.6) and row.status == "completed" and row.seconds == 3
+    assert row.baseline and row.values == {"clipper": "none"}
 
 
 def test_trials_csv_has_a_column_a_hyperparameter(tmp_path):

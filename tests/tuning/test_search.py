@@ -114,8 +114,7 @@ def test_best_json_trains_through_the_recipe(finished, tmp_path, best):
     import contextlib
 
     from keras_gradclip.tuning.hypermodel import as_objective
-    from tuning.results import write_best
-    from tuning.rows import TrialRow
+    from tuning.results import TrialRow, write_best
 
     (values,) = (json.loads((finished / "best.json").read_text())["values"],)
     if values["clipper"] != best:
@@ -186,9 +185,9 @@ def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys, fake_run):
-    from tuning import kerastuner_engine
+    from tuning.search_run import RecipeTuner
 
-    folder, run_trial = tmp_path / "search", kerastuner_engine.RecipeTuner.run_trial
+    folder, run_trial = tmp_path / "search", RecipeTuner.run_trial
 
     def interrupted(self, trial, *args, **kwargs):
         if trial.trial_id == "0001":
@@ -196,9 +195,9 @@ def test_ctrl_c_is_130_and_goes_on(tmp_path, monkeypatch, capsys, fake_run):
         return run_trial(self, trial, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kerastuner_engine.RecipeTuner, "run_trial", interrupted)
+        patch.setattr(RecipeTuner, "run_trial", interrupted)
         assert search(folder, "--max-trials", "2") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert len(fake_run) == 1
     assert search(folder, "--max-trials", "2") == 0
     assert len(fake_run) == 2
@@ -224,6 +223,7 @@ def test_confirmation_has_seeds_of_its_own_and_decides(tmp_path, fake_run, capsy
     rows = trials_of(folder)
     again = [row for row in rows if row["confirms"]]
     assert len(rows) == 7 and rows[:2] == again
+    assert [len(row["scores"].split()) for row in again] == [2, 2]
     assert {row["clipper"] for row in again} == {"none", "absolute"}
     for row in again:
         seeds = [o.seed for o, f, _ in fake_run if f.parent.name == f"trial_{row['trial']}"]
@@ -241,7 +241,6 @@ def test_max_trials_may_be_raised(tmp_path, fake_run):
 
 
 def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
-    from recipes import training
     from recipes.errors import TrainingDiverged
 
     calls = []
@@ -253,7 +252,7 @@ def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
             raise MemoryError("no memory left")
         raise TrainingDiverged("training diverged to NaN", 0)
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr("tuning.trial.run", run)
     assert search(tmp_path, "--max-trials", "4") == 1
     status = [row["status"] for row in trials_of(tmp_path)]
     assert status == ["diverged", "diverged", "failed", "failed"]
@@ -261,13 +260,12 @@ def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_wrong_with_every_trial_ends_the_search(tmp_path, monkeypatch, capsys):
-    from recipes import training
     from recipes.errors import DataError
 
     def run(*args):
         raise DataError("no data set 'x'")
 
-    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr("tuning.trial.run", run)
     assert search(tmp_path, "--max-trials", "4") == 2
     assert capsys.readouterr().err == "error: no data set 'x'\n"
 
@@ -415,7 +413,7 @@ def test_a_worker_is_killed_and_every_trial_is_accounted_for(launch, tmp_path):
         for process in processes:
             process.kill()
             process.communicate(timeout=30)
-    assert "is gone; its trial" in out
+    assert "is lost; its trial" in out
     rows = trials_of(folder)
     assert len(rows) == 5 and {row["status"] for row in rows} == {"completed"}
     starts = (tmp_path / "starts.txt").read_text().splitlines()

@@ -1,7 +1,6 @@
 """Searches that are killed, that meet a full disk or another search, and broken inputs."""
 
 import errno
-import fcntl
 import json
 import os
 import random
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tuning.search import main
 
@@ -77,11 +77,10 @@ def test_a_full_disk_is_one_line_and_goes_on_after_it(
 
 def test_a_second_search_in_a_folder_is_refused(search, fake_run, capsys):
     search.folder.mkdir()
-    with open(search.folder / ".lock", "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with FileLock(search.folder / ".lock"):
         assert search() == 2
     error = capsys.readouterr().err
-    assert "another search runs here" in error and error.count("\n") == 1
+    assert "in use by another search" in error and error.count("\n") == 1
     assert not fake_run
     assert search() == 0
 
@@ -159,16 +158,14 @@ def test_killed_at_random_moments(tmp_path, recipe, read_trials):
     environment = {**os.environ, "STARTS": str(tmp_path / "starts.txt")}
     for _ in range(20):
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        while process.poll() is None and (
-            not (folder / ".lock").exists() or (folder / ".lock").read_text() != str(process.pid)
-        ):
-            time.sleep(0.05)  # until it is at work
+        assert process.stdout is not None
+        process.stdout.readline()  # until it has said what it searches
         time.sleep(rng.uniform(0, 4))
         ended = process.poll()
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         if ended is not None:
             assert ended == 0
             break

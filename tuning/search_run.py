@@ -1,0 +1,352 @@
+"""A search from its folder to its report: the space, the oracle, the tuner, and what it says."""
+
+import contextlib
+import itertools
+import json
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras_tuner as kt
+from rich.console import Console
+
+from keras_gradclip.files import read_json, write_json
+from keras_gradclip.tuning._kerastuner import RunsTuner, mark_for_reload
+from keras_gradclip.tuning.hypermodel import as_objective
+from keras_gradclip.tuning.oracles import CONFIRMS, SearchOracle, combinations, make_oracle
+from keras_gradclip.tuning.space import clip_hyperparameters, ranges
+from recipes.errors import RecipeError, first_line
+from recipes.registry import script_of
+from recipes.training import Recipe
+from recipes.training import options as opts
+from recipes.training.folder import differences, folder_named, locked
+from recipes.words import counted
+from tuning import plots, results, workers
+from tuning.flags import SMALL, searched_options
+from tuning.space_flags import search_space
+from tuning.trial import TrialRunner, trial_settings
+
+SEARCH = "search.json"
+#: The folder of the trials inside that of a search.
+PROJECT = "trials"
+TRIALS = 10  # of a random or Bayesian search
+_SEED = 1_000  # KerasTuner takes a seed of 0 for none
+_SPACE = "search space: "  # begins the names of hyper-parameters in search.json
+
+
+class Search:
+    """A search of a recipe's thresholds.
+
+    Args:
+        recipe: that is searched.
+        given: its options that stay fixed, by name.
+        args: the search's own flags.
+        argv: the whole command line, which workers repeat.
+
+    Raises:
+        RecipeError: options that do not go together.
+        ValueError: an objective whose direction is not known, or a space that is none.
+    """
+
+    def __init__(
+        self, recipe: Recipe, given: Mapping[str, Any], args: Namespace, argv: Sequence[str]
+    ):
+        self.recipe, self.given, self.args, self.argv = recipe, given, args, argv
+        self.folder = self._folder()
+        self.role = workers.role()
+        if self.role == "chief" and args.workers:
+            raise RecipeError("--workers starts a chief of its own: unset KERASTUNER_TUNER_ID")
+        name, direction = args.objective or recipe.monitor, args.direction
+        if direction is None and name == recipe.monitor:
+            direction = recipe.mode
+        self.objective = as_objective(name, direction)
+        self.space = {**self._space_before(), **search_space(args, recipe, given)}
+        self.hyperparameters = kt.HyperParameters()
+        clip_hyperparameters(self.hyperparameters, **self.space)
+        self.console: Console | None = None
+        self.oracle: SearchOracle
+
+    def _folder(self) -> Path:
+        output = self.args.output
+        if output is None:
+            output = str(Path("runs") / f"search-{self.recipe.name}")
+            if self.recipe.name != Path(self.recipe.name).name:
+                raise RecipeError(f"--output {output!r}: no folder can have this name")
+        return folder_named(output)
+
+    # --------------------------------------------------------------------------------- the search
+
+    def run(self) -> int:
+        """Runs the search, or its trials in a worker; returns the exit status.
+
+        Raises:
+            RecipeError: another search is in the folder, or its files are damaged.
+            RuntimeError: no trial ended well, or all workers failed.
+        """
+        if self.role == "worker":
+            with workers.heartbeat(self.folder):
+                self._tuner(self._new_oracle()).search()
+            return 0
+        if (self.folder / SEARCH).exists():
+            self._check_folder()  # before anything is touched
+        with locked(self.folder, "search"):
+            self._check_folder()
+            out = sys.stdout
+            width = None if out.isatty() else 120
+            self.console = Console(file=out, highlight=False, soft_wrap=True, width=width)
+            errors: contextlib.AbstractContextManager = contextlib.nullcontext()
+            # KerasTuner prints, too; that goes to a file.
+            with open(self.folder / "kerastuner.log", "a") as log:
+                if not self.args.traceback:
+                    errors = contextlib.redirect_stderr(log)
+                with contextlib.redirect_stdout(log), errors:
+                    self._run_trials()
+                    return self._report()
+
+    def _run_trials(self) -> None:
+        args = self.args
+        try:
+            with workers.started(args.workers, self.argv, self.folder) as processes:
+                self.oracle = self._new_oracle()
+                tuner = self._tuner(self.oracle)
+                self.oracle.on_change = self._on_change
+                self._introduce()
+                if processes or self.role == "chief":
+                    workers.lead(
+                        *(tuner.search, self.oracle, self.folder, args.worker_timeout),
+                        *(processes, self.say),
+                    )
+                else:
+                    tuner.search()
+        except kt.errors.FatalError as error:
+            raise error.__cause__ or error from None
+
+    def _new_oracle(self) -> SearchOracle:
+        args, options = self.args, self.recipe.options(**self.given)
+        number = args.max_trials
+        if number is None and args.tuner in ("random", "bayesian"):
+            number = TRIALS
+        oracle = make_oracle(
+            args.tuner,
+            self.objective,
+            number,
+            confirm=args.confirm_runs > 0,
+            seed=_SEED + options.seed,
+            hyperparameters=self.hyperparameters.copy(),
+            **({"max_epochs": options.epochs} if args.tuner == "hyperband" else {}),
+        )
+        oracle.verbose = 0
+        return oracle
+
+    def _tuner(self, oracle: SearchOracle) -> "RecipeTuner":
+        runner = TrialRunner(
+            self.recipe,
+            self.given,
+            self.space,
+            self.objective,
+            executions=self.args.executions,
+            confirm_executions=self.args.confirm_runs,
+            keep_weights=self.args.keep_weights,
+            keep_backups=self.args.tuner == "hyperband",
+            report=self.say,
+        )
+        try:
+            return RecipeTuner(runner, oracle, self.folder)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RecipeError(
+                f"{self.folder / PROJECT}: what the search wrote there is damaged "
+                f"({type(error).__name__}: {first_line(error)}); give another --output"
+            ) from error
+
+    # ---------------------------------------------------------------------------------- the folder
+
+    def _saved(self) -> dict[str, Any]:
+        path = self.folder / SEARCH
+        if not path.exists():
+            return {}
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise RecipeError(f"{path}: is not what a search writes; give another --output")
+        return before
+
+    def _space_before(self) -> dict[str, Any]:
+        """What was searched without being asked for when the search in the folder was begun."""
+        for name, config in self._saved().items():
+            if name.startswith(f"{_SPACE}exponential/beta"):
+                limits = config.get("values") or (config["min_value"], config["max_value"])
+                return {"exponential/beta": (min(limits), max(limits))}
+        return {}
+
+    def _check_folder(self) -> None:
+        """Notes which search the folder holds, and refuses one that holds another."""
+        fixed = opts.saved_options(self.recipe, self.recipe.options(**self.given))
+        for name in (*searched_options(), "recipe"):
+            fixed.pop(name, None)
+        now = {
+            "recipe": self.recipe.name,
+            "tuner": self.args.tuner,
+            "objective": self.objective.name,
+            "direction": self.objective.direction,
+            "executions": self.args.executions,
+            "confirm_runs": self.args.confirm_runs,
+            "groups": self.space["groups"],
+            **{
+                f"{_SPACE}{_with_conditions(hp)}": hp["config"]
+                for hp in self.hyperparameters.get_config()["space"]
+            },
+            **{f"recipe option {name}": value for name, value in fixed.items()},
+        }
+        now = json.loads(json.dumps(now))
+        before = self._saved()
+        if not before:
+            if (self.folder / PROJECT).exists():
+                raise RecipeError(f"{self.folder}: has trials but no {SEARCH}: give --output")
+            write_json(self.folder / SEARCH, now)
+            return
+        space = [name for name in {**before, **now} if name.startswith(_SPACE)]
+        changed = [name for name in space if before.get(name) != now.get(name)][:3]
+        others = differences(before, now, free=space)
+        if changed or others:
+            raise RecipeError(
+                f"{self.folder} holds another search; changed: "
+                f"{', '.join(filter(None, [*changed, others]))}. Give another --output, or the "
+                "options of before to resume it"
+            )
+
+    # --------------------------------------------------------------------------------- what it says
+
+    def say(self, text: str, **options: Any) -> None:
+        """Prints a line for the user."""
+        if self.console is None:
+            print(text, flush=True)
+        else:
+            self.console.print(text, **options)
+
+    def _introduce(self) -> None:
+        number, done = self.oracle.search_trials, len(self.oracle.ended)
+        trials = f"at most {counted(number, 'trial')}" if number else "all trials"
+        if self.args.tuner == "grid":
+            grid = itertools.islice(combinations(self.oracle.get_space()), 1_000_000)
+            trials += f" of {counted(sum(1 for _ in grid), 'combination')}"
+        if self.args.confirm_runs:
+            trials += f", then 2 again with {counted(self.args.confirm_runs, 'other seed')}"
+        self.say(
+            f"[bold]{self.recipe.name}[/]: {self.args.tuner}, {trials}; results in {self.folder}"
+        )
+        if done:
+            are = "is" if done == 1 else "are"
+            self.say(f"resuming: {counted(done, 'trial')} {are} done and not run again")
+
+    def _on_change(self, trial: Any, event: str) -> None:
+        """Says which trial begins or how it ended, and brings the files up to date."""
+        if event == "begin":
+            values = trial.hyperparameters.values
+            again = f" (trial {values[CONFIRMS]} with other seeds)" if CONFIRMS in values else ""
+            text = results.describe(results.own_values(values)) + again
+        else:
+            rows = results.trial_rows(self.oracle)
+            self._write(rows)
+            row = next(row for row in rows if row.trial == trial.trial_id)
+            show, best = results.formatter(self.objective.name), results.best_row(rows)
+            text = show(row.score) if row.status == "completed" else row.status
+            if row.status == "diverged":
+                text += " (ranks last)"
+            if row.status == "failed":
+                text += f": {_last_line(row.message)}"
+            text += f"; best so far {show(best.score)} (trial {best.trial})" if best else ""
+        self.say(f"trial {trial.trial_id}: {text}", markup=False)
+
+    def _write(self, rows: Sequence[results.TrialRow]) -> dict[str, Any] | None:
+        results.write_trials(rows, self.folder / "trials.csv")
+        results.write_hparams(rows, self.folder / "tensorboard", self.objective)
+        path, groups = self.folder / "best.json", self.space["groups"]
+        return results.write_best(rows, path, self.objective, groups, self.recipe.name)
+
+    def _report(self) -> int:
+        assert self.console is not None
+        objective, rows = self.objective, results.trial_rows(self.oracle)
+        best, answer = self._write(rows), results.verdict(rows, objective)
+        title = f"{self.recipe.name}: {counted(len(rows), 'trial')}"
+        results.print_table(rows, objective, title, self.console)
+        picture, limits = self.folder / "search.png", ranges(self.hyperparameters)
+        plots.draw(rows, picture, objective, title, self.folder / PROJECT, limits)
+        for status, what in (("diverged", "diverged and rank last"), ("failed", "failed")):
+            number = sum(row.status == status for row in rows)
+            if number:
+                self.say(f"{number} of {len(rows)} trials {what}")
+        self.say(answer.text, style="bold", markup=False)
+        self.say(f"picture: {picture}, table: {self.folder}/trials.csv")
+        self.say(f"TensorBoard's HParams: tensorboard --logdir {self.folder}/tensorboard")
+        if best is None:
+            raise RuntimeError("no trial ended well")
+        if answer.learned:
+            self.say(f"train with it: {self._command(best['values'])}", markup=False)
+        return 0
+
+    def _command(self, values: Mapping[str, Any]) -> str:
+        """The command that trains with the best trial's values, for the recipe's own epochs."""
+        settings = trial_settings(self.given, self.space, values)
+        for name in ("clipper", "clip_config", "tensorboard", "verbose"):
+            settings.pop(name, None)
+        settings = {n: v for n, v in settings.items() if n not in SMALL or v != SMALL[n]}
+        program = self.args.recipe
+        if not program.endswith(".py"):
+            program = script_of(program)
+        words = ["python", program, "--clip-config", str(self.folder / "best.json")]
+        return shlex.join([*words, *opts.as_words(self.recipe, settings)])
+
+
+class RecipeTuner(RunsTuner):
+    """Runs trials of a recipe.
+
+    Hyperband's later rounds resume a copy of the round before, optimizer state included.
+
+    Args:
+        runner: `TrialRunner`.
+        oracle: `SearchOracle`, or what stands for the chief's.
+        folder: of the search.
+    """
+
+    def __init__(self, runner: TrialRunner, oracle: SearchOracle, folder: Path):
+        self.runner = runner
+        self._asked = False
+        mark_for_reload(folder / PROJECT)
+        super().__init__(oracle, directory=str(folder), project_name=PROJECT)
+
+    def pre_create_trial(self):
+        """KerasTuner asks again at once while there is nothing to do."""
+        if self._asked:
+            time.sleep(1)
+        self._asked = True
+
+    def run_trial(self, trial, *args, **kwargs):
+        """Trains the trial's runs; returns the metrics of each."""
+        self._asked = False
+        values = trial.hyperparameters.values
+        parent = values.get("tuner/trial_id")
+        try:
+            return self.runner.run(
+                values,
+                Path(self.get_trial_dir(trial.trial_id)),
+                confirms=CONFIRMS in values,
+                last=values.get("tuner/epochs"),
+                parent=Path(self.get_trial_dir(parent)) if parent else None,
+            )
+        except (RecipeError, OSError) as error:
+            # The same in every trial: a full disk, a data set that is not there ...
+            raise kt.errors.FatalError(str(error)) from error
+
+
+def _with_conditions(hp: Mapping[str, Any]) -> str:
+    conditions = hp["config"].get("conditions") or []
+    where = "".join(f" ({c['config']['name']}={c['config']['values']})" for c in conditions)
+    return hp["config"]["name"] + where
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "see the worker's log"
