@@ -70,7 +70,6 @@ def test_the_plugin_stands_alone(graph):
 #: A private module of the plugin, and who outside of it needs which part of it.
 KNOWN_OUTSIDERS = {
     ("recipes.training.checkpoint", "keras_gradclip._compat"),  # layers at any depth
-    ("tuning.kerastuner_engine", "keras_gradclip.tuning._kerastuner"),  # KerasTuner's own loop
 }
 
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import shlex
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,14 @@ import keras_tuner as kt
 from rich.console import Console
 
 from keras_gradclip.files import read_json, write_json
-from keras_gradclip.tuning._kerastuner import RunsTuner, mark_for_reload
 from keras_gradclip.tuning.hypermodel import as_objective
-from keras_gradclip.tuning.oracles import CONFIRMS, SearchOracle, combinations, make_oracle
+from keras_gradclip.tuning.oracles import (
+    CONFIRMS,
+    SearchOracle,
+    SearchTuner,
+    combinations,
+    make_oracle,
+)
 from keras_gradclip.tuning.space import clip_hyperparameters, ranges
 from recipes.errors import RecipeError, first_line
 from recipes.registry import script_of
@@ -300,7 +304,7 @@ class Search:
         return shlex.join([*words, *opts.as_words(self.recipe, settings)])
 
 
-class RecipeTuner(RunsTuner):
+class RecipeTuner(SearchTuner):
     """Runs trials of a recipe.
 
     Hyperband's later rounds resume a copy of the round before, optimizer state included.
@@ -313,19 +317,10 @@ class RecipeTuner(RunsTuner):
 
     def __init__(self, runner: TrialRunner, oracle: SearchOracle, folder: Path):
         self.runner = runner
-        self._asked = False
-        mark_for_reload(folder / PROJECT)
-        super().__init__(oracle, directory=str(folder), project_name=PROJECT)
-
-    def pre_create_trial(self):
-        """KerasTuner asks again at once while there is nothing to do."""
-        if self._asked:
-            time.sleep(1)
-        self._asked = True
+        super().__init__(oracle, folder, PROJECT)
 
     def run_trial(self, trial, *args, **kwargs):
         """Trains the trial's runs; returns the metrics of each."""
-        self._asked = False
         values = trial.hyperparameters.values
         parent = values.get("tuner/trial_id")
         try:

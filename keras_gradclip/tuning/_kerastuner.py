@@ -6,6 +6,7 @@ for the end of a search with trials still out. `missing_names` says what a new v
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from keras_gradclip.files import read_json, write_json
 
 __all__ = [
     "OracleInternals",
-    "RunsTuner",
+    "SearchTuner",
     "TrialStatus",
     "infer_metric_direction",
     "mark_for_reload",
@@ -64,12 +65,31 @@ def mark_for_reload(folder: str | os.PathLike) -> None:
         (folder / f"{name}.json").write_text("{}")
 
 
-class RunsTuner(BaseTuner):
-    """A tuner whose `run_trial` returns the metrics of each run of the trial, as a list of dicts.
+class SearchTuner(BaseTuner):
+    """A tuner without a model of its own, for a `run_trial` that returns a list of dicts.
 
-    KerasTuner keeps them as one observation of several values, whose mean is the trial's score;
-    its own tuners report the mean alone.
+    They are the metrics of each run of the trial. KerasTuner keeps them as one observation of
+    several values, whose mean is the trial's score; its own tuners report the mean alone.
+
+    Args:
+        oracle: `keras_tuner.Oracle`.
+        directory, project_name: as of KerasTuner's tuners; a search there is resumed.
     """
+
+    def __init__(self, oracle: kt.Oracle, directory: str | os.PathLike, project_name: str):
+        self._asked = False
+        mark_for_reload(Path(directory) / project_name)
+        super().__init__(oracle, directory=str(directory), project_name=project_name)
+
+    def pre_create_trial(self):
+        """Waits a second where KerasTuner asks again at once, since there is nothing to do."""
+        if self._asked:
+            time.sleep(1)
+        self._asked = True
+
+    def on_trial_begin(self, trial):
+        """The next request comes after work."""
+        self._asked = False
 
     def _run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
         for metrics in self.run_trial(trial, *fit_args, **fit_kwargs):
