@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
     Args:
         prog: the command as it is typed.
         description: its first line and the examples head `--help`, the rest ends it.
-        examples: command lines.
-        usage: what follows `prog`.
+        examples: command lines; by default the lines that the description has indented there.
+        usage: in place of `prog [--FLAG VALUE ...]`.
         **keywords: of `argparse.ArgumentParser`.
     """
 
@@ -39,22 +39,31 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self,
         prog: str,
-        description: str = "",
+        description: str | None = None,
         examples: Sequence[str] = (),
-        usage: str = "[--FLAG VALUE ...]",
+        usage: str = "",
         **keywords: Any,
     ):
-        first, _, rest = inspect.cleandoc(description).partition("\n")
-        head = [first, "", f"usage: {prog} {usage}", "", *(f"  {line}" for line in examples)]
+        first, *rest = inspect.cleandoc(description or "").split("\n\n")
+        if rest and rest[0].startswith(" ") and not examples:
+            examples = rest.pop(0).split("\n")
+        first, _, more = first.partition("\n")
+        usage = usage or f"{prog} [--FLAG VALUE ...]"
+        head = [first, "", f"usage: {usage}", "", *(f"  {line.strip()}" for line in examples)]
         super().__init__(
             prog=prog,
             usage=argparse.SUPPRESS,
             description="\n".join(head).strip(),
-            epilog=rest.strip(),
+            epilog="\n\n".join([more, *rest, keywords.pop("epilog", "")]).strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **keywords,
         )
+
+    def format_help(self) -> str:
+        """The help, what all commands have in common at its end."""
+        self._action_groups.sort(key=lambda group: group is self._optionals)
+        return super().format_help()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but an unknown flag is answered with the one that was meant."""
@@ -136,19 +145,19 @@ def parse(arguments: Sequence[str], declarations: Mapping[str, Declaration]) -> 
     if not arguments or arguments[0] not in COMMANDS:
         lines = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
         about = f"Reports on clipping: of a run, of a model, of this installation.\n\n{lines}"
-        root = Parser(_PROGRAM, about, usage="COMMAND ...")
+        root = Parser(_PROGRAM, about, usage=f"{_PROGRAM} COMMAND ...")
         root.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
         root.parse_args(arguments[:1])
     name, *rest = arguments
     program = f"{_PROGRAM} {name}"
     if name == "report":
-        parser = Parser(program, COMMANDS[name], usage="RUN [--output PAGE]")
+        parser = Parser(program, COMMANDS[name], usage=f"{program} RUN [--output PAGE]")
         parser.add_argument("run", metavar="RUN", help="the folder of a ClipMonitor, or of a run")
         parser.add_argument("--output", metavar="PAGE", help="(default: report.html in RUN)")
     elif name == "describe":
         return _parse_describe(program, rest, declarations)
     else:
-        parser = Parser(program, COMMANDS[name], usage="")
+        parser = Parser(program, COMMANDS[name], usage=program)
     return parser.parse_args(rest, argparse.Namespace(command=name))
 
 
@@ -160,7 +169,9 @@ def _parse_describe(
         f"{program} model.keras --clipper norm --max-norm 1",
         f"{program} model.keras --clipper mine --import my_clippers",
     ]
-    parser = Parser(program, COMMANDS["describe"], examples, "MODEL.keras [--FLAG VALUE ...]")
+    parser = Parser(
+        program, COMMANDS["describe"], examples, f"{program} MODEL.keras [--FLAG VALUE ...]"
+    )
     add = parser.add_argument
     add("model", metavar="MODEL.keras", help="a file of model.save(...)")
     add("--clipper", metavar="NAME", help="(default: that which the model was compiled with)")

@@ -97,7 +97,7 @@ class Parameter:
         default: object = None,
         *,
         searched: bool = False,
-        of: str = "",
+        help: str = "",
     ) -> None:
         """Adds the flag to a parser, or to a group of one; its value is None if it is not given.
 
@@ -107,13 +107,13 @@ class Parameter:
             default: what the help shows in place of the declared default.
             searched: a flag for what a search varies: `--max-norm-range LOW HIGH`, `--rescales
                 WORD ...`.
-            of: the clippers that have the flag, for the help.
+            help: in place of the declared one.
         """
         flag, default = flag or self.flag, self.default if default is None else default
         notes = [] if default is None or searched else [f"default: {default}"]
         if self.range:
             notes.append("useful: {:g} to {:g}".format(*self.range))
-        text = (f"{of}: " if of else "") + self.help + (f" ({'; '.join(notes)})" if notes else "")
+        text = help or self.help + (f" ({'; '.join(notes)})" if notes else "")
         words = [word for word in self.choices if word is not None]
         keywords: dict[str, Any] = {"help": text.replace("%", "%%"), "type": _TYPES[self.kind]}
         if searched and self.kind == "word":

@@ -1,31 +1,49 @@
-"""The exit status and one-line error message of every command here."""
+"""What every command here shares: its parser, its exit status, its error of one line."""
 
-import argparse
+import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
 from recipes.errors import RecipeError, RunFailed, first_line
+from recipes.plugin import command_line
 
+SET_UP = "run `make venv` and .venv/bin/python, or pip install -e '.[recipes,tuning]'"
 _LONGEST_LINE = 1_000
 
 
-class Parser(argparse.ArgumentParser):
-    """A command's options: help as it is written, no abbreviations, mistakes as `RecipeError`."""
+class Parser(command_line.Parser):
+    """A command's flags; a mistake in them is a `RecipeError`."""
 
-    def __init__(self, prog: str, description: str | None, **keywords: Any):
-        super().__init__(
-            prog=prog,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **keywords,
-        )
+    mistake = RecipeError
 
-    def error(self, message: str) -> NoReturn:
-        """Raises the mistake instead of printing the usage and ending the process."""
-        raise RecipeError(f"{message} (see --help)")
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow and Keras without the notes that its C++ libraries print meanwhile.
+
+    TF_CPP_MIN_LOG_LEVEL does not reach them, and they would bury a one-line error. If the import
+    fails, they are shown.
+    """
+    if "tensorflow" in sys.modules:
+        return
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        failed = True
+        try:
+            import keras  # noqa: F401
+            import tensorflow  # noqa: F401
+
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            if failed:
+                held.seek(0)
+                os.write(2, held.read())
 
 
 def exit_status(
@@ -55,6 +73,8 @@ def exit_status(
     except RecipeError as error:
         message = str(error)
         status = 1 if isinstance(error, RunFailed) else 2
+    except ModuleNotFoundError as error:
+        message, status = f"{error.name} is missing: {SET_UP}", 2
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
         message, status = f"{error.strerror or error}{name}{hint()}", 1

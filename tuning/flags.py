@@ -11,7 +11,7 @@ from typing import Any
 from recipes.command_line import Parser
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe
-from tuning.space_flags import add_flags, replacements
+from tuning.space_flags import add_flags, check_flags, replacements
 
 TUNERS = ("random", "bayesian", "hyperband", "grid")
 #: Enough to tell thresholds apart, little enough for minutes on two cores.
@@ -27,7 +27,7 @@ _SEARCHED = {
 }
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
+def build_parser(description: str, argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The command line; what it does not know is the recipe's."""
     parser = Parser(
         "search",
@@ -66,16 +66,17 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="a worker that is silent for so long has lost its trial to another (%(default)s)",
     )
     add("--traceback", action="store_true", help="errors with their traceback")
-    add_flags(parser)
+    add_flags(parser, argv)
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Checks the numbers among the search's own flags.
+    """Checks the search's own flags.
 
     Raises:
-        RecipeError: one is out of its range.
+        RecipeError: one is out of its range, or contradicts another.
     """
+    check_flags(args)
     for name, least in (("workers", 0), ("executions", 1), ("confirm_runs", 0)):
         if getattr(args, name) < least:
             flag = f"--{name.replace('_', '-')}"

@@ -21,7 +21,7 @@ if not __package__:  # run as a script: the folder above tuning/ holds its packa
 
 from recipes.command_line import Parser, exit_status
 from recipes.errors import RecipeError, RunFailed, first_line
-from recipes.training.clipper_options import import_modules
+from recipes.training.options import import_modules
 from tuning.flags import build_parser, check, load_recipe, recipe_options
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         early = Parser("search", None, add_help=False)
         early.add_argument("--import", dest="modules")
         import_modules(early.parse_known_args(argv)[0].modules)  # their flags are flags here
-        args, rest = build_parser(__doc__ or "").parse_known_args(argv)
+        args, rest = build_parser(__doc__ or "", argv).parse_known_args(argv)
         try:
             check(args)
             recipe = load_recipe(args.recipe)

@@ -4,40 +4,43 @@ Those of the clippers are made from their own declarations.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from keras_gradclip.clippers import Parameter, selectable
-from keras_gradclip.tuning.space import NONE, calibrated_ranges, layer_groups, searchable
+from recipes.command_line import Parser
 from recipes.errors import RecipeError
-from recipes.training import Recipe
-from recipes.training.build import build_network
+from recipes.plugin import declarations
+from recipes.training import options as opts
+
+Owners = list[tuple[str, declarations.Parameter]]
 
 
-def flag_of(parameter: Parameter) -> str:
-    """`--max-norm-range` for a number, `--rescales` for a word."""
-    name = parameter.flag.replace("_", "-")
-    return f"--{name}s" if parameter.kind == "word" else f"--{name}-range"
+def _by_flag() -> dict[str, Owners]:
+    """For each flag, as in the namespace, the clippers that have it with their parameters."""
+    result: dict[str, Owners] = {}
+    for alias, declaration in opts.clippers().items():
+        for p in declaration.parameters:
+            flag = f"{p.flag}s" if p.kind == "word" else f"{p.flag}_range"
+            result.setdefault(flag, []).append((alias, p))
+    return result
 
 
-def _by_flag() -> dict[str, list[tuple[str, Parameter]]]:
-    """For each flag, the clippers that have it with their parameters."""
-    owners: dict[str, list[tuple[str, Parameter]]] = {}
-    for alias, parameters in searchable().items():
-        for parameter in parameters.values():
-            owners.setdefault(flag_of(parameter), []).append((alias, parameter))
-    return owners
+def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
+    """Adds what is searched, and a flag for each parameter of the clippers; two may share one.
 
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What is searched, and a flag for each parameter of the clippers; two may share one."""
-    add = parser.add_argument_group("search space").add_argument
+    Args:
+        parser: of the command.
+        argv: its words, the `--clippers` among which have their flags in the help;
+            `--help-clippers` shows those of all.
+    """
+    group = parser.add_argument_group("search space")
+    add = group.add_argument
     add(
         "--clippers",
         nargs="+",
         metavar="NAME",
         default=["absolute", "exponential", "norm"],
-        help=f"of {', '.join(selectable())}; none is always there (%(default)s)",
+        help=f"of {', '.join(opts.clippers())}; none is always there (%(default)s)",
     )
     add(
         "--calibration",
@@ -55,50 +58,96 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--fix-learning-rate", action="store_true", help="search at the recipe's alone")
     add("--points", type=int, default=4, help="grid: values a number (%(default)s)")
+    early = Parser("", add_help=False)
+    early.add_argument("--clippers", nargs="+", default=parser.get_default("clippers"))
+    chosen = early.parse_known_args(argv)[0].clippers
+    page = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    every = page.add_argument_group("ranges and words to search")
+    for owners in _by_flag().values():
+        text, is_shown = _help(owners), any(alias in chosen for alias, _ in owners)
+        owners[0][1].add_to(every, searched=True, help=text)
+        owners[0][1].add_to(group, searched=True, help=text if is_shown else argparse.SUPPRESS)
+    group.add_argument(
+        "--help-clippers",
+        action="version",
+        version=page.format_help(),
+        help="show the ranges of every clipper and exit",
+    )
+
+
+def _help(owners: Owners) -> str:
+    first = owners[0][1]
+    text = f"{', '.join(alias for alias, _ in owners)}: {first.help}"
+    if first.kind == "word":
+        words = dict.fromkeys(word or opts.NONE for _, p in owners for word in p.choices)
+        return f"{text}; of {' '.join(words)} ({first.default or opts.NONE})"
+    suggested = "; ".join(f"{a} {p.range[0]:g} {p.range[1]:g}" for a, p in owners if p.range)
+    return f"{text}, {'log' if first.log else 'linear'} ({suggested or 'not searched'})"
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Looks whether the flags of the space can be meant.
+
+    Raises:
+        RecipeError: one is out of its range, or contradicts another.
+    """
+    known = [opts.NONE, *opts.clippers()]
+    _check_words("--clippers", args.clippers, known)
     for flag, owners in _by_flag().items():
-        who = ", ".join(alias for alias, _ in owners)
-        parameter = owners[0][1]
-        text = f"{who}: {parameter.help}".replace("%", "%%")
-        if parameter.kind == "word":
-            words = dict.fromkeys(w or NONE for _, p in owners for w in p.choices)
-            text += f"; of {' '.join(words)} ({parameter.default or NONE})"
-            add(flag, nargs="+", metavar="WORD", help=text)
+        value, name = getattr(args, flag), opts.flag_of(flag)
+        if value is None:
             continue
-        scale = "log" if parameter.log else "linear"
-        suggested = "; ".join(f"{a} {p.range[0]:g} {p.range[1]:g}" for a, p in owners if p.range)
-        text += f", {scale} ({suggested or 'not searched'})"
-        add(flag, type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+        aliases = [alias for alias, _ in owners]
+        if not set(aliases) & set(args.clippers):
+            raise RecipeError(f"{name} belongs to {' or '.join(aliases)}, not among --clippers")
+        if owners[0][1].kind == "word":
+            words = [word or opts.NONE for _, p in owners for word in p.choices]
+            _check_words(name, value, list(dict.fromkeys(words)))
+        elif not 0 <= value[0] < value[1] < float("inf"):
+            low, high = value
+            raise RecipeError(f"{name}: must be 0 <= low < high, but is {low:g} to {high:g}")
+    if args.points < 2:
+        raise RecipeError(f"--points {args.points}: must be 2 or more")
+    if args.fix_learning_rate and args.learning_rate_range:
+        raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
+
+
+def _check_words(flag: str, words: Sequence[str], known: Sequence[str]) -> None:
+    if len(set(words)) < len(words) or not set(words) <= set(known):
+        some = " ".join(words)
+        raise RecipeError(f"{flag} {some}: must be some of {', '.join(known)}, each once")
 
 
 def _varied(args: argparse.Namespace, clippers: list[str]) -> dict[str, Any]:
     """The given ranges and words, and of other words one each."""
     result: dict[str, Any] = {}
     for flag, owners in _by_flag().items():
-        value = getattr(args, flag.lstrip("-").replace("-", "_"))
+        value = getattr(args, flag)
         for alias, parameter in owners:
             if alias not in clippers:
                 continue
             if value is not None:
                 result[f"{alias}/{parameter.name}"] = value
             elif parameter.kind == "word":
-                result[f"{alias}/{parameter.name}"] = [parameter.default or NONE]
+                result[f"{alias}/{parameter.name}"] = [parameter.default or opts.NONE]
     return result
 
 
-def search_space(
-    args: argparse.Namespace, recipe: Recipe, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `clip_hyperparameters`.
 
     Args:
         args: of the search's command line.
-        recipe: that is searched.
+        recipe: `Recipe` that is searched.
         given: its options that the user fixed.
 
     Raises:
         RecipeError: flags that do not go together.
     """
-    clippers = ["none", *(name for name in args.clippers if name != "none")]
+    from keras_gradclip.tuning.space import calibrated_ranges, layer_groups
+    from recipes.training.build import build_network
+
+    clippers = [opts.NONE, *(name for name in args.clippers if name != opts.NONE)]
     options = recipe.options(**given)
     space = {
         "clippers": clippers,
@@ -109,8 +158,6 @@ def search_space(
         "groups": layer_groups(build_network(recipe, options, 10)) if args.groups else None,
     }
     if args.fix_learning_rate:
-        if args.learning_rate_range:
-            raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
         return space
     rate = options.learning_rate
     low, high = args.learning_rate_range or (rate / 3, rate * 3)
@@ -126,4 +173,4 @@ def replacements() -> Iterator[tuple[str, str]]:
     """A recipe's option that the search sets itself, and the flag that takes its place."""
     for flag, owners in _by_flag().items():
         for _, parameter in owners:
-            yield parameter.flag, flag
+            yield parameter.flag, opts.flag_of(flag)

@@ -58,7 +58,7 @@ from recipes.training import options as opts
 from recipes.training.build import prepared
 from recipes.training.callbacks import StopAtNonFinite
 from recipes.training.folder import RUNS, check_options, folder_named
-from recipes.training.option_table import Options
+from recipes.training.options import Options
 
 SEGMENTS = 8
 #: Updates that a part of the run must have for a percentile of its own.

@@ -60,19 +60,19 @@ def clipper_values(text: str) -> dict:
     name, _, tail = text.partition(":")
     if name == OWN and not tail:
         return {}
-    known = opts.table()
-    names = known["clipper"].choices
+    names = (*opts.clippers(), opts.NONE)
     if name not in names:
         raise RecipeError(f"--clippers {text}: must start with {OWN} or one of {', '.join(names)}")
-    flags = {p.name: flag for flag, p in opts.clipper_flags().by_clipper.get(name, {}).items()}
+    flags = {p.name: (flag, p) for flag, p in opts.clipper_flags().get(name, {}).items()}
     values: dict = {"clipper": name}
     for part in filter(None, tail.split(",")):
         key, _, value = part.partition("=")
         if key not in flags:
             allowed = ", ".join(flags) or "none"
             raise RecipeError(f"--clippers {text}: {key!r} is not a parameter of {name}: {allowed}")
+        flag, parameter = flags[key]
         try:
-            values[flags[key]] = known[flags[key]].kind(value)
+            values[flag] = parameter.read(value)
         except ValueError:
             raise RecipeError(f"--clippers {text}: {key}={value!r} is not a number") from None
     return values

@@ -18,7 +18,7 @@ from recipes.errors import plain_errors
 from recipes.training import multiworker
 from recipes.training.devices import device_kind, dtype_policy, make_strategy, named_losses
 from recipes.training.losses import SmoothedCrossentropy
-from recipes.training.option_table import Options
+from recipes.training.options import Options
 from recipes.training.recipe import Recipe
 from recipes.words import counted
 

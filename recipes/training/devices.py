@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from recipes.errors import RecipeError
 from recipes.training import multiworker
-from recipes.training.option_table import Options
+from recipes.training.options import Options
 
 
 def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) -> Any:
@@ -27,12 +27,6 @@ def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) 
     count = options.devices
     if cluster is not None:
         return _join(options, cluster)
-    if options.batch_size % count:
-        raise RecipeError(
-            f"--batch-size {options.batch_size} is not divisible by --devices {count}"
-        )
-    if options.strategy == "none" and count > 1:
-        raise RecipeError(f"--devices {count} needs --strategy mirrored, not none")
     if options.strategy == "none" or (options.strategy == "auto" and count == 1):
         return None
     kind = device_kind()

@@ -8,11 +8,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from keras_gradclip.files import read_csv, write_csv
 from recipes.errors import RecipeError, RunFailed
+from recipes.plugin import files
 from recipes.training import multiworker
 from recipes.training import options as opts
-from recipes.training.option_table import Options
+from recipes.training.options import Options
 from recipes.training.recipe import Recipe
 
 RUNS = Path("runs")
@@ -248,7 +248,7 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         RecipeError: the file is damaged.
     """
     try:
-        rows = read_csv(path)
+        rows = files.read_csv(path)
     except ValueError as error:
         raise RecipeError(str(error)) from None
     for line, row in enumerate(rows, 2):
@@ -289,7 +289,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         {k: int(v) if k in counts and isinstance(v, float) else v for k, v in row.items()}
         for row in rows
     ]
-    write_csv(path, columns, lines)
+    files.write_csv(path, columns, lines)
 
 
 def read_seconds(path: Path) -> float:

@@ -1,78 +1,396 @@
-"""The options of a run, from the command line, a `config.json` and the recipe's own settings.
+"""The options of a run: one table of flags, keys of `config.json` and a recipe's settings.
 
 A value comes from, in rising order: the table, the recipe's `settings`, `--config FILE`, the
-command line. All of them pass the same checks.
+command line. A clipper's options come from its declaration in keras_gradclip. Nothing here imports
+Keras, except for the clippers of `--import`.
 """
 
 import argparse
 import dataclasses
+import importlib
+import json
+import math
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from keras_gradclip import files
-from keras_gradclip.names import did_you_mean
-from recipes.command_line import Parser
+from recipes.command_line import Parser, import_tensorflow
 from recipes.errors import RecipeError
-from recipes.training.clipper_options import NONE, Flags, choose, clippers, import_modules
-from recipes.training.option_table import OPTIONS, Option, Options
+from recipes.plugin import command_line, declarations, files
+
+NONE = "none"
+_LARGEST = 2**31 - 1  # what TensorFlow counts elements with
 
 
-def table(extra=()) -> dict[str, Option]:
-    """All options by name: the fixed ones, the recipe's `extra` and the clippers'."""
-    fixed = {o.name: o for o in (*OPTIONS, *extra)}
-    fixed["clipper"] = dataclasses.replace(fixed["clipper"], choices=(*clippers(), NONE))
-    flags = clipper_flags(extra)
-    for name in flags.names():
-        text = f"of --clipper {', '.join(flags.owners(name))}"
-        fixed[name] = Option(
-            name, flags.kind(name), None, text, "clipping", choices=flags.choices(name)
-        )
-    return fixed
+def flag_of(name: str) -> str:
+    """`--max-norm` for `max_norm`."""
+    return "--" + name.replace("_", "-")
 
 
-def clipper_flags(extra=()) -> Flags:
-    """The flags of all registered clippers, clear of the other options'."""
-    return Flags.of([*(o.name for o in (*OPTIONS, *extra)), "import", "config", "help"])
+# --------------------------------------------------------------------------------------- the table
 
 
-def clipping_names(extra=()) -> set[str]:
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option: `--some-name VALUE` on the command line, `"some_name": value` in a config.
+
+    Attributes:
+        name: str, with underscores.
+        kind: type of the value: int, float, str, bool, or dict (a JSON file on the command line).
+        default: the value where nobody gives one; None: left to the library or not in use.
+        help: str.
+        group: str, heading in `--help`.
+        choices: allowed words, or ().
+        low, high: bounds of a number, inclusive.
+        above: exclusive lower bound of a number.
+        saved: bool, False for what does not belong to the run itself (where it is written ...).
+        bare: value of the flag without an argument, or None where it needs one.
+        flag: str, the name as on the command line.
+    """
+
+    name: str
+    kind: type
+    default: object
+    help: str
+    group: str = "training"
+    choices: tuple = ()
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    saved: bool = True
+    bare: object = None
+    flag: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "flag", self.flag or flag_of(self.name))
+
+    def check(self, value):
+        """The value, an int widened to float where a float is due.
+
+        Raises:
+            RecipeError: wrong type, not among the choices, or out of bounds.
+        """
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        wanted = "" if value is None and self.default is None else self._wanted(value)
+        if wanted:
+            raise RecipeError(f"{self.flag} {json.dumps(value, default=str)}: must be {wanted}")
+        return value
+
+    def _wanted(self, value: Any) -> str:
+        """What the value should have been, or ""."""
+        if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
+            return f"a value of type {self.kind.__name__}"
+        if self.choices:
+            return "" if value in self.choices else f"one of {', '.join(self.choices)}"
+        if value == "":
+            return "a name of one character or more"
+        if self.kind in (int, float) and isinstance(value, (int, float)):
+            high = _LARGEST if self.high is None and self.kind is int else self.high
+            if not math.isfinite(value):
+                return "a finite number"
+            if self.low is not None and value < self.low:
+                return f"{self.low:g} or more"
+            if high is not None and value > high:
+                return f"{high:.10g} or less"
+            if self.above is not None and value <= self.above:
+                return f"more than {self.above:g}"
+        return ""
+
+    def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
+        """Adds the flag, with `default` in its help."""
+        text = self.help if default is None else f"{self.help} (default: {default})"
+        keywords: dict[str, Any] = {"help": text.replace("%", "%%"), "dest": self.name}
+        if self.kind is bool:
+            group.add_argument(self.flag, action=argparse.BooleanOptionalAction, **keywords)
+            return
+        keywords["metavar"] = "FILE" if self.kind is dict else self.name.upper()
+        if self.choices:
+            words = "{" + ",".join(self.choices) + "}"
+            keywords |= {"choices": self.choices, "metavar": words}
+        if self.kind in (int, float):
+            keywords["type"] = self.kind
+        if self.bare is not None:
+            keywords |= {"nargs": "?", "const": self.bare}
+        group.add_argument(self.flag, **keywords)
+
+
+def option(default: object, help: str, **more: Any) -> Any:
+    """A field of `Options`; the arguments are those of `Option`."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a run: the table below, the clipper's values, and the recipe's own.
+
+    Attributes:
+        clipping: values of the chosen clipper's parameters, by name; its defaults are left out.
+        extra: values of the recipe's `extra_options`, which are attributes too.
+    """
+
+    # clipping
+    clipper: str = option("absolute", "the clipping rule", group="clipping")
+    clip_config: dict | None = option(
+        None,
+        "JSON of a serialised clipper, also under a key 'clipper' as the tuner's best.json has it",
+        group="clipping",
+    )
+    imports: str | None = option(
+        None,
+        "modules that register clippers of your own, separated by commas",
+        group="clipping",
+        flag="--import",
+    )
+    activation_gate: bool = option(
+        False, "gate the gradient at large activations", group="clipping"
+    )
+    gate_clip_value: float | None = option(None, "activation gate: c", group="clipping")
+    gate_gamma: float | None = option(
+        None, "activation gate: factor beyond the gate", group="clipping"
+    )
+    # training
+    optimizer: str = option(
+        "adamw",
+        "the optimizer that receives the clipped gradients (plain sgd is advised against)",
+        choices=("adamw", "adam", "sgd", "rmsprop", "lion", "adafactor", "nadam"),
+    )
+    learning_rate: float = option(0.001, "peak learning rate, after the warm-up", above=0)
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up, before the cosine", low=0)
+    momentum: float = option(0.0, "momentum of sgd", low=0, high=1)
+    weight_decay: float = option(0.0, "decoupled; not on biases and norms", low=0)
+    label_smoothing: float = option(0.0, "mass moved to the other classes", low=0, high=0.99)
+    epochs: int = option(10, "passes over the training split", low=1)
+    batch_size: int = option(64, "global batch, over all devices", low=1)
+    accumulate: int = option(1, "micro-batches added up before an update", low=1)
+    skip_nonfinite: bool = option(False, "skip updates whose gradients are not finite")
+    seed: int = option(0, "order, augmentation, initial weights and dropout", low=0, high=2**32 - 1)
+    limit_steps: int | None = option(
+        None, "at most so many batches an epoch and in each evaluation", low=1
+    )
+    select_best: str = option(
+        "improve",
+        "which model is kept: improve, when validation gets better; beats-test, when validation"
+        " accuracy exceeds test accuracy, which is not the default because it chooses by "
+        "looking at the test set, so that the test set no longer measures anything",
+        choices=("improve", "beats-test"),
+    )
+    # data
+    dataset: str = option("mnist_embedded", "a TFDS name, or image_folder", group="data")
+    data_dir: str | None = option(None, "folder of the prepared data set", group="data")
+    splits: str | None = option(
+        None, "train,validation,test in TFDS's slicing language", group="data"
+    )
+    download: bool = option(False, "let TFDS download and prepare the data set", group="data")
+    image_size: int = option(224, "side of the images in pixels", group="data", low=8, high=16_384)
+    augment: str = option(
+        "auto",
+        "imagenet: random crop in scale and aspect; shift: by up to an eighth",
+        group="data",
+        choices=("auto", "imagenet", "shift", "none"),
+    )
+    flip: bool | None = option(None, "mirror half of the training images", group="data")
+    on_bad_data: str = option(
+        "refuse",
+        "an unreadable file or row, always reported: stop, or go on without it",
+        group="data",
+        choices=("refuse", "skip"),
+    )
+    # machine
+    mixed_precision: str = option(
+        "none",
+        "compute in 16 bits",
+        group="machine",
+        choices=("none", "float16", "bfloat16"),
+        bare="float16",
+    )
+    jit: bool = option(False, "compile the step with XLA", group="machine")
+    deterministic: bool = option(
+        False,
+        "kernels that compute the same twice on a GPU too, at some cost; CPUs do without it",
+        group="machine",
+    )
+    devices: int = option(
+        1,
+        "GPUs (of each worker), or logical CPU devices where there are none",
+        group="machine",
+        low=1,
+        high=1024,
+    )
+    strategy: str = option(
+        "auto",
+        "auto: mirrored on more than one device; multiworker: several machines, as TF_CONFIG "
+        "says (see docs/cluster.md)",
+        group="machine",
+        choices=("auto", "none", "mirrored", "multiworker"),
+    )
+    worker_timeout: int = option(
+        600, "multiworker: seconds to wait for a worker before giving up", group="machine", low=1
+    )
+    # the run
+    output: str | None = option(
+        None, "folder of the results (default: runs/NAME)", group="run", saved=False
+    )
+    resume: bool = option(
+        False, "go on with the run in the output folder", group="run", saved=False
+    )
+    backup_every: int = option(
+        500, "steps between backups; one more each epoch", group="run", low=1
+    )
+    keep_backup: bool = option(
+        False,
+        "keep the backup after the last epoch, so that --resume with more epochs can go on from it",
+        group="run",
+    )
+    tensorboard: bool = option(True, "write TensorBoard logs", group="run")
+    monitor: int = option(
+        0,
+        "measure each variable's gradient every N updates and write monitor/report.html; 0: off",
+        group="run",
+        low=0,
+    )
+    verbose: str = option(
+        "auto",
+        "progress bar, one line an epoch, or nothing",
+        group="run",
+        choices=("auto", "bar", "line", "quiet"),
+        saved=False,
+    )
+    traceback: bool = option(False, "errors with their traceback", group="run", saved=False)
+    clipping: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            for values in (self.__dict__.get("extra", {}), self.__dict__.get("clipping", {})):
+                if name in values:
+                    return values[name]
+            raise AttributeError(f"no option is called {name!r} here")
+
+
+def _fixed_options() -> tuple[Option, ...]:
+    hints = typing.get_type_hints(Options)
+    result = []
+    for field in dataclasses.fields(Options):
+        if field.metadata:
+            kinds = [k for k in typing.get_args(hints[field.name]) if k is not type(None)]
+            kind = kinds[0] if kinds else hints[field.name]
+            result.append(Option(field.name, kind, field.default, **field.metadata))
+    return tuple(result)
+
+
+OPTIONS = _fixed_options()
+
+
+def by_name(extra: Iterable[Option] = ()) -> dict[str, Option]:
+    """The options but for the clippers' by name, those of the recipe included."""
+    options = {o.name: o for o in (*OPTIONS, *extra)}
+    choices = (*clippers(), NONE)
+    return options | {"clipper": dataclasses.replace(options["clipper"], choices=choices)}
+
+
+# ------------------------------------------------------------------------------------ the clippers
+
+
+def clippers() -> dict[str, declarations.Declaration]:
+    """The clippers that can be chosen, by name: where Keras is there, the registered ones."""
+    if "keras_gradclip.clippers" not in sys.modules:
+        return declarations.declared()
+    from keras_gradclip.clippers import cards
+
+    return cards.declarations()
+
+
+def clipper_flags(extra: Iterable[Option] = ()) -> declarations.Flags:
+    """The flags of all clippers, clear of the other options'."""
+    names = [o.name for o in (*OPTIONS, *extra)]
+    return declarations.flags_of(clippers(), [*names, "import", "config", "help", "help_clippers"])
+
+
+def clipping_names(extra: Iterable[Option] = ()) -> set[str]:
     """The options that choose a clipper."""
-    return {"clipper", "clip_config", *clipper_flags(extra).names()}
+    flags = clipper_flags(extra).values()
+    return {"clipper", "clip_config", *(name for names in flags for name in names)}
 
 
-def build_parser(name: str, description: str, settings: Mapping, extra=()) -> Parser:
-    """The command line of a recipe; what it does not give is absent from the namespace."""
-    flags = clipper_flags(extra)
-    chosen = settings.get("clipper", Options.clipper)
-    epilog = flags.help(chosen, settings)
-    parser = Parser(name, description, epilog=epilog, argument_default=argparse.SUPPRESS)
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for option in table(extra).values():
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        default = settings.get(option.name, option.default)
-        text = option.help if default is None else f"{option.help} (default: {default})"
-        text = text.replace("%", "%%")
-        keywords: dict[str, Any] = {"help": text, "dest": option.name}
-        if flags.owners(option.name):
-            keywords["help"] = argparse.SUPPRESS  # the epilog has it under each clipper's name
-        if option.kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-            groups[option.group].add_argument(option.flag, **keywords)
-            continue
-        keywords["metavar"] = "FILE" if option.kind is dict else option.name.upper()
-        if option.choices:
-            words = "{" + ",".join(option.choices) + "}"
-            keywords |= {"choices": option.choices, "metavar": words}
-        if option.kind in (int, float):
-            keywords["type"] = option.kind
-        if option.bare is not None:
-            keywords |= {"nargs": "?", "const": option.bare}
-        groups[option.group].add_argument(option.flag, **keywords)
-    groups["run"].add_argument("--config", metavar="FILE", help="run a saved config.json again")
-    return parser
+def import_modules(names: object) -> None:
+    """Imports the modules of `--import`, which register clippers.
+
+    Args:
+        names: str, modules separated by commas, found from the working folder too; or None.
+
+    Raises:
+        RecipeError: a module that cannot be imported.
+    """
+    if not isinstance(names, str):
+        return
+    import_tensorflow()
+    if os.getcwd() not in sys.path:  # a script has its own folder there instead
+        sys.path.append(os.getcwd())
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever a user's module raises
+            first = next(iter(str(error).splitlines()), "")
+            raise RecipeError(f"--import {name}: {type(error).__name__}: {first}") from error
+
+
+def _of_clipper(flags: declarations.Flags, clipper: str, values: Mapping) -> dict[str, Any]:
+    """Values by flag as values by parameter.
+
+    Raises:
+        RecipeError: a flag of another clipper, or a value that this one does not take.
+    """
+    known, result = flags.get(clipper, {}), {}
+    for flag, value in values.items():
+        if flag not in known:
+            owners = " or ".join(alias for alias, names in flags.items() if flag in names)
+            raise RecipeError(f"{flag_of(flag)} belongs to --clipper {owners}, not to {clipper!r}")
+        try:
+            result[known[flag].name] = known[flag].check(clippers()[clipper].name, value)
+        except ValueError as error:
+            raise RecipeError(f"{flag_of(flag)} {value}: {error}") from None
+    return result
+
+
+def _choose(
+    flags: declarations.Flags, sources: Sequence[Mapping[str, Any]]
+) -> tuple[str, dict | None, dict[str, Any]]:
+    """The clipper of a run: its name, the serialised clipper or None, its parameters' values.
+
+    A source that names another clipper than the sources before it leaves out what they say for
+    theirs, so that a recipe's threshold does not outlive its clipper.
+
+    Args:
+        flags: the clippers' flags.
+        sources: what each says of the clipper, in rising order; the last one is the user's own.
+
+    Raises:
+        RecipeError: a flag of another clipper, or a clipper and a serialised one.
+    """
+    clipper, serialised = Options.clipper, None
+    values: dict[str, Any] = {}
+    for own in sources:
+        if "clip_config" in own:
+            clash = [name for name in own if name != "clip_config" and own[name] != NONE]
+            clash += ["clipper"] * (own is sources[-1] and "clipper" in own)
+            if clash:
+                raise RecipeError(
+                    f"{flag_of(clash[0])} and --clip-config: give one of them, not both"
+                )
+            clipper, serialised, values = NONE, own["clip_config"], {}
+        elif own:
+            before, clipper = clipper, own.get("clipper", clipper)
+            kept = values if clipper == before else {}
+            values = kept | {n: v for n, v in own.items() if n != "clipper"}
+            serialised = None
+    return clipper, serialised, _of_clipper(flags, clipper, values)
+
+
+# ------------------------------------------------------------------------------- from flags, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,58 +402,109 @@ class Parsed:
     options: Options
 
 
-def parse(recipe, argv=None) -> Parsed:
+def build_parser(recipe, clipper: str, program: str) -> Parser:
+    """The command line of a recipe; what it does not give is absent from the namespace.
+
+    Args:
+        recipe: `Recipe`.
+        clipper: the chosen one, whose flags there are.
+        program: the command as it is typed.
+    """
+    examples = [program, f"{program} --clipper norm --max-norm 1 --epochs 3", f"{program} --resume"]
+    parser = Parser(program, recipe.description, examples, argument_default=argparse.SUPPRESS)
+    flags = clipper_flags(recipe.extra_options)
+    parser.add_clippers(clippers(), flags, clipper, recipe.settings)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in by_name(recipe.extra_options).values():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        option.add_to(groups[option.group], recipe.settings.get(option.name, option.default))
+    groups["run"].add_argument("--config", metavar="FILE", help="run a saved config.json again")
+    return parser
+
+
+def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
     """Reads a command line.
+
+    Args:
+        recipe: `Recipe`.
+        argv: the words after the program.
+        beside: flags of a command that gives the recipe what it does not know itself.
 
     Raises:
         RecipeError: anything wrong with the flags or the files that they name.
     """
-    argv = sys.argv[1:] if argv is None else argv
     # First of all, and from the file too: which clippers, and so which flags, are there.
-    early = Parser(recipe.name, None, add_help=False)
-    early.add_argument("--import")
-    early.add_argument("--config")
-    first = vars(early.parse_known_args(argv)[0])
-    import_modules(first["import"])
-    config = read_config(first["config"], recipe) if first["config"] is not None else {}
-    parser = build_parser(recipe.name, recipe.description, recipe.settings, recipe.extra_options)
-    given = vars(parser.parse_args(argv))
+    first = {n: v[-1] for n, v in command_line.early(argv, *_FIRST).items() if v}
+    import_modules(first.get("import"))
+    config = read_config(first["config"], recipe) if "config" in first else {}
+    clipper = first.get("clipper") or {**recipe.settings, **config}.get("clipper", Options.clipper)
+    program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else recipe.name
+    parser = build_parser(recipe, str(clipper), program)
+    found, rest = parser.parse_known_args(argv)
+    flags = clipper_flags(recipe.extra_options)
+    for word in rest:  # the flag of another clipper
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and any(name in names for names in flags.values()):
+            _of_clipper(flags, str(clipper), {name: None})
+    if rest:
+        parser.refuse(rest, beside)
+    given = vars(found)
     given.pop("config", None)
     if isinstance(given.get("clip_config"), str):
         given["clip_config"] = read_clip_config(given["clip_config"])
     return Parsed(given, config, resolve(recipe, config, given))
 
 
+_FIRST = ("--import", "--config", "--clipper")
+
+
 def resolve(recipe, config: Mapping, given: Mapping) -> Options:
     """Merges the recipe's settings, a config and explicit values; checks every one.
 
     Raises:
-        RecipeError: unknown name, wrong type or value, or values of another clipper.
+        RecipeError: unknown name, wrong type or value, or values that contradict each other.
     """
     sources = (recipe.settings, config, given)
     for source in sources:
         import_modules(source.get("imports"))
-    known = table(recipe.extra_options)
-    for name, values in zip(
-        (f"recipe {recipe.name}", "the options", "the options"), sources, strict=True
-    ):
-        for key in values:
-            if key not in known:
-                raise RecipeError(_unknown(key, known, name))
-    merged = {name: option.default for name, option in known.items()}
-    merged |= {name: value for source in sources for name, value in source.items()}
-    merged = {name: known[name].check(value) for name, value in merged.items()}
-    checked = [{name: known[name].check(v) for name, v in source.items()} for source in sources]
-    flags = clipper_flags(recipe.extra_options)
-    clipper, clip_config, clipping = choose(flags, checked, Options.clipper)
-    merged |= {"clipper": clipper, "clip_config": clip_config}
-    if not merged["activation_gate"]:
-        for name in ("gate_clip_value", "gate_gamma"):
-            if merged[name] is not None:
-                raise RecipeError(f"{known[name].flag} needs --activation-gate")
-    fixed: dict[str, Any] = {option.name: merged[option.name] for option in OPTIONS}
-    extra = {option.name: merged[option.name] for option in recipe.extra_options}
-    return Options(**fixed, clipping=clipping, extra=extra)
+    known, flags = by_name(recipe.extra_options), clipper_flags(recipe.extra_options)
+    clipping = clipping_names(recipe.extra_options)
+    values = {name: option.default for name, option in known.items()}
+    for source, what in zip(sources, (f"recipe {recipe.name}", *2 * ["the options"]), strict=True):
+        values |= _checked(source, recipe, what)
+    chosen = [{n: v for n, v in s.items() if n in clipping and v is not None} for s in sources]
+    values["clipper"], values["clip_config"], settings = _choose(flags, chosen)
+    _check_together(values)
+    fixed: dict[str, Any] = {option.name: values[option.name] for option in OPTIONS}
+    extra = {option.name: values[option.name] for option in recipe.extra_options}
+    return Options(**fixed, clipping=settings, extra=extra)
+
+
+def _checked(source: Mapping, recipe, what: str) -> dict[str, Any]:
+    """The values that a source has for all but the clippers' own options.
+
+    Raises:
+        RecipeError: an unknown name, or a value that cannot be.
+    """
+    known, clipping = by_name(recipe.extra_options), clipping_names(recipe.extra_options)
+    for name in source:
+        if name not in known and name not in clipping:
+            near = command_line.did_you_mean(name, [*known, *clipping])
+            raise RecipeError(f"{what}: unknown option {name!r}{near}")
+    return {name: known[name].check(v) for name, v in source.items() if name in known}
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    """Raises over options that contradict each other."""
+    for name in ("gate_clip_value", "gate_gamma"):
+        if values[name] is not None and not values["activation_gate"]:
+            raise RecipeError(f"{flag_of(name)} needs --activation-gate")
+    devices, batch, strategy = (values[n] for n in ("devices", "batch_size", "strategy"))
+    if batch % devices and strategy != "multiworker":
+        raise RecipeError(f"--batch-size {batch} is not divisible by --devices {devices}")
+    if strategy == "none" and devices > 1:
+        raise RecipeError(f"--devices {devices} needs --strategy mirrored, not none")
 
 
 def read_json(path: str | os.PathLike) -> object:
@@ -168,14 +537,10 @@ def read_config(path: str | os.PathLike, recipe) -> dict:
     if name != recipe.name:
         raise RecipeError(f"{path}: belongs to the recipe {name!r}, this is {recipe.name!r}")
     import_modules(content.get("imports"))
-    known = table(recipe.extra_options)
-    for key, value in content.items():
-        if key not in known:
-            raise RecipeError(_unknown(key, known, str(path)))
-        try:
-            known[key].check(value)
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from None
+    try:
+        _checked(content, recipe, "the options")
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
     return content
 
 
@@ -192,24 +557,21 @@ def read_clip_config(path: str | os.PathLike) -> dict:
 def saved_options(recipe, options: Options) -> dict:
     """What `config.json` holds: the recipe's name and every option that makes the run."""
     saved = [o for o in (*OPTIONS, *recipe.extra_options) if o.saved]
+    flags = clipper_flags(recipe.extra_options).get(options.clipper, {})
     return {
         "recipe": recipe.name,
         **{option.name: getattr(options, option.name) for option in saved},
-        **clipper_flags(recipe.extra_options).values(options.clipper, options.clipping),
+        **{f: options.clipping[p.name] for f, p in flags.items() if p.name in options.clipping},
     }
 
 
 def as_words(recipe, values: Mapping) -> list[str]:
     """The command line that gives these values, those that are None left out."""
-    known, words = table(recipe.extra_options), []
+    known, words = by_name(recipe.extra_options), []
     for name, value in values.items():
-        flag = known[name].flag
+        flag = known[name].flag if name in known else flag_of(name)
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif value is not None:
             words += [flag, str(value)]
     return words
-
-
-def _unknown(name: str, known, source: str) -> str:
-    return f"{source}: unknown option {name!r}{did_you_mean(name, known)}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.errors import RecipeError
 from recipes.training import options as opts
-from recipes.training.option_table import Option, Options
+from recipes.training.options import Option, Options
 
 if TYPE_CHECKING:  # --help need not wait for TensorFlow
     from recipes.data import Data

@@ -10,15 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from recipes import STARTED
-from recipes.command_line import exit_status
+from recipes.command_line import exit_status, import_tensorflow
 from recipes.errors import TrainingDiverged
 from recipes.training import folder as folders
 from recipes.training import options as opts
-from recipes.training.option_table import Options
+from recipes.training.options import Options
 from recipes.training.recipe import Recipe, Result
 
 
@@ -85,7 +82,8 @@ def run(
         WorkerLost: another worker died or hangs.
         OSError: a full disk, a folder that cannot be written.
     """
-    from recipes.training import trainer  # imports TensorFlow, which flags need not wait for
+    import_tensorflow()  # which flags need not wait for
+    from recipes.training import trainer
 
     started = time.monotonic() if started is None else started
     return trainer.train(recipe, options, Path(folder), callbacks=callbacks, started=started)
@@ -93,6 +91,9 @@ def run(
 
 def print_result(recipe: Recipe, result: Result) -> None:
     """The closing table and the two last lines that scripts read."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=f"{recipe.name} on {result.data.name}", show_header=False)
     table.add_column(style="bold")
     table.add_column()

@@ -17,7 +17,7 @@ from recipes.training import checkpoint, multiworker, plots
 from recipes.training import folder as folders
 from recipes.training import options as opts
 from recipes.training.build import Setup, prepared, warnings
-from recipes.training.option_table import Options
+from recipes.training.options import Options
 from recipes.training.recipe import Recipe, Result
 from recipes.words import counted
 

@@ -1,14 +1,21 @@
 """Flags, configs and the checks that they share."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tiny_recipe import RECIPE
 
 from keras_gradclip.files import replace_file, write_json
 from recipes.errors import RecipeError
+from recipes.registry import RECIPES, find_recipe, script_of
 from recipes.training import Recipe
 from recipes.training import options as opts
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(*argv):
@@ -140,3 +147,71 @@ def test_help_mentions_every_option(capsys):
     text = capsys.readouterr().out
     assert all(option.flag in text for option in opts.OPTIONS)
     assert "looking at the test set" in " ".join(text.split())
+
+
+def test_help_begins_with_what_the_command_does_and_has_the_flags_of_the_chosen_clipper(capsys):
+    def shown(*argv):
+        with pytest.raises(SystemExit):
+            opts.parse(find_recipe("resnet50"), list(argv))
+        return capsys.readouterr().out
+
+    lines = shown("--help").splitlines()
+    assert lines[0] == "ResNet-50 with per-layer gradient clipping."
+    assert lines[2].startswith("usage: ") and "--max-norm 1" in lines[5]
+    assert lines[8] == "--clipper absolute:"
+    text = shown("--clipper", "norm", "--help")
+    assert "--max-norm" in text and "--threshold" not in text
+    assert "--max-norm" in shown("--help-clippers")
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["--epoch", "3"], "--epochs"),
+        (["--treshold"], "--threshold"),
+        (["--momen"], "--momentum"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(words, near):
+    with pytest.raises(RecipeError, match=f"did you mean '{near}'"):
+        parse(*words)
+
+
+COMMANDS = [
+    *(script_of(name) for name in RECIPES),
+    "recipes/tools/cluster.py",
+]
+MISTAKES = {
+    "recipes/resnet50.py": [
+        ["--epochs", "0"],
+        ["--epoch", "3"],
+        ["--optimizer", "adan"],
+        ["--clipper", "agc"],
+        ["--clipper", "norm", "--beta", "0.5"],
+        ["--threshold", "-1"],
+        ["--gate-gamma", "0.1"],
+        ["--devices", "3"],
+        ["--config", "absent.json"],
+    ],
+}
+CASES = [(command, words, 0) for command in COMMANDS for words in (["--help"],)]
+CASES += [(command, words, 2) for command, lists in MISTAKES.items() for words in lists]
+
+
+@pytest.mark.parametrize(("command", "words", "status"), CASES)
+def test_flags_are_answered_before_keras_is_imported(command, words, status, tmp_path):
+    """`-X importtime` lists what is imported."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / command), *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == status, lines
+    assert len(lines) == (status == 2) and all(line.startswith("error: ") for line in lines)
+    assert "recipes.plugin" in imported
+    assert not {"keras", "tensorflow", "pandas", "matplotlib"} & imported

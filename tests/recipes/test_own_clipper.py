@@ -59,7 +59,7 @@ def test_flags_help_config_compare_search_calibration_and_docs(toy, tmp_path, ca
     assert opts.parse(RECIPE, ["--config", str(tmp_path / "config.json")]).options == options
 
     with pytest.raises(SystemExit):
-        opts.parse(RECIPE, [*toy, "--help"])
+        opts.parse(RECIPE, [*toy, "--clipper", "toy", "--help"])
     section = capsys.readouterr().out.partition("--clipper toy:")[2]
     assert "Toy clipping: elements under a ceiling." in section
     assert "height of the roof (default: 0.5; useful: 0.1 to 0.9)" in " ".join(section.split())
