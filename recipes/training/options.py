@@ -471,8 +471,8 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
     known, flags = by_name(recipe.extra_options), clipper_flags(recipe.extra_options)
     clipping = clipping_names(recipe.extra_options)
     values = {name: option.default for name, option in known.items()}
-    for source, what in zip(sources, (f"recipe {recipe.name}", *2 * ["the options"]), strict=True):
-        values |= _checked(source, recipe, what)
+    values |= _checked(recipe.settings, recipe, f"recipe {recipe.name}: ")
+    values |= {**_checked(config, recipe), **_checked(given, recipe)}
     chosen = [{n: v for n, v in s.items() if n in clipping and v is not None} for s in sources]
     values["clipper"], values["clip_config"], settings = _choose(flags, chosen)
     _check_together(values)
@@ -481,7 +481,7 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
     return Options(**fixed, clipping=settings, extra=extra)
 
 
-def _checked(source: Mapping, recipe, what: str) -> dict[str, Any]:
+def _checked(source: Mapping, recipe, what: str = "") -> dict[str, Any]:
     """The values that a source has for all but the clippers' own options.
 
     Raises:
@@ -491,7 +491,7 @@ def _checked(source: Mapping, recipe, what: str) -> dict[str, Any]:
     for name in source:
         if name not in known and name not in clipping:
             near = command_line.did_you_mean(name, [*known, *clipping])
-            raise RecipeError(f"{what}: unknown option {name!r}{near}")
+            raise RecipeError(f"{what}unknown option {name!r}{near}")
     return {name: known[name].check(v) for name, v in source.items() if name in known}
 
 
@@ -538,7 +538,7 @@ def read_config(path: str | os.PathLike, recipe) -> dict:
         raise RecipeError(f"{path}: belongs to the recipe {name!r}, this is {recipe.name!r}")
     import_modules(content.get("imports"))
     try:
-        _checked(content, recipe, "the options")
+        _checked(content, recipe)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     return content

@@ -347,7 +347,7 @@ def test_mirrored(tmp_path):
         (["--recipe", "nowhere.py"], "--recipe nowhere.py: no such file"),
         (["--max-trials", "1"], "at least 2"),
         (["--tuner", "genetic"], "invalid choice: 'genetic'"),
-        (["--clippers", "agc"], "`clippers` must be some of"),
+        (["--clippers", "agc"], "must be some of none"),
         (["--threshold-range", "1", "0.1"], "must be 0 <= low < high"),
         (["--threshold", "0.1"], "--threshold is searched here: use --threshold-range"),
         (["--clip-config", "x.json"], "x.json: No such file"),
