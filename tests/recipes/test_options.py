@@ -180,6 +180,7 @@ def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(words, near):
 COMMANDS = [
     *(script_of(name) for name in RECIPES),
     "recipes/tools/cluster.py",
+    "tuning/search.py",
 ]
 MISTAKES = {
     "recipes/resnet50.py": [
