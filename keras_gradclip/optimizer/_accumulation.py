@@ -66,7 +66,9 @@ class Accumulation:
         self.flags.assign(ops.maximum(arithmetic.read(self.flags), marks))
 
     def mark_from_sums(self) -> None:
-        """Set the flags where there is a sum, for files that do not have them."""
+        """Set the flags where there is a sum, if none are set: files of 0.1 and 0.2 lack them."""
+        if aggregation.to_numpy(self.flags)[1].any():
+            return
         marks = np.zeros(self.flags.shape, "float32")
         marks[1] = [
             np.any(ops.convert_to_numpy(arithmetic.float32(arithmetic.read(total))))

@@ -592,7 +592,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         own = self._saved()
         missing = load_named(own, store)
         if self.built and self._accumulation is not None:
-            self._accumulation.mark_from_sums()  # files of 0.1 and 0.2 have no such flags
+            self._accumulation.mark_from_sums()
             missing.discard("touched")
         warn_of_missing(missing, own, "skipped" in store, self.built, self._is_auto)
 

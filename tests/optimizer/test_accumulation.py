@@ -175,3 +175,24 @@ def test_a_file_of_before_has_what_was_added_up():
             optimizer.apply([ops.convert_to_tensor(gradient(call, 1))], [ours[1]])
         moved = [not np.array_equal(a, b) for a, b in zip(before, values(ours), strict=True)]
         assert moved == [steps_done == 3, True, False]
+
+
+def test_a_gradient_of_zero_counts_also_after_loading():
+    """Weight decay is due to what had a gradient, whatever its size."""
+    results = []
+    for is_saved in (False, True):
+        ours = weights()
+        optimizer = kgc.ClippedOptimizer(MAKERS["SGD"](), None, gradient_accumulation_steps=2)
+        optimizer.build(ours)
+        optimizer.apply([ops.zeros((3, 2))], ours[:1])
+        if is_saved:
+            store = {}
+            optimizer.save_own_variables(store)
+            optimizer = kgc.ClippedOptimizer(MAKERS["SGD"](), None, gradient_accumulation_steps=2)
+            optimizer.build(ours)
+            optimizer.load_own_variables(store)
+        optimizer.apply([ops.ones((3, 2))], ours[1:2])
+        results.append(values(ours))
+    for through, resumed in zip(*results, strict=True):
+        np.testing.assert_array_equal(through, resumed)
+    np.testing.assert_allclose(results[0][0], 0.99, rtol=1e-6)
