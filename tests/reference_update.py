@@ -97,6 +97,11 @@ class ReferenceUpdate:
             self._update()
             self.sums = [None] * len(self.weights)
 
+    def freeze(self, positions):
+        """What was added up for these variables is dropped."""
+        for i in positions:
+            self.sums[i] = None
+
     def _update(self):
         divisor = self.micro_steps * (self.scale or 1.0)
         present = [i for i, s in enumerate(self.sums) if s is not None]

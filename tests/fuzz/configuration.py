@@ -27,7 +27,8 @@ class Configuration:
         seed: of weights and gradients.
         shapes: path to shape.
         kinds: for each variable "dense", "sparse" (rows), "sometimes" (missing in some calls),
-            "stops" (missing from the second call on) or "frozen" (never there).
+            "stops" (missing from the second call on), "freezes" (the same, and not trainable from
+            then on) or "frozen" (never there).
         omit: what is missing is left out of the lists, and is not a None in them.
         dtypes: of the variables.
         sizes: for each call what its gradients are multiplied by.
@@ -73,6 +74,9 @@ class Configuration:
     calls: int
     saved_at: int
     by: str
+
+    def __str__(self):
+        return str({**vars(self), "clipper": str(self.clipper)})
 
 
 def falling(start):
@@ -162,7 +166,14 @@ def configurations(draw):
     for path, shape in list(shapes.items())[1:]:
         del path
         has_rows = IS_TENSORFLOW and len(shape) > 1
-        known = ("dense", "sometimes", "stops", "frozen", *(["sparse"] if has_rows else []))
+        known = (
+            "dense",
+            "sometimes",
+            "stops",
+            "freezes",
+            "frozen",
+            *(["sparse"] if has_rows else []),
+        )
         kinds.append(draw(st.sampled_from(known)))
     if IS_TENSORFLOW and len(next(iter(shapes.values()))) > 1 and draw(st.booleans()):
         kinds[0] = "sparse"
@@ -170,7 +181,7 @@ def configurations(draw):
     dtypes = (draw(st.sampled_from(known)),) * len(shapes)
     if draw(st.integers(0, 2)) == 2:
         dtypes = tuple(draw(st.sampled_from(known)) for _ in shapes)
-    replicas = draw(st.sampled_from((0,) * 14 + (1, 2, 4))) if IS_TENSORFLOW else 0
+    replicas = draw(st.sampled_from((0,) * 27 + (1, 2, 4))) if IS_TENSORFLOW else 0
     # Elsewhere Keras itself drops what overflows, a micro-batch at a time.
     dynamic = "dynamic" if IS_TENSORFLOW else "none"
     scaling = draw(st.sampled_from(("none", "none", "fixed", dynamic)))
@@ -188,9 +199,9 @@ def configurations(draw):
     if inner == "plain sgd" and scaling == "none" and draw(st.integers(0, 3)) == 3:
         sizes[-1] = HUGE
     is_lowered = IS_TENSORFLOW and draw(st.integers(0, 29)) == 29
-    graph = is_lowered or (IS_TENSORFLOW and draw(st.integers(0, 14)) == 14)
+    graph = is_lowered or (IS_TENSORFLOW and draw(st.integers(0, 29)) == 29)
     if graph:  # a step that is traced without a gradient never learns of it
-        kinds = ["dense" if kind == "stops" else kind for kind in kinds]
+        kinds = ["dense" if kind in ("stops", "freezes") else kind for kind in kinds]
     changes = []
     if calls > 1 and draw(st.integers(0, 2)) == 2:
         # A function that TensorFlow has traced does not see a number of Python's that changes.

@@ -1,17 +1,13 @@
 """Random models of real layers: what a unit may move, and what a bad batch leaves behind."""
 
-import os
-
-import hypothesis
 import keras
 import numpy as np
 import pytest
+from examples import EXAMPLES, fuzzed
 from hypothesis import strategies as st
 
 import keras_gradclip as kgc
 
-EXAMPLES = max(int(os.environ.get("FUZZ_EXAMPLES", 100)) // 25, 4)
-SEED = int(os.environ.get("FUZZ_SEED", 0))
 RATIO, EPS = 0.01, 1e-3
 L = keras.layers
 
@@ -83,51 +79,40 @@ def state_of(model):
     return [v for v in model.variables if "seed" not in v.path]
 
 
-@pytest.mark.timeout(0)
-def test_units_and_bad_batches():
-    @hypothesis.seed(SEED)
-    @hypothesis.settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        database=None,
-        print_blob=True,
-        phases=(hypothesis.Phase.generate,),
-        suppress_health_check=list(hypothesis.HealthCheck),
+def check(drawn):
+    kinds, names, inner, how = drawn
+    model, axes = build(kinds, names)
+    optimizer = kgc.ClippedOptimizer(
+        getattr(keras.optimizers, inner)(1.0),
+        kgc.UpdateRatioClip(RATIO, eps=EPS),
+        skip_nonfinite=True,
     )
-    @hypothesis.given(models())
-    def run(drawn):
-        kinds, names, inner, how = drawn
-        model, axes = build(kinds, names)
-        optimizer = kgc.ClippedOptimizer(
-            getattr(keras.optimizers, inner)(1.0),
-            kgc.UpdateRatioClip(RATIO, eps=EPS),
-            skip_nonfinite=True,
-        )
-        model.compile(optimizer, "mse", run_eagerly=how == "eager")
-        rng = np.random.default_rng(0)
-        x = rng.normal(size=(4, 6, 6, 4)).astype("float32")
-        y = 30 * rng.normal(size=(4, 2)).astype("float32")
-        for _ in range(2):
-            before = values_of(model.trainable_variables)
-            model.train_on_batch(x, y)
-            after = values_of(model.trainable_variables)
-            shares = []
-            for variable, old, new in zip(model.trainable_variables, before, after, strict=True):
-                if variable.path in axes:
-                    span = axes[variable.path]
-                    norm = np.maximum(np.sqrt(np.sum(old**2, axis=span)), EPS)
-                    share = np.sqrt(np.sum((new - old) ** 2, axis=span)) / norm
-                    assert share.max() <= RATIO * (1 + 1e-3), variable.path
-                    shares.append(share.max())
-            assert max(shares) >= RATIO * (1 - 1e-3), "no bound was reached"
-        bad = x.copy()
-        bad[0, 0, 0, 0] = np.nan
-        before = values_of(state_of(model))
-        model.train_on_batch(bad, y)
-        assert optimizer.skipped_steps == 1
-        for variable, old, new in zip(
-            state_of(model), before, values_of(state_of(model)), strict=True
-        ):
-            np.testing.assert_array_equal(new, old, err_msg=variable.path)
+    model.compile(optimizer, "mse", run_eagerly=how == "eager")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 6, 6, 4)).astype("float32")
+    y = 30 * rng.normal(size=(4, 2)).astype("float32")
+    for _ in range(2):
+        before = values_of(model.trainable_variables)
+        model.train_on_batch(x, y)
+        after = values_of(model.trainable_variables)
+        shares = []
+        for variable, old, new in zip(model.trainable_variables, before, after, strict=True):
+            if variable.path in axes:
+                span = axes[variable.path]
+                norm = np.maximum(np.sqrt(np.sum(old**2, axis=span)), EPS)
+                share = np.sqrt(np.sum((new - old) ** 2, axis=span)) / norm
+                assert share.max() <= RATIO * (1 + 1e-3), variable.path
+                shares.append(share.max())
+        assert max(shares) >= RATIO * (1 - 1e-3), "no bound was reached"
+    bad = x.copy()
+    bad[0, 0, 0, 0] = np.nan
+    before = values_of(state_of(model))
+    model.train_on_batch(bad, y)
+    assert optimizer.skipped_steps == 1
+    for variable, old, new in zip(state_of(model), before, values_of(state_of(model)), strict=True):
+        np.testing.assert_array_equal(new, old, err_msg=variable.path)
 
-    run()
+
+@pytest.mark.timeout(0)
+def test_units_and_bad_batches(capsys):
+    fuzzed(check, max(EXAMPLES // 25, 4), models(), capsys)
