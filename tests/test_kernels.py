@@ -2,13 +2,13 @@
 
 import keras
 import numpy as np
-import oracles
 import pytest
 from helpers import DTYPES, RTOL, gradients, strategy, to64, variables
+from oracles import Clip
 
 import keras_gradclip as kgc
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip.names import layer_of
+from keras_gradclip.names import path_of
 
 tf = pytest.importorskip("tensorflow")
 if keras.backend.backend() != "tensorflow":
@@ -55,11 +55,12 @@ EXPONENTIALS = [(r, w) for r in (None, "norm", "alpha") for w in ("elementwise",
 def test_exponential_compiled(rescale, weight, dtype):
     vs = large()
     gs, g64 = gradients(vs, 0, dtype)
-    clipped, graph = traced(kgc.ExponentialClip(0.7, 0.3, weight, rescale), gs, vs)
+    clipper = kgc.ExponentialClip(0.7, 0.3, weight, rescale)
+    clipped, graph = traced(clipper, gs, vs)
     assert is_compiled(graph) == (weight == "elementwise")
-    for got, g, want, v in zip(clipped, gs, g64, vs, strict=True):
+    wanted = Clip(clipper)(g64, [to64(v) for v in vs], [path_of(v) for v in vs])
+    for got, g, want in zip(clipped, gs, wanted, strict=True):
         assert got.dtype == g.dtype and got.shape == g.shape
-        want = oracles.exponential(want, to64(v), 0.7, 0.3, weight, rescale)
         # Two float32 functions of exp, and the threshold itself is rounded to the dtype.
         np.testing.assert_allclose(to64(got), want, rtol=2 * RTOL[dtype], atol=1e-6)
 
@@ -122,10 +123,12 @@ def test_sparse_beside_large_gradients():
     assert is_compiled(step.get_concrete_function(*arguments).graph)
     dense = np.zeros((50, 3))
     np.add.at(dense, [3, 1, 4, 1], g64[-1][:4])
-    want = oracles.exponential(dense, np.ones((50, 3)), 0.7, 0.3, "elementwise")
-    np.testing.assert_allclose(to64(tf.convert_to_tensor(clipped[-1])), want, rtol=1e-5, atol=1e-7)
-    want = oracles.exponential(g64[5], to64(vs[5]), 0.7, 0.3, "elementwise")
-    np.testing.assert_allclose(to64(clipped[5]), want, rtol=1e-5, atol=1e-7)
+    wanted = Clip(kgc.ExponentialClip(0.7, 0.3))(
+        [*g64[:-1], dense], [to64(v) for v in vs], [path_of(v) for v in vs]
+    )
+    for i in (-1, 5):
+        got = to64(tf.convert_to_tensor(clipped[i]))
+        np.testing.assert_allclose(got, wanted[i], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("max_norm", [3.0, 700.0])  # 700: between the two large norms
@@ -133,13 +136,10 @@ def test_sparse_beside_large_gradients():
 def test_norms_of_large_and_small_scopes(scope, max_norm):
     vs = large()
     gs, g64 = gradients(vs)
-    scopes = {
-        "layer": [layer_of(v) for v in vs],
-        "variable": list(range(len(vs))),
-        "global": [0] * len(vs),
-    }[scope]
-    clipped, _ = traced(kgc.NormClip(max_norm, scope), gs, vs)
-    for got, want in zip(clipped, oracles.norm(g64, scopes, max_norm), strict=True):
+    clipper = kgc.NormClip(max_norm, scope)
+    clipped, _ = traced(clipper, gs, vs)
+    wanted = Clip(clipper)(g64, [to64(v) for v in vs], [path_of(v) for v in vs])
+    for got, want in zip(clipped, wanted, strict=True):
         np.testing.assert_allclose(to64(got), want, rtol=1e-5, atol=1e-7)
 
 

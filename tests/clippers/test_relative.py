@@ -1,40 +1,18 @@
-"""AdaptiveClip and RMSClip against NumPy oracles, optax where installed, and Keras's layouts."""
+"""AdaptiveClip and RMSClip against optax and timm where installed, and on Keras's layouts."""
 
 import json
 
 import keras
 import numpy as np
 import pytest
-from helpers import DTYPES, RTOL, gradients, net, to64, train, variables
+from helpers import gradients, net, to64, train, variables
 from keras import ops
-from oracles import agc, rms_clip
 from references import timm_agc
 
 import keras_gradclip as kgc
 from keras_gradclip.clippers.units import default_unit_axes
 
 AXES = [(0, 1, 2), (0,), (0,), (0,), (0,)]  # of helpers.variables()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("factor", [0.01, 0.8, 100.0])
-def test_adaptive_against_the_oracle(factor, dtype):
-    vs = variables(3)
-    gs, g64 = gradients(vs, 3, dtype)
-    for got, g, v, axes, x in zip(kgc.AdaptiveClip(factor)(gs, vs), g64, vs, AXES, gs, strict=True):
-        assert got.dtype == x.dtype
-        want = agc(g, to64(v), axes, factor)
-        np.testing.assert_allclose(to64(got), want, rtol=RTOL[dtype], atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threshold", [0.1, 1.0, 10.0])
-def test_rms_against_the_oracle(threshold, dtype):
-    vs = variables(4)
-    gs, g64 = gradients(vs, 4, dtype)
-    for got, g, x in zip(kgc.RMSClip(threshold)(gs, vs), g64, gs, strict=True):
-        assert got.dtype == x.dtype
-        np.testing.assert_allclose(to64(got), rms_clip(g, threshold), rtol=RTOL[dtype])
 
 
 SHAPES = [(4,), (1, 4), (5, 3), (3, 3, 2, 4), (2, 2, 2, 3, 4), (1, 1, 1, 4)]
@@ -214,7 +192,8 @@ def test_axes_change_what_is_clipped_and_round_trip():
     with keras.name_scope("upsample"):  # no layer tells: (height, width, out, in)
         v = keras.Variable(rng.normal(size=(3, 3, 4, 2)).astype("float32"), name="kernel")
     (g,), (g64,) = gradients([v])
-    want = agc(g64, to64(v), (0, 1, 3), 0.01)
+    square_of = lambda x: np.sum(np.square(x), axis=(0, 1, 3), keepdims=True)  # noqa: E731
+    want = g64 * np.minimum(1.0, 0.01 * np.sqrt(square_of(to64(v)) / square_of(g64)))
     for cls in (kgc.AdaptiveClip, kgc.UpdateRatioClip):
         clipper = cls(0.01, axes={"upsample/kernel": (0, 1, 3)})
         np.testing.assert_allclose(to64(clipper([g], [v])[0]), want, rtol=1e-5)

@@ -15,7 +15,8 @@ PARTS = 2
 RUN = 10
 #: One example may take so long, and the search for a smaller one that fails, too.
 EXAMPLE_SECONDS, SHRINKING_SECONDS = 300, 60
-MOST_FAILURES = 3
+#: A long run goes on after a failure or two.
+MOST_FAILURES = 3 if EXAMPLES > 1000 else 1
 
 
 @contextlib.contextmanager

@@ -14,12 +14,11 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
-from clip_oracles import STATEFUL, STATELESS, Clip, limits_updates
 from configuration import INNER, IS_TENSORFLOW, RATE, configurations, falling
 from examples import EXAMPLES, PARTS, fuzzed
 from helpers import strategy, to64
 from hypothesis import strategies as st
-from reference_update import ReferenceUpdate, adam, sgd
+from oracles import LIMITS, MEMORIES, Clip, ReferenceUpdate, adam, limits_updates, sgd
 
 import keras_gradclip as kgc
 from keras_gradclip import _arithmetic as arithmetic
@@ -325,7 +324,7 @@ def check_configuration(folder, c):
 
 
 def test_every_clipper_has_an_oracle():
-    assert {*selectable().values()} == {*STATELESS, *STATEFUL}
+    assert {*selectable().values()} == {*LIMITS, *MEMORIES}
 
 
 def fuzz(strategy, examples, monkeypatch, folder, capsys, part=0):

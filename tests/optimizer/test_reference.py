@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import strategy
-from reference_update import CLIPS, ReferenceUpdate, adam, sgd
+from oracles import Clip, ReferenceUpdate, adam, sgd
 
 import keras_gradclip as kgc
 
@@ -150,7 +150,7 @@ def test_update(mode):
     reference = ReferenceUpdate(
         [np.array(first_copy(v), "float64") for v in variables],
         list(SHAPES),
-        clip=CLIPS[mode["clip"]],
+        clip=Clip(CLIPPERS[mode["clip"]]),
         inner={"sgd": sgd, "adam": adam}[mode["inner"]],
         micro_steps=mode["micro_steps"],
         skip=mode["skip"],

@@ -6,9 +6,8 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from clip_oracles import Clip
 from helpers import data, loss, net, strategy, to64
-from reference_update import ReferenceUpdate, adam
+from oracles import Clip, ReferenceUpdate, adam
 
 import keras_gradclip as kgc
 
