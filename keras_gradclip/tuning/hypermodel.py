@@ -1,11 +1,13 @@
-"""What is tried: a user's `build_model(hp)` in a `ClipHyperModel`."""
+"""A hypermodel whose optimizer clips as the trial says."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import keras
 import keras_tuner as kt
+import numpy as np
 
 import keras_gradclip as kgc
 from keras_gradclip import _compat
@@ -16,18 +18,19 @@ from keras_gradclip.tuning.space import clip_hyperparameters, to_clipper, to_gat
 
 
 class ClipHyperModel(kt.HyperModel):
-    """A `build_model(hp)` whose optimizer clips as the trial says.
+    """A hypermodel whose optimizer clips as the trial says.
 
-    `build_model` declares what it likes on `hp` and returns a compiled model without a clipper.
-    The space of `clip_hyperparameters` is added, and the optimizer wrapped. The best model saves
-    and loads with its clipper; with its activation gate, too, where it is a `ClippedModel`.
+    The given hypermodel declares what it likes on `hp` and builds a compiled model without a
+    clipper. The space of `clip_hyperparameters` is added, and the optimizer wrapped. The best model
+    saves and loads with its clipper; with its activation gate, too, where it is a `ClippedModel`.
 
     A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
     1e8) stops at once and reports the worst possible value: it ranks last, and the search goes on.
 
     Args:
-        build_model: `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel`, whose `build` and
-            `fit` are used; its `fit` must hand the callbacks that it gets on to `model.fit`.
+        build_model: a function `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel` such as
+            those of `keras_tuner.applications`, whose `build` and `fit` are used; its `fit` must
+            pass the callbacks that it gets to `model.fit`.
         objective: what the tuner optimises: a name such as "val_accuracy", or a
             `keras_tuner.Objective`.
         diverged_value: the objective of a trial that diverged; default -inf (to be maximised) or
@@ -37,48 +40,57 @@ class ClipHyperModel(kt.HyperModel):
             learning rate is set from the trial.
 
     Raises:
-        ValueError: several objectives, or (when a trial is built) a model that is not compiled,
-            or whose optimizer clips already.
+        ValueError: no hypermodel, several objectives, or a mistake in the space; and, when a trial
+            is built, a model that is not compiled, an optimizer that clips already, or a
+            hyper-parameter of the hypermodel with a name of this space.
     """
 
     def __init__(
         self,
-        build_model: Callable | kt.HyperModel,
-        objective="val_accuracy",
+        build_model: Callable[[kt.HyperParameters], keras.Model] | kt.HyperModel,
+        objective: str | kt.Objective = "val_accuracy",
         diverged_value: float | None = None,
-        **space,
+        **space: Any,
     ):
         super().__init__()
-        self.hypermodel = build_model if isinstance(build_model, kt.HyperModel) else None
-        self.build_model = build_model if self.hypermodel is None else self.hypermodel.build
+        self.hypermodel = _as_hypermodel(build_model)
         self.objective = as_objective(objective)
         if diverged_value is None:
             diverged_value = worst_score(self.objective.direction)
         self.diverged_value = diverged_value
         self.space = space
+        declared = kt.HyperParameters()
+        clip_hyperparameters(declared, **space)  # finds mistakes now
+        self._names = {parameter.name for parameter in declared.space}
+
+    def declare_hyperparameters(self, hp):
+        """As the hypermodel declares them before its first build."""
+        self.hypermodel.declare_hyperparameters(hp)
 
     def build(self, hp):
         """The compiled model of a trial."""
-        model = self.build_model(hp)
+        before = {parameter.name for parameter in hp.space}
+        model = self.hypermodel.build(hp)
+        theirs = {parameter.name for parameter in hp.space} - before
+        for name in sorted(theirs & self._names):
+            remedy = ", or leave `learning_rate=` out" if name == "learning_rate" else ""
+            raise ValueError(
+                f"ClipHyperModel: the hypermodel declares {name!r}, which this search declares "
+                f"itself. Give it another name{remedy}."
+            )
         values = clip_hyperparameters(hp, **self.space)
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError(
-                "ClipHyperModel: `build_model` must return a compiled model, but it has no "
-                "optimizer. Call model.compile(...) in it."
+                "ClipHyperModel: the hypermodel must build a compiled model, but it has no "
+                "optimizer. Call model.compile(...) in `build`."
             )
         wrapped = _clipped(optimizer, to_clipper(values, self.space.get("groups")))
         if wrapped is not optimizer:
             _compat.replace_optimizer(model, wrapped)
         inner = cast(kgc.ClippedOptimizer, find(wrapped)).inner_optimizer
         if "learning_rate" in values:
-            if not hasattr(inner.learning_rate, "assign"):
-                raise ValueError(
-                    "ClipHyperModel: the optimizer's learning rate is a schedule, so that "
-                    "`learning_rate` cannot be set from the trial. Leave it out of the space, or "
-                    "build the schedule from hp in `build_model`."
-                )
-            inner.learning_rate = values["learning_rate"]
+            _set_learning_rate(inner, values["learning_rate"], {n: hp.values[n] for n in theirs})
         gate = to_gate(values, float(keras.ops.convert_to_numpy(inner.learning_rate)))
         if gate is not None:
             if isinstance(model, kgc.ClippedTrainStep):
@@ -88,21 +100,56 @@ class ClipHyperModel(kt.HyperModel):
         return model
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
-        """`model.fit`, or that of the `keras_tuner.HyperModel`, which stops at divergence.
+        """The hypermodel's `fit`, which stops at divergence.
 
         Returns:
             What that returns, a history with `grad_norm` and `clip_fraction`; the worst value for a
             trial that diverged.
         """
         watch = _Watch()
-        if self.hypermodel is not None:
-            args = (hp, model, *args)
-        fit = model.fit if self.hypermodel is None else self.hypermodel.fit
-        result = fit(*args, callbacks=[watch, *callbacks], **kwargs)
+        result = self.hypermodel.fit(hp, model, *args, callbacks=[watch, *callbacks], **kwargs)
         name = self.objective.name
         if watch.diverged or not _all_finite(result, name):
             return {name: self.diverged_value, DIVERGED: 1.0}
         return result
+
+
+class _FromFunction(kt.HyperModel):
+    """A hypermodel that builds by a function and fits as `model.fit`."""
+
+    def __init__(self, build):
+        super().__init__()
+        self.build = build
+
+
+def _as_hypermodel(build_model) -> kt.HyperModel:
+    if isinstance(build_model, kt.HyperModel):
+        return build_model
+    if isinstance(build_model, (type, keras.Model)) or not callable(build_model):
+        raise ValueError(
+            "ClipHyperModel: `build_model` must be a function of hp that returns a compiled "
+            f"model, or an instance of keras_tuner.HyperModel, but is {build_model!r}."
+        )
+    return _FromFunction(build_model)
+
+
+def _set_learning_rate(optimizer, value: float, others: Mapping[str, Any]) -> None:
+    """Sets the learning rate; warns of hyper-parameters `others` that set the one before."""
+    if not hasattr(optimizer.learning_rate, "assign"):
+        raise ValueError(
+            "ClipHyperModel: the optimizer's learning rate is a schedule, so that `learning_rate` "
+            "cannot be set from the trial. Leave it out of the space, or build the schedule from "
+            "hp in `build`."
+        )
+    before = np.float32(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    for name, other in others.items():
+        if isinstance(other, float) and np.float32(other) == before:
+            warnings.warn(
+                f"ClipHyperModel: `learning_rate=` replaces the learning rate that {name!r} of the "
+                "hypermodel sets. Leave one of the two out.",
+                stacklevel=4,
+            )
+    optimizer.learning_rate = value
 
 
 def _all_finite(result, name: str) -> bool:
@@ -149,7 +196,7 @@ class _Watch(keras.callbacks.Callback):
 def _clipped(optimizer, clipper):
     """`optimizer` with a clipper: itself where it can clip, else a wrapper around it.
 
-    Everything else that `build_model` chose stays: the objects are used, not copies of their
+    Everything else that the hypermodel chose stays: the objects are used, not copies of their
     configs, which lack what a config does not hold (variables excluded from weight decay).
     """
     wrapper = find(optimizer)
@@ -157,12 +204,12 @@ def _clipped(optimizer, clipper):
         if wrapper.get_config()["clipper"] is not None:
             raise ValueError(
                 f"ClipHyperModel: the model has the clipper {wrapper.clipper or 'auto'} already. "
-                "Compile it without one in `build_model`; the trial's clipper is put in."
+                "Compile it without one in `build`; the trial's clipper is put in."
             )
         if wrapper.built:
             raise ValueError(
-                "ClipHyperModel: the ClippedOptimizer of `build_model` is built already, without "
-                "a clipper. Compile the model again at the end of `build_model`."
+                "ClipHyperModel: the ClippedOptimizer of the hypermodel is built already, without "
+                "a clipper. Compile the model again at the end of `build`."
             )
         wrapper.use(clipper)
         wrapper.telemetry = True

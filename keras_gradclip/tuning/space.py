@@ -24,7 +24,7 @@ from keras_gradclip.clippers import threshold_of as threshold_name
 from keras_gradclip.names import did_you_mean
 
 NONE = "none"
-#: What is searched where nobody chooses; any of `searchable()` will do.
+#: What is searched by default: with one threshold each, five dimensions; any of `searchable()`.
 CLIPPERS = (NONE, "absolute", "exponential", "norm", "update_ratio")
 # A log scale has no 0, and a threshold of 0 would stop training.
 _LEAST_OF_ZERO = 1e-4
@@ -113,10 +113,11 @@ def clip_hyperparameters(
             learning rate trade off against each other: a fixed one favours a threshold.
         default_learning_rate: that of the default trial; else the middle of the range.
         points: search each number on a grid of so many points (for a grid search).
-        **varied: for a parameter, the range (low, high) or the words to search, in place of what
-            its clipper suggests: `threshold=(0.01, 1)`, `rescale=["none", "norm"]`,
-            `**{"rms/threshold": (0.1, 1)}`. Without a clipper's name it is for every clipper that
-            suggests a range of that name, or has a choice of it. A low of 0 means 1e-4·high.
+        **varied: for a parameter, the range (low, high) or the words to search:
+            `threshold=(0.01, 1)`, `rescale=["none", "norm"]`, `**{"rms/threshold": (0.1, 1)}`.
+            Without a clipper's name it is for every clipper that suggests a range of that name, or
+            has a choice of it. A low of 0 means 1e-4·high. Of parameters that are not named here,
+            each clipper's threshold alone is searched, in the range that the clipper suggests.
 
     Returns:
         A dict of the active hyper-parameters by name, for `to_clipper` and `to_gate`.
@@ -148,13 +149,13 @@ def clip_hyperparameters(
 
 
 def _declare(declare, alias: str, p: Parameter, given: Sequence | None, groups) -> None:
-    """One parameter of a clipper: as `given`, or as its clipper suggests, or not at all."""
+    """Declares a parameter: as `given`, else a threshold as its clipper suggests, else not."""
     name = f"{alias}/{p.name}"
+    if given is None and not p.threshold:
+        return
     if p.kind == "word":
         words = [word or NONE for word in p.choices]
-        if given is None and not p.search:
-            return
-        own = words if given is None else [word for word in given if word in words]
+        own = [word for word in given or () if word in words]
         if not own:
             raise ValueError(
                 f"clip_hyperparameters: `{p.name}` {list(given or ())} holds nothing for "
@@ -162,14 +163,12 @@ def _declare(declare, alias: str, p: Parameter, given: Sequence | None, groups) 
             )
         declare.word(name, own, p.default or NONE)
         return
-    limits = given or (p.range if p.search else None)
+    limits = given or p.range
     if limits is None:
-        if p.threshold:
-            raise ValueError(
-                f"clip_hyperparameters: {name!r} has no range of its own. Give one: "
-                f"**{{{name!r}: (low, high)}}."
-            )
-        return
+        raise ValueError(
+            f"clip_hyperparameters: {name!r} has no range of its own. Give one: "
+            f"**{{{name!r}: (low, high)}}."
+        )
     p.check(alias, _bounds(name, limits)[1])
     for each in _threshold_names(alias, p.name, groups) if p.threshold else [name]:
         if p.kind == "count":

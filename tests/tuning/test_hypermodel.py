@@ -226,7 +226,7 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", RESULTS)
+@pytest.mark.parametrize("kind", ["history", "several"])
 def test_a_hypermodel_of_its_own_is_searched_with_its_fit(kind, tmp_path):
     hyper = ClipHyperModel(OwnFit(RESULTS[kind]), clippers=("norm",))
     tuner = kt.RandomSearch(
@@ -291,7 +291,7 @@ def test_diverged_value():
 @pytest.mark.parametrize(
     "build, options, message",
     [
-        (lambda hp: build_model(hp, compiled=False), {}, "must return a compiled model"),
+        (lambda hp: build_model(hp, compiled=False), {}, "must build a compiled model"),
         (
             lambda hp: build_model(hp, optimizer=kgc.ClippedOptimizer("sgd", "norm")),
             {},
@@ -319,6 +319,74 @@ def test_diverged_value():
 def test_models_that_cannot_be_wrapped_are_refused(build, options, message):
     with pytest.raises(ValueError, match=message):
         ClipHyperModel(build, **options).build(kt.HyperParameters())
+
+
+@pytest.mark.parametrize(
+    "build, options, message",
+    [
+        (build_model, {"clippers": ("none", "agc")}, "`clippers` must be some of"),
+        (build_model, {"threshold": (1.0, 0.1)}, "range of 'absolute/threshold'"),
+        (build_model, {"treshold": (0.1, 1.0)}, "did you mean 'threshold'"),
+        (OwnFit, {}, "an instance of keras_tuner.HyperModel"),
+        (keras.Sequential(), {}, "`build_model` must be a function of hp"),
+        ("resnet", {}, "but is 'resnet'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_built(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        ClipHyperModel(build, **options)
+
+
+@pytest.mark.parametrize("name", ["clipper", "learning_rate", "norm/max_norm"])
+def test_a_name_that_both_declare_is_an_error(name, tmp_path):
+    """KerasTuner would take the two for one hyper-parameter."""
+
+    def build(hp):
+        hp.Float(name, 0.1, 1.0)
+        return build_model(hp)
+
+    hyper = ClipHyperModel(build, clippers=("none", "norm"), learning_rate=(0.01, 0.1))
+    with pytest.raises(ValueError, match=f"declares '{name}', which this search declares"):
+        kt.RandomSearch(hyper, "val_accuracy", 2, directory=tmp_path)
+    if name == "learning_rate":
+        kt.RandomSearch(ClipHyperModel(build), "val_accuracy", 2, directory=tmp_path)
+
+
+def test_a_learning_rate_that_is_set_twice_is_warned_of():
+    def build(hp):
+        return build_model(hp, optimizer=keras.optimizers.SGD(hp.Float("lr", 0.1, 1.0)))
+
+    hyper = ClipHyperModel(build, learning_rate=(0.01, 0.1))
+    with pytest.warns(UserWarning, match="replaces the learning rate that 'lr'"):
+        model = hyper.build(kt.HyperParameters())
+    assert float(model.optimizer.learning_rate) == pytest.approx(10**-1.5)
+
+
+def test_an_application_of_kerastuner_is_searched(tmp_path):
+    """Its `build` compiles inside, and declares `learning_rate`."""
+
+    def small():
+        hp = kt.HyperParameters()
+        for name, value in (("sep", 4), ("conv2d", 4)):
+            hp.Fixed(f"{name}_num_filters", value)
+        hp.Fixed("num_residual_blocks", 2)
+        return hp
+
+    xception = kt.applications.HyperXception(input_shape=(16, 16, 3), classes=2)
+    tuner = kt.RandomSearch(
+        ClipHyperModel(xception, clippers=("none", "norm")),
+        *("val_accuracy", 1),
+        hyperparameters=small(),
+        directory=tmp_path,
+        seed=1,
+    )
+    x = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype("float32")
+    y = np.eye(2, dtype="float32")[np.arange(8) % 2]
+    tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
+    values = tuner.get_best_hyperparameters()[0].values
+    assert {"clipper", "learning_rate", "dropout_rate"} <= set(values)
+    with pytest.raises(ValueError, match="leave `learning_rate=` out"):
+        ClipHyperModel(xception, learning_rate=(0.1, 1.0)).build(small())
 
 
 def test_a_missing_extra_is_named(monkeypatch):

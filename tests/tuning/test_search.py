@@ -240,6 +240,24 @@ def test_max_trials_may_be_raised(tmp_path, fake_run):
     assert len(fake_run) == len(trials_of(tmp_path)) == 5
 
 
+def searched(folder):
+    """The names of the hyper-parameters in a search's `search.json`."""
+    names = json.loads((folder / "search.json").read_text())
+    return [n.split()[2] for n in names if n.startswith("search space: ")]
+
+
+def test_five_dimensions_by_default_and_a_search_of_six_is_resumed(tmp_path, fake_run):
+    """The exponential clip's β was searched, too, when version 0.2 began."""
+    argv = ["--recipe", RECIPE, "--confirm-runs", "0", "--output"]
+    assert main([*argv, str(tmp_path / "new"), "--max-trials", "2"]) == 0
+    assert len(searched(tmp_path / "new")) == 5
+    old = str(tmp_path / "old")
+    assert main([*argv, old, "--max-trials", "2", "--beta-range", "0.5", "1"]) == 0
+    assert main([*argv, old, "--max-trials", "3"]) == 0
+    assert "exponential/beta" in searched(tmp_path / "old")
+    assert len(trials_of(tmp_path / "old")) == 3
+
+
 def test_an_exception_fails_its_trial_alone(tmp_path, monkeypatch, capsys):
     from recipes.errors import TrainingDiverged
 

@@ -21,8 +21,12 @@ from keras_gradclip.tuning.space import (
     to_gate,
 )
 
-UPDATE_RATIO = ("max_ratio", "scope", "biases", "anneal")
-WHOLE = {"scope": ("layer", "global"), "activation_gate": True, "learning_rate": (1e-4, 1e-2)}
+WHOLE = {
+    "scope": ("layer", "global"),
+    "beta": (0.5, 1.0),
+    "activation_gate": True,
+    "learning_rate": (1e-4, 1e-2),
+}
 GROUPS = {"stem": "conv1/.*", "head": "predictions/.*", "stages": ".*"}
 
 
@@ -61,15 +65,20 @@ def test_a_trial_carries_what_it_uses_and_nothing_else():
         assert ("gate/clip_value" in values) == values["activation_gate"]
         expected = {
             "none": set(),
-            "absolute": {"absolute/threshold", "absolute/rescale"},
+            "absolute": {"absolute/threshold"},
             "norm": {"norm/max_norm", "norm/scope"},
-            "update_ratio": {f"update_ratio/{name}" for name in UPDATE_RATIO},
-            "exponential": {
-                f"exponential/{name}" for name in ("gamma", "beta", "weight", "rescale")
-            },
+            "update_ratio": {"update_ratio/max_ratio", "update_ratio/scope"},
+            "exponential": {"exponential/gamma", "exponential/beta"},
         }[kind]
         assert {name for name in values if name.startswith(f"{kind}/")} == expected
     assert seen == set(CLIPPERS)
+
+
+def test_five_dimensions_are_searched_by_default():
+    hp, _ = space_of()
+    names = [parameter.name for parameter in hp.space]
+    thresholds = ("absolute/threshold", "exponential/gamma", "norm/max_norm")
+    assert names == ["clipper", *thresholds, "update_ratio/max_ratio"]
 
 
 def test_every_value_is_within_its_range_and_makes_a_clipper():
