@@ -15,7 +15,7 @@ from keras_gradclip.clippers import selectable
 from recipes import models
 from recipes.data import Data, Part, Split, eval_batches, load, steps_per_epoch, train_stream
 from recipes.errors import plain_errors
-from recipes.training import multiworker
+from recipes.training import evaluation, multiworker
 from recipes.training.devices import device_kind, dtype_policy, make_strategy, named_losses
 from recipes.training.losses import SmoothedCrossentropy
 from recipes.training.options import Options
@@ -113,14 +113,14 @@ class Setup:
         return self.strategy.distribute_datasets_from_function(make_part)
 
     def test(self, path: Path) -> dict[str, float]:
-        """The metrics of a saved model, as a user would load it, on the test split."""
+        """The metrics of a saved model, as a user would load it, on the test split.
+
+        Writes what `recipes.training.evaluation` has about each class into the model's folder.
+        """
         model = keras.models.load_model(path, compile=False)
-        model.compile(
-            loss=build_loss(self.recipe, self.options),
-            metrics=build_metrics(self.recipe),
-            jit_compile=False,
-        )
-        return model.evaluate(self.evaluation(self.data.test), verbose=0, return_dict=True)
+        batches = self.evaluation(self.data.test)
+        loss, metrics = build_loss(self.recipe, self.options), build_metrics(self.recipe)
+        return evaluation.evaluate(model, batches, self.data, path.parent, loss, metrics)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ BACKUP = "backup.npz"
 HISTORY = "history.csv"
 LAYERS = "layers.csv"
 BEST = "best.keras"
+CLASSES = "best.classes.json"
 RESULT = "result.json"
 MONITOR = "monitor"
 LOCK = ".lock"
@@ -218,7 +219,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         except RunFailed:
             raise
         except BaseException:
-            if not resume and _is_empty(folder, CONFIG):
+            if not resume and _is_empty(folder, CONFIG, CLASSES):
                 _remove(folder)
             raise
 

@@ -90,15 +90,18 @@ def run(
 
 
 def print_result(recipe: Recipe, result: Result) -> None:
-    """The closing table and the two last lines that scripts read."""
+    """The closing tables and the two last lines that scripts read."""
     from rich.console import Console
     from rich.table import Table
+
+    from recipes.training import evaluation  # imports TensorFlow
 
     table = Table(title=f"{recipe.name} on {result.data.name}", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for row in _rows(recipe, result):
         table.add_row(*row)
+    evaluation.print_classes(result.output)
     Console().print(table)
     if recipe.monitor == "val_accuracy":
         print(f"Best accuracy: {100 * result.best:.2f}%")

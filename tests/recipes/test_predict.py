@@ -1,5 +1,6 @@
 """From a folder of images to names: the classes of a run, and `recipes/predict.py`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tiny_recipe import RECIPE
 
 from recipes import predict
-from recipes.data import driving_log
-from recipes.training import evaluation
+from recipes.data import driving_log, load
+from recipes.training import evaluation, main
 
 SIDES = ("left", "right", "top Ä", "[red]bottom")
 
@@ -180,3 +182,34 @@ def test_classes_as_table_and_picture(size, tmp_path, capsys):
 def test_a_run_without_classes_prints_none(tmp_path, capsys):
     evaluation.print_classes(tmp_path)
     assert capsys.readouterr().out == ""
+
+
+def test_twenty_photos_from_training_to_predict(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, side in (("my photos/linke Hälfte", "left"), ("my photos/right", "right")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / ".DS_Store").write_bytes(b"\0")
+        for i in range(10):
+            mode, ending = (("RGB", "JPG"), ("L", "jpg"), ("RGBA", "png"))[i % 3]
+            photo(tmp_path / place / f"photo {i}.{ending}", side, (1, 6, 3)[i // 4], mode)
+    recipe = dataclasses.replace(RECIPE, load_data=None)
+    argv = ["--dataset", "image_folder", "--data-dir", "my photos", "--batch-size", "8"]
+    # Mirrored images would have the other side's class.
+    argv += ["--epochs", "10", "--no-flip", "--augment", "none", "--verbose", "quiet"]
+    assert main(recipe, argv) == 0
+    printed = capsys.readouterr().out
+    assert "test images by class" in printed and "linke Hälfte" in printed
+    run = tmp_path / "runs" / "tiny"
+    assert evaluation.read_names(run / "best.keras")[0] == ["linke Hälfte", "right"]
+    assert (run / "classes.csv").read_text(encoding="utf-8").count("\n") == 3
+    assert (run / "confusion.png").stat().st_size > 1000
+    images = [photo(tmp_path / "new left.jpg", "left", 6), photo(tmp_path / "new.png", "right", 3)]
+    first, second = lines(["runs/tiny", *images], capsys)
+    assert first.startswith(f"{images[0]}: linke Hälfte ") and " right " in second
+    # The same numbers as in the run's own evaluation.
+    data = load("image_folder", "my photos", image_size=16, augment="none")
+    model = keras.models.load_model(run / "best.keras", compile=False)
+    file = next(iter(data.test.dataset))
+    share = model.predict(data.preprocess_eval(*file)[0][None], verbose=0)[0].max()
+    (line,) = lines(["runs/tiny", file[0].numpy().decode()], capsys)
+    assert line.split(", ")[0].endswith(f" {100 * share:.1f} %")
