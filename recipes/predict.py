@@ -1,6 +1,7 @@
 """The class of each image, by a model that a recipe has trained.
 
-Command: `python recipes/predict.py RUN IMAGE...`, such as `runs/alexnet photo.jpg`
+    python recipes/predict.py runs/alexnet photo.jpg
+    python recipes/predict.py birds.keras garden/*.jpg
 
 Prints the three likeliest classes with their probabilities, a line an image; of a driving recipe's
 model the steering angle. Images are decoded as in the run's evaluation, turned as EXIF says.
@@ -13,7 +14,7 @@ from pathlib import Path
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes.command_line import Parser, exit_status
+from recipes.command_line import Parser, exit_status, import_tensorflow
 from recipes.errors import RecipeError, plain_errors
 
 _SHOWN = 3  # classes an image
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
 
     def work() -> None:
-        parser = Parser("predict.py", __doc__)
+        parser = Parser("predict.py", __doc__, usage="predict.py RUN IMAGE ...")
         parser.add_argument(
             "run", metavar="RUN", help="folder of a run, or a .keras file beside its .classes.json"
         )
@@ -69,6 +70,7 @@ def predict(model_path: Path, paths: Sequence[Path]) -> list[str]:
     Raises:
         RecipeError: a file is damaged, missing, or does not belong to the others.
     """
+    import_tensorflow()  # which a mistake in the flags need not wait for
     import keras
     import numpy as np
     import tensorflow as tf
