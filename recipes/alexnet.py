@@ -12,12 +12,11 @@ none`): 81.4, 92.4 and 72.2 %, and at 0.5 it diverges (seed 0). `--clipper norm`
 """
 
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes.training import Recipe, main
+try:
+    from recipes.training import Recipe, main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 RECIPE = Recipe(
     name="alexnet",

@@ -9,14 +9,13 @@ split, loss, clip and optimizer. docs/driving.md has the errors of both.
 
 import dataclasses
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes import driving_resnet50
-from recipes.driving import steering
-from recipes.training import main
+try:
+    from recipes import driving_resnet50
+    from recipes.driving import steering
+    from recipes.training import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 
 def build(num_outputs, image_size, model_class, options):

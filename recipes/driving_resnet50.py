@@ -20,14 +20,13 @@ accuracy, 80 images each.
 
 import argparse
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes.driving import steering
-from recipes.training import Recipe, main
-from recipes.training.options import Option
+try:
+    from recipes.driving import steering
+    from recipes.training import Recipe, main
+    from recipes.training.options import Option
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 
 def build(num_outputs, image_size, model_class, options):

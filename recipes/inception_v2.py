@@ -9,12 +9,11 @@ test accuracy (seed 0). Without the clip (`--clipper none`, seed 0), at the same
 """
 
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes.training import Recipe, main
+try:
+    from recipes.training import Recipe, main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 RECIPE = Recipe(
     name="inception_v2",

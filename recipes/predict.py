@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes.command_line import Parser, exit_status, import_tensorflow
-from recipes.errors import RecipeError, plain_errors
+try:
+    from recipes.command_line import Parser, exit_status, import_tensorflow
+    from recipes.errors import RecipeError, plain_errors
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 _SHOWN = 3  # classes an image
 

@@ -12,12 +12,11 @@ validation, 94.4 to 96.2 % against 93.6 to 94.2 % test accuracy.
 """
 
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes.training import Recipe, main
+try:
+    from recipes.training import Recipe, main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 RECIPE = Recipe(
     name="resnet50",

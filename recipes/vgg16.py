@@ -12,12 +12,11 @@ at ten times this learning rate, 0.2: 94.6, 95.4 and 93.2 %. Without the clip (`
 """
 
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes.training import Recipe, main
+try:
+    from recipes.training import Recipe, main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 RECIPE = Recipe(
     name="vgg16",

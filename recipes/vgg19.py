@@ -11,13 +11,12 @@ this learning rate, 0.2: 94.4 and 96.2 %. Without the clip (`--clipper none`): 8
 
 import dataclasses
 import sys
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from recipes import vgg16
-from recipes.training import main
+try:
+    from recipes import vgg16
+    from recipes.training import main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 # VGG-16's settings, two epochs longer.
 RECIPE = dataclasses.replace(

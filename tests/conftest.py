@@ -3,12 +3,17 @@
 import gc
 import os
 import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import keras
 import pytest
+
+# What a test starts imports this checkout, whatever the environment was set up from.
+_paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _paths))
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf

@@ -13,16 +13,14 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-if not __package__:  # run as a script: the folder above tuning/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import recipes.training  # noqa: F401  (changes to the environment that has what follows)
-
-from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, RunFailed, first_line
-from recipes.training.options import import_modules
-from tuning.flags import build_parser, check, load_recipe, recipe_options
+try:
+    from recipes.command_line import Parser, exit_status
+    from recipes.errors import RecipeError, RunFailed, first_line
+    from recipes.training.options import import_modules
+    from tuning.flags import build_parser, check, load_recipe, recipe_options
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,10 +6,6 @@ them. The data set is embedded MNIST, 512 images of it.
 
 import dataclasses
 import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.training import Recipe, main
 from recipes.training.options import Option
