@@ -1,9 +1,9 @@
 """Callbacks of a run: a stop at NaN, the tables, the best model, the progress, the backup."""
 
+import functools
 import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 import keras_gradclip as kgc
-from keras_gradclip.files import PathLike, replace_file
+from keras_gradclip.files import replace_file
 from keras_gradclip.optimizer.clipped_optimizer import find
 from recipes.errors import TrainingDiverged
 from recipes.training.build import Setup
@@ -48,18 +48,18 @@ def chain(
         started: `time.monotonic()` at the beginning of this process's part of the run.
     """
     options, done = setup.options, start.step % setup.steps
+    # First, so that nothing after it saves a model with a NaN.
     result: list[keras.callbacks.Callback] = [StopAtNonFinite(start.step, options.skip_nonfinite)]
     if done:
         result.append(PartialEpoch(setup.steps - done))
     if options.select_best == "beats-test":
         result.append(TestScore(setup.shared(setup.evaluation, setup.data.test)))
-    if setup.cluster is not None:
-        result.append(AverageStatistics())
-    result.append(Tables(folder, start.history, start.layers, setup.writes))
+    if setup.cluster is not None:  # all workers validate with the same moving statistics
+        average = functools.partial(average_statistics, setup.model)
+        result.append(keras.callbacks.LambdaCallback(on_test_begin=lambda logs: average()))
+    result.append(Tables(folder, start, setup.writes))
     if setup.writes:
-        kept = selection.kept(start.history)
-        best = None if kept is None else start.history[kept]
-        result.append(SaveBest(folder / BEST, setup.exported, selection, best))
+        result.append(SaveBest(folder / BEST, setup.exported, selection, start.history))
         if options.tensorboard:
             result.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
         if options.verbose != "quiet":
@@ -68,16 +68,7 @@ def chain(
             result.append(Progress(metric, options.epochs, setup.steps, done, bar))
     if monitored is not None:
         result.append(kgc.ClipMonitor(monitored, every=options.monitor))
-    began = started - start.seconds
-    result.append(
-        Backup(folder / BACKUP, options.backup_every, setup.steps, start, began, setup.writes)
-    )
-    return result
-
-
-def clipped_optimizer(model: Any) -> Any:
-    """The optimizer that clips, from under a LossScaleOptimizer where there is one."""
-    return find(model.optimizer)
+    return [*result, Backup(folder / BACKUP, setup, start, started - start.seconds)]
 
 
 class Backup(keras.callbacks.Callback):
@@ -88,29 +79,17 @@ class Backup(keras.callbacks.Callback):
 
     Args:
         path: of the file.
-        every: steps between two backups; one more is made at the end of each epoch.
-        steps_per_epoch: int.
+        setup: what trains; on a worker other than the chief nothing is written.
         start: where the run begins; a backup is restored at the beginning of its first epoch.
         started: `time.monotonic()` at the run's start, less the seconds of earlier processes.
-        writes: False on a worker other than the chief, which takes part in reading alone.
     """
 
-    def __init__(
-        self,
-        path: PathLike,
-        every: int,
-        steps_per_epoch: int,
-        start: Start,
-        started: float,
-        writes: bool = True,
-    ):
+    def __init__(self, path: Path, setup: Setup, start: Start, started: float):
         super().__init__()
-        self.path = Path(path)
-        self.every = every
-        self.steps_per_epoch = steps_per_epoch
+        self.path = path
+        self.setup = setup
         self.step = start.step
         self.started = started
-        self.writes = writes
         self._restored = start.backup if isinstance(start, Interrupted) else None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -122,47 +101,39 @@ class Backup(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves every so many steps."""
         self.step += 1
-        if self.step % self.every == 0 and self.step % self.steps_per_epoch:
-            self.save()
+        if self.step % self.setup.options.backup_every == 0 and self.step % self.setup.steps:
+            self._save()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves at the end of the epoch, when its row of the history is written."""
-        self.save()
+        self._save()
 
-    def save(self) -> None:
-        """Writes the state of the model and the optimizer, and the step."""
+    def _save(self) -> None:
         seconds = time.monotonic() - self.started
-        save_backup(self.path, self.model, self.step, seconds, self.writes)
+        save_backup(self.path, self.model, self.step, seconds, self.setup.writes)
 
 
 class SaveBest(keras.callbacks.Callback):
-    """Saves a model when the rule says so; the file is replaced as a whole.
+    """Saves a model when the last epoch is the best; the file is replaced as a whole.
 
     Args:
         path: of the `.keras` file.
         model: the model to save, which shares the weights of the one in training.
-        rule: `Selection`.
-        best: logs of the last save of the run so far, or None.
+        selection: says which epoch is the best.
+        history: the rows of all epochs, to which `Tables` has added the last.
     """
 
-    def __init__(
-        self,
-        path: PathLike,
-        model: Any,
-        rule: Selection,
-        best: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, path: Path, model: Any, selection: Selection, history: list[dict[str, Any]]):
         super().__init__()
-        self.path = Path(path)
+        self.path = path
         self.exported = model
-        self.rule = rule
-        self.best = best
+        self.selection = selection
+        self.history = history
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves, or leaves the file as it is."""
-        if self.rule.is_better(logs, self.best):
+        if self.selection.kept(self.history) == len(self.history) - 1:
             replace_file(self.path, self.exported.save)
-            self.best = dict(logs)
 
 
 class PartialEpoch(keras.callbacks.Callback):
@@ -195,18 +166,8 @@ class PartialEpoch(keras.callbacks.Callback):
             self._cut = False
 
 
-class AverageStatistics(keras.callbacks.Callback):
-    """Lets all workers validate with the same moving statistics: `average_statistics`."""
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Averages before each validation."""
-        average_statistics(self.model)
-
-
 class StopAtNonFinite(keras.callbacks.Callback):
     """Raises `TrainingDiverged` at a NaN in loss or gradient, or weight at the end of an epoch.
-
-    First in the list, so that nothing after it saves such a model.
 
     Args:
         start_step: int, the run's step at which this `fit` starts.
@@ -241,7 +202,7 @@ class StopAtNonFinite(keras.callbacks.Callback):
 
     def diverged(self, step: int) -> TrainingDiverged:
         """The error for a step; names the first gradient, in the model's order, with a NaN."""
-        variable = clipped_optimizer(self.model).first_nonfinite_variable
+        variable = _clipped_optimizer(self.model).first_nonfinite_variable
         layer = None if variable is None else variable.rpartition("/")[0] or variable
         cause = f"first non-finite gradient: {variable!r}"
         if variable is None:
@@ -256,7 +217,7 @@ class StopAtNonFinite(keras.callbacks.Callback):
         return seen["updates"] == 0 and seen["skipped"] > tolerated
 
     def _seen(self) -> dict[str, Any]:
-        return clipped_optimizer(self.model).read_telemetry()
+        return _clipped_optimizer(self.model).read_telemetry()
 
 
 class TestScore(keras.callbacks.Callback):
@@ -283,26 +244,19 @@ class Tables(keras.callbacks.Callback):
 
     Args:
         folder: of the run.
-        history, layers: the rows of earlier epochs, to which those of this `fit` are appended.
+        start: holds the rows of earlier epochs, to which those of this `fit` are appended.
         writes: False on a worker other than the chief.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        history: list[dict[str, Any]],
-        layers: list[dict[str, Any]],
-        writes: bool = True,
-    ):
+    def __init__(self, folder: Path, start: Start, writes: bool = True):
         super().__init__()
         self.folder = folder
-        self.history = history
-        self.layers = layers
+        self.history, self.layers = start.history, start.layers
         self.writes = writes
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Appends the epoch's rows."""
-        optimizer = clipped_optimizer(self.model)
+        optimizer = _clipped_optimizer(self.model)
         logs["learning_rate"] = _last_learning_rate(optimizer.inner_optimizer)
         seen = optimizer.read_telemetry()
         for name in ("grad_norm", "clip_fraction"):
@@ -311,15 +265,19 @@ class Tables(keras.callbacks.Callback):
             logs["skipped"] = int(seen["skipped"])
         figures = {n: float(value) for n, value in sorted(logs.items()) if np.ndim(value) == 0}
         self.history.append({"epoch": float(epoch + 1), **figures})
-        names = ("layer", "grad_norm", "clip_fraction")
         columns = (seen["layers"], seen["layer_grad_norm"], seen["layer_clip_fraction"])
         for layer, *values in zip(*columns, strict=True):
-            rounded = (float(f"{value:.6g}") for value in values)
-            row = dict(zip(names, (layer, *rounded), strict=True))
+            norm, share = (float(f"{value:.6g}") for value in values)
+            row = {"layer": layer, "grad_norm": norm, "clip_fraction": share}
             self.layers.append({"epoch": float(epoch + 1), **row})
         if self.writes:
             write_table(self.folder / HISTORY, self.history)
             write_table(self.folder / LAYERS, self.layers)
+
+
+def _clipped_optimizer(model: Any) -> Any:
+    """The optimizer that clips, from under a LossScaleOptimizer where there is one."""
+    return find(model.optimizer)
 
 
 def _last_learning_rate(optimizer: Any) -> float:
@@ -362,7 +320,7 @@ class Progress(keras.callbacks.Callback):
         self._started = time.monotonic()
         if self.bar:
             names = ("loss", self.metric)
-            self._progress = keras.utils.Progbar(self.steps, width=15, stateful_metrics=names)
+            self._progress = keras.utils.Progbar(self.steps, width=8, stateful_metrics=names)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Updates the progress bar."""
