@@ -1,135 +1,119 @@
 """The picture of a run, drawn from its tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 _LABELLED_LAYERS = 36  # more names than this would overlap
-_LEAST_SHOWN = 1e-3  # per cent, bottom of the heat map's scale
+_RARE = 1.0  # per cent; shares that are mostly below are drawn on a logarithmic scale
+_LEAST_SHOWN = 1e-3  # per cent, bottom of that scale
+_STYLE: dict[str, Any] = {"marker": "o", "markersize": 3}
 
 
-def draw_curves(history: Sequence[dict], layers: Sequence[dict], path, title: str, metric: str):
+def draw_curves(
+    history: Sequence[Mapping[str, Any]],
+    layers: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    metric: str,
+) -> None:
     """Loss, the metric, gradient norm, and a map of the clip fraction by layer and epoch.
 
     Args:
         history: rows of `history.csv`.
         layers: rows of `layers.csv`, in the order of the model's layers.
         path: of the PNG file.
-        title: str.
-        metric: str, name of the metric beside the loss; also drawn with `val_` and `test_`.
+        title: of the picture.
+        metric: name of the metric beside the loss; also drawn with `val_` and `test_`.
     """
-    from matplotlib.figure import Figure
-
-    epochs = np.array([row["epoch"] for row in history])
-    names = list(dict.fromkeys(row["layer"] for row in layers))
-    heights = [2.9, 2.9] + ([min(1.5 + 0.13 * len(names), 6.0)] if names else [])  # inches
+    run = pd.DataFrame(history).apply(pd.to_numeric, errors="coerce").set_index("epoch")
+    norms, shares = (_by_layer(layers, name) for name in ("grad_norm", "clip_fraction"))
+    heights = [2.9, 2.9] + ([min(1.5 + 0.13 * len(norms), 6.0)] if len(norms) else [])  # inches
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=110)
     figure.suptitle(title)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    axes = [figure.add_subplot(grid[i, j]) for i in (0, 1) for j in (0, 1)]
+    for axis, name in zip(axes, ("loss", metric), strict=False):
+        for prefix, label in (("", "training"), ("val_", "validation"), ("test_", "test")):
+            if prefix + name in run:
+                axis.plot(run.index, run[prefix + name], label=label, **_STYLE)
+        axis.set_ylabel(name.replace("_", " "))
+    drawn = run.filter(regex="^(val_|test_)?loss$")
+    if drawn.min(axis=None) > 0 and drawn.max(axis=None) > 10 * drawn.min(axis=None):
+        _logarithmic(axes[0])
 
-    axis = figure.add_subplot(grid[0, 0])
-    _lines(axis, epochs, history, "loss", log=True)
-    axis.set_ylabel("loss")
-    axis = figure.add_subplot(grid[0, 1])
-    _lines(axis, epochs, history, metric)
-    axis.set_ylabel(metric.replace("_", " "))
-
-    axis = figure.add_subplot(grid[1, 0])
-    if names:
-        _layer_norms(axis, epochs, layers, names)
-    if "grad_norm" in history[0]:
-        values = _column(history, "grad_norm")
-        axis.plot(epochs, values, color="black", marker="o", markersize=3, label="all layers")
-    if _any_positive(axis):
-        axis.set_yscale("log")
-    axis.set_ylabel("gradient norm before the clip")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize="small")
-    axis = figure.add_subplot(grid[1, 1])
-    if "clip_fraction" in history[0]:
-        values = 100 * _column(history, "clip_fraction")
-        axis.plot(epochs, values, marker="o", markersize=3, color="tab:red")
-        if _any_positive(axis):
-            # From all to next to nothing within a run; below a millionth is drawn as none.
-            axis.set_yscale("symlog", linthresh=1e-4)
-        axis.set_ylim(bottom=0, top=2 * np.nanmax(values, initial=1e-4))
-    axis.set_ylabel("clipped, % of all (log)")
-    for axis in figure.axes:
+    if len(norms):
+        low, middle, high = norms.quantile([0.1, 0.5, 0.9]).to_numpy()
+        axes[2].fill_between(norms.columns, low, high, alpha=0.25, label="layers, 10 to 90 %")
+        axes[2].plot(norms.columns, middle, label="median layer", **_STYLE)
+    if "grad_norm" in run:
+        axes[2].plot(run.index, run["grad_norm"], color="black", label="all layers", **_STYLE)
+        if (run["grad_norm"] > 0).any():
+            _logarithmic(axes[2])
+    axes[2].set_ylabel("gradient norm before the clip")
+    percent = 100 * run.get("clip_fraction", pd.Series(dtype=float))
+    axes[3].plot(percent.index, percent, color="tab:red", **_STYLE)
+    axes[3].set_ylabel("clipped, % of all")
+    if percent.median() < _RARE and percent.max() > 0:
+        # From all to next to nothing within a run; below a millionth is drawn as none.
+        axes[3].set_yscale("symlog", linthresh=1e-4)
+        axes[3].set_ylim(bottom=0, top=2 * percent.max())
+    else:
+        axes[3].set_ylim(-2, 102)
+    for axis in axes:
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(run.index.min() - 0.5, run.index.max() + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
-
-    if names:
-        _heat_map(figure, figure.add_subplot(grid[2, :]), layers, names)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+    if len(shares):
+        _heat_map(figure.add_subplot(grid[2, :]), 100 * shares)
     figure.savefig(path)
 
 
-def _column(rows, key):
-    return np.array([row.get(key, np.nan) or np.nan for row in rows], dtype=float)
+def _by_layer(layers: Sequence[Mapping[str, Any]], name: str) -> pd.DataFrame:
+    """A column of `layers.csv` as a table: a row a layer, a column an epoch."""
+    if not layers:
+        return pd.DataFrame()
+    table = pd.DataFrame(layers).astype({name: float})
+    return table.pivot_table(name, "layer", "epoch", aggfunc="last", sort=False, dropna=False)
 
 
-def _any_positive(axis) -> bool:
-    return any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in axis.lines)
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    axis.set_yscale("log", nonpositive="mask")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
-def _lines(axis, epochs, history, name, log=False):
-    for prefix, label in (("", "training"), ("val_", "validation"), ("test_", "test")):
-        if prefix + name in history[0]:
-            values = _column(history, prefix + name)
-            axis.plot(epochs, values, marker="o", markersize=3, label=label)
-    drawn = np.concatenate([line.get_ydata() for line in axis.lines])
-    if log and np.nanmin(drawn) > 0 and np.nanmax(drawn) > 10 * np.nanmin(drawn):
-        axis.set_yscale("log")
-    axis.legend(fontsize="small")
-
-
-def _table(layers, names, key):
-    """Array [layers, epochs]."""
-    epochs = sorted({row["epoch"] for row in layers})
-    rows = {name: i for i, name in enumerate(names)}
-    columns = {epoch: i for i, epoch in enumerate(epochs)}
-    values = np.full((len(names), len(epochs)), np.nan)
-    for row in layers:
-        values[rows[row["layer"]], columns[row["epoch"]]] = row[key]
-    return np.array(epochs), values
-
-
-def _layer_norms(axis, epochs, layers, names):
-    """The spread over the layers, as quantiles: readable for five layers and for two hundred."""
-    at, norms = _table(layers, names, "grad_norm")
-    low, middle, high = np.nanquantile(norms, (0.1, 0.5, 0.9), axis=0)
-    axis.fill_between(at, low, high, alpha=0.25, label="layers, 10 to 90 %")
-    axis.plot(at, middle, label="median layer")
-
-
-def _heat_map(figure, axis, layers, names):
-    from matplotlib.colors import LogNorm
-
-    at, fractions = _table(layers, names, "clip_fraction")
-    colours = _colours()
+def _heat_map(axis: Any, percent: pd.DataFrame) -> None:
+    """Draws the clip fraction by layer and epoch; what is not clipped at all is black."""
+    is_rare = np.nanmedian(percent) < _RARE
+    names, first, last = percent.index, percent.columns.min(), percent.columns.max()
     image = axis.imshow(
-        np.clip(100 * fractions, 0, 100),
+        percent.clip(0, 100).mask(percent == 0),
         aspect="auto",
         interpolation="nearest",
-        cmap=colours,
-        norm=LogNorm(vmin=_LEAST_SHOWN, vmax=100),
-        extent=(at[0] - 0.5, at[-1] + 0.5, len(names) - 0.5, -0.5),
+        cmap=colormaps["plasma"].with_extremes(under="black", bad="black"),
+        norm=LogNorm(vmin=_LEAST_SHOWN, vmax=100) if is_rare else Normalize(0, 100),
+        extent=(first - 0.5, last + 0.5, len(names) - 0.5, -0.5),
     )
-    every = -(-len(names) // _LABELLED_LAYERS)
-    ticks = range(0, len(names), every)
+    ticks = range(0, len(names), -(-len(names) // _LABELLED_LAYERS))
     axis.set_yticks(ticks, [_short(names[i]) for i in ticks], fontsize=6)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"layer, input first ({len(names)})")
-    figure.colorbar(image, ax=axis, label="clipped, % (black: none)", pad=0.01, extend="min")
-
-
-def _colours():
-    """The colour map of the heat map: what is not clipped at all is black."""
-    import matplotlib
-
-    return matplotlib.colormaps["plasma"].with_extremes(under="black", bad="black")
+    label = "clipped, % (black: none)"
+    extend = "min" if is_rare else "neither"
+    axis.figure.colorbar(image, ax=axis, label=label, pad=0.01, extend=extend)
 
 
 def _short(name: str, length: int = 34) -> str:
