@@ -37,6 +37,7 @@ class Setup:
         clipper: `keras_gradclip.Clipper`, or None.
         strategy: of tf.distribute, or None for one device without one.
         cluster: the workers on several machines, or None.
+        writes: whether this process writes the files: the chief alone of several workers.
         steps: batches an epoch.
         model: compiled `keras_gradclip.ClippedModel`.
         exported: the model that is kept. It shares the weights, loads without this package, and
@@ -49,14 +50,10 @@ class Setup:
     clipper: kgc.Clipper | None
     strategy: Any
     cluster: multiworker.Cluster | None
+    writes: bool
     steps: int
     model: Any
     exported: Any
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes the files: the chief alone of several workers."""
-        return self.cluster is None or self.cluster.is_chief
 
     def description(self) -> list[str]:
         """The opening lines: network, clipper, optimizer, data and devices."""
@@ -152,7 +149,10 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
         with strategy.scope() if strategy else contextlib.nullcontext(), plain_errors():
             model = build_model(recipe, options, data, clipper, steps)
             exported = models.inference_model(model)
-        yield Setup(recipe, options, data, clipper, strategy, cluster, steps, model, exported)
+        writes = cluster is None or cluster.is_chief
+        yield Setup(
+            recipe, options, data, clipper, strategy, cluster, writes, steps, model, exported
+        )
 
 
 def warnings(options: Options) -> list[str]:

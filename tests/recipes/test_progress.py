@@ -2,9 +2,13 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
+from tiny_recipe import RECIPE
 
+import recipes
+from recipes.training import main
 from recipes.training.callbacks import Progress
 
 LOGS = {"loss": 1.2345e-05, "accuracy": 0.97123, "grad_norm": 3.0, "clip_fraction": 0.98765}
@@ -35,3 +39,47 @@ def test_progress_fits_80_columns(capsys, monkeypatch, bar):
     last = out.rstrip("\n").split("\n")[-1].split("\r")[-1]
     assert " ".join(last.split()) == "100/100 1.234e-05 0.9712 0.5000 98.8 % 1.8e-05 0"
     assert " ".join(lines[0].split()) == "epoch loss accuracy validation clipped rate seconds"
+
+
+def walk_to_the_first_step(argv):
+    """The files of recipes/ that calls enter, each call from each line once, in their order.
+
+    Without the data's and the models' own.
+    """
+    root, stays, calls = Path(recipes.__file__).parent, [], set()
+
+    class Reached(BaseException):
+        pass
+
+    def follow(frame, event, _):
+        code, caller = frame.f_code, frame.f_back
+        if event != "call" or code.co_name.startswith("<") or code.co_name == "__getattr__":
+            return
+        if code.co_name == "train_step":
+            sys.setprofile(None)
+            raise Reached
+        call = (caller.f_code, caller.f_lineno, code)
+        path = Path(code.co_filename)
+        if call in calls or not path.is_relative_to(root):
+            return
+        calls.add(call)
+        name = str(path.relative_to(root))
+        if not name.startswith(("data/", "models/")) and stays[-1:] != [name]:
+            stays.append(name)
+
+    before = sys.getprofile()
+    sys.setprofile(follow)
+    try:
+        main(RECIPE, argv)
+    except Reached:
+        return stays
+    finally:
+        sys.setprofile(before)
+    pytest.fail("no step")
+
+
+def test_files_from_main_to_the_first_step(tmp_path):
+    """What somebody opens who follows a run: 15 files and 36 returns before it was one line."""
+    argv = ["--output", str(tmp_path / "run"), "--verbose", "quiet", "--limit-steps", "1"]
+    stays = walk_to_the_first_step(argv)
+    assert len(set(stays)) <= 10 and len(stays) - len(set(stays)) <= 7, " > ".join(stays)
