@@ -44,9 +44,9 @@ def build_parser(description: str, argv: Sequence[str] = ()) -> argparse.Argumen
         "--budget",
         choices=("small", "full"),
         default="small",
-        help=f"small: {SMALL} unless given; full: the recipe's own epochs (%(default)s)",
+        help="small: 2 epochs of 100 steps unless given; full: the recipe's own (%(default)s)",
     )
-    add("--executions", type=int, default=1, metavar="N", help="runs a trial (%(default)s)")
+    add("--executions", type=int, default=1, metavar="N", help="runs of each trial (%(default)s)")
     add(
         "--confirm-runs",
         type=int,
@@ -63,7 +63,7 @@ def build_parser(description: str, argv: Sequence[str] = ()) -> argparse.Argumen
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="a worker that is silent for so long has lost its trial to another (%(default)s)",
+        help="after which the trial of a silent worker goes to another (%(default)s)",
     )
     add("--traceback", action="store_true", help="errors with their traceback")
     add_flags(parser, argv)

@@ -48,7 +48,7 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None
         help="centre the thresholds' ranges on what keras_gradclip.calibrate saved there",
     )
     add("--search-gate", action="store_true", help="also search the activation gate")
-    add("--groups", action="store_true", help="a threshold each for stem, stages and head")
+    add("--groups", action="store_true", help="a threshold of its own for stem, stages and head")
     add(
         "--learning-rate-range",
         type=float,
@@ -56,8 +56,8 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None
         metavar=("LOW", "HIGH"),
         help="log (a third to three times the recipe's)",
     )
-    add("--fix-learning-rate", action="store_true", help="search at the recipe's alone")
-    add("--points", type=int, default=4, help="grid: values a number (%(default)s)")
+    add("--fix-learning-rate", action="store_true", help="search at the recipe's own learning rate")
+    add("--points", type=int, default=4, help="grid: values of each number (%(default)s)")
     early = Parser("", add_help=False)
     early.add_argument("--clippers", nargs="+", default=parser.get_default("clippers"))
     chosen = early.parse_known_args(argv)[0].clippers
@@ -81,8 +81,10 @@ def _help(owners: Owners) -> str:
     if first.kind == "word":
         words = dict.fromkeys(word or opts.NONE for _, p in owners for word in p.choices)
         return f"{text}; of {' '.join(words)} ({first.default or opts.NONE})"
-    suggested = "; ".join(f"{a} {p.range[0]:g} {p.range[1]:g}" for a, p in owners if p.range)
-    return f"{text}, {'log' if first.log else 'linear'} ({suggested or 'not searched'})"
+    suggested = "; ".join(
+        f"{a} {p.range[0]:g} {p.range[1]:g}" for a, p in owners if p.threshold and p.range
+    )
+    return f"{text}, {'log' if first.log else 'linear'} ({suggested or 'searched if given'})"
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -119,7 +121,7 @@ def _check_words(flag: str, words: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _varied(args: argparse.Namespace, clippers: list[str]) -> dict[str, Any]:
-    """The given ranges and words, and of other words one each."""
+    """The given ranges and words, by clipper and parameter."""
     result: dict[str, Any] = {}
     for flag, owners in _by_flag().items():
         value = getattr(args, flag)
@@ -128,8 +130,6 @@ def _varied(args: argparse.Namespace, clippers: list[str]) -> dict[str, Any]:
                 continue
             if value is not None:
                 result[f"{alias}/{parameter.name}"] = value
-            elif parameter.kind == "word":
-                result[f"{alias}/{parameter.name}"] = [parameter.default or opts.NONE]
     return result
 
 

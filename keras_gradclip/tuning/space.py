@@ -18,6 +18,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 import keras_gradclip as kgc
 from keras_gradclip.clippers import Parameter, parameters, selectable
 from keras_gradclip.clippers import threshold_of as threshold_name
@@ -76,16 +78,6 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
     return result
 
 
-def _check_varied(varied: Mapping[str, Sequence], known: Mapping[str, Mapping]) -> None:
-    names = {n for alias, ps in known.items() for p in ps for n in (p, f"{alias}/{p}")}
-    for name in varied:
-        if name not in names:
-            raise ValueError(
-                f"clip_hyperparameters: no clipper has a parameter {name!r}"
-                f"{did_you_mean(name, sorted(names))}."
-            )
-
-
 def clip_hyperparameters(
     hp,
     clippers: Sequence[str] = CLIPPERS,
@@ -127,8 +119,17 @@ def clip_hyperparameters(
     """
     declare = _Declaration(hp, points)
     known = searchable()
-    _check_words("clippers", clippers, (NONE, *known))
-    _check_varied(varied, known)
+    clippers = [clippers] if isinstance(clippers, str) else list(clippers)
+    if not clippers or len({*clippers} & {NONE, *known}) < len(clippers):
+        raise ValueError(
+            f"clip_hyperparameters: `clippers` must be some of {', '.join((NONE, *known))}, each "
+            f"once, but is {clippers}."
+        )
+    names = sorted({n for alias, ps in known.items() for p in ps for n in (p, f"{alias}/{p}")})
+    for name in varied:
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise ValueError(f"clip_hyperparameters: no clipper has a parameter {name!r}{near}.")
     declare.word("clipper", clippers)
     for alias in clippers:
         if alias == NONE:
@@ -214,12 +215,8 @@ class _Declaration:
             sampling = "log" if log else "linear"
             value = self.hp.Float(name, low, high, sampling=sampling, default=default)
         else:
-            shares = [i / (self.points - 1) for i in range(self.points)]
-            if log:
-                grid = [low * (high / low) ** share for share in shares]
-            else:
-                grid = [low + (high - low) * share for share in shares]
-            grid = [_rounded(value) for value in grid]
+            spaced = (np.geomspace if log else np.linspace)(low, high, self.points)
+            grid = [_rounded(value) for value in spaced]
             nearest = min(grid, key=lambda value: abs(value - default))
             value = self.hp.Choice(name, grid, default=nearest, ordered=True)
         self._keep(name, value)
@@ -377,13 +374,3 @@ def _bounds(name, bounds):
             f"{low:g} to {high:g}."
         )
     return low, high
-
-
-def _check_words(argument, words, known):
-    words = [words] if isinstance(words, str) else list(words)
-    wrong = [word for word in words if word not in known]
-    if wrong or not words or len(set(words)) < len(words):
-        raise ValueError(
-            f"clip_hyperparameters: `{argument}` must be some of {', '.join(known)}, each once, "
-            f"but is {words}."
-        )
