@@ -60,6 +60,11 @@ class Parser(argparse.ArgumentParser):
             **keywords,
         )
 
+    @property
+    def flags(self) -> list[str]:
+        """All that there are."""
+        return list(self._option_string_actions)
+
     def format_help(self) -> str:
         """The help, what all commands have in common at its end."""
         self._action_groups.sort(key=lambda group: group is self._optionals)
@@ -75,7 +80,7 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str], more: Iterable[str] = ()) -> NoReturn:
         """Raises over words that nobody knows; `more` are flags beside the parser's own."""
         first = next((word for word in words if word.startswith("--")), "").partition("=")[0]
-        near = did_you_mean(first, [*self._option_string_actions, *more]) if first else ""
+        near = did_you_mean(first, [*self.flags, *more]) if first else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{near}")
 
     def error(self, message: str) -> NoReturn:

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-import keras_gradclip as kgc
-from keras_gradclip.diagnostics.calibration import kinds
-from keras_gradclip.files import replace_file, write_csv, write_json
+from recipes.plugin import files
 
 #: What `PercentileClip` remembers: few enough to keep up with norms that fall in the first epoch.
 WINDOW = 20
@@ -38,6 +36,8 @@ class Choice:
 
 def choices(found, segments: int, output: Path) -> list[Choice]:
     """Writes the files for `--clip-config` and tells what each would have clipped."""
+    import keras_gradclip as kgc
+
     result = []
     measured = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
     for parts in dict.fromkeys((1, segments)):
@@ -46,7 +46,7 @@ def choices(found, segments: int, output: Path) -> list[Choice]:
             found.save(output / name, kind, parts)
             result.append(_choice(name, clipped(found, kind, parts)))
     follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
-    write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
+    files.write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
     hit = clipped_by_percentile(found.samples["norm"], found.percentile)
     result.append(_choice("clip-percentile.json", hit))
     return result
@@ -93,7 +93,7 @@ def write_table(path: Path, found) -> None:
         rows.append(
             {"layer": layer} | {n: "" if v is None else f"{v:.6g}" for n, v in values.items()}
         )
-    write_csv(path, columns, rows)
+    files.write_csv(path, columns, rows)
 
 
 def draw(path: Path, found, segments: int, title: str) -> None:
@@ -137,11 +137,13 @@ def draw(path: Path, found, segments: int, title: str) -> None:
     for axis in (*panels, over, share):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+    files.replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
 
 
 def _draw_layers(axis, found, kind: str) -> None:
     """Each layer's spread of what a kind of clipper bounds, and the threshold that is saved."""
+    from keras_gradclip.diagnostics.calibration import kinds
+
     names = [n for i, n in enumerate(found.layers) if np.isfinite(found.samples[kind][:, i]).all()]
     figures = found.samples[kind][:, [found.layers.index(name) for name in names]]
     at = np.arange(len(names))

@@ -26,6 +26,8 @@ the 90th percentile clips nearly every early update and none later: a guard for 
 schedule and the percentile clipper clip about evenly throughout.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json
@@ -35,30 +37,21 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
-
-import keras
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
-
-import keras_gradclip as kgc
-from keras_gradclip.diagnostics.calibration import SETTINGS
-from keras_gradclip.files import replace_file, write_json
-from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, TrainingDiverged
-from recipes.registry import RECIPES, find_recipe, script_of
-from recipes.tools._choices import WINDOW, Choice, choices, draw, steady, write_table
-from recipes.training import options as opts
-from recipes.training.build import prepared
-from recipes.training.callbacks import StopAtNonFinite
-from recipes.training.folder import RUNS, check_options, folder_named
-from recipes.training.options import Options
+try:
+    from recipes.command_line import Parser, exit_status, import_tensorflow
+    from recipes.errors import RecipeError, TrainingDiverged
+    from recipes.plugin import files
+    from recipes.registry import RECIPES, find_recipe, script_of
+    from recipes.tools._choices import WINDOW, Choice, choices, draw, steady, write_table
+    from recipes.training import options as opts
+    from recipes.training.folder import RUNS, check_options, folder_named
+    from recipes.training.options import Options
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 SEGMENTS = 8
 #: Updates that a part of the run must have for a percentile of its own.
@@ -75,6 +68,11 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
     Raises:
         RecipeError: options that cannot be, more steps than the run has, or a run that diverges.
     """
+    import_tensorflow()
+    import keras_gradclip as kgc
+    from recipes.training.build import prepared
+    from recipes.training.callbacks import StopAtNonFinite
+
     with prepared(recipe, options) as run:
         updates = options.epochs * run.steps // options.accumulate
         if steps is not None and steps > updates:
@@ -106,8 +104,11 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
 
 
 @contextlib.contextmanager
-def _progress(batches: int, verbose: str) -> Iterator[keras.callbacks.Callback]:
-    """A bar on a terminal, else a line every tenth of the way."""
+def _progress(batches: int, verbose: str) -> Iterator[Any]:
+    """A Keras callback: a bar on a terminal, else a line every tenth of the way."""
+    import keras
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
     shown = sys.stdout.isatty() if verbose == "auto" else verbose == "bar"
     columns = ("watching", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
     with Progress(*columns, TimeRemainingColumn(), disable=not shown) as bar:
@@ -124,13 +125,15 @@ def _progress(batches: int, verbose: str) -> Iterator[keras.callbacks.Callback]:
 
 def save_watched(path: Path, found) -> None:
     """Writes the samples of a `Calibration`."""
+    from keras_gradclip.diagnostics.calibration import SETTINGS
+
     rest = {name: getattr(found, name) for name in ("layers", "kernels", *SETTINGS)}
 
     def write(scratch):
         arrays = {kind: values.astype("float32") for kind, values in found.samples.items()}
         np.savez_compressed(scratch, **arrays, rest=np.array(json.dumps(rest)))
 
-    replace_file(path, write)
+    files.replace_file(path, write)
 
 
 _NO_SAMPLES = (
@@ -145,6 +148,9 @@ def load_watched(path: Path, percentile: float):
     Raises:
         RecipeError: the file is damaged.
     """
+    import_tensorflow()
+    import keras_gradclip as kgc
+
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
@@ -167,6 +173,9 @@ def parts_of(found, segments: int) -> int:
 
 def show(found, found_choices: list[Choice], segments: int, output: Path, command: str) -> None:
     """The tables on the terminal, and the command that trains with the result."""
+    from rich.console import Console
+    from rich.table import Table
+
     print(found)
     table = Table(
         title="what each would have clipped of the (layer, update) pairs watched",
@@ -243,7 +252,7 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
     else:
         found = watch(recipe, options, steps, percentile)
         output.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        files.write_json(path, settings)
         save_watched(watched, found)
     segments = parts_of(found, segments)
     found_choices = choices(found, segments, output)
@@ -264,7 +273,8 @@ def training_command(name: str, rest: list[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake in the flags or a run that fails, 130 after Ctrl-C."""
-    parser = Parser(prog="calibrate", description=__doc__)
+    program = "python recipes/tools/calibrate.py"
+    parser = Parser(program, __doc__, usage=f"{program} RECIPE [--FLAG VALUE ...]")
     parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--percentile", type=float, default=90.0, help="default: 90")
     parser.add_argument("--steps", type=int, help="updates to watch (default: the whole run)")
@@ -278,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         arguments, rest = parser.parse_known_args(argv)
+        opts.parse(find_recipe(arguments.recipe), rest, parser.flags)
         usual = str(RUNS / f"calibration-{arguments.recipe}")
         output = folder_named(usual if arguments.output is None else arguments.output)
         found, found_choices = calibrate(

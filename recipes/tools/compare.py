@@ -1,5 +1,6 @@
 """Trains a recipe with and without clipping, over learning rates and seeds.
 
+    python recipes/tools/compare.py alexnet
     python recipes/tools/compare.py alexnet --learning-rates 0.01 0.03 0.1 --seeds 0 1 --epochs 3
     python recipes/tools/compare.py vgg16 --clippers recipe none norm:max_norm=5 --optimizer sgd
 
@@ -14,6 +15,8 @@ loss or weights became NaN or infinite, `at chance` when its best validation acc
 of guessing, else `learned`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
@@ -21,22 +24,22 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
+try:
+    from recipes.command_line import Parser, exit_status
+    from recipes.errors import RecipeError, TrainingDiverged
+    from recipes.plugin import files
+    from recipes.registry import RECIPES, find_recipe
+    from recipes.tools import study
+    from recipes.training import options as opts
+    from recipes.training.folder import check_options, folder_named
+    from recipes.training.recipe import at_chance
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
-import pandas as pd
-
-from keras_gradclip.files import read_csv, write_json
-from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, TrainingDiverged
-from recipes.registry import RECIPES, find_recipe
-from recipes.tools import study
-from recipes.training import options as opts
-from recipes.training.folder import check_options, folder_named
-from recipes.training.recipe import at_chance
+if TYPE_CHECKING:
+    import pandas as pd
 
 KEY = ("recipe", "clipper", "learning_rate", "seed")
 RESULTS = (
@@ -83,6 +86,8 @@ def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> di
 
     An interrupted run in `folder` is resumed.
     """
+    import pandas as pd
+
     from recipes.training import run
 
     resume = (folder / "config.json").exists()
@@ -90,7 +95,7 @@ def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> di
     try:
         result = run(recipe, options, folder, [study.steps_to(progress)])
     except TrainingDiverged as error:
-        rows = pd.DataFrame(read_csv(folder / "history.csv"), columns=_OF_HISTORY)
+        rows = pd.DataFrame(files.read_csv(folder / "history.csv"), columns=_OF_HISTORY)
         row: dict[str, Any] = {
             "status": "diverged",
             "val_accuracy": rows["val_accuracy"].max(),
@@ -183,7 +188,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     check_options(settings, common)
     table = study.StudyFile(output / "compare.csv", KEY, RESULTS, _NUMBERS)
     table.read()  # a damaged one is found before anything is written
-    write_json(settings, common)
+    files.write_json(settings, common)
     title = f"{recipe.name}: with and without clipping"
     return table.run(
         cells, outcome, after=lambda _: draw(table.read(), output / "compare.png", title)
@@ -192,7 +197,8 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: see `recipes.command_line.exit_status`."""
-    parser = Parser(prog="compare", description=__doc__)
+    program = "python recipes/tools/compare.py"
+    parser = Parser(program, __doc__, usage=f"{program} RECIPE [--FLAG VALUE ...]")
     parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -201,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         given, rest = parser.parse_known_args(argv)
+        opts.parse(find_recipe(given.recipe), rest, parser.flags)
         usual = f"runs/compare-{given.recipe}"
         output = folder_named(usual if given.output is None else given.output)
         recipe, rates = find_recipe(given.recipe), given.learning_rates

@@ -10,21 +10,14 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
-
-import keras
-import numpy as np
-import tensorflow as tf
-from rich.console import Console
-from rich.table import Table
-
-import keras_gradclip as kgc
-from keras_gradclip.files import write_csv
-from recipes.command_line import Parser, exit_status
-from recipes.training.folder import file_named
+try:
+    from recipes.command_line import Parser, exit_status, import_tensorflow
+    from recipes.plugin import files
+    from recipes.training.folder import file_named
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 REPLICAS = (1, 2, 4)
 THRESHOLD = 0.1
@@ -32,13 +25,20 @@ THRESHOLD = 0.1
 
 def largest_changes(replicas: int) -> tuple[float, float]:
     """The largest weight change of one step: (Keras's clipvalue, AbsoluteClip)."""
+    import_tensorflow()
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    import keras_gradclip as kgc
+
     devices = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(16, 8)).astype("float32"), rng.normal(size=(16, 1)).astype("float32")
 
-    def change(optimizer: Callable[[], keras.optimizers.Optimizer]) -> float:
+    def change(optimizer: Callable[[], Any]) -> float:
         with strategy.scope():
             keras.utils.set_random_seed(0)
             model = keras.Sequential(
@@ -58,6 +58,9 @@ def largest_changes(replicas: int) -> tuple[float, float]:
 
 def measure(path: Path) -> None:
     """Prints the table and writes it to `path`."""
+    from rich.console import Console
+    from rich.table import Table
+
     # A process each: the collective operations of TensorFlow remember their group's size.
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
@@ -71,13 +74,13 @@ def measure(path: Path) -> None:
         table.add_row(str(n), f"{stock:.3f}", f"{ours:.3f}")
     Console().print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(path, ("replicas", "keras_clipvalue", "absolute_clip"), rows)
+    files.write_csv(path, ("replicas", "keras_clipvalue", "absolute_clip"), rows)
     print(f"written to {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake in the flags, 130 after Ctrl-C."""
-    parser = Parser(prog="replicas", description=__doc__)
+    parser = Parser("python recipes/tools/replicas.py", __doc__)
     parser.add_argument(
         "--output", default="runs/replicas.csv", help="the table's file (default: %(default)s)"
     )

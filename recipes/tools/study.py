@@ -12,17 +12,16 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import keras
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
-
-from keras_gradclip.files import append_csv, read_csv, replace_file, write_csv
 from recipes.errors import RecipeError, plain_errors
+from recipes.plugin import files
+
+if TYPE_CHECKING:  # the flags of a command need not wait for them
+    import keras
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 #: Called with the share of a run that is done, 0 to 1.
@@ -77,8 +76,10 @@ class StudyFile:
         Raises:
             RecipeError: the file is another table, or damaged.
         """
+        import pandas as pd
+
         with plain_errors():
-            rows = read_csv(self.path, numbers=False, needs=self.columns)
+            rows = files.read_csv(self.path, numbers=False, needs=self.columns)
         try:
             frame = pd.DataFrame(rows, columns=self.columns, dtype=str)
             return frame.astype(dict.fromkeys(self.numbers, float))
@@ -88,7 +89,7 @@ class StudyFile:
     def drop(self, unwanted: pd.Series) -> None:
         """Removes the rows of `read` for which `unwanted` is true, to run them again."""
         if unwanted.any():
-            write_csv(self.path, self.columns, self.read()[~unwanted].to_dict("records"))
+            files.write_csv(self.path, self.columns, self.read()[~unwanted].to_dict("records"))
 
     def identity(self, row: Row) -> tuple:
         """What tells a row or a cell from the others: 0.10 is 0.1."""
@@ -124,7 +125,7 @@ class StudyFile:
             row |= cell.job(clock.start(cell.cost))
             seconds = clock.stop()
             row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
-            append_csv(self.path, self.columns, [[row[column] for column in self.columns]])
+            files.append_csv(self.path, self.columns, [[row[column] for column in self.columns]])
             more = f"; {clock.estimate()} left" if number < len(left) else ""
             print(f"  {outcome(row)}, {duration(seconds)}{more}", flush=True)
             after(row)
@@ -134,6 +135,8 @@ class StudyFile:
 
     def _paces(self, cells: Sequence[Cell]) -> list[float]:
         """Seconds for each unit of cost, of the cells that have a row."""
+        import pandas as pd
+
         costs = {self.identity(cell.key): cell.cost for cell in cells}
         seconds = pd.to_numeric(self.read()["seconds"], errors="coerce")
         rows = zip(self.read().to_dict("records"), seconds, strict=True)
@@ -171,7 +174,7 @@ class _Clock:
     def estimate(self) -> str:
         """How long the rest will take."""
         if self.paces:
-            return f"about {duration(pd.Series(self.paces).median() * self.cost)}"
+            return f"about {duration(statistics.median(self.paces) * self.cost)}"
         if self.usual is not None:
             return f"about {duration(self.usual * self.cost)} on two CPU cores"
         return "the first of them tells how long"
@@ -205,6 +208,7 @@ class _Clock:
 
 def steps_to(progress: Progress) -> keras.callbacks.Callback:
     """A callback of `fit` that tells `progress` after each step."""
+    import keras
 
     class Steps(keras.callbacks.Callback):
         done = 0
@@ -236,6 +240,8 @@ def cross_table(rows: pd.DataFrame, lines: str, columns: str, cell=summary) -> p
 
     Numbers rise; words come in the order of the rows.
     """
+    import pandas as pd
+
     groups = rows.groupby([lines, columns], sort=False)
     texts = pd.Series({key: cell(runs) for key, runs in groups}).unstack(fill_value="")
     table = texts.reindex(index=_values(rows[lines]), columns=_values(rows[columns]))
@@ -244,7 +250,7 @@ def cross_table(rows: pd.DataFrame, lines: str, columns: str, cell=summary) -> p
 
 def _values(column: pd.Series) -> list:
     values = column.unique().tolist()
-    return sorted(values) if pd.api.types.is_numeric_dtype(column) else values
+    return values if any(isinstance(value, str) for value in values) else sorted(values)
 
 
 def _text(value: object) -> str:
@@ -259,6 +265,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 def show(table: pd.DataFrame, title: str) -> None:
     """Prints the table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
     page = Table(title=title)
     for number, name in enumerate(table.columns):
         page.add_column(name.replace("_", " "), justify="right" if number else "left")
@@ -270,7 +279,7 @@ def show(table: pd.DataFrame, title: str) -> None:
 def draw(path: Path, *of_picture: Any, **options: Any) -> None:
     """Saves `picture` as a PNG file."""
     figure = picture(*of_picture, **options)
-    replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+    files.replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
 
 
 def picture(
@@ -292,6 +301,8 @@ def picture(
         guess: the first measure of a guess, in %; None where it is not known.
         label: makes the name in the legend from a clipper.
     """
+    from matplotlib.figure import Figure
+
     clippers = list(rows["clipper"].unique())
     is_small = len(clippers) > MOST_LINES
     panels = [(measure, clippers) for measure in measures]

@@ -2,12 +2,15 @@
 
     python recipes/tools/zoo.py
     python recipes/tools/zoo.py --only alexnet,resnet50 --epochs 2
+    python recipes/tools/zoo.py --resume
 
 Options that it does not know go to every recipe. Results go to `runs/zoo` (or `--output`):
 `zoo.csv` and a folder a recipe. A recipe that fails is reported in the table, the others go on, and
 the exit status is 1. `--resume` keeps the finished rows of an earlier call, and goes on in the
 middle of the recipe that was interrupted.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -18,21 +21,21 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import recipes.tools  # noqa: F401  (changes to the environment that has what follows)
+try:
+    from recipes.command_line import Parser, exit_status
+    from recipes.errors import RecipeError, first_line
+    from recipes.registry import RECIPES, find_recipe
+    from recipes.tools import study
+    from recipes.training import options as opts
+    from recipes.training import run
+    from recipes.training.folder import folder_named
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
-import pandas as pd
-
-from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError, first_line
-from recipes.registry import RECIPES, find_recipe
-from recipes.tools import study
-from recipes.training import options as opts
-from recipes.training import run
-from recipes.training.folder import folder_named
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 RESULTS = (
@@ -96,6 +99,7 @@ def score(row: study.Row, name: str) -> str:
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
     """What is printed: a line a recipe."""
+    import pandas as pd
 
     def line(row: study.Row) -> Row:
         if row["error"]:
@@ -116,29 +120,31 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0; 1 when a recipe failed; 2 for a mistake in the flags; 130 by Ctrl-C."""
-    parser = Parser(prog="zoo", description=__doc__)
+    parser = Parser("python recipes/tools/zoo.py", __doc__)
     parser.add_argument("--only", default=",".join(RECIPES), help="recipes, comma between them")
     parser.add_argument("--output", default="runs/zoo", help="folder (default: runs/zoo)")
     parser.add_argument("--resume", action="store_true", help="keep what is finished there")
     return exit_status(
-        lambda: train_all(*parser.parse_known_args(argv)),
+        lambda: train_all(*parser.parse_known_args(argv), parser.flags),
         interrupted="; go on with the same command and --resume",
     )
 
 
-def train_all(arguments: argparse.Namespace, rest: list[str]) -> int:
+def train_all(arguments: argparse.Namespace, rest: list[str], flags: list[str]) -> int:
     """Trains the recipes that have no row yet; 1 where one failed."""
     output = folder_named(arguments.output)
     names = [name.strip() for name in arguments.only.split(",") if name.strip()]
     if not names:
         raise RecipeError(f"--only {arguments.only!r}: names no recipe")
     for name in names:
-        opts.parse(find_recipe(name), rest)  # a misspelt flag must not fail each in turn
+        opts.parse(find_recipe(name), rest, flags)  # a misspelt flag must not fail each in turn
     if output.exists() and any(output.iterdir()) and not arguments.resume:
         raise RecipeError(
             f"--output {output} is not empty: name another folder, or keep what is finished "
             "there with --resume"
         )
+    import pandas as pd  # no flag is wrong any more
+
     output.mkdir(parents=True, exist_ok=True)
     zoo = study.StudyFile(output / "zoo.csv", ("recipe",), RESULTS)
     rows = zoo.read()

@@ -179,10 +179,15 @@ def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(words, near):
 
 COMMANDS = [
     *(script_of(name) for name in RECIPES),
-    "recipes/tools/cluster.py",
+    *(f"recipes/tools/{n}.py" for n in ("calibrate", "cluster", "compare", "replicas", "zoo")),
+    "recipes/predict.py",
     "tuning/search.py",
 ]
 MISTAKES = {
+    "recipes/tools/compare.py": [["vgg16", "--learning-rate", "x"], ["vgg16", "--epoch", "1"]],
+    "recipes/tools/calibrate.py": [["vgg16", "--percentile", "0"], ["vgg16", "--epoch", "1"]],
+    "recipes/tools/zoo.py": [["--only", "lenet"], ["--epoch", "1"]],
+    "tuning/search.py": [["--clippers", "agc"], ["--rescales", "l2"], ["--max-trial", "3"]],
     "recipes/resnet50.py": [
         ["--epochs", "0"],
         ["--epoch", "3"],
