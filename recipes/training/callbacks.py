@@ -97,6 +97,8 @@ class Backup(keras.callbacks.Callback):
         if self._restored is not None:
             restore(self.model, self._restored)
             self._restored = None
+            if self.step % self.setup.steps == 0:
+                self.model.reset_metrics()  # those of the backup are of the epoch before
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves every so many steps."""

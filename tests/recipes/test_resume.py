@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_recipe import RECIPE
 
-from recipes.training import checkpoint, main
+from recipes.training import checkpoint, main, run
 from recipes.training import folder as folders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +73,23 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, capsys):
     )
     out = capsys.readouterr().out
     assert "Best accuracy: " in out
+
+
+def test_an_epoch_that_is_begun_again_has_its_own_metrics(whole, tmp_path):
+    """The last backup is of the end of the epoch before, with the metrics of that."""
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.model.optimizer.iterations == 9:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(RECIPE, RECIPE.options(verbose="quiet"), tmp_path / "run", callbacks=[Interrupt()])
+    assert backup_of(tmp_path / "run")["step"] == 8
+    run(RECIPE, RECIPE.options(verbose="quiet", resume=True), tmp_path / "run")
+    for name in (folders.HISTORY, folders.LAYERS):
+        rows, expected = (folders.read_history(f / name) for f in (tmp_path / "run", whole))
+        assert rows == expected
 
 
 def test_backup_holds_the_states_of_random_layers_and_the_optimizer(whole):
