@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 try:
-    from recipes.command_line import Parser, exit_status
+    from recipes.command_line import Parser, exit_status, import_tensorflow
     from recipes.errors import RecipeError, RunFailed, first_line
     from recipes.training.options import import_modules
     from tuning.flags import build_parser, check, load_recipe, recipe_options
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
             recipe = load_recipe(args.recipe)
             given = recipe_options(args, recipe, rest)
-            from tuning.search_run import Search  # imports TensorFlow and KerasTuner
+            import_tensorflow()
+            from tuning.search_run import Search
 
             return Search(recipe, given, args, argv).run()
         except ModuleNotFoundError as error:

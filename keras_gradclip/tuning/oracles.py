@@ -84,7 +84,8 @@ class SearchOracle(OracleInternals):
         ended = [t for t in own if t.status == "COMPLETED"]
         if not any(math.isfinite(trial.score) for trial in ended):
             return stopped
-        ended.sort(key=lambda t: t.score, reverse=self.objective.direction == "max")
+        sign = -1 if self.objective.direction == "max" else 1
+        ended.sort(key=lambda t: (sign * t.score, t.trial_id))  # a reload keeps no order
         # Also where all of a kind diverged: do they with other seeds?
         clipped = [t for t in ended if t.hyperparameters.values["clipper"] != "none"]
         unclipped = [t for t in ended if t.hyperparameters.values["clipper"] == "none"]

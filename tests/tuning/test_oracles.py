@@ -282,6 +282,15 @@ def test_a_kind_that_always_diverged_is_confirmed_too(clipped, tmp_path):
     assert again == [not clipped, clipped]
 
 
+def test_of_equal_trials_the_same_is_confirmed_after_a_reload(tmp_path):
+    oracle = oracle_in(tmp_path, "random", max_trials=9, confirm=True)
+    started = run_all(oracle, lambda values, n: 0.5)
+    assert len(started) == 11
+    again = oracle_in(tmp_path, "random", max_trials=9, confirm=True)
+    again.trials = dict(reversed(again.trials.items()))  # as a file system may list them
+    assert again.create_trial("tuner0").status == "STOPPED"
+
+
 def test_nothing_is_confirmed_where_all_diverged(tmp_path):
     oracle = oracle_in(tmp_path, "random", max_trials=2, confirm=True)
     assert len(run_all(oracle, lambda values, n: -math.inf)) == 2
