@@ -11,6 +11,7 @@ recipe itself on each: see docs/cluster.md.
 
 import argparse
 import json
+import math
 import os
 import signal
 import socket
@@ -21,7 +22,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 if not __package__:  # run as a script: the folder above recipes/ holds its packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,111 +32,85 @@ from recipes.errors import RecipeError
 
 # From the loss of a worker until its heartbeat is missed, and a margin.
 GRACE = 30.0
-_POLL = 0.1
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 def configs(count: int) -> list[str]:
-    """TF_CONFIG for each of `count` workers on this machine."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
-    return [
-        json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}})
-        for i in range(count)
-    ]
+    """TF_CONFIG for each of `count` workers on this machine, at ports that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = ["127.0.0.1:{1}".format(*s.getsockname()) for s in sockets]
+    for s in sockets:
+        s.close()
+    cluster = {"worker": addresses}
+    tasks = [{"type": "worker", "index": i} for i in range(count)]
+    return [json.dumps({"cluster": cluster, "task": task}) for task in tasks]
 
 
 def launch(
     command: Sequence[str],
     count: int,
     *,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] = os.environ,
     gpus: int = 0,
     grace: float = GRACE,
-    timeout: float | None = None,
+    timeout: float = math.inf,
 ) -> int:
     """Runs `command` as `count` workers and waits for them.
 
     Args:
         command: program and arguments, the same for each.
         count: int, workers.
-        environment: None for that of this process; TF_CONFIG and CUDA_VISIBLE_DEVICES are added.
+        environment: of each; TF_CONFIG and CUDA_VISIBLE_DEVICES are added.
         gpus: int, GPUs of each worker; 0: all compute on the CPU.
         grace: seconds that the others get to end by themselves when one has failed.
-        timeout: None, or seconds after which all are ended.
+        timeout: seconds after which all are ended.
 
     Returns:
         0, or the exit status of the first worker that failed (128 + n if killed by signal n), or
         124 after `timeout`.
     """
-    base = {**(os.environ if environment is None else environment), "PYTHONUNBUFFERED": "1"}
-    processes: list[subprocess.Popen] = []
-    readers = []
-    started = time.monotonic()
+    deadline, status, running = time.monotonic() + timeout, 0, {}
     try:
         for i, config in enumerate(configs(count)):
-            mine = ",".join(str(n) for n in range(i * gpus, (i + 1) * gpus))
-            processes.append(
-                subprocess.Popen(
-                    list(command),
-                    env={**base, "TF_CONFIG": config, "CUDA_VISIBLE_DEVICES": mine},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # so that what it starts ends with it
-                )
+            devices = ",".join(str(n) for n in range(i * gpus, (i + 1) * gpus))
+            own = {"PYTHONUNBUFFERED": "1", "TF_CONFIG": config, "CUDA_VISIBLE_DEVICES": devices}
+            running[i] = subprocess.Popen(
+                list(command),
+                env={**environment, **own},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that what it starts ends with it
             )
-            reader = threading.Thread(target=_forward, args=(i, processes[-1].stdout), daemon=True)
+        readers = {
+            i: threading.Thread(target=_forward, args=(i, process), daemon=True)
+            for i, process in running.items()
+        }
+        for reader in readers.values():
             reader.start()
-            readers.append(reader)
-        return _watch(processes, grace, None if timeout is None else started + timeout)
+        while running and time.monotonic() < deadline:
+            for i, process in list(running.items()):
+                if (code := process.poll()) is None:
+                    continue
+                del running[i]
+                readers[i].join(timeout=5)  # its last lines come before ours
+                if code:
+                    _say(f"worker {i} {_ended(code)}")
+                    deadline = min(deadline, time.monotonic() + grace)
+                    status = status or (128 - code if code < 0 else code)
+            time.sleep(0.1)
+        if running:
+            _say(f"worker {', '.join(map(str, running))} did not end by itself and is ended")
+        return status or (124 if running else 0)
     finally:
-        _end(processes)
-        for reader in readers:
-            reader.join(timeout=5)
+        for process in running.values():
+            os.killpg(process.pid, signal.SIGKILL)  # TensorFlow ignores a polite signal
+            process.wait()
 
 
-def _forward(number: int, lines: IO[bytes]) -> None:
-    prefix = f"[worker {number}] ".encode()
-    for line in lines:
-        sys.stdout.buffer.write(prefix + line.rstrip(b"\n") + b"\n")
+def _forward(number: int, process: subprocess.Popen) -> None:
+    for line in process.stdout or ():
+        sys.stdout.buffer.write(f"[worker {number}] ".encode() + line.rstrip(b"\n") + b"\n")
         sys.stdout.buffer.flush()
-
-
-def _watch(processes: list[subprocess.Popen], grace: float, deadline: float | None) -> int:
-    status, last_call = 0, None
-    reported: set[int] = set()
-    while True:
-        for i, process in enumerate(processes):
-            code = process.poll()
-            if code is None or i in reported:
-                continue
-            reported.add(i)
-            if code:
-                _tell(f"worker {i} {_ended(code)}")
-                status = status or (128 - code if code < 0 else code)
-                last_call = last_call or time.monotonic() + grace
-        if len(reported) == len(processes):
-            return status
-        now = time.monotonic()
-        if last_call is not None and now > last_call:
-            left = [str(i) for i in range(len(processes)) if i not in reported]
-            _tell(f"worker {', '.join(left)} did not end by itself and is ended")
-            return status
-        if deadline is not None and now > deadline:
-            _tell("the time is up: all workers are ended")
-            return 124
-        time.sleep(_POLL)
 
 
 def _ended(code: int) -> str:
@@ -145,23 +119,7 @@ def _ended(code: int) -> str:
     return f"was killed by signal {-code} ({signal.Signals(-code).name})"
 
 
-def _end(processes: list[subprocess.Popen]) -> None:
-    """Ends what still runs, whole process groups, first politely."""
-    for polite in (True, False):
-        running = [p for p in processes if p.poll() is None]
-        for process in running:
-            try:
-                os.killpg(process.pid, signal.SIGTERM if polite else signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        for process in running:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                continue
-
-
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     sys.stdout.flush()
     print(f"[cluster] {line}", file=sys.stderr, flush=True)
 

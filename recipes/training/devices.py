@@ -1,8 +1,6 @@
 """Devices, machines and precision of a run."""
 
 import contextlib
-import faulthandler
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,20 +73,12 @@ def _join(options: Options, cluster: multiworker.Cluster) -> Any:
     multiworker.check_port(cluster)
     if gpus:
         tf.config.set_visible_devices(gpus[: options.devices], "GPU")
-    multiworker.meet(cluster, options.worker_timeout)
-    # Should one die just now, TensorFlow would wait and keep Python from running: this does not
-    # need Python to end the process.
-    faulthandler.dump_traceback_later(
-        options.worker_timeout, exit=True, file=sys.__stderr__ or sys.stderr
-    )
-    try:
+    with multiworker.waiting(cluster, options.worker_timeout):
         return tf.distribute.MultiWorkerMirroredStrategy(
             communication_options=tf.distribute.experimental.CommunicationOptions(
                 timeout_seconds=options.worker_timeout
             )
         )
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 @contextlib.contextmanager

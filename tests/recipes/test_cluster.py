@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,6 @@ def test_workers_in_order():
     found = workers.read_cluster({"TF_CONFIG": config(index=1)})
     assert found.tasks == (("worker 0", "10.0.0.1:2222"), ("worker 1", "10.0.0.2:2222"))
     assert (found.here, found.name, found.is_chief) == (1, "worker 1", False)
-    assert found.others() == [("worker 0", "10.0.0.1:2222")]
     assert workers.read_cluster({"TF_CONFIG": config()}).is_chief
 
 
@@ -105,92 +103,60 @@ def test_a_port_that_is_taken():
             workers.check_port(workers.Cluster((("worker 0", f"localhost:{port}"),), 0))
 
 
-# --------------------------------------------------------------------------- waiting for the others
+# ------------------------------------------------------------------- workers that are not there
 
 
-def meet(configs, timeout=20.0):
-    """Lets workers meet, each in a thread; what each raised, or None."""
-
-    def one(text):
-        try:
-            workers.meet(workers.read_cluster({"TF_CONFIG": text}), timeout)
-        except RecipeError as error:
-            return error
-        return None
-
-    with ThreadPoolExecutor(len(configs)) as pool:
-        return list(pool.map(one, configs))
-
-
-def test_all_come():
-    configs = cluster.configs(3)
-    assert meet(configs) == [None] * 3
-    assert meet(configs) == [None] * 3  # the port is free again
-
-
-def test_one_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(workers, "_QUIET_START", 0.1)
-    late = meet(cluster.configs(3)[:2], timeout=2)
-    for i, error in enumerate(late):
-        assert isinstance(error, workers.WorkerLost)
-        assert str(error).startswith(f"worker {i}: worker 2 (127.0.0.1:")
-        assert "did not come within 2 seconds" in str(error)
-    assert "worker 0: waiting for worker" in capsys.readouterr().err
+WAITS = """
+import ctypes, sys
+from recipes.training import multiworker
+cluster = multiworker.Cluster((("worker 0", "a:1"), ("worker 1", "b:2")), 0)
+with multiworker.waiting(cluster, float(sys.argv[1])):
+    # Holds Python's lock, as TensorFlow does while it waits for the others.
+    ctypes.PyDLL(None).usleep(int(sys.argv[2]))
+print("goes on")
+"""
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("timeout", "microseconds", "status"), [("0.3", "60000000", 1), ("60", "1", 0)]
+)
+def test_nobody_waits_for_ever(timeout, microseconds, status):
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS, timeout, microseconds],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd=HERE.parents[1],
+    )
+    lines = done.stderr.splitlines()
+    assert lines[0] == "worker 0: waiting for worker 1 (b:2)"
+    assert done.returncode == status and done.stdout == ("" if status else "goes on\n")
+    assert len(lines) == 1 + status
+    if status:
+        assert lines[1].startswith("error: worker 0: another worker did not come within 0 seconds")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
     [
-        (lambda c: c["cluster"]["worker"].append("127.0.0.1:9"), "names other workers on worker 0"),
-        (lambda c: c["task"].update(index=1), "has the same ['task'] on two machines: worker 1"),
+        (tf.errors.UnavailableError(None, None, "Socket closed"), "another worker is gone. "),
+        (tf.errors.AbortedError(None, None, "aborted"), "another worker is gone. "),
+        (tf.errors.InternalError(None, None, "Collective ops is aborted by: x"), "worker is gone"),
+        (
+            tf.errors.DeadlineExceededError(None, None, "Collective has timed out"),
+            "did not come to a common step within 600 seconds",
+        ),
     ],
 )
-def test_configs_that_do_not_belong_together(change, message):
-    configs = [json.loads(text) for text in cluster.configs(3)]
-    change(configs[2])
-    errors = meet([json.dumps(c) for c in configs], timeout=3)
-    assert any(message in str(error) for error in errors[1:])
-    assert isinstance(errors[0], workers.WorkerLost)
+def test_what_a_lost_worker_looks_like(error, message):
+    found = workers.lost(workers.read_cluster({"TF_CONFIG": config()}), error, 600)
+    assert str(found).startswith("worker 0: ") and message in str(found)
+    assert "--resume" in str(found)
 
 
-# ------------------------------------------------------------------------- which worker is to blame
-
-
-def lost(error, *, silent=(), monkeypatch):
-    found = workers.read_cluster({"TF_CONFIG": config({"worker": ["a:1", "b:2", "c:3"]})})
-    monkeypatch.setattr(workers, "silent", lambda c: [c.tasks[i] for i in silent])
-    return workers.lost(found, error, 600)
-
-
-def unavailable(text):
-    return tf.errors.UnavailableError(None, None, text)
-
-
-def test_the_one_that_is_named_and_silent(monkeypatch):
-    text = (
-        "Collective ops is aborted by: Error reported from /job:worker/task:2: The following tasks "
-        "are unhealthy:\n/job:worker/replica:0/task:1\n"
-    )
-    error = lost(unavailable(text), silent=[1], monkeypatch=monkeypatch)
-    assert "worker 0: worker 1 (b:2) is gone." in str(error)
-    assert "--resume" in str(error) and "worker 2" not in str(error)
-
-
-def test_the_ones_that_are_silent_where_none_is_named(monkeypatch):
-    error = lost(unavailable("Socket closed"), silent=[1, 2], monkeypatch=monkeypatch)
-    assert "worker 1 (b:2) and worker 2 (c:3) are gone" in str(error)
-
-
-def test_nobody_is_gone_but_somebody_hangs(monkeypatch):
-    late = tf.errors.DeadlineExceededError(None, None, "Collective has timed out")
-    error = lost(late, monkeypatch=monkeypatch)
-    assert "did not come to a common step within 600 seconds" in str(error)
-
-
-def test_another_error_is_not_a_lost_worker(monkeypatch):
-    assert lost(tf.errors.InvalidArgumentError(None, None, "shapes"), monkeypatch=monkeypatch) is (
-        None
-    )
+def test_another_error_is_not_a_lost_worker():
+    error = tf.errors.InvalidArgumentError(None, None, "shapes")
+    assert workers.lost(workers.read_cluster({"TF_CONFIG": config()}), error, 600) is None
 
 
 # ------------------------------------------------------------------------------ who computes what
@@ -369,7 +335,7 @@ def tiny(folder, count, *argv):
     argv = ["--output", str(folder), "--backup-every", "3", *KEEP, *argv]
     command = [sys.executable, str(HERE / "tiny_recipe.py"), "--strategy", "multiworker", *argv]
     return cluster.launch(
-        command, count, environment=environment(folder.parent), grace=30, timeout=200
+        command, count, environment=environment(folder.parent), grace=90, timeout=280
     )
 
 
@@ -384,7 +350,7 @@ def struck(folder, count, victim, act, *argv):
     )
     command = [sys.executable, "-c", code]
     return cluster.launch(
-        command, count, environment=environment(folder.parent), grace=30, timeout=200
+        command, count, environment=environment(folder.parent), grace=90, timeout=280
     )
 
 
@@ -421,8 +387,7 @@ def test_a_killed_worker_is_reported_and_the_run_goes_on(count, victim, whole, t
     for i in others:
         lines = [x for x in captured.out.splitlines() if x.startswith(f"[worker {i}] error: ")]
         assert len(lines) == 1, captured.out
-        assert f"worker {i}: worker {victim} (127.0.0.1:" in lines[0] or count == 3
-        assert " gone. " in lines[0] and "--resume" in lines[0]
+        assert f"worker {i}: another worker is gone. " in lines[0] and "--resume" in lines[0]
         assert f"worker {i} ended with status 1" in captured.err
     assert "Traceback" not in captured.out
     assert checkpoint.load_backup(folder / folders.BACKUP)["step"] == 12
@@ -459,7 +424,9 @@ def test_a_worker_that_hangs_is_not_waited_for_for_ever(tmp_path, capfd):
     folder = tmp_path / "run"
     assert struck(folder, 2, 1, HANG, "--worker-timeout", "25") == 1
     captured = capfd.readouterr()
-    assert "error: worker 0: the others did not come to a common step within 25 s" in captured.out
+    assert (
+        "error: worker 0: another worker did not come to a common step within 25 s" in captured.out
+    )
     assert checkpoint.load_backup(folder / folders.BACKUP)["step"] == 12
 
 
@@ -477,8 +444,8 @@ def test_a_worker_that_never_comes(here, tmp_path):
     )
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith(f"error: worker {here}: worker {1 - here} (127.0.0.1:")
-    assert "did not come within 3 seconds" in last
+    assert last.startswith(f"error: worker {here}: another worker did not come within 3 seconds")
+    assert "Traceback" not in ended.stderr and "most recent call" not in ended.stderr
 
 
 @pytest.mark.slow
