@@ -27,10 +27,10 @@ _SEARCHED = {
 }
 
 
-def build_parser(description: str, argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+def build_parser(description: str, argv: Sequence[str] = ()) -> Parser:
     """The command line; what it does not know is the recipe's."""
     parser = Parser(
-        "search",
+        "python tuning/search.py",
         description,
         epilog=f"Recipes: {', '.join(RECIPES)}. Their options: python recipes/NAME.py --help",
     )
@@ -119,15 +119,23 @@ def load_recipe(name: str) -> Any:
     return module.RECIPE
 
 
-def recipe_options(args: argparse.Namespace, recipe: Any, rest: Sequence[str]) -> dict[str, Any]:
+def recipe_options(
+    args: argparse.Namespace, recipe: Any, rest: Sequence[str], flags: Sequence[str] = ()
+) -> dict[str, Any]:
     """The recipe's options that a search keeps fixed, by name.
+
+    Args:
+        args: of the search's own flags.
+        recipe: `Recipe`.
+        rest: words that the search does not know.
+        flags: that it does know, one of which may have been meant.
 
     Raises:
         RecipeError: a mistake in them, or an option that is searched.
     """
     from recipes.training import options as opts
 
-    parsed = opts.parse(recipe, rest)
+    parsed = opts.parse(recipe, rest, flags)
     given = {**parsed.config, **parsed.given}
     for name, flag in searched_options().items():
         if name in parsed.given:

@@ -1,12 +1,12 @@
 """Searches for the clipping thresholds of a recipe, the unclipped baseline among the trials.
 
     python tuning/search.py
-
-searches for AlexNet on the embedded MNIST digits in minutes. Options of the recipe are taken too:
-
+    python tuning/search.py --clippers absolute --threshold-range 0.01 1 --workers 2
     python tuning/search.py --recipe resnet50 --tuner hyperband --epochs 9 --devices 2
 
-The same command resumes a search that was interrupted; results are in the output folder.
+The first searches for AlexNet on the embedded MNIST digits in minutes. Options of the recipe are
+taken, too. The same command resumes a search that was interrupted; results are in the output
+folder.
 """
 
 import contextlib
@@ -15,8 +15,9 @@ import sys
 from collections.abc import Iterator, Sequence
 
 try:
-    from recipes.command_line import Parser, exit_status, import_tensorflow
+    from recipes.command_line import exit_status, import_tensorflow
     from recipes.errors import RecipeError, RunFailed, first_line
+    from recipes.plugin import command_line
     from recipes.training.options import import_modules
     from tuning.flags import build_parser, check, load_recipe, recipe_options
 except ModuleNotFoundError as error:
@@ -33,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
 
     def work() -> int:
-        early = Parser("search", None, add_help=False)
-        early.add_argument("--import", dest="modules")
-        import_modules(early.parse_known_args(argv)[0].modules)  # their flags are flags here
-        args, rest = build_parser(__doc__ or "", argv).parse_known_args(argv)
+        for modules in command_line.imports_of(argv):  # their flags are flags here
+            import_modules(modules)
+        parser = build_parser(__doc__ or "", argv)
+        args, rest = parser.parse_known_args(argv)
         try:
             check(args)
             recipe = load_recipe(args.recipe)
-            given = recipe_options(args, recipe, rest)
+            given = recipe_options(args, recipe, rest, parser.flags)
             import_tensorflow()
             from tuning.search_run import Search
 

@@ -101,7 +101,11 @@ class Option:
 
     def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
         """Adds the flag, with `default` in its help."""
-        text = self.help if default is None else f"{self.help} (default: {default})"
+        text = (
+            self.help
+            if default is None or default is False
+            else f"{self.help} (default: {default})"
+        )
         keywords: dict[str, Any] = {"help": text.replace("%", "%%"), "dest": self.name}
         if self.kind is bool:
             group.add_argument(self.flag, action=argparse.BooleanOptionalAction, **keywords)
@@ -132,25 +136,17 @@ class Options:
     """
 
     # clipping
-    clipper: str = option("absolute", "the clipping rule", group="clipping")
+    clipper: str = option("absolute", "the clipping rule")
     clip_config: dict | None = option(
         None,
         "JSON of a serialised clipper, also under a key 'clipper' as the tuner's best.json has it",
-        group="clipping",
     )
     imports: str | None = option(
-        None,
-        "modules that register clippers of your own, separated by commas",
-        group="clipping",
-        flag="--import",
+        None, "modules that register clippers of your own, separated by commas", flag="--import"
     )
-    activation_gate: bool = option(
-        False, "gate the gradient at large activations", group="clipping"
-    )
-    gate_clip_value: float | None = option(None, "activation gate: c", group="clipping")
-    gate_gamma: float | None = option(
-        None, "activation gate: factor beyond the gate", group="clipping"
-    )
+    activation_gate: bool = option(False, "gate the gradient at large activations")
+    gate_clip_value: float | None = option(None, "activation gate: c", above=0)
+    gate_gamma: float | None = option(None, "activation gate: factor beyond the gate", above=0)
     # training
     optimizer: str = option(
         "adamw",
@@ -178,87 +174,63 @@ class Options:
         choices=("improve", "beats-test"),
     )
     # data
-    dataset: str = option("mnist_embedded", "a TFDS name, or image_folder", group="data")
-    data_dir: str | None = option(None, "folder of the prepared data set", group="data")
-    splits: str | None = option(
-        None, "train,validation,test in TFDS's slicing language", group="data"
-    )
-    download: bool = option(False, "let TFDS download and prepare the data set", group="data")
-    image_size: int = option(224, "side of the images in pixels", group="data", low=8, high=16_384)
+    dataset: str = option("mnist_embedded", "a TFDS name, or image_folder")
+    data_dir: str | None = option(None, "folder of the prepared data set")
+    splits: str | None = option(None, "train,validation,test in TFDS's slicing language")
+    download: bool = option(False, "let TFDS download and prepare the data set")
+    image_size: int = option(224, "side of the images in pixels", low=8, high=16_384)
     augment: str = option(
         "auto",
         "imagenet: random crop in scale and aspect; shift: by up to an eighth",
-        group="data",
         choices=("auto", "imagenet", "shift", "none"),
     )
-    flip: bool | None = option(None, "mirror half of the training images", group="data")
+    flip: bool | None = option(None, "mirror half of the training images")
     on_bad_data: str = option(
         "refuse",
         "an unreadable file or row, always reported: stop, or go on without it",
-        group="data",
         choices=("refuse", "skip"),
     )
     # machine
     mixed_precision: str = option(
-        "none",
-        "compute in 16 bits",
-        group="machine",
-        choices=("none", "float16", "bfloat16"),
-        bare="float16",
+        "none", "compute in 16 bits", choices=("none", "float16", "bfloat16"), bare="float16"
     )
-    jit: bool = option(False, "compile the step with XLA", group="machine")
+    jit: bool = option(False, "compile the step with XLA")
     deterministic: bool = option(
-        False,
-        "kernels that compute the same twice on a GPU too, at some cost; CPUs do without it",
-        group="machine",
+        False, "kernels that compute the same twice on a GPU too, at some cost; CPUs do without it"
     )
     devices: int = option(
-        1,
-        "GPUs (of each worker), or logical CPU devices where there are none",
-        group="machine",
-        low=1,
-        high=1024,
+        1, "GPUs (of each worker), or logical CPU devices where there are none", low=1, high=1024
     )
     strategy: str = option(
         "auto",
         "auto: mirrored on more than one device; multiworker: several machines, as TF_CONFIG "
         "says (see docs/cluster.md)",
-        group="machine",
         choices=("auto", "none", "mirrored", "multiworker"),
     )
     worker_timeout: int = option(
-        600, "multiworker: seconds to wait for a worker before giving up", group="machine", low=1
+        600, "multiworker: seconds to wait for a worker before giving up", low=1
     )
-    # the run
-    output: str | None = option(
-        None, "folder of the results (default: runs/NAME)", group="run", saved=False
-    )
-    resume: bool = option(
-        False, "go on with the run in the output folder", group="run", saved=False
-    )
-    backup_every: int = option(
-        500, "steps between backups; one more each epoch", group="run", low=1
-    )
+    # run
+    output: str | None = option(None, "folder of the results (default: runs/NAME)", saved=False)
+    resume: bool = option(False, "go on with the run in the output folder", saved=False)
+    backup_every: int = option(500, "steps between backups; one more each epoch", low=1)
     keep_backup: bool = option(
         False,
         "keep the backup after the last epoch, so that --resume with more epochs can go on from it",
-        group="run",
     )
-    tensorboard: bool = option(True, "write TensorBoard logs", group="run")
+    tensorboard: bool = option(True, "write TensorBoard logs")
     monitor: int = option(
         0,
         "measure each variable's gradient every N updates and write monitor/report.html; 0: off",
-        group="run",
         low=0,
     )
     verbose: str = option(
         "auto",
         "progress bar, one line an epoch, or nothing",
-        group="run",
         choices=("auto", "bar", "line", "quiet"),
         saved=False,
     )
-    traceback: bool = option(False, "errors with their traceback", group="run", saved=False)
+    traceback: bool = option(False, "errors with their traceback", saved=False)
     clipping: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -271,14 +243,24 @@ class Options:
             raise AttributeError(f"no option is called {name!r} here")
 
 
+#: The headings in `--help`, by the option that each begins with.
+_GROUPS = {
+    "clipper": "clipping",
+    "optimizer": "training",
+    "dataset": "data",
+    "mixed_precision": "machine",
+    "output": "run",
+}
+
+
 def _fixed_options() -> tuple[Option, ...]:
-    hints = typing.get_type_hints(Options)
-    result = []
+    hints, result, group = typing.get_type_hints(Options), [], ""
     for field in dataclasses.fields(Options):
         if field.metadata:
+            group = _GROUPS.get(field.name, group)
             kinds = [k for k in typing.get_args(hints[field.name]) if k is not type(None)]
             kind = kinds[0] if kinds else hints[field.name]
-            result.append(Option(field.name, kind, field.default, **field.metadata))
+            result.append(Option(field.name, kind, field.default, group=group, **field.metadata))
     return tuple(result)
 
 

@@ -196,6 +196,7 @@ MISTAKES = {
         ["--clipper", "norm", "--beta", "0.5"],
         ["--threshold", "-1"],
         ["--gate-gamma", "0.1"],
+        ["--activation-gate", "--gate-gamma", "-1"],
         ["--devices", "3"],
         ["--config", "absent.json"],
     ],
