@@ -7,7 +7,6 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "keras_gradclip":
 
     command_line.answer_before_keras(sys.argv[1:])
 
-from keras_gradclip import _host
 from keras_gradclip.clippers.base import Clipper, ClipStats, get, register, serialize
 from keras_gradclip.clippers.composite import Chain, ClipMap
 from keras_gradclip.clippers.elementwise import AbsoluteClip, ExponentialClip
@@ -24,8 +23,6 @@ from keras_gradclip.model import ClippedModel, ClippedTrainStep
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 __version__ = "0.2.0"
-
-_host.warn_if_untested(_host.host_versions())
 
 __all__ = [
     "AbsoluteClip",

@@ -78,6 +78,11 @@ def knows(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bo
     return optimizer._var_key(variable) in optimizer._trainable_variables_indices
 
 
+def trainable_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """The variables that an optimizer was built with; none before."""
+    return list(optimizer._trainable_variables)
+
+
 def averages_of(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> dict[str, Any]:

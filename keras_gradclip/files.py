@@ -116,64 +116,6 @@ def _end_last_line(path: PathLike) -> None:
             file.truncate(size - len(lines[-1]))
 
 
-def read_damaged_csv(
-    path: PathLike, kinds: Mapping[str, Callable[[str], object]], needs: Sequence[str]
-) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of a CSV file that can be read, whatever a crash has left between them.
-
-    Args:
-        path: the file.
-        kinds: the columns, in order, and what reads a field of each: it raises a ValueError or an
-            OverflowError for what is none.
-        needs: the columns that a head must name; without a head they are those of `kinds`.
-
-    Returns:
-        The rows, dicts of strings, and a line of text for each line that cannot be read.
-    """
-    path = Path(path)
-    lines = [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n")]
-    head, has_head, i = list(kinds), False, 0
-    rows: list[dict[str, str]] = []
-    problems: list[str] = []
-    while i < len(lines):
-        taken, problem = 1, ""
-        if b"\0" in lines[i]:  # of a power cut; rows may stand before and behind them
-            problem = "NUL bytes"
-        for piece in lines[i].split(b"\0"):
-            used = 1
-            while piece.count(b'"') % 2 and used < min(_LINES, len(lines) - i):
-                piece, used = piece + b"\n" + lines[i + used], used + 1
-            if not piece:
-                continue
-            try:
-                fields = _fields(piece.decode())
-                if set(needs) <= set(fields):
-                    head, has_head = fields, True
-                    continue
-                if len(fields) != len(head):
-                    raise ValueError(f"{len(fields)} columns, not {len(head)}")
-                row = dict(zip(head, fields, strict=True))
-                for name in kinds.keys() & row.keys():
-                    kinds[name](row[name])
-            except (ValueError, OverflowError) as error:
-                problem = problem or str(error)
-            else:
-                rows.append(row)
-                taken = used
-        if problem:
-            problems.append(f"line {i + 1} of {path.name}: {problem}")
-        i += taken
-    if not has_head:
-        first = lines[0].decode(errors="replace").split(",")
-        missing = [name for name in needs if name not in first]
-        problems.insert(0, f"line 1 of {path.name} is no header: it lacks {', '.join(missing)}")
-    return rows, problems
-
-
-#: Lines that a row with a quoted field may go over.
-_LINES = 10
-
-
 def _fields(line: str) -> list[str]:
     """The fields of a line; none of what the `csv` module cannot read."""
     try:

@@ -3,7 +3,7 @@
 import csv
 import json
 
-from keras_gradclip.diagnostics._recorder import FIELDS
+from keras_gradclip.diagnostics.samples import FIELDS
 
 LAYERS = {"conv1": (72, 4), "conv2": (144, 4), "head": (40, 10)}
 

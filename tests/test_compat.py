@@ -2,14 +2,13 @@
 
 import inspect
 import re
-import warnings
 
 import keras
 import numpy as np
 import pytest
 
 import keras_gradclip as kgc
-from keras_gradclip import _compat, _host
+from keras_gradclip import _compat
 
 tf = pytest.importorskip("tensorflow")
 
@@ -36,24 +35,6 @@ def test_a_layer_has_its_own_variables_and_layers_and_is_found():
     )
     living = {id(layer) for layer in _compat.living_layers()}
     assert {id(inner), id(outer)} <= living
-
-
-@pytest.mark.parametrize(
-    ("version", "word"),
-    [
-        ({"Keras": "3.12.0"}, None),
-        ({"Keras": "3.15.1", "TensorFlow": "2.21.0-rc0"}, None),
-        ({"Keras": "3.11.3"}, "Keras 3.11.3 (tested: 3.12 to 3.16)"),
-        ({"Keras": "3.17.0", "TensorFlow": "2.30.1"}, "TensorFlow 2.30.1 (tested: 2.19 to 2.22)"),
-        ({"Python": "4.0.1"}, "Python 4.0.1"),
-    ],
-)
-def test_a_host_outside_the_tested_range_warns_once(version, word):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        _host.warn_if_untested(version)
-    assert len(caught) == (word is not None)
-    assert word is None or word in str(caught[0].message)
 
 
 def test_the_reduction_method_is_still_there_and_still_used():

@@ -11,7 +11,7 @@ grimp = pytest.importorskip("grimp")
 #: The plugin's rooms, from the ground up; a room imports those before it and itself.
 ROOMS = (
     ("_validation", "declarations", "command_line"),  # without Keras
-    ("_types", "_compat", "_layers", "names", "files", "_host"),
+    ("_types", "_compat", "_layers", "names", "files"),
     ("_arithmetic", "aggregation", "_workers"),
     ("clippers",),
     ("optimizer",),

@@ -1,8 +1,8 @@
-"""Training on trial: afterwards a model is what it was before.
+"""Training on trial, after which a model is what it was before.
 
-Put back is what `keras.utils.set_random_seed` sets (`RANDOM_STATES`) and, of the model, its
-optimizers and every Keras object that they hold: variables, whether Keras tracks them or not, the
-states of random generators, and attributes that are numbers, strings or tensors.
+Put back is what `keras.utils.set_random_seed` sets and, of the model, its optimizers and every
+Keras object that they hold: variables, whether Keras tracks them or not, the states of random
+generators, and attributes that are numbers, strings or tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -35,19 +34,15 @@ def everything_put_back(
 ) -> Iterator[None]:
     """Leave a model, its optimizers and metrics, and all random states as they were."""
     with contextlib.ExitStack() as stack:
-        for random_state in RANDOM_STATES:
-            stack.enter_context(random_state())
+        _put_back_random_states(stack)
         parts = parts_of([model, *optimizers])
         known = {id(part) for part in parts}
         undo = [undo for part in parts for undo in _ways_back(part)]
         history = getattr(model, "history", None)
-        watchers = [(optimizer, optimizer._watchers) for optimizer in optimizers]
         model.train_function = None  # what is traced inside is not for outside, and the reverse
         try:
             yield
         finally:
-            for optimizer, of_before in watchers:
-                optimizer._watchers = of_before
             now = parts_of([model, *optimizers])
             if any(id(part) not in known for part in now if _is_variable(part)):
                 model.reset_metrics()  # metrics that were built on the way
@@ -142,54 +137,17 @@ def _attributes_of(part: Any) -> Callable[[], object]:
     return put_back
 
 
-# Random states -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _python() -> Iterator[None]:
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-
-
-@contextlib.contextmanager
-def _numpy() -> Iterator[None]:
-    state = np.random.get_state()
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
-@contextlib.contextmanager
-def _keras() -> Iterator[None]:
-    """The generator of `keras.random` without a seed; made anew, from Python's, if it is new."""
+def _put_back_random_states(stack: contextlib.ExitStack) -> None:
+    """Let `stack` put back, at its end, what `keras.utils.set_random_seed` sets."""
+    stack.callback(random.setstate, random.getstate())
+    stack.callback(np.random.set_state, np.random.get_state())
+    # The generator of `keras.random` without a seed; made anew, from Python's, if it is new.
     generator = _compat.get_global_seed_generator()
-    state = None if generator is None else np.array(aggregation.to_numpy(generator.state))
-    try:
-        yield
-    finally:
-        _compat.set_global_seed_generator(generator)
-        if generator is not None:
-            generator.state.assign(state)
-
-
-def _tensorflow() -> AbstractContextManager:
-    is_there = "tensorflow" in sys.modules
-    return _compat.tensorflow_random_state() if is_there else contextlib.nullcontext()
-
-
-def _torch() -> AbstractContextManager:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return contextlib.nullcontext()
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return torch.random.fork_rng(devices=gpus)
-
-
-#: What `keras.utils.set_random_seed` sets: functions that give a context manager each.
-RANDOM_STATES: tuple[Callable[[], AbstractContextManager], ...] = (
-    *(_python, _numpy, _keras, _tensorflow, _torch),
-)
+    stack.callback(_compat.set_global_seed_generator, generator)
+    if generator is not None:
+        stack.callback(generator.state.assign, np.array(aggregation.to_numpy(generator.state)))
+    if "tensorflow" in sys.modules:
+        stack.enter_context(_compat.tensorflow_random_state())
+    if (torch := sys.modules.get("torch")) is not None:
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        stack.enter_context(torch.random.fork_rng(devices=gpus))

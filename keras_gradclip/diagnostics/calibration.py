@@ -8,7 +8,7 @@ import html
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,22 +16,26 @@ import numpy as np
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Tensor, Threshold
+from keras_gradclip._types import Threshold
 from keras_gradclip.clippers.base import Clipper, selectable, serialize, threshold_of
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.units import units_of
 from keras_gradclip.declarations import MEASURES, Measure, parameters
 from keras_gradclip.diagnostics._put_back import everything_put_back
-from keras_gradclip.diagnostics._sampler import Sampler, Watch
-from keras_gradclip.diagnostics.watch import (
+from keras_gradclip.diagnostics.sampler import (
     UPDATES_IN_A_STEP,
+    Figure,
+    Sample,
+    Sampler,
     labels_of,
+    sync,
     watched_optimizers,
 )
 from keras_gradclip.files import write_json
-from keras_gradclip.names import layers_of, path_of
+from keras_gradclip.names import layers_of, path_of, size_of
 from keras_gradclip.optimizer._advice import step_bound
+from keras_gradclip.optimizer._steps import ignores_scale
 
 #: What a `Calibration` keeps of how it was watched, beside its samples.
 SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
@@ -53,9 +57,9 @@ def _measure(kind: str) -> Measure:
     return MEASURES[selectable()[kind].measures or ""]
 
 
-def _counts_units(kind: str) -> bool:
-    """Whether the figure is of a kernel's units, which vectors do not have."""
-    return selectable()[kind].measures in ("unit_ratio", "unit_step")
+def _counts_units(measure: str | None) -> bool:
+    """Whether a measure is of a kernel's units, which vectors do not have."""
+    return measure in ("unit_ratio", "unit_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +114,16 @@ class Calibration:
         samples: Mapping[str, np.ndarray],
         *,
         percentile: float,
-        nonfinite: int = 0,
-        beta: float = 0.7,
-        eps: float = 1e-3,
-        max_ratio: float = UpdateRatioClip().max_ratio,
-        anneal: str | None = None,
+        **settings: Any,
     ) -> Calibration:
-        """The thresholds that samples give; the arguments are the attributes of that name.
+        """The thresholds that samples give.
+
+        Args:
+            layers: as the attribute.
+            kernels: as the attribute.
+            samples: as the attribute.
+            percentile: as the attribute.
+            **settings: attributes of the names in `SETTINGS`; by default as of `calibrate`.
 
         Raises:
             ValueError: a percentile outside 0..100.
@@ -128,22 +135,18 @@ class Calibration:
             return value if value > 0 else None
 
         return cls(
-            layers=list(layers),
-            thresholds={
+            list(layers),
+            {
                 kind: {layer: suggestion(samples[kind][:, i]) for i, layer in enumerate(layers)}
                 for kind in kinds()
                 if kind in samples
             },
-            kernels={layer: list(names) for layer, names in kernels.items()},
-            global_norm=suggestion(samples["global"]),
-            updates=len(samples["global"]),
-            nonfinite=nonfinite,
+            {layer: list(names) for layer, names in kernels.items()},
+            suggestion(samples["global"]),
+            len(samples["global"]),
             percentile=percentile,
-            beta=beta,
-            eps=eps,
-            max_ratio=max_ratio,
-            anneal=anneal,
             samples=dict(samples),
+            **{"nonfinite": 0, "beta": 0.7, "eps": 1e-3, **settings},
         )
 
     def at(self, percentile: float) -> Calibration:
@@ -156,7 +159,7 @@ class Calibration:
     def clipper(self, kind: str, layer: str) -> Clipper | None:
         """The clipper suggested for a layer, or None where there is nothing to clip."""
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
-        return self._made(kind, self._threshold(kind, [layer], 1))
+        return self._clipper(kind, [layer], 1)
 
     def saved_threshold(self, kind: str, layer: str) -> float | None:
         """The layer's threshold in `clip_map` and `save`; None where the layer is left alone.
@@ -167,14 +170,22 @@ class Calibration:
         levels = self._levels(kind, [n for n in self.layers if _path(n, self.layers) == path], 1)
         return levels[0] if levels else None
 
-    def _made(self, kind: str, threshold: Threshold | None) -> Clipper | None:
-        if threshold is None:
+    def _clipper(self, kind: str, layers: Sequence[str], segments: int) -> Clipper | None:
+        """The clipper at the largest threshold of some layers: a number or a schedule."""
+        levels = self._levels(kind, layers, segments)
+        if levels is None:
             return None
+        threshold: Threshold = levels[0]
+        if segments > 1:
+            parts = np.array_split(np.arange(self.updates), segments)
+            threshold = keras.optimizers.schedules.PiecewiseConstantDecay(
+                # The schedule keeps a value up to and including its boundary.
+                [int(part[-1]) for part in parts[:-1]],
+                [float(f"{level:.6g}") for level in levels],
+            )
         cls = selectable()[kind]
-        measure = _measure(kind)
-        same = {name: getattr(self, name) for name in measure.needs}
-        names = {p.name for p in parameters(cls)}
-        same = {name: value for name, value in same.items() if name in names}
+        needs = {p.name for p in parameters(cls)} & {*_measure(kind).needs}
+        same = {name: getattr(self, name) for name in needs}
         return cls(**{threshold_of(cls) or "": threshold, **same})
 
     def clip_map(self, kind: str = "update_ratio", segments: int = 1) -> ClipMap:
@@ -197,16 +208,17 @@ class Calibration:
                 updates a segment.
         """
         number = self._checked(kind, segments)
+        measure = selectable()[kind].measures
         together: dict[str, list[str]] = {}
-        for layer in self.kernels if _counts_units(kind) else self.layers:
+        for layer in self.kernels if _counts_units(measure) else self.layers:
             together.setdefault(_path(layer, self.layers), []).append(layer)
         rules = []
         for path, layers in together.items():
-            pattern = _pattern(path)
-            if selectable()[kind].measures == "unit_ratio":  # the other leaves vectors alone itself
+            pattern = re.escape(path) + "(/[^/]+)?"
+            if measure == "unit_ratio":  # the other leaves vectors alone itself
                 names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
                 pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
-            rules.append((pattern, self._made(kind, self._threshold(kind, layers, number))))
+            rules.append((pattern, self._clipper(kind, layers, number)))
         return ClipMap(rules)
 
     def limits(self, kind: str = "update_ratio", segments: int = 1) -> np.ndarray:
@@ -248,18 +260,6 @@ class Calibration:
             )
         return number
 
-    def _threshold(self, kind: str, layers: Sequence[str], segments: int) -> Tensor:
-        """The largest threshold of some layers: a number, a schedule, or None."""
-        levels = self._levels(kind, layers, segments)
-        if levels is None or segments == 1:
-            return levels and levels[0]
-        parts = np.array_split(np.arange(self.updates), segments)
-        return keras.optimizers.schedules.PiecewiseConstantDecay(
-            # The schedule keeps a value up to and including its boundary.
-            [int(part[-1]) for part in parts[:-1]],
-            [float(f"{level:.6g}") for level in levels],
-        )
-
     def _levels(self, kind: str, layers: Sequence[str], segments: int) -> list[float] | None:
         """The largest threshold of some layers in each segment; None if they have none."""
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
@@ -280,8 +280,15 @@ class Calibration:
 
     def table(self) -> str:
         """Text: a line a layer with the threshold of each clipper, as `save` writes it."""
-        rows = _cells(self)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        rows, capped = [["layer", *self.thresholds]], []
+        for layer in self.layers:
+            rows.append([layer])
+            for kind, of_layer in self.thresholds.items():
+                saved, watched = self.saved_threshold(kind, layer), of_layer[layer]
+                is_capped = _measure(kind).at_most and saved is not None and saved != watched
+                capped += [watched or 0.0] if is_capped else []
+                rows[-1].append("–" if saved is None else f"{saved:.3g}" + "*" * bool(is_capped))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(
                 cell.ljust(w) if i == 0 else cell.rjust(w)
@@ -289,7 +296,32 @@ class Calibration:
             )
             for row in rows
         ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], _note(self)])
+        has_gaps = any("–" in row for row in rows)
+        return "\n".join(
+            [lines[0], "-" * len(lines[0]), *lines[1:], *self._notes(has_gaps, capped)]
+        )
+
+    def _notes(self, has_gaps: bool, capped: Sequence[float]) -> Iterator[str]:
+        """What the table rests on; `capped` are the figures watched where it has a `*`."""
+        total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
+        left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
+        yield (
+            f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
+            f"{left_out}; exponential: gamma at beta={self.beta:g}"
+        )
+        if has_gaps:
+            yield (
+                "–: no threshold, the layer is left alone: its gradient is zero or missing, or it "
+                "has no kernel, which adaptive and update_ratio are about"
+            )
+        if capped:
+            watched = " to ".join(dict.fromkeys(f"{f(capped):.3g}" for f in (min, max)))
+            yield (
+                f"*: capped, of {watched} watched: update_ratio is from "
+                f"{LEAST_SHARE * self.max_ratio:g} to {self.max_ratio:g}. A larger one says that "
+                "the learning rate is too high, not that steps should be so large; a smaller one, "
+                "or none, that the run had no gradients left"
+            )
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
@@ -305,73 +337,13 @@ class Calibration:
             kind: which clipper, as in `clip_map`.
             segments: as in `clip_map`.
         """
-        figures = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "samples"
-        }
+        names = [field.name for field in dataclasses.fields(self) if field.name != "samples"]
+        figures = {name: getattr(self, name) for name in names}
         content = {
             "clipper": serialize(self.clip_map(kind, segments)),
             "calibration": {"kind": kind, "segments": segments, **figures},
         }
         write_json(path, content)
-
-
-def _cells(found: Calibration) -> list[tuple[str, ...]]:
-    """The head and a row a layer: what `save` writes, `*` where that is not what was watched."""
-    rows = [("layer", *found.thresholds)]
-    for layer in found.layers:
-        rows.append((layer, *(_cell(found, kind, layer) for kind in found.thresholds)))
-    return rows
-
-
-def _cell(found: Calibration, kind: str, layer: str) -> str:
-    saved = found.saved_threshold(kind, layer)
-    if saved is None:
-        return "–"
-    is_capped = _measure(kind).at_most and saved != found.thresholds[kind][layer]
-    return f"{saved:.3g}" + ("*" if is_capped else "")
-
-
-def _note(found: Calibration) -> str:
-    """What the table rests on."""
-    total = "–" if found.global_norm is None else f"{found.global_norm:.3g}"
-    left_out = f", {found.nonfinite} left out as not finite" if found.nonfinite else ""
-    lines = [
-        f"global norm: {total}; percentile {found.percentile:g} of {found.updates} updates"
-        f"{left_out}; exponential: gamma at beta={found.beta:g}"
-    ]
-    cells = {cell for row in _cells(found)[1:] for cell in row[1:]}
-    if "–" in cells:
-        lines.append(
-            "–: no threshold, the layer is left alone: its gradient is zero or missing, or it has "
-            "no kernel, which adaptive and update_ratio are about"
-        )
-    if any(cell.endswith("*") for cell in cells):
-        most, least = found.max_ratio, LEAST_SHARE * found.max_ratio
-        lines.append(
-            f"*: capped, of {_watched_range(found)} watched: update_ratio is from {least:g} to "
-            f"{most:g}. A larger one says that the learning rate is too high, not that steps "
-            "should be so large; a smaller one, or none, that the run had no gradients left"
-        )
-    return "\n".join(lines)
-
-
-def _watched_range(found: Calibration) -> str:
-    """From the smallest to the largest of the capped figures."""
-    watched = [
-        value or 0.0
-        for kind, of_layer in found.thresholds.items()
-        for layer, value in of_layer.items()
-        if _cell(found, kind, layer).endswith("*")
-    ]
-    low, high = f"{min(watched):.3g}", f"{max(watched):.3g}"
-    return low if low == high else f"{low} to {high}"
-
-
-def _pattern(layer: str) -> str:
-    """A regular expression for the paths of a layer's variables."""
-    return re.escape(layer) + "(/[^/]+)?"
 
 
 def _path(layer: str, layers: Sequence[str]) -> str:
@@ -454,22 +426,35 @@ def calibrate(
                 if optimizer is None
                 else "calibrate: `optimizer` is not built. Call its build(variables) first."
             )
+    x, y, weight = _unpack(data)
     # Room for the updates between two fetches.
     capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
-    samplers = [Sampler(one, capacity, beta, eps) for one in optimizers]
-    batches = count * max(one.gradient_accumulation_steps or 1 for one in optimizers)
+    samplers = [Sampler("calibrate", one, _figures(beta, eps), capacity) for one in optimizers]
+    watch = _Watch(samplers, count)
     with everything_put_back(model, optimizers), contextlib.ExitStack() as stack:
-        if not follow:
-            for one in optimizers:
-                stack.enter_context(one._inner_update.held())
-        _fit(model, data, batch_size, [Watch(samplers, count), *callbacks], batches)
-        for sampler in samplers:
-            sampler.fetch()
-        skipped = [sampler.skipped for sampler in samplers]
-    found = Calibrations(
-        (label, _suggest(sampler, count, left_out, percentile))
-        for label, sampler, left_out in zip(labels_of(optimizers), samplers, skipped, strict=True)
-    )
+        for one, sampler in zip(optimizers, samplers, strict=True):
+            stack.callback(one.unwatch, sampler)
+            if not follow:
+                stack.enter_context(one.held())
+        model.fit(
+            x,
+            y,
+            sample_weight=weight,
+            batch_size=batch_size,
+            # The callback stops it: so many epochs at most, of a batch each.
+            epochs=count * max(one.gradient_accumulation_steps or 1 for one in optimizers),
+            shuffle=isinstance(data, tuple),  # a data set has its own order
+            verbose=0,
+            callbacks=[watch, *callbacks],
+        )
+        watch.fetch()
+        skipped = [sampler.updates - sampler.samples for sampler in samplers]
+    labels = labels_of(optimizers)
+    found = Calibrations()
+    for label, sampler, samples, left_out in zip(
+        labels, samplers, watch.samples, skipped, strict=True
+    ):
+        found[label] = _suggest(sampler, samples[:count], left_out, percentile, beta, eps)
     return found if len(found) > 1 else found[""]
 
 
@@ -480,25 +465,32 @@ class Calibrations(dict):
         return "\n\n".join(f"{label}\n{found}" for label, found in self.items())
 
 
-def _fit(
-    model: keras.Model,
-    data: Any,
-    batch_size: int | None,
-    callbacks: list[keras.callbacks.Callback],
-    batches: int,
-) -> None:
-    """Train until a callback stops it, at most as many epochs as so many batches can need."""
-    x, y, weight = _unpack(data)
-    model.fit(
-        x,
-        y,
-        sample_weight=weight,
-        batch_size=batch_size,
-        epochs=batches,
-        shuffle=isinstance(data, tuple),  # a data set has its own order
-        verbose=0,
-        callbacks=callbacks,
-    )
+class _Watch(keras.callbacks.Callback):
+    """Attaches samplers, fetches after each batch, ends training after a number of updates."""
+
+    def __init__(self, samplers: Sequence[Sampler], updates: int) -> None:
+        super().__init__()
+        self.samplers, self.updates = samplers, updates
+        self.samples: list[list[Sample]] = [[] for _ in samplers]
+
+    def on_train_begin(self, logs: object = None) -> None:
+        """The step must be traced with the samplers."""
+        for sampler in self.samplers:
+            sampler.optimizer.watch(sampler)
+        self.model.make_train_function(force=True)
+
+    def fetch(self) -> None:
+        """Bring what is new to the host."""
+        for sampler, samples in zip(self.samplers, self.samples, strict=True):
+            samples += sampler.fetch()
+
+    def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+        """Look at the counters of the optimizers that are in use."""
+        sync(self.model)
+        self.fetch()
+        counts = [count for count in (sampler.updates for sampler in self.samplers) if count]
+        if counts and min(counts) >= self.updates:
+            self.model.stop_training = True
 
 
 def _percentile(value: object) -> float:
@@ -521,49 +513,74 @@ def _unpack(data: Any) -> tuple[Any, Any, Any]:
     return x, y, weight
 
 
-def _suggest(sampler: Sampler, count: int, skipped: int, percentile: float) -> Calibration:
+def _figures(beta: float, eps: float) -> dict[str, Figure]:
+    """What is computed on the device for each variable; most are `MEASURES` of a layer then."""
+    return {
+        "square": lambda v: v.square_before,
+        "largest_element": lambda v: v.largest_element,
+        "largest_scaled_element": lambda v: v.largest_scaled_element(beta),
+        "unit_ratio": lambda v: v.unit_ratio(eps),
+        "sign_step": lambda v: v.sign_step(eps),
+    }
+
+
+def _suggest(
+    sampler: Sampler,
+    samples: Sequence[Sample],
+    skipped: int,
+    percentile: float,
+    beta: float,
+    eps: float,
+) -> Calibration:
     """Percentiles over the updates of the sampler's figures, layer by layer."""
-    variables = sampler.variables
-    fetched = sampler.samples[:count]
-    finite = [i for i, figures in enumerate(fetched) if np.isfinite(figures).all()]
-    kept = np.array([fetched[i] for i in finite])
-    if not len(kept):
+    variables, inner = sampler.variables, sampler.optimizer.inner_optimizer
+    kept = [s for s in samples if np.isfinite([*s.figures.values()]).all()]
+    if not kept:
         raise ValueError(
-            f"calibrate: none of {len(fetched) + skipped} updates had finite gradients. Lower the "
+            f"calibrate: none of {len(samples) + skipped} updates had finite gradients. Lower the "
             "learning rate, or look at the data; ClipMonitor names the layer."
         )
-    square, largest, scaled, ratio, step = (kept[:, i] for i in range(5))
-    sizes = np.array([max(math.prod(v.shape), 1) for v in variables], "float64")
-    owners, units = layers_of(variables), units_of(variables)
-    layers = list(dict.fromkeys(owners))
-    samples = {kind: np.full((len(kept), len(layers)), np.nan) for kind in kinds()}
-    bound = step_bound(sampler.optimizer.inner_optimizer, variables)
+    figures = {name: np.array([s.figures[name] for s in kept]) for name in sampler.figures}
+    norms = figures["layer_norm"] = np.sqrt(figures.pop("square"))
+    figures["largest_rms"] = norms / np.sqrt([max(size_of(v), 1) for v in variables])
+    sign_step = figures.pop("sign_step")
+    # An optimizer that ignores a gradient's scale is taken to change each element by its rate.
+    step = sign_step if ignores_scale(inner) else figures["unit_ratio"]
+    rates = np.array([[s.learning_rate] for s in kept])
+    bound = step_bound(inner, variables)
     if bound.anneal is not None:  # the bound falls with the rate: what counts is the largest so far
-        rates = np.maximum([sampler.rates[i] for i in finite], arithmetic.TINY)
-        step = step * (np.maximum.accumulate(rates) / rates)[:, None]
-    kernels_of: dict[str, list[str]] = {}
-    for k, layer in enumerate(layers):
-        mine = [i for i, owner in enumerate(owners) if owner == layer]
-        samples["norm"][:, k] = np.sqrt(square[:, mine].sum(axis=1))
-        samples["absolute"][:, k] = largest[:, mine].max(axis=1)
-        samples["exponential"][:, k] = scaled[:, mine].max(axis=1)
-        samples["rms"][:, k] = np.sqrt(square[:, mine] / sizes[mine]).max(axis=1)
-        whole = [i for i in mine if len(units[i].axes) < len(variables[i].shape)]
-        if whole:
-            samples["adaptive"][:, k] = ratio[:, whole].max(axis=1)
-            samples["update_ratio"][:, k] = step[:, whole].max(axis=1)
-            kernels_of[layer] = [path_of(variables[i]).rpartition("/")[2] for i in whole]
-    first: dict[str | None, str] = {}  # clippers that bound the same figure share it
-    for kind in kinds():
-        samples[kind] = samples[first.setdefault(selectable()[kind].measures, kind)]
+        rates = np.maximum.accumulate(np.maximum(rates, arithmetic.TINY))
+    figures["unit_step"] = step * rates
+
+    owners = np.array(layers_of(variables))
+    layers = list(dict.fromkeys(owners.tolist()))
+    units = units_of(variables)
+    is_kernel = np.array(
+        [len(u.axes) < len(v.shape) for u, v in zip(units, variables, strict=True)]
+    )
+    of_layers = {}
+    for measure, values in figures.items():
+        counted = is_kernel if _counts_units(measure) else np.ones_like(is_kernel)
+        combine = np.linalg.norm if measure == "layer_norm" else np.max
+        columns = np.full((len(layers), len(kept)), np.nan)
+        for k, layer in enumerate(layers):
+            if (own := (owners == layer) & counted).any():
+                columns[k] = combine(values[:, own], axis=1)
+        of_layers[measure] = columns.T
+    kernels: dict[str, list[str]] = {}
+    for i in np.flatnonzero(is_kernel):
+        kernels.setdefault(owners[i].item(), []).append(path_of(variables[i]).rpartition("/")[2])
     return Calibration.of_samples(
         layers,
-        kernels_of,
-        {**samples, "global": np.sqrt(square.sum(axis=1))},
+        kernels,
+        {
+            **{kind: of_layers[selectable()[kind].measures or ""] for kind in kinds()},
+            "global": np.linalg.norm(norms, axis=1),
+        },
         percentile=percentile,
-        nonfinite=len(fetched) - len(kept) + skipped,
-        beta=sampler.beta,
-        eps=sampler.eps,
+        nonfinite=len(samples) - len(kept) + skipped,
+        beta=beta,
+        eps=eps,
         max_ratio=bound.max_ratio,
         anneal=bound.anneal,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_gradclip.diagnostics._run_files import Run
+from keras_gradclip.diagnostics.samples import Run
 
 #: A layer clipped on more than this share of the steps is reported: the clip then acts as a
 #: smaller learning rate (Seetharaman et al., arXiv 2007.14469, do so on purpose).

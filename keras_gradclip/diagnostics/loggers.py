@@ -1,12 +1,8 @@
-"""Loggers for `ClipMonitor(log=...)`: four experiment trackers.
+"""Loggers for `ClipMonitor(log=...)`, to experiment trackers.
 
-```python
-wandb.init(project="mine")
-model.fit(x, y, callbacks=[kgc.ClipMonitor(log=to_wandb())])
-```
-
-A log is any function of `(step, figures)`: `step` the number of updates before the sample,
-`figures` a dict of finite floats with the names that `ClipMonitor` gives.
+A log is any function of `(step, figures)`: the number of updates before the sample, and a dict of
+finite floats with the names that `ClipMonitor` gives. Each of these raises a ValueError where its
+package is not installed.
 """
 
 from __future__ import annotations
@@ -36,12 +32,8 @@ def to_wandb(run: Any = None) -> Log:
 
     Args:
         run: what `wandb.init` returned; by default the active run.
-
-    Raises:
-        ValueError: wandb is not installed, or no run is active.
     """
-    package = _package("to_wandb", "wandb")
-    run = package.run if run is None else run
+    run = _package("to_wandb", "wandb").run if run is None else run
     if run is None:
         raise ValueError(
             "to_wandb: `run` is None and no run is active. Call wandb.init(project=...) first."
@@ -49,11 +41,9 @@ def to_wandb(run: Any = None) -> Log:
     # W&B has one step counter a run, which WandbMetricsLogger moves; this is our own.
     run.define_metric("clip/step", hidden=True)
     run.define_metric("clip/*", step_metric="clip/step")
-
-    def log(step: int, figures: Mapping[str, float]) -> None:
-        run.log({"clip/step": step, **{f"clip/{name}": v for name, v in figures.items()}})
-
-    return log
+    return lambda step, figures: run.log(
+        {"clip/step": step, **{f"clip/{name}": v for name, v in figures.items()}}
+    )
 
 
 def to_mlflow(run_id: str | None = None) -> Log:
@@ -61,9 +51,6 @@ def to_mlflow(run_id: str | None = None) -> Log:
 
     Args:
         run_id: the run; by default the active one, which MLflow starts if need be.
-
-    Raises:
-        ValueError: mlflow is not installed.
     """
     package = _package("to_mlflow", "mlflow")
 
@@ -72,11 +59,9 @@ def to_mlflow(run_id: str | None = None) -> Log:
         # other characters: `dense#2/kernel` becomes `dense_2/kernel`.
         return re.sub(r"[^\w\-. :/]", "_", figure if "/" in figure else f"clip/{figure}")
 
-    def log(step: int, figures: Mapping[str, float]) -> None:
-        named = {name_of(figure): value for figure, value in figures.items()}
-        package.log_metrics(named, step=step, run_id=run_id)
-
-    return log
+    return lambda step, figures: package.log_metrics(
+        {name_of(figure): value for figure, value in figures.items()}, step=step, run_id=run_id
+    )
 
 
 def to_trackio(run: Any = None) -> Log:
@@ -84,16 +69,9 @@ def to_trackio(run: Any = None) -> Log:
 
     Args:
         run: what `trackio.init` returned; by default the active run.
-
-    Raises:
-        ValueError: trackio is not installed.
     """
-    package = _package("to_trackio", "trackio")
-
-    def log(step: int, figures: Mapping[str, float]) -> None:
-        (package if run is None else run).log(dict(figures), step=step)
-
-    return log
+    target = _package("to_trackio", "trackio") if run is None else run
+    return lambda step, figures: target.log(dict(figures), step=step)
 
 
 def to_tensorboard(folder: str | os.PathLike) -> Log:
@@ -101,9 +79,6 @@ def to_tensorboard(folder: str | os.PathLike) -> Log:
 
     Args:
         folder: for the event files.
-
-    Raises:
-        ValueError: tensorflow or tensorboard is not installed.
     """
     tf = _package("to_tensorboard", "tensorflow")
     layout = _package("to_tensorboard", "tensorboard.plugins.custom_scalar.layout_pb2")

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -13,20 +14,42 @@ import numpy as np
 from keras_gradclip import _validation as validation
 from keras_gradclip import aggregation
 from keras_gradclip._types import Config
-from keras_gradclip.diagnostics._monitor_files import (
-    MonitorFiles,
-    WatchedVariable,
-    is_measured,
-    watched_variables,
-)
-from keras_gradclip.diagnostics._recorder import FIELDS, Recorder
+from keras_gradclip.clippers.base import serialize
+from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.diagnostics.loggers import Log, to_tensorboard
-from keras_gradclip.diagnostics.watch import (
+from keras_gradclip.diagnostics.sampler import (
     UPDATES_IN_A_STEP,
+    Figure,
+    Sample,
+    Sampler,
     labels_of,
     sync,
     watched_optimizers,
 )
+from keras_gradclip.diagnostics.samples import FIELDS, UPDATES, RunFiles, is_measured
+from keras_gradclip.names import layers_of, names_of, size_of
+
+#: What is computed on the device for each variable.
+FIGURES: dict[str, Figure] = {
+    "square_before": lambda v: v.square_before,
+    "square_after": lambda v: v.square_after,
+    "square_chord": lambda v: v.square_chord,
+    "clip_fraction": lambda v: v.clip_fraction,
+    "max_abs": lambda v: v.largest_element,
+}
+
+
+class _Part(NamedTuple):
+    """An optimizer's part of each sample: its variables are those of all at `at`."""
+
+    sampler: Sampler
+    label: str
+    at: slice
+
+    def labelled(self, thresholds: Mapping[str, float]) -> dict[str, float]:
+        """Thresholds under names that say whose they are."""
+        prefix = f"{self.label}/" if self.label else ""
+        return {prefix + name: value for name, value in thresholds.items()}
 
 
 class ClipMonitor(keras.callbacks.Callback):
@@ -119,13 +142,13 @@ class ClipMonitor(keras.callbacks.Callback):
         self.variables: list[str] = []
         self.history: dict[str, list] = {}
         self.optimizer = optimizer
-        self._recorders: list[Recorder] = []
-        self._watched: list[WatchedVariable] = []  # known once the optimizers are built
-        self._files: MonitorFiles | None = None
+        self._samplers: list[Sampler] = []
+        self._parts: list[_Part] = []  # once the optimizers are built
+        self._sizes = np.zeros(0)  # of the variables
+        self._files: RunFiles | None = None
         self._active_logs: list[Log] = []
         self._epoch = 0
         self._wholes: list[dict[str, float]] = []  # of the epoch's samples
-        self._sizes = np.zeros(0)  # of the variables
         self._fetched_batch = self._fetched_step = 0
         self._interval = 1  # batches between two fetches
 
@@ -144,43 +167,54 @@ class ClipMonitor(keras.callbacks.Callback):
         self.detach()
         optimizers = watched_optimizers("ClipMonitor", self.model, self.optimizer)
         updates = UPDATES_IN_A_STEP * int(getattr(self.model, "steps_per_execution", 1))
-        self._recorders = [Recorder(o, self.every, updates // self.every + 4) for o in optimizers]
+        capacity = updates // self.every + 4
+        self._samplers = [
+            Sampler("ClipMonitor", one, FIGURES, capacity, self.every) for one in optimizers
+        ]
         self._interval = self.every // UPDATES_IN_A_STEP + 1
         self._fetched_step = 0
         self.history = {k: [] for k in ("step", "epoch", *FIELDS, "thresholds")}
         # Every worker measures, for the logs; one writes.
-        if aggregation.is_chief(optimizers[0]._strategy):
+        if aggregation.is_chief(optimizers[0].strategy):
             self._active_logs = list(self.logs)
             if self.tensorboard and self.run_dir is not None:
                 self._active_logs.append(to_tensorboard(self.run_dir / "tensorboard"))
-        for recorder in self._recorders:
-            recorder.optimizer.watch(recorder)
+        for sampler in self._samplers:
+            sampler.optimizer.watch(sampler)
         self._open()
         self.model.make_train_function(force=True)  # the step must be traced with the watcher
 
     def _open(self, at_last: bool = False) -> None:
         """Open the files, once the variables are known; `at_last` of the optimizers in use."""
-        if self._watched or not (at_last or all(r.is_built for r in self._recorders)):
+        unbuilt = [sampler for sampler in self._samplers if not sampler.state]
+        if self._parts or (unbuilt and not at_last):
             return
-        for recorder in [r for r in self._recorders if not r.is_built]:
-            recorder.optimizer.unwatch(recorder)
-            self._recorders.remove(recorder)
-        if not self._recorders:
+        for sampler in unbuilt:
+            sampler.optimizer.unwatch(sampler)
+            self._samplers.remove(sampler)
+        if not self._samplers:
             return
-        optimizers = [recorder.optimizer for recorder in self._recorders]
         self._fetched_step = self._step()
-        self._watched = watched_variables(optimizers, [r.start for r in self._recorders])
-        self.variables = [variable.name for variable in self._watched]
-        self._sizes = np.array([math.prod(v.shape) for v in self._watched], "float64")
-        if self.run_dir is not None and aggregation.is_chief(optimizers[0]._strategy):
-            self._files = MonitorFiles(self.run_dir, self._watched, self.every)
+        labels = labels_of([sampler.optimizer for sampler in self._samplers])
+        ends = np.cumsum([len(sampler.variables) for sampler in self._samplers])
+        self._parts = [
+            _Part(sampler, label, slice(end - len(sampler.variables), end))
+            for sampler, label, end in zip(self._samplers, labels, ends, strict=True)
+        ]
+        everything = [v for sampler in self._samplers for v in sampler.variables]
+        self.variables = names_of(everything)
+        self._sizes = np.array([size_of(v) for v in everything], "float64")
+        if self.run_dir is not None and aggregation.is_chief(self._samplers[0].optimizer.strategy):
+            starts = [s.start for s in self._samplers for _ in s.variables]
+            before = dict(zip(self.variables, starts, strict=True))
+            self._files = RunFiles(self.run_dir, before, _description(self.every, self._parts))
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Ask for a measurement of the first update."""
         self._epoch, self._fetched_batch = epoch, 0
         self._wholes = []
-        for recorder in self._recorders:
-            recorder.force()
+        for sampler in self._samplers:
+            sampler.force()
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         """Fetch what was measured, before the buffer is full."""
@@ -200,16 +234,15 @@ class ClipMonitor(keras.callbacks.Callback):
         """Fetch the rest and add the epoch's means to the logs."""
         self._open(at_last=True)
         self._fetch()
-        if not self._watched:
+        if not self._parts:
             return  # no optimizer made an update
-        skipped = [recorder.fetch_skipped() for recorder in self._recorders]
-        if any(share is not None for share in skipped):  # a sample without norms
-            row = self._nothing()
-            for at, share in zip(self._places(), skipped, strict=True):
-                row["nonfinite"][at] = 0.0 if share is None else share
+        skipped = [part.sampler.fetch_skipped() for part in self._parts]
+        if any(share.any() for share in skipped):  # a sample without norms
             thresholds: dict[str, float] = {}
-            for recorder, label in zip(self._recorders, self._labels(), strict=True):
-                thresholds |= _labelled(label, dict(recorder.optimizer.clip_hyperparameters))
+            row = self._nothing()
+            row["nonfinite"] = np.concatenate(skipped)
+            for part in self._parts:
+                thresholds |= part.labelled(part.sampler.optimizer.clip_hyperparameters)
             self._keep(self._step(), row, thresholds)
         if logs is not None:
             for name, mean in self._means().items():  # a ClippedModel has two of them already
@@ -221,55 +254,41 @@ class ClipMonitor(keras.callbacks.Callback):
 
     def detach(self) -> None:
         """Stop watching, also after a `fit` that was interrupted."""
-        for recorder in self._recorders:
-            recorder.optimizer.unwatch(recorder)
+        for sampler in self._samplers:
+            sampler.optimizer.unwatch(sampler)
             self.model.train_function = None
-        self._recorders, self._watched = [], []
+        self._samplers, self._parts = [], []
         self._files, self._active_logs = None, []
 
     # Inside ----------------------------------------------------------------------------------
 
     def _step(self) -> int:
         """The number of updates so far; of several optimizers the largest."""
-        return max(
-            (int(aggregation.to_numpy(r.optimizer.iterations)) for r in self._recorders), default=0
-        )
-
-    def _labels(self) -> list[str]:
-        return labels_of([recorder.optimizer for recorder in self._recorders])
-
-    def _places(self) -> list[slice]:
-        """Where each optimizer's variables are among all."""
-        counts = [len(r.optimizer._trainable_variables) for r in self._recorders]
-        ends = np.cumsum(counts)
-        return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        steps = [int(aggregation.to_numpy(s.optimizer.iterations)) for s in self._samplers]
+        return max(steps, default=0)
 
     def _nothing(self) -> dict[str, np.ndarray]:
         """A sample of no variable."""
-        return {field: np.full(len(self._watched), np.nan) for field in FIELDS}
+        return {field: np.full(len(self.variables), np.nan) for field in FIELDS}
 
     def _fetch(self) -> None:
         """Keep what is new: what several optimizers did at one step is one sample."""
-        if not self._watched:
-            return
         samples: dict[tuple[int, int], tuple[dict[str, np.ndarray], dict[str, float]]] = {}
-        parts = zip(self._recorders, self._places(), self._labels(), strict=True)
-        for recorder, at, label in parts:
+        for part in self._parts:
             times: dict[int, int] = {}
-            for step, row, thresholds in recorder.fetch():
-                times[step] = times.get(step, 0) + 1
-                key = (step, times[step])
-                whole, all_thresholds = samples.setdefault(key, (self._nothing(), {}))
-                for field in FIELDS:
-                    whole[field][at] = row[field]
-                all_thresholds |= _labelled(label, thresholds)
-        for (step, _), sample in sorted(samples.items(), key=lambda item: item[0]):
-            self._keep(step, *sample)
+            for sample in part.sampler.fetch():
+                times[sample.step] = times.get(sample.step, 0) + 1
+                key = (sample.step, times[sample.step])
+                row, thresholds = samples.setdefault(key, (self._nothing(), {}))
+                for field, values in _fields_of(sample).items():
+                    row[field][part.at] = values
+                thresholds |= part.labelled(sample.thresholds)
+        for (step, _), (row, thresholds) in sorted(samples.items(), key=lambda item: item[0]):
+            self._keep(step, row, thresholds)
 
     def _keep(self, step: int, row: dict[str, np.ndarray], thresholds: dict[str, float]) -> None:
-        self.history["step"].append(step)
-        self.history["epoch"].append(self._epoch)
-        self.history["thresholds"].append(thresholds)
+        for name, value in {"step": step, "epoch": self._epoch, "thresholds": thresholds}.items():
+            self.history[name].append(value)
         for field in FIELDS:
             self.history[field].append(row[field])
         self._wholes.append(whole_of(row, self._sizes))
@@ -302,9 +321,25 @@ class ClipMonitor(keras.callbacks.Callback):
         return means
 
 
-def _labelled(label: str, thresholds: Mapping[str, float]) -> dict[str, float]:
-    """Thresholds under names that say whose they are."""
-    return {f"{label}/{name}" if label else name: v for name, v in thresholds.items()}
+def _fields_of(sample: Sample) -> dict[str, np.ndarray]:
+    """For each of `FIELDS` an array `[variables]`; NaN where the gradient is not finite."""
+    figures = sample.figures
+    before, after = np.sqrt(figures["square_before"]), np.sqrt(figures["square_after"])
+    angle = np.degrees(2 * np.arcsin(np.clip(np.sqrt(figures["square_chord"]) / 2, 0, 1)))
+    angle[(before == 0) | (after == 0)] = 0.0  # no direction to compare
+    is_finite = np.isfinite(before)
+    fields = {
+        "norm_before": before,
+        "norm_after": after,
+        "clip_fraction": figures["clip_fraction"],
+        "max_abs": figures["max_abs"],
+        "angle": angle,
+    }
+    return {
+        **{name: np.where(is_finite, values, np.nan) for name, values in fields.items()},
+        # A skipped update is not sampled; an applied one counts as bad as a whole.
+        "nonfinite": np.where(is_finite, sample.skipped, 1.0),
+    }
 
 
 #: Figures of the whole gradient, of all variables together.
@@ -350,3 +385,47 @@ def _whole_angle(before: np.ndarray, after: np.ndarray, angles: np.ndarray) -> f
     spread = whole_before * after - whole_after * before
     total = chord / sizes + np.sum(spread**2) / sizes**2
     return math.degrees(2 * math.asin(min(math.sqrt(total) / 2, 1.0)))
+
+
+def _description(every: int, parts: Sequence[_Part]) -> Config:
+    """The content of `monitor.json`."""
+    optimizers = {part.label: part.sampler.optimizer for part in parts}
+    clippers = {label: optimizer.clipper for label, optimizer in optimizers.items()}
+    serialized = {label: serialize(clipper) for label, clipper in clippers.items()}
+    everything = [v for part in parts for v in part.sampler.variables]
+    named = zip(names_of(everything), layers_of(everything), strict=True)
+    variables = []
+    for part in parts:
+        clipper, own = clippers[part.label], part.sampler.variables
+        rules = clipper.rule_of(own) if clipper else [("*", None)] * len(own)
+        assignments = clipper.assignments(own) if clipper else []
+        of_updates = Enforcer(assignments, own, False).limited_updates()
+        for i, (variable, (rule, chosen)) in enumerate(zip(own, rules, strict=True)):
+            path, layer = next(named)
+            variables.append(
+                {
+                    "path": path,
+                    "layer": layer,
+                    "shape": [int(d) for d in variable.shape],
+                    "rule": _labelled(part.label, rule),
+                    "clipper": _text(chosen),
+                    "limits": UPDATES if i in of_updates else "gradients" if chosen else "nothing",
+                    "measures": getattr(chosen, "measures", None),
+                }
+            )
+    return {
+        "every": every,
+        "clipper": serialized.get("", serialized) if any(clippers.values()) else None,
+        "clipper_text": "; ".join(_labelled(n, _text(one)) for n, one in clippers.items()),
+        "remembers": any(optimizer.remembers for optimizer in optimizers.values()),
+        "variables": variables,
+    }
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"{label}: {text}" if label else text
+
+
+def _text(clipper: object) -> str:
+    """A clipper for people."""
+    return "off" if clipper is None else str(clipper)

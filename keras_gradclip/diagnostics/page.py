@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_gradclip._types import Config
-from keras_gradclip.diagnostics._monitor_files import MONITOR_CSV
-from keras_gradclip.diagnostics._run_files import Run, read_run
 from keras_gradclip.diagnostics.findings import (
     Clipping,
     findings,
@@ -21,6 +19,7 @@ from keras_gradclip.diagnostics.findings import (
     over_samples,
     percent,
 )
+from keras_gradclip.diagnostics.samples import MONITOR_CSV, Run, read_run
 from keras_gradclip.files import write_text
 
 if TYPE_CHECKING:
@@ -89,15 +88,13 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
             f"report: needs jinja2 and matplotlib ({error}). Install them: "
             "pip install 'keras-gradclip[report]'"
         ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    template = jinja2.Template(
+        Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
     )
     with style.context(["default", STYLE]):
-        page = environment.get_template("report.html.j2").render(**_context(run, folder.resolve()))
+        page = template.render(**_context(run, folder.resolve()))
     write_text(path, page)
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import keras
@@ -14,7 +15,7 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip import _validation as validation
 from keras_gradclip._layers import networks_of
-from keras_gradclip._types import Config, Gradient, Scalar, Tensor
+from keras_gradclip._types import Config, Gradient, Scalar, Strategy, Tensor
 from keras_gradclip.clippers.base import Clipper, as_clipper, serialize
 from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._accumulation import Accumulation
@@ -556,6 +557,20 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """End all watches; whether there were any."""
         were_any, self._watchers = bool(self._watchers), ()
         return were_any
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """The `tf.distribute.Strategy` that the optimizer was made under."""
+        return self._strategy
+
+    def held(self) -> AbstractContextManager[None]:
+        """A context in which an update does all but change the weights."""
+        return self._inner_update.held()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the clipper has a memory of past gradients."""
+        return bool(self._clip.state)
 
     @property
     def _all_watchers(self) -> list[Watcher]:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from run_files import LAYERS
 
-from keras_gradclip.diagnostics._recorder import FIELDS
+from keras_gradclip.diagnostics.samples import FIELDS
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

@@ -6,8 +6,8 @@ import pytest
 from run_files import CLIPPED, LAYERS, write_run
 
 import keras_gradclip as kgc
-from keras_gradclip.diagnostics._run_files import read_run
 from keras_gradclip.diagnostics.findings import findings
+from keras_gradclip.diagnostics.samples import read_run
 
 
 def texts(folder, level=None):

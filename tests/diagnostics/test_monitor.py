@@ -10,7 +10,7 @@ from helpers import data, loss, net, train
 from keras import ops
 
 import keras_gradclip as kgc
-from keras_gradclip.diagnostics._recorder import FIELDS
+from keras_gradclip.diagnostics.samples import FIELDS
 
 tf = pytest.importorskip("tensorflow")
 CLIPPER = kgc.ClipMap({"stem/.*": kgc.AbsoluteClip(0.05), "head/bias": None}, kgc.NormClip(0.5))

@@ -10,10 +10,14 @@ import pytest
 from run_files import CLIPPED, write_run
 
 import keras_gradclip as kgc
-from keras_gradclip import files
-from keras_gradclip.diagnostics._monitor_files import _rows_before, read_rows
-from keras_gradclip.diagnostics._run_files import read_run
 from keras_gradclip.diagnostics.findings import findings
+from keras_gradclip.diagnostics.samples import (
+    FIELDS,
+    RunFiles,
+    _rows_before,
+    read_rows,
+    read_run,
+)
 
 
 def append(path, text):
@@ -159,7 +163,7 @@ def test_what_can_be_read_is_kept_by_a_run_that_goes_on(name, damage, at, tmp_pa
     assert len(rows) - len(whole) == damage.startswith(b"\0" * 99 + b"9"), "a row behind NULs"
     assert len(problems) == 1 + (at == "head"), problems
     assert f"line {place + (at != 'head')} of {name}" in problems[-1]
-    assert kgc.report(run).exists()
+    assert len(read_run(run).steps) >= 3
     with pytest.warns(UserWarning, match=f"skipped damaged lines of .*{name}"):
         assert _rows_before(path, {"conv1/kernel": 9}) == whole
     assert _rows_before(path, {"conv1/kernel": 0}) == [], "a fresh run begins anew"
@@ -174,12 +178,16 @@ def test_each_optimizers_rows_are_kept_up_to_its_own_updates(tmp_path):
     assert len(_rows_before(run / "thresholds.csv", starts)) == 3
 
 
-def test_names_over_two_lines_are_rows(tmp_path):
-    path = tmp_path / "thresholds.csv"
+def test_any_name_is_a_row(tmp_path):
+    """Of a rule that is a regular expression over two lines, too."""
+    written = RunFiles(tmp_path, {"größe": 0}, {})
     names = ['a "b", c', "one\ntwo", "größe", "last"]
-    files.write_csv(path, ["step", "name", "value"], [[i, n, 1.0] for i, n in enumerate(names)])
-    rows, problems = read_rows(path)
-    assert [row["name"] for row in rows] == names
+    figures = {field: np.ones(1) for field in FIELDS}
+    written.add(0, 0, figures, {name: 0.1 * i for i, name in enumerate(names)})
+    rows, problems = read_rows(tmp_path / "thresholds.csv")
+    assert [row["name"] for row in rows] == [name.replace("\n", " ") for name in names]
+    assert [float(row["value"]) for row in rows] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert [row["variable"] for row in read_rows(tmp_path / "monitor.csv")[0]] == ["größe"]
     assert problems == []
 
 
@@ -188,7 +196,7 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path):
     append(run / "thresholds.csv", "1,größe,0.5\n")
     script = (
         "import sys, pathlib\n"
-        "from keras_gradclip.diagnostics._monitor_files import read_rows\n"
+        "from keras_gradclip.diagnostics.samples import read_rows\n"
         "print(ascii(read_rows(pathlib.Path(sys.argv[1]))))"
     )
     result = subprocess.run(

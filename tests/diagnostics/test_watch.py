@@ -116,7 +116,7 @@ def test_an_interrupted_fit_leaves_no_monitor(model_class):
 
 
 def test_overrun_is_told():
-    from keras_gradclip.diagnostics.watch import RingBuffer
+    from keras_gradclip.diagnostics.sampler import RingBuffer
 
     buffer = RingBuffer("toy", 3, [(1,)])
     for step in range(5):

@@ -1,0 +1,390 @@
+"""Watcher that keeps chosen figures of each variable of an update, on the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import backend, ops
+
+from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import _compat, aggregation
+from keras_gradclip._types import Gradient, Scalar, Tensor
+from keras_gradclip.clippers.units import unit_of
+from keras_gradclip.optimizer._watcher import ClippedUpdate
+from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find_all
+
+#: A batch may bring several updates: a `train_step` may call `apply` more than once.
+UPDATES_IN_A_STEP = 16
+
+
+class VariableUpdate:
+    """A variable's part of an update; each figure is a float32 scalar, computed on demand.
+
+    Args:
+        variable: the variable, before the update.
+        before: its gradient before the clip.
+        after: its gradient after the clip.
+        fraction: how much of it was clipped, 0..1; None: nothing.
+    """
+
+    def __init__(
+        self, variable: keras.Variable, before: Gradient, after: Gradient, fraction: Scalar | None
+    ) -> None:
+        self._variable, self._gradient = variable, before
+        self._before = arithmetic.float32(arithmetic.values(before))
+        self._after = arithmetic.float32(arithmetic.values(after))
+        self.clip_fraction = ops.zeros((), "float32") if fraction is None else fraction
+
+    @functools.cached_property
+    def square_before(self) -> Tensor:
+        """The squared L2 norm before the clip."""
+        return arithmetic.sum_of_squares(self._before)
+
+    @functools.cached_property
+    def square_after(self) -> Tensor:
+        """The squared L2 norm after the clip."""
+        return arithmetic.sum_of_squares(self._after)
+
+    @property
+    def square_chord(self) -> Tensor:
+        """|x/‖x‖ − y/‖y‖|² of before and after: it gives small angles that the cosine loses."""
+        x = self._before * ops.rsqrt(ops.maximum(self.square_before, arithmetic.TINY))
+        y = self._after * ops.rsqrt(ops.maximum(self.square_after, arithmetic.TINY))
+        return arithmetic.sum_of_squares(x - y)
+
+    @property
+    def largest_element(self) -> Tensor:
+        """The largest |g| before the clip."""
+        return arithmetic.max_abs(self._before)
+
+    def largest_scaled_element(self, beta: float) -> Tensor:
+        """The largest |g|·exp(−β·W)."""
+        scale = arithmetic.exp_of(beta, self._weight)
+        return arithmetic.max_abs(ops.abs(self._before) / scale)
+
+    def unit_ratio(self, eps: float) -> Tensor:
+        """The largest ratio of a unit's gradient norm to its weight norm, ε at least."""
+        unit = ops.sqrt(arithmetic.unit_squares(self._before, self._axes))
+        return arithmetic.max_abs(unit / self._unit_norms(eps))
+
+    def sign_step(self, eps: float) -> Tensor:
+        """The largest `unit_ratio` of a step of 1 an element."""
+        size = math.prod(int(self._variable.shape[axis]) for axis in self._axes)
+        return arithmetic.max_abs(math.sqrt(size) / self._unit_norms(eps))
+
+    def _unit_norms(self, eps: float) -> Tensor:
+        whole = self._weight
+        if 0 in self._axes:  # rows that a sparse gradient has not belong to its units, too
+            whole = arithmetic.float32(ops.convert_to_tensor(self._variable))
+        return ops.maximum(ops.sqrt(arithmetic.unit_squares(whole, self._axes)), eps)
+
+    @functools.cached_property
+    def _weight(self) -> Tensor:
+        """The weights that the gradient has values for."""
+        weight = arithmetic.read(self._variable)
+        return arithmetic.float32(arithmetic.matching_rows(weight, self._gradient))
+
+    @functools.cached_property
+    def _axes(self) -> tuple[int, ...]:
+        return unit_of(self._variable).axes
+
+
+#: A figure of each variable of an update.
+Figure = Callable[[VariableUpdate], Scalar]
+
+
+class Sample(NamedTuple):
+    """What a `Sampler` kept of an update.
+
+    Attributes:
+        step: the number of updates before it.
+        figures: by name a float64 array `[variables]`; 0 without a gradient.
+        skipped: for each variable the share of the updates since the last sample, this one
+            included, that were skipped and in which its gradient was not finite.
+        learning_rate: of the inner optimizer; 0 of one that has none.
+        thresholds: in force, by name.
+    """
+
+    step: int
+    figures: dict[str, np.ndarray]
+    skipped: np.ndarray
+    learning_rate: float
+    thresholds: dict[str, float]
+
+
+class Sampler:
+    """A `Watcher` that takes a sample of one update in `every`.
+
+    Samples go round in a buffer, so that the host need not look at every step. An optimizer that
+    is not built yet is sampled from its first update on.
+
+    Args:
+        owner: who asks, for a warning.
+        optimizer: watched.
+        figures: what is computed for each variable, by name.
+        capacity: the number of samples that wait for the host.
+        every: sample the updates of which the number is a multiple of it.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        optimizer: ClippedOptimizer,
+        figures: Mapping[str, Figure],
+        capacity: int,
+        every: int = 1,
+    ) -> None:
+        self._owner, self.optimizer, self.figures = owner, optimizer, dict(figures)
+        self._capacity, self.every = capacity, every
+        self.state: list[keras.Variable] = []
+        self.start = 0  # the number of updates before
+        if optimizer.built:
+            self._build()
+            self.start = int(aggregation.to_numpy(optimizer.iterations))
+
+    def _build(self) -> None:
+        self.variables = _compat.trainable_variables(self.optimizer)
+        self._thresholds = list(self.optimizer.clip_hyperparameters)
+        count = len(self.variables)
+        with strategy_scope(self.optimizer):
+            # A sample: the figures and `nonfinite`; `updates`, the rate and the thresholds.
+            shapes = [(len(self.figures) + 1, count), (2 + len(self._thresholds),)]
+            self._buffer = RingBuffer(self._owner, self._capacity, shapes)
+            self._has_sample = aggregation.zeros((), "has_sample")  # since the last `force`
+            self._updates = _counter("updates")  # seen so far, skipped ones included
+            self._nonfinite = aggregation.zeros((count,), "nonfinite")  # in skipped updates
+        self._fetched_updates, self._fetched_nonfinite = 0.0, np.zeros(count)
+        self.state = [*self._buffer.state, self._has_sample, self._updates, self._nonfinite]
+
+    def _build_where_traced(self) -> None:
+        if not self.state:
+            with aggregation.outside_of_traces(_compat.trainable_variables(self.optimizer)):
+                self._build()
+
+    def force(self) -> None:
+        """Sample the next update, whatever its number."""
+        if self.state:
+            self._has_sample.assign(0.0)
+
+    # On the device ---------------------------------------------------------------------------
+
+    def on_skip(self, gradients: Sequence[Gradient | None]) -> None:
+        """Count the update, and the gradients in it that are not finite."""
+        self._build_where_traced()
+        bad = [
+            ops.zeros((), "float32")
+            if g is None
+            else 1.0 - arithmetic.float32(arithmetic.all_finite([g]))
+            for g in gradients
+        ]
+        self._updates.assign(self._updates + 1)
+        self._nonfinite.assign(self._nonfinite + ops.stack(bad))
+
+    def on_update(self, update: ClippedUpdate) -> None:
+        """Take a sample, if it is this update's turn."""
+        self._build_where_traced()
+        self._updates.assign(self._updates + 1)
+        if self.every == 1:
+            self._sample(update)
+            return
+        inner = self.optimizer.inner_optimizer
+        is_due = ops.equal(arithmetic.read(inner.iterations) % self.every, 0)
+        aggregation.local_cond(
+            ops.logical_or(is_due, self._has_sample < 1),
+            functools.partial(self._sample, update),
+            self.state,
+            [*self.variables, *inner.variables],
+        )
+
+    def _sample(self, update: ClippedUpdate) -> None:
+        fractions = update.stats.fractions() if update.stats else [None] * len(self.variables)
+        parts = zip(self.variables, update.gradients, update.clipped, fractions, strict=True)
+        figures = ops.stack([self._column(*part) for part in parts], axis=1)
+        figures = ops.concatenate([figures, arithmetic.read(self._nonfinite)[None]])
+        inner = self.optimizer.inner_optimizer
+        rate = getattr(inner, "learning_rate", None)
+        scalars = [
+            arithmetic.float32(arithmetic.read(self._updates)),
+            arithmetic.float32(0.0 if rate is None else arithmetic.read(rate)),
+            *(update.hyper[name] for name in self._thresholds),
+        ]
+        self._buffer.write(arithmetic.read(inner.iterations), figures, ops.stack(scalars))
+        self._has_sample.assign(ops.ones(()))
+
+    def _column(
+        self, variable: keras.Variable, before: Gradient, after: Gradient, fraction: Scalar | None
+    ) -> Tensor:
+        if before is None:
+            return ops.zeros((len(self.figures),), "float32")
+        part = VariableUpdate(variable, before, after, fraction)
+        return ops.stack([figure(part) for figure in self.figures.values()])
+
+    # On the host -----------------------------------------------------------------------------
+
+    def fetch(self) -> list[Sample]:
+        """The samples since the last fetch."""
+        samples = []
+        for step, (rows, scalars) in self._buffer.fetch() if self.state else ():
+            updates, rate, *thresholds = map(float, scalars)
+            samples.append(
+                Sample(
+                    step,
+                    dict(zip(self.figures, rows[:-1], strict=True)),
+                    self._skipped_since(updates, rows[-1]),
+                    rate,
+                    dict(zip(self._thresholds, thresholds, strict=True)),
+                )
+            )
+        return samples
+
+    def fetch_skipped(self) -> np.ndarray:
+        """`Sample.skipped` after the last sample."""
+        updates, bad = map(aggregation.to_numpy, (self._updates, self._nonfinite))
+        return self._skipped_since(float(updates), np.array(bad, "float64"))
+
+    def _skipped_since(self, updates: float, nonfinite: np.ndarray) -> np.ndarray:
+        count = max(updates - self._fetched_updates, 1.0)
+        share = (nonfinite - self._fetched_nonfinite) / count
+        self._fetched_updates, self._fetched_nonfinite = updates, nonfinite
+        return share
+
+    @property
+    def updates(self) -> int:
+        """The number of updates so far, skipped ones included."""
+        return int(aggregation.to_numpy(self._updates))
+
+    @property
+    def samples(self) -> int:
+        """The number of samples so far, lost ones included."""
+        return self._buffer.written
+
+
+class RingBuffer:
+    """Records of several arrays each, written on the device and fetched by the host.
+
+    Args:
+        owner: who asks, for the warning.
+        capacity: the number of records that wait for the host.
+        shapes: of a record's float32 arrays.
+    """
+
+    def __init__(self, owner: str, capacity: int, shapes: Sequence[Sequence[int]]) -> None:
+        self._owner, self._capacity = owner, capacity
+        self._fetched, self._is_warned = 0, False
+        self._written = _counter("written")
+        self._steps = aggregation.zeros((capacity,), "steps", str(self._written.dtype))
+        self._arrays = [aggregation.zeros((capacity, *shape), "samples") for shape in shapes]
+        self.state = [self._written, self._steps, *self._arrays]
+
+    @property
+    def written(self) -> int:
+        """The number of records so far."""
+        return int(aggregation.to_numpy(self._written))
+
+    def write(self, step: Tensor, *arrays: Tensor) -> None:
+        """Add a record, in replica context."""
+        slots = ops.arange(self._capacity, dtype=self._steps.dtype)
+        mask = ops.equal(slots, arithmetic.read(self._written) % self._capacity)
+        step = ops.cast(step, self._steps.dtype)
+        self._steps.assign(ops.where(mask, step, arithmetic.read(self._steps)))
+        for variable, value in zip(self._arrays, arrays, strict=True):
+            wide = ops.reshape(mask, (-1, *(1 for _ in value.shape)))
+            variable.assign(ops.where(wide, value[None], arithmetic.read(variable)))
+        self._written.assign(self._written + 1)
+
+    def fetch(self) -> list[tuple[int, list[np.ndarray]]]:
+        """The records since the last fetch, oldest first: (step, float64 arrays)."""
+        written = self.written
+        first = max(self._fetched, written - self._capacity)
+        lost, new = first - self._fetched, written - self._fetched
+        if lost and not self._is_warned:
+            self._is_warned = True
+            warnings.warn(
+                f"{self._owner}: {lost} of {new} updates of one batch were not kept: there is "
+                f"room for {self._capacity}. Lower steps_per_execution.",
+                stacklevel=2,
+            )
+        self._fetched = written
+        if not new:
+            return []
+        steps = aggregation.to_numpy(self._steps)
+        arrays = [np.asarray(aggregation.to_numpy(v), "float64") for v in self._arrays]
+        slots = [i % self._capacity for i in range(first, written)]
+        return [(int(steps[i]), [a[i] for a in arrays]) for i in slots]
+
+
+def _counter(name: str) -> keras.Variable:
+    """A whole number on the device, 0 at first."""
+    return aggregation.zeros((), name, "int32" if backend.backend() == "jax" else "int64")
+
+
+# The optimizers that are watched -----------------------------------------------------------------
+
+
+def watched_optimizers(
+    owner: str,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
+) -> list[ClippedOptimizer]:
+    """The `ClippedOptimizer`s of a compiled model, several under a `MultiOptimizer`.
+
+    They are built if the model is, and else where training builds them.
+
+    Args:
+        owner: who asks, for the messages.
+        model: compiled.
+        optimizer: the ones to watch, in the place of the model's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own: keras.optimizers.Optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        outer = [own]
+        if own is not None and model.built and not own.built:
+            with strategy_scope(*find_all(own)[:1]):
+                own.build(model.trainable_variables)
+    else:
+        outer = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    wrappers = list({id(found): found for one in outer for found in find_all(one)}.values())
+    if not wrappers:
+        what = "the model's optimizer" if optimizer is None else "`optimizer`"
+        raise ValueError(
+            f"{owner}: {what} is {own if optimizer is None else optimizer!r}, which does not clip. "
+            "Compile with ClippedOptimizer(inner_optimizer, clipper), or build a ClippedModel; "
+            f"clipper=None will do. Where training uses others, name them: {owner}(..., "
+            "optimizer=model.generator_optimizer)."
+        )
+    built = [wrapper for wrapper in wrappers if wrapper.built]
+    # A MultiOptimizer builds those that have variables.
+    return built if built and optimizer is None else wrappers
+
+
+def labels_of(optimizers: Sequence[ClippedOptimizer]) -> list[str]:
+    """A name for each of several optimizers, each once; "" for one alone."""
+    if len(optimizers) == 1:
+        return [""]
+    names = [optimizer.inner_optimizer.name for optimizer in optimizers]
+    return [
+        name if names.count(name) == 1 else f"{name}#{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def strategy_scope(*optimizers: ClippedOptimizer) -> contextlib.AbstractContextManager:
+    """The scope of the strategy under which the optimizer was made, if there is one."""
+    strategy = optimizers[0].strategy if optimizers else None
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def sync(model: keras.Model) -> None:
+    """Bring the variables up to date: inside an epoch on JAX they are not."""
+    if backend.backend() == "jax":
+        model.jax_state_sync()

@@ -1,0 +1,347 @@
+"""The files of a monitored run: written by the monitor, read by layer for the report."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from keras_gradclip import files
+from keras_gradclip._types import Config
+
+#: File names inside `run_dir`.
+MONITOR_CSV, THRESHOLDS_CSV, MONITOR_JSON = "monitor.csv", "thresholds.csv", "monitor.json"
+#: The figures of each variable in a sample: see `ClipMonitor`.
+FIELDS = ("norm_before", "norm_after", "clip_fraction", "max_abs", "angle", "nonfinite")
+#: What a clipper limits that acts on most steps, since it sets how far each moves the weights.
+UPDATES = "weight updates"
+#: What a clipper of norms says that it measures: see `MEASURES`.
+NORM = "layer_norm"
+#: The keys of each entry of "variables" in `monitor.json` and their types.
+_VARIABLE = {"path": str, "layer": str, "shape": list, "rule": str, "clipper": str}
+
+Thresholds = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def step_of(text: str) -> int:
+    """A number of steps that an array can hold."""
+    return int(np.int64(int(text)))
+
+
+#: The columns of each table, and what reads a field of each.
+COLUMNS: dict[str, dict[str, Callable[[str], object]]] = {
+    MONITOR_CSV: {"step": step_of, "epoch": int, "variable": str, **dict.fromkeys(FIELDS, float)},
+    THRESHOLDS_CSV: {"step": step_of, "name": str, "value": float},
+}
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+class RunFiles:
+    """Writes samples into a folder.
+
+    Args:
+        folder: made if need be.
+        starts: for each variable, by name, its optimizer's number of updates when the run began.
+        description: the content of `monitor.json`.
+    """
+
+    def __init__(self, folder: Path, starts: Mapping[str, int], description: Config) -> None:
+        self.folder, self.names = folder, list(starts)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, columns in COLUMNS.items():
+            files.write_csv(folder / name, list(columns), _rows_before(folder / name, starts))
+        files.write_json(folder / MONITOR_JSON, description)
+
+    def add(
+        self,
+        step: int,
+        epoch: int,
+        row: Mapping[str, np.ndarray],
+        thresholds: Mapping[str, float],
+    ) -> None:
+        """Add a sample."""
+        rows = {
+            MONITOR_CSV: [
+                [step, epoch, name, *(f"{row[field][i]:.6g}" for field in FIELDS)]
+                for i, name in enumerate(self.names)
+                if is_measured(row)[i]
+            ],
+            THRESHOLDS_CSV: [
+                [step, name.replace("\n", " "), f"{value:.9g}"]  # a row is a line
+                for name, value in thresholds.items()
+            ],
+        }
+        for name, columns in COLUMNS.items():
+            files.append_csv(self.folder / name, list(columns), rows[name])
+
+
+def is_measured(row: Mapping[str, np.ndarray]) -> np.ndarray:
+    """For each variable whether a sample has it: of several optimizers some may skip a step."""
+    return ~np.isnan(row["nonfinite"])
+
+
+def _rows_before(path: Path, starts: Mapping[str, int]) -> list[dict[str, str]]:
+    """The rows of the run that this one resumes, up to the step that it resumes from.
+
+    Args:
+        path: the file.
+        starts: for each variable the number of updates that are done.
+    """
+    start = max(starts.values())
+    if not path.exists() or not start:
+        return []
+    rows, problems = read_rows(path)
+    if problems:
+        warnings.warn(
+            f"ClipMonitor: skipped damaged lines of {path}: {'; '.join(problems[:3])}"
+            + (f" and {len(problems) - 3} more." if len(problems) > 3 else "."),
+            stacklevel=2,
+        )
+    return [
+        row for row in rows if step_of(row["step"]) < starts.get(row.get("variable", ""), start)
+    ]
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of `monitor.csv` or `thresholds.csv`, whatever a crash has left between them.
+
+    Returns:
+        The rows, dicts of strings, and a line of text for each line that cannot be read.
+    """
+    columns = COLUMNS[path.name]
+    needs = [name for name in columns if name != "epoch"]
+    head, has_head = list(columns), False
+    rows: list[dict[str, str]] = []
+    problems: list[str] = []
+    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        whole = line.rstrip("\r").replace("\0", "")
+        problem = "NUL bytes" if "\0" in line else ""  # of a power cut; a row may stand behind them
+        try:
+            fields = next(csv.reader([whole], strict=True), [])
+            if "\ufffd" in whole:
+                raise ValueError("not UTF-8")
+            if set(needs) <= set(fields):
+                head, has_head = fields, True
+            elif fields:
+                if len(fields) != len(head):
+                    raise ValueError(f"{len(fields)} columns, not {len(head)}")
+                row = dict(zip(head, fields, strict=True))
+                for name in columns.keys() & row.keys():
+                    columns[name](row[name])
+                rows.append(row)
+        except (ValueError, OverflowError, csv.Error) as error:
+            problem = problem or str(error)
+        if problem:
+            problems.append(f"line {number} of {path.name}: {problem}")
+    if not has_head:
+        missing = ", ".join(name for name in needs if name not in lines[0].split(","))
+        problems.insert(0, f"line 1 of {path.name} is no header: it lacks {missing}")
+    return rows, problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The samples of a monitored run, by layer.
+
+    Attributes:
+        steps: int array `[samples]`.
+        layers: the layers' names.
+        figures: for each of `FIELDS` a float64 array `[samples, layers]`: norms are those of the
+            whole layer, `clip_fraction` is weighted by elements, `angle` and `max_abs` are the
+            largest among the layer's variables. NaN where the gradient was not finite, and where
+            a sample has no row of the layer.
+        clipped: bool array `[samples, layers]`, any variable of the layer was clipped.
+        partial: bool array `[layers]`, the clip takes single elements or units of the layer.
+        measured: bool array `[samples, layers]`, the sample has rows of the layer.
+        thresholds: name to (steps, values).
+        description: what `monitor.json` holds.
+        problems: a line of text for each part of the files that could not be used.
+    """
+
+    steps: np.ndarray
+    layers: list[str]
+    figures: dict[str, np.ndarray]
+    clipped: np.ndarray
+    partial: np.ndarray
+    measured: np.ndarray
+    thresholds: Thresholds
+    description: Config
+    problems: tuple[str, ...] = ()
+
+    @property
+    def global_before(self) -> np.ndarray:
+        """The global L2 norm before the clip, `[samples]`."""
+        return self._global("norm_before")
+
+    @property
+    def global_after(self) -> np.ndarray:
+        """The global L2 norm after the clip, `[samples]`."""
+        return self._global("norm_after")
+
+    def _global(self, name: str) -> np.ndarray:
+        return np.sqrt(np.sum(np.where(self.measured, self.figures[name], 0.0) ** 2, axis=1))
+
+    @property
+    def limits_updates(self) -> np.ndarray:
+        """A mask of the layers of which weight updates are limited, not gradients."""
+        variables = self.description["variables"]
+        return np.isin(self.layers, [v["layer"] for v in variables if v.get("limits") == UPDATES])
+
+    @property
+    def limits_norms(self) -> np.ndarray:
+        """A mask of the layers whose threshold is one of a layer's norm."""
+        variables = self.description["variables"]
+        others = [v["layer"] for v in variables if v.get("measures", NORM) != NORM]
+        return ~np.isin(self.layers, others)
+
+
+def read_run(run_dir: str | os.PathLike) -> Run:
+    """The samples that a `ClipMonitor` wrote into `run_dir`; damaged lines are left out and named.
+
+    Raises:
+        ValueError: the files are not there, are damaged as a whole, or hold no sample.
+    """
+    folder = Path(run_dir)
+    for name in (MONITOR_CSV, MONITOR_JSON):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"report: `run_dir` ({str(folder)!r}) holds no {name}. Train with the callback "
+                "ClipMonitor(run_dir) first."
+            )
+    description = _description(folder / MONITOR_JSON)
+    names = [v["path"] for v in description["variables"]]
+    problems: list[str] = []
+    steps, values = _samples(folder / MONITOR_CSV, names, problems)
+    pairs: dict[str, list[tuple[int, float]]] = {}
+    if (folder / THRESHOLDS_CSV).is_file():
+        rows, damaged = read_rows(folder / THRESHOLDS_CSV)
+        problems += damaged
+        for row in rows:
+            pairs.setdefault(row["name"], []).append((step_of(row["step"]), float(row["value"])))
+    thresholds = {
+        name: (np.array([s for s, _ in of]), np.array([v for _, v in of]))
+        for name, of in pairs.items()
+    }
+    return _by_layer(steps, values, description, thresholds, tuple(problems))
+
+
+def _description(path: Path) -> Config:
+    remedy = "Train on with ClipMonitor, which writes it anew."
+    try:
+        content = files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"report: {error}. {remedy}") from None
+    try:
+        content["clipper"]
+        is_whole = isinstance(content["clipper_text"], str) and bool(content["variables"])
+        for variable in content["variables"]:
+            is_whole &= all(isinstance(variable[key], kind) for key, kind in _VARIABLE.items())
+            is_whole &= all(isinstance(size, int) for size in variable["shape"])
+    except (TypeError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"report: {path} lacks `clipper`, `clipper_text` or `variables` with "
+            f"{', '.join(_VARIABLE)}. {remedy}"
+        )
+    return content
+
+
+def _samples(
+    path: Path, names: Sequence[str], problems: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps `[samples]` and values `[samples, fields + 1, variables]`.
+
+    The last value is 1, and all are NaN, where a sample has a row of the variable or none. A
+    sample is a run of rows with one step and no variable twice: a step may be sampled twice.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    steps: list[int] = []
+    samples: list[np.ndarray] = []
+    unknown: list[str] = []
+    sampled: set[str] = set()
+    rows, damaged = read_rows(path)
+    problems += damaged
+    for row in rows:
+        step, name = step_of(row["step"]), row["variable"]
+        if name not in index:
+            unknown.append(name)
+            continue
+        if not steps or step != steps[-1] or name in sampled:
+            steps.append(step)
+            samples.append(np.full((len(FIELDS) + 1, len(names)), np.nan))
+            sampled = set()
+        sampled.add(name)
+        samples[-1][:, index[name]] = [*(float(row[field]) for field in FIELDS), 1.0]
+    if unknown:
+        several = list(dict.fromkeys(unknown))
+        problems.append(
+            f"{len(unknown)} lines of {path.name} name variables that {MONITOR_JSON} does not "
+            f"list, as after freezing a layer: {', '.join(several[:3])}"
+            + (" …" if len(several) > 3 else "")
+        )
+    if not samples:
+        reason = f" Left out: {'; '.join(problems[:3])}." if problems else ""
+        raise ValueError(
+            f"report: {path} holds no samples: no update was measured.{reason} Train on, or lower "
+            "`every`."
+        )
+    return np.array(steps), np.stack(samples)
+
+
+def _by_layer(
+    steps: np.ndarray,
+    values: np.ndarray,
+    description: Config,
+    thresholds: Thresholds,
+    problems: tuple[str, ...],
+) -> Run:
+    variables = description["variables"]
+    owners = np.array([v["layer"] for v in variables])
+    sizes = np.array([max(math.prod(v["shape"]), 1) for v in variables], "float64")
+    layers = list(dict.fromkeys(owners.tolist()))
+    has_row = np.isfinite(values[:, -1])
+    of_variable = {name: np.where(has_row, values[:, i], 0.0) for i, name in enumerate(FIELDS)}
+    fraction = of_variable["clip_fraction"]
+
+    def by_layer(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
+        """`function` of `[samples, variables of a layer]`, for each layer: `[samples, layers]`."""
+        return np.stack([function(array[:, owners == layer]) for layer in layers], axis=1)
+
+    def largest(array: np.ndarray) -> np.ndarray:
+        return array.max(axis=1)
+
+    def total(array: np.ndarray) -> np.ndarray:
+        return array.sum(axis=1)
+
+    measured = by_layer(largest, has_row)
+    figures = {name: by_layer(largest, of_variable[name]) for name in FIELDS}
+    for name in ("norm_before", "norm_after"):
+        figures[name] = np.sqrt(by_layer(total, of_variable[name] ** 2))
+    weights = has_row * sizes
+    figures["clip_fraction"] = by_layer(total, fraction * weights) / np.maximum(
+        by_layer(total, weights), 1.0
+    )
+    return Run(
+        steps,
+        layers,
+        {name: np.where(measured, figure, np.nan) for name, figure in figures.items()},
+        by_layer(largest, fraction > 0),
+        np.any(by_layer(largest, (fraction > 0) & (fraction < 1)), axis=0),
+        measured,
+        thresholds,
+        description,
+        problems,
+    )
