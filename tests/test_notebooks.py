@@ -19,7 +19,7 @@ def test_there_are_notebooks():
 def test_a_stored_notebook_is_whole_and_small(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert path.stat().st_size < 120_000, "run it again and keep the pictures small"
+    assert path.stat().st_size < 200_000, "run it again and keep the pictures small"
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs or "print" not in cell.source, f"not executed: {cell.source[:60]}"

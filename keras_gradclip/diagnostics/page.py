@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import html
 import io
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +44,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
+    "font.sans-serif": ["DejaVu Sans"],  # and the reader's own where there is none
     "font.size": 9,
     "grid.alpha": 0.3,
     "svg.fonttype": "none",
@@ -50,6 +53,14 @@ STYLE = {
 _TINY = 1e-30
 
 Lines = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+class Report(type(Path())):  # type: ignore[misc]  # Path itself cannot be subclassed before 3.12
+    """The path of a report; a notebook shows the page itself."""
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.read_text(encoding="utf-8")) if self.is_file() else ""
+        return page and f'<iframe srcdoc="{page}" style="width:100%;height:720px"></iframe>'
 
 
 def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
@@ -64,7 +75,7 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
         output: the page; by default `report.html` beside the monitor's files.
 
     Returns:
-        The path of the page.
+        The path of the page; the last value of a notebook's cell, it shows the page.
 
     Raises:
         ValueError: `run_dir` holds no samples, or its files cannot be read as a whole.
@@ -74,7 +85,7 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
     if not (folder / MONITOR_CSV).exists() and (folder / "monitor" / MONITOR_CSV).exists():
         folder /= "monitor"
     run = read_run(folder)
-    path = Path(folder / "report.html" if output is None else output)
+    path = Report(folder / "report.html" if output is None else output)
     if not path.name or "\0" in path.name or path.is_dir():
         raise ValueError(
             f"report: `output` ({str(output)!r}) is not the name of a file. Give one, such as "
@@ -294,8 +305,9 @@ def _svg(figure: Figure) -> str:
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing)
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+    element = file.getvalue().partition("<svg")[2]
+    # Hundredths of a point, no indentation, and no names that another figure has, too.
+    return "<svg" + re.sub(r'(\.\d\d)\d+|\n *(?=<)| id="[\w.]+_\d+"', r"\1", element)
 
 
 def _short(name: str) -> str:

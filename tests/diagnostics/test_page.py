@@ -1,6 +1,8 @@
 """The report's page, and a run of a real model."""
 
+import html
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -131,6 +133,13 @@ def test_names_cannot_break_the_page(tmp_path):
 def test_a_run_without_any_norm_has_a_page(figures, tmp_path):
     run = write_run(tmp_path / "r", [dict.fromkeys(LAYERS, figures)] * 3)
     assert parsed(kgc.report(run)).count["svg"] >= 1
+
+
+def test_a_notebook_shows_the_page(tmp_path):
+    path = kgc.report(write_run(tmp_path / "r", [{"conv1": CLIPPED}] * 3))
+    srcdoc = re.search(r'<iframe srcdoc="([^"]*)"', path._repr_html_()).group(1)
+    assert html.unescape(srcdoc) == path.read_text("utf-8")
+    assert path.parent._repr_html_() == ""  # a folder has no page
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
