@@ -160,7 +160,7 @@ def report(result) -> list[tuple[str, str]]:
     draw_angles(rows, folder / "drive.png", result.recipe)
     draw_frames(drive.parts[2], answers[2], folder / "frames.png")
     table = [
-        ("errors", "in the units of the log"),
+        ("mean errors", "in the log's units (in brackets: those of constant answers)"),
         ("side cameras corrected by", f"{drive.correction:.3f}"),
     ]
     for row in errors[1:]:
@@ -169,18 +169,16 @@ def report(result) -> list[tuple[str, str]]:
 
 
 def _lines(row: dict) -> list[tuple[str, str]]:
-    def beside(metric, digits=4):
-        return (
-            f"{row[metric]:.{digits}f}, always the mean angle: {row[metric + '_mean']:.{digits}f}"
-        )
+    def beside(metric, digits=4, more=""):
+        model, mean = (f"{row[name]:.{digits}f}" for name in (metric, f"{metric}_mean"))
+        return f"{model} (mean angle {mean}{more})"
 
     part = row["part"]
     return [
-        (f"mean absolute error, {part}", beside("mae")),
+        (f"absolute error, {part}", beside("mae", more=f", straight on {row['mae_zero']:.4f}")),
         (f"  in curves (beyond {CURVE})", beside("curve_mae")),
         ("  on straights", beside("straight_mae")),
-        ("  of always straight on", f"{row['mae_zero']:.4f}"),
-        (f"mean squared error, {part}", beside("mse", 5)),
+        (f"squared error, {part}", beside("mse", 5)),
         (f"R², {part}", f"{row['r2']:.3f}"),
     ]
 

@@ -226,7 +226,7 @@ class Options:
     )
     verbose: str = option(
         "auto",
-        "progress bar, one line an epoch, or nothing",
+        "bar: a line an epoch, and a progress bar until then; line: no bar; quiet: neither",
         choices=("auto", "bar", "line", "quiet"),
         saved=False,
     )
