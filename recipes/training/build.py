@@ -78,14 +78,8 @@ class Setup:
             f"{precision}",
         ]
 
-    def scope(self) -> Any:
-        """The strategy's scope, or an empty context."""
-        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
-
     def create_state(self) -> None:
-        """Makes the variables of the optimizer and the metrics, before the first step does."""
-        with self.scope(), plain_errors():
-            self.model.optimizer.build(self.model.trainable_variables)
+        """Makes the variables of the metrics, before the first step does."""
         self.model.evaluate(self.evaluation(self.data.validation), steps=1, verbose=0)
 
     def stream(self, start: int, *part: Part) -> tf.data.Dataset:
@@ -148,6 +142,7 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
         keras.utils.set_random_seed(options.seed)
         with strategy.scope() if strategy else contextlib.nullcontext(), plain_errors():
             model = build_model(recipe, options, data, clipper, steps)
+            model.optimizer.build(model.trainable_variables)
             exported = models.inference_model(model)
         writes = cluster is None or cluster.is_chief
         yield Setup(
