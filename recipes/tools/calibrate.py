@@ -28,14 +28,15 @@ schedule and the percentile clipper clip about evenly throughout.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import json
 import math
 import shlex
 import sys
+import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ try:
     from recipes.errors import RecipeError, TrainingDiverged
     from recipes.plugin import files
     from recipes.registry import RECIPES, find_recipe, script_of
-    from recipes.tools._choices import WINDOW, Choice, choices, draw, steady, write_table
+    from recipes.tools import study
     from recipes.training import options as opts
     from recipes.training.folder import RUNS, check_options, folder_named
     from recipes.training.options import Options
@@ -57,6 +58,12 @@ SEGMENTS = 8
 #: Updates that a part of the run must have for a percentile of its own.
 LEAST = 20
 WATCHED = "watched.npz"
+_DAMAGED = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)
+#: What `PercentileClip` remembers: few enough to keep up with norms that fall in the first epoch.
+WINDOW = 20
+EIGHTHS = 8
+#: More or less than this share of an eighth of the run, and a clip is called uneven.
+FITS = (0.02, 0.3)
 
 
 # ------------------------------------------------------------------------------------- watching
@@ -84,16 +91,18 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
         beta = {}
         if options.clipper == "exponential" and "beta" in options.clipping:
             beta = {"beta": options.clipping["beta"]}
+        callbacks = [StopAtNonFinite(skips=options.skip_nonfinite)]
+        if options.verbose != "quiet":
+            callbacks.append(_progress(count * options.accumulate))
         try:
-            with _progress(count * options.accumulate, options.verbose) as progress:
-                return kgc.calibrate(
-                    run.model,
-                    run.stream(0),
-                    steps=count,
-                    percentile=percentile,
-                    callbacks=[StopAtNonFinite(skips=options.skip_nonfinite), progress],
-                    **beta,
-                )
+            return kgc.calibrate(
+                run.model,
+                run.stream(0),
+                steps=count,
+                percentile=percentile,
+                callbacks=callbacks,
+                **beta,
+            )
         except TrainingDiverged as error:
             raise RecipeError(
                 f"training diverged at step {error.step}: there is nothing to take thresholds "
@@ -103,24 +112,20 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
             raise RecipeError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _progress(batches: int, verbose: str) -> Iterator[Any]:
-    """A Keras callback: a bar on a terminal, else a line every tenth of the way."""
+def _progress(batches: int) -> Any:
+    """A Keras callback: a line every tenth of the way, with the time that is left."""
     import keras
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    shown = sys.stdout.isatty() if verbose == "auto" else verbose == "bar"
-    columns = ("watching", BarColumn(), MofNCompleteColumn(), "{task.fields[loss]}")
-    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as bar:
-        task, numbers = bar.add_task("", total=batches, loss=""), itertools.count(1)
+    numbers, begun = itertools.count(1), time.monotonic()
 
-        def tell(batch, logs=None):
-            done, loss = next(numbers), f"loss {(logs or {}).get('loss', math.nan):.3f}"
-            bar.update(task, completed=done, loss=loss)
-            if not shown and verbose != "quiet" and done % max(1, batches // 10) == 0:
-                print(f"watched {done} of {batches} steps, {loss}", flush=True)
+    def tell(batch, logs=None):
+        done = next(numbers)
+        if done % max(1, batches // 10) == 0:
+            left = study.duration((time.monotonic() - begun) / done * (batches - done))
+            loss = (logs or {}).get("loss", math.nan)
+            print(f"watched {done} of {batches} steps, loss {loss:.3f}; {left} left", flush=True)
 
-        yield keras.callbacks.LambdaCallback(on_train_batch_end=tell)
+    return keras.callbacks.LambdaCallback(on_train_batch_end=tell)
 
 
 def save_watched(path: Path, found) -> None:
@@ -134,12 +139,6 @@ def save_watched(path: Path, found) -> None:
         np.savez_compressed(scratch, **arrays, rest=np.array(json.dumps(rest)))
 
     files.replace_file(path, write)
-
-
-_NO_SAMPLES = (
-    *(AttributeError, EOFError, KeyError, OSError, TypeError, ValueError),
-    zipfile.BadZipFile,
-)
 
 
 def load_watched(path: Path, percentile: float):
@@ -159,7 +158,7 @@ def load_watched(path: Path, percentile: float):
         return kgc.Calibration.of_samples(
             rest.pop("layers"), rest.pop("kernels"), samples, percentile=percentile, **rest
         )
-    except _NO_SAMPLES as error:
+    except (*_DAMAGED, zipfile.BadZipFile) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); delete it to watch again") from error
 
 
@@ -168,27 +167,178 @@ def parts_of(found, segments: int) -> int:
     return max(1, min(segments, found.updates // LEAST))
 
 
+# ------------------------------------------------------------- what each threshold would clip
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A file for `--clip-config`, and what it would have clipped of the updates watched.
+
+    Attributes:
+        name: the file's name.
+        shares: share of (layer, update) pairs clipped, for each eighth of the run, in 0..1.
+        overall: the same over the whole run.
+    """
+
+    name: str
+    shares: list[float]
+    overall: float
+
+    @classmethod
+    def of(cls, name: str, hit: np.ndarray) -> Choice:
+        """The choice that would have clipped where `hit`, `[updates, layers]`, is 1."""
+        parts = [part for part in np.array_split(hit, EIGHTHS) if len(part)]
+        return cls(name, [float(np.nanmean(p)) for p in parts], float(np.nanmean(hit)))
+
+    @property
+    def fits(self) -> bool:
+        """Whether it clips at all times, and at no time too much."""
+        return FITS[0] <= min(self.shares) and max(self.shares) <= FITS[1]
+
+
+def choices(found, segments: int, output: Path) -> list[Choice]:
+    """Writes the files for `--clip-config` and tells what each would have clipped."""
+    import keras_gradclip as kgc
+
+    result = []
+    measured = [kind for kind in found.thresholds if any(found.thresholds[kind].values())]
+    for parts in dict.fromkeys((1, segments)):
+        for kind in measured:
+            name = f"clip-{kind}{'-schedule' if parts > 1 else ''}.json"
+            found.save(output / name, kind, parts)
+            result.append(Choice.of(name, clipped(found, kind, parts)))
+    follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
+    files.write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
+    hit = clipped_by_percentile(found.samples["norm"], found.percentile)
+    result.append(Choice.of("clip-percentile.json", hit))
+    return result
+
+
+def clipped(found, kind: str, segments: int) -> np.ndarray:
+    """Which samples lie above their threshold: `[updates, layers]`; NaN where none applies."""
+    samples, limits = found.samples[kind], found.limits(kind, segments)
+    return np.where(np.isnan(samples) | np.isnan(limits), np.nan, samples > limits)
+
+
+def clipped_by_percentile(norms: np.ndarray, percentile: float, window: int = WINDOW):
+    """What `PercentileClip` would clip of norms `[updates, layers]`."""
+    hit = np.zeros(norms.shape)
+    for i, row in enumerate(norms):
+        hit[i] = row > np.percentile(norms[max(0, i - window + 1) : i + 1], percentile, axis=0)
+    return hit
+
+
+def steady(found_choices: list[Choice]) -> Choice:
+    """The simplest of norm's three that clips at all times; else the percentile clipper."""
+    by_name = {c.name: c for c in found_choices}
+    for name in ("clip-norm.json", "clip-norm-schedule.json"):
+        if name in by_name and by_name[name].fits:
+            return by_name[name]
+    return by_name["clip-percentile.json"]
+
+
+def write_table(path: Path, found) -> None:
+    """A row a layer: the spread of its norm, the percentile for each clipper, and what is saved."""
+    import pandas as pd
+
+    spread = {"norm_min": 0, "norm_p10": 10, "norm_median": 50, "norm_p90": 90, "norm_max": 100}
+    table = pd.DataFrame({"layer": found.layers})
+    for name, percentile in spread.items():
+        table[name] = np.percentile(found.samples["norm"], percentile, axis=0)
+    for kind, thresholds in found.thresholds.items():
+        table[kind] = table["layer"].map(thresholds)
+    for kind in found.thresholds:
+        table[f"{kind}_saved"] = [found.saved_threshold(kind, layer) for layer in found.layers]
+    files.write_text(path, table.to_csv(index=False, float_format="%.6g"))
+
+
+def draw(path: Path, found, segments: int, title: str) -> None:
+    """Each layer's spread and threshold; norms, and what is clipped, over the run."""
+    from matplotlib.figure import Figure
+
+    norms = found.samples["norm"]
+    count = len(found.layers)
+    shown = [k for k in ("update_ratio", "norm") if any((found.thresholds.get(k) or {}).values())]
+    height = max(6.5, min(2 + 0.11 * count, 26))
+    figure = Figure(figsize=(7 + 6 * len(shown), height), layout="constrained")
+    grid = figure.add_gridspec(2, len(shown) + 1)
+    panels = [figure.add_subplot(grid[:, i]) for i in range(len(shown))]
+    for axis, kind in zip(panels, shown, strict=True):
+        _draw_layers(axis, found, kind)
+
+    over = figure.add_subplot(grid[0, -1])
+    steps = np.arange(1, len(norms) + 1)
+    alive = np.where(norms > 0, norms, np.nan)
+    over.fill_between(
+        steps, *np.nanpercentile(alive, (10, 90), axis=1), alpha=0.25, label="layers, 10 to 90 %"
+    )
+    over.plot(steps, np.nanmedian(alive, axis=1), lw=0.8, label="median layer")
+    over.plot(steps, found.samples["global"], lw=0.8, color="black", label="all layers")
+    over.set(ylabel="norm of the gradient", xlabel="update")
+    over.legend(fontsize="small")
+    over.set_yscale("log")
+
+    share = figure.add_subplot(grid[1, -1])
+    lines = {f"{kind}: one threshold a layer": clipped(found, kind, 1) for kind in shown}
+    if segments > 1 and "norm" in shown:
+        lines[f"norm: {segments} thresholds in a row"] = clipped(found, "norm", segments)
+    lines[f"PercentileClip of the last {WINDOW}"] = clipped_by_percentile(norms, found.percentile)
+    smooth = max(1, len(norms) // 40)
+    for name, hit in lines.items():
+        means = [100 * np.nanmean(hit[i : i + smooth]) for i in range(0, len(hit), smooth)]
+        share.plot(steps[::smooth], means, label=name)
+    share.axhspan(5, 15, color="grey", alpha=0.15)
+    share.set(ylabel="layers clipped, % (grey: 5 to 15)", xlabel="update", ylim=(-3, 103))
+    share.legend(fontsize="small")
+    for axis in (*panels, over, share):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    files.replace_file(path, lambda scratch: figure.savefig(scratch, dpi=110))
+
+
+def _draw_layers(axis, found, kind: str) -> None:
+    """Each layer's spread of what a kind of clipper bounds, and the threshold that is saved."""
+    from keras_gradclip.diagnostics.calibration import kinds
+
+    names = [n for i, n in enumerate(found.layers) if np.isfinite(found.samples[kind][:, i]).all()]
+    figures = found.samples[kind][:, [found.layers.index(name) for name in names]]
+    at = np.arange(len(names))
+    low, median, high = np.percentile(figures, (10, 50, 90), axis=0)
+    axis.hlines(at, np.maximum(low, 1e-30), high, color="C0", alpha=0.5, label="10 to 90 %")
+    axis.scatter(median, at, s=9, color="C0", label="median")
+    saved = [found.saved_threshold(kind, name) or np.nan for name in names]
+    label = f"clip-{kind}.json ({found.percentile:g}th percentile"
+    label += ", capped)" if saved != [found.thresholds[kind][n] for n in names] else ")"
+    axis.scatter(saved, at, s=14, color="C3", marker="|", label=label)
+    every = -(-len(names) // 120)
+    axis.set_yticks(at[::every], names[::every], fontsize=6 if len(names) > 40 else 9)
+    axis.set(ylim=(len(names) - 0.5, -0.5), xlabel=kinds()[kind])
+    axis.set_xscale("log")
+    axis.legend(loc="best", fontsize="small")
+
+
 # -------------------------------------------------------------------------------------- command
 
 
 def show(found, found_choices: list[Choice], segments: int, output: Path, command: str) -> None:
     """The tables on the terminal, and the command that trains with the result."""
-    from rich.console import Console
-    from rich.table import Table
+    import pandas as pd
 
     print(found)
-    table = Table(
-        title="what each would have clipped of the (layer, update) pairs watched",
-        caption=f"KIND: one threshold a layer; KIND-schedule: {segments} in a row; "
-        f"percentile: that of the layer's last {WINDOW} norms",
+    lines = [
+        {
+            "file": choice.name,
+            "in all": f"{100 * choice.overall:.1f} %",
+            "in each eighth of the run": " ".join(f"{100 * s:.0f}" for s in choice.shares) + " %",
+        }
+        for choice in found_choices
+    ]
+    study.show(
+        pd.DataFrame(lines),
+        "what each would have clipped of the (layer, update) pairs watched\n"
+        f"(KIND: one threshold a layer; KIND-schedule: {segments} in a row; percentile: that of "
+        f"the layer's last {WINDOW} norms)",
     )
-    table.add_column("file", no_wrap=True)
-    table.add_column("in all", justify="right")
-    table.add_column("in each eighth of the run")
-    for choice in found_choices:
-        eighths = " ".join(f"{100 * s:.0f}" for s in choice.shares) + " %"
-        table.add_row(choice.name, f"{100 * choice.overall:.1f} %", eighths)
-    Console().print(table)
     by_name = {choice.name: choice for choice in found_choices}
     bounded, constant = (by_name.get(f"clip-{kind}.json") for kind in ("update_ratio", "norm"))
     even = steady(found_choices)

@@ -12,7 +12,6 @@ from tiny_recipe import RECIPE as TINY
 import keras_gradclip as kgc
 from recipes.errors import RecipeError
 from recipes.tools import calibrate
-from recipes.tools._choices import EIGHTHS
 from recipes.training import main, run
 
 STEPS = 24  # three epochs of eight batches
@@ -62,7 +61,7 @@ def test_the_files(calibrated):
     for choice in choices:
         clipper = kgc.get(json.loads((folder / choice.name).read_text())["clipper"])
         assert isinstance(clipper, kgc.Clipper)
-        assert len(choice.shares) == EIGHTHS
+        assert len(choice.shares) == calibrate.EIGHTHS
         assert all(0 <= share <= 1 for share in choice.shares)
     by_name = {c.name: c for c in choices}
     assert by_name["clip-norm.json"].overall == pytest.approx(0.25, abs=0.01)
@@ -268,5 +267,5 @@ def test_what_the_files_would_clip_is_what_their_clippers_clip(tmp_path):
             optimizer.apply([keras.ops.convert_to_tensor([x], "float32") for x in row], variables)
             hits.append(float(optimizer.read_telemetry()["clip_fraction"]))
             optimizer.reset_telemetry()
-        eighths = [np.mean(part) for part in np.array_split(hits, EIGHTHS)]
+        eighths = [np.mean(part) for part in np.array_split(hits, calibrate.EIGHTHS)]
         np.testing.assert_allclose(choices[name].shares, eighths, atol=1e-6)

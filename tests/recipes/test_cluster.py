@@ -339,7 +339,7 @@ def tiny(folder, count, *argv):
     )
 
 
-def struck(folder, count, victim, act, *argv):
+def struck(folder, count, victim, act, *argv, grace=90):
     argv = ["--output", str(folder), "--backup-every", "3", *KEEP, *argv]
     code = STRUCK.format(
         root=str(HERE.parents[1]),
@@ -350,7 +350,7 @@ def struck(folder, count, victim, act, *argv):
     )
     command = [sys.executable, "-c", code]
     return cluster.launch(
-        command, count, environment=environment(folder.parent), grace=90, timeout=280
+        command, count, environment=environment(folder.parent), grace=grace, timeout=280
     )
 
 
@@ -422,7 +422,7 @@ def compare(expected, got):
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_not_waited_for_for_ever(tmp_path, capfd):
     folder = tmp_path / "run"
-    assert struck(folder, 2, 1, HANG, "--worker-timeout", "25") == 1
+    assert struck(folder, 2, 1, HANG, "--worker-timeout", "25", grace=5) == 1
     captured = capfd.readouterr()
     assert (
         "error: worker 0: another worker did not come to a common step within 25 s" in captured.out
