@@ -7,6 +7,7 @@ Prints the three likeliest classes with their probabilities, a line an image; of
 model the steering angle. Images are decoded as in the run's evaluation, turned as EXIF says.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def predict(model_path: Path, paths: Sequence[Path]) -> list[str]:
         encoded = tf.io.read_file(path)
         return sets.normalise(images.decode_eval(encoded, **decoding, orientation=orientation))
 
-    files = ([str(path) for path in paths], [exif_orientation(path) for path in paths])
+    files = ([os.fsencode(path) for path in paths], [exif_orientation(path) for path in paths])
     with plain_errors():
         batches = tf.data.Dataset.from_tensor_slices(files).map(decode).batch(32)
         model = keras.models.load_model(model_path, compile=False)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
 
@@ -68,23 +68,26 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
     path = path / "driving_log.csv" if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"{path} is not a file: point --data-dir at the log or at its folder")
-    frames, problems = [], []
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        columns = dict(zip(COLUMNS, range(len(COLUMNS)), strict=True))
-        for row, cells in enumerate(_rows(path, file), start=1):
-            cells = [cell.strip() for cell in cells]
-            if row == 1 and "steering" in [cell.lower() for cell in cells]:
-                columns = {cell.lower(): i for i, cell in enumerate(cells)}
-                missing = [c for c in COLUMNS[:4] if c not in columns]
-                if missing:
-                    raise DataError(f"{path}, row 1: the header has no column {missing[0]!r}")
-                continue
-            if not any(cells):
-                continue  # blank lines end many logs
-            try:
+        reader = csv.reader(file, skipinitialspace=True)
+        try:
+            rows = [[cell.strip() for cell in cells] for cells in reader]
+        except csv.Error as error:
+            raise DataError(f"{path}, row {reader.line_num}: {error}; it is no log") from None
+    columns = {name: i for i, name in enumerate(COLUMNS)}
+    if rows and "steering" in [cell.lower() for cell in rows[0]]:
+        columns = {cell.lower(): i for i, cell in enumerate(rows[0])}
+        missing = [c for c in COLUMNS[:4] if c not in columns]
+        if missing:
+            raise DataError(f"{path}, row 1: the header has no column {missing[0]!r}")
+        rows[0] = []
+    frames, problems = [], []
+    for row, cells in enumerate(rows, start=1):
+        try:
+            if any(cells):  # blank lines end many logs
                 frames.append(_frame(cells, columns, path.parent, row))
-            except DataError as error:
-                problems.append((row, str(error)))
+        except DataError as error:
+            problems.append((row, str(error)))
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
         found = list(pool.map(_image_problem, frames))
     problems += [(f.row, text) for f, text in zip(frames, found, strict=True) if text]
@@ -94,14 +97,6 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
     if not good:
         raise DataError(f"{path} has no usable row")
     return good
-
-
-def _rows(path: Path, file: Iterable[str]) -> Iterator[list[str]]:
-    reader = csv.reader(file, skipinitialspace=True)
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise DataError(f"{path}, row {reader.line_num}: {error}; it is no log") from None
 
 
 def _frame(cells: list[str], columns: dict[str, int], folder: Path, row: int) -> Frame:

@@ -175,7 +175,9 @@ class Options:
     )
     # data
     dataset: str = option("mnist_embedded", "a TFDS name, or image_folder")
-    data_dir: str | None = option(None, "folder of the prepared data set")
+    data_dir: str | None = option(
+        None, "folder of the prepared data set; of image_folder: CLASS/FILE, or train/CLASS/FILE"
+    )
     splits: str | None = option(None, "train,validation,test in TFDS's slicing language")
     download: bool = option(False, "let TFDS download and prepare the data set")
     image_size: int = option(224, "side of the images in pixels", low=8, high=16_384)

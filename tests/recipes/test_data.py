@@ -380,6 +380,16 @@ def test_an_image_that_passes_is_trained_on_as_it_looks(kind, tmp_path):
     np.testing.assert_allclose(seen.mean((0, 1)), looks.mean((0, 1)), atol=4)
 
 
+def test_a_jpeg_with_a_second_image_behind_it_is_the_first(tmp_path):
+    """As some cameras write it."""
+    path = tmp_path / "a.jpg"
+    gradient().save(path, "MPO", save_all=True, append_images=[gradient().rotate(90)])
+    assert Image.open(path).format == "MPO"
+    assert image_problem(path) is None
+    seen = images.decode(tf.io.read_file(str(path))).numpy().astype(float)
+    assert np.abs(seen - np.asarray(gradient(), float)).mean() < 4
+
+
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG"])
 def test_damaged_images_that_pass_can_be_trained_on(kind, tmp_path):
     """Flipped bytes, cuts and insertions: the check and every decoder of training agree."""

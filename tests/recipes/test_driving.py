@@ -215,6 +215,7 @@ def test_side_cameras_are_corrected_in_training_alone(drive):
     data = driving.load(drive, (32, 32), correction=0.25, stretches=1)
     frames = driving.read_log(drive)
     assert (data.train.size, data.validation.size, data.test.size) == (3 * 47, 5, 6)
+    assert data.decoding == {"image_shape": [32, 32]} and not data.class_names
     by_name = {
         p.decode().rsplit("/", 1)[1]: angle for p, angle in data.train.dataset.as_numpy_iterator()
     }
