@@ -8,6 +8,19 @@ example, and say nothing about its next gradient. Called as a function, `clipper
 each starts from an empty memory; loops that want the memory use `init` and `apply`, or
 `ClippedOptimizer`. Counters are float32 and bounded: TensorFlow keeps int32 variables off the GPU,
 where a compiled step cannot reach them.
+
+Departures from the papers:
+
+- `PercentileClip`: AutoClip, like its code (`numpy.percentile` of all global norms), keeps every
+  norm since the start; a window bounds the memory and forgets the first steps. The package
+  `autoclip` 0.2.1 has a window of 1000 too, and the 90th percentile.
+- `ZScoreClip`: σ counts as at least 0.1·μ, and a norm of 0 is not remembered. ZClip's code
+  (bluorion-com/ZClip: the same three defaults and formulas) also bounds the norm by 1 throughout:
+  `Chain([ZScoreClip(), NormClip(1.0, "global")])`.
+- `AdaClip`: the formulas are those of the authors' repository (PaddlePaddle/PaddleFleet,
+  Research/AdaGC), the four values the defaults of the package `pytorch_optimizer`, not checked
+  against the paper's tables. A norm of 0 is not remembered: γ = 0 would freeze a zero-initialised
+  tensor for good.
 """
 
 from __future__ import annotations
@@ -30,6 +43,7 @@ NO_LIMIT = 1e38
 #: The least deviation of `ZScoreClip`, as a share of the mean: where all norms of the warm-up are
 #: nearly the same, the next one that differs is no spike.
 LEAST_DEVIATION = 0.1
+_MOMENTS = ("mean", "variance", "count")
 
 
 @register("percentile")
@@ -38,18 +52,10 @@ class PercentileClip(Clipper):
     """AutoClip: the threshold is a percentile of the norms seen so far.
 
     g' = g·min(1, c/‖g‖), c the p-th percentile of the last `window` norms, the present one
-    included (linear between neighbours, as `numpy.percentile`).
-
-    When to use it: the scale of the gradients is unknown or drifts. It clips about 1 − p/100 of
-    the steps as long as the norms do not drift: nine in ten with the default, which makes it
-    closer to a normalised step than to a guard against spikes; p = 90 is such a guard. Suggested:
-    p = 10. Source: Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation
-    Networks", arXiv 2007.14469, which keeps every norm since the start, as its reference code does
-    (`numpy.percentile` of all global norms); a window bounds the memory and forgets the first
-    steps. The package `autoclip` 0.2.1 has a window of 1000 too, and the 90th percentile.
-
-    The window decides how fast the threshold follows norms that fall: where they fall a
-    hundredfold within an epoch, the default of 1000 clips nothing for the rest of a short run.
+    included. Where the scale of the gradients is unknown or drifts: it clips about 1 − p/100 of
+    the steps, p = 10 as in the paper nine in ten; p = 90 is a guard against spikes. Where norms
+    fall a hundredfold within an epoch, a window of 1000 clips nothing for the rest of a short run.
+    Source: Seetharaman et al., arXiv 2007.14469.
 
     Args:
         percentile: p in 0..100, or a LearningRateSchedule.
@@ -57,7 +63,7 @@ class PercentileClip(Clipper):
         scope: "global" (as in the paper), "layer" or "variable".
 
     Raises:
-        ValueError: p not in 0..100, a window below 1, an unknown scope.
+        ValueError: an argument out of its range.
     """
 
     percentile: Threshold = parameter(
@@ -106,19 +112,22 @@ class PercentileClip(Clipper):
         slot = (slot + arithmetic.float32(usable)) % self.window
         filled = ops.minimum(filled + arithmetic.float32(usable), float(self.window))
 
-        # The unused slots hold NO_LIMIT and sort to the end.
-        ordered = ops.sort(history, axis=1)
-        last = ops.maximum(filled - 1.0, 0.0)
-        share = ops.minimum(hyper["percentile"], 100.0) / 100.0
-        position = last * share
-        low = ops.floor(position)
-        high = ops.minimum(low + 1.0, last)
-        below, above = (
-            ops.take_along_axis(ordered, ops.cast(i, "int32")[:, None], axis=1)[:, 0]
-            for i in (low, high)
-        )
-        limits = below + (above - below) * (position - low)
+        limits = _percentile(history, filled, ops.minimum(hyper["percentile"], 100.0) / 100.0)
         return limits, {"history": history, "slot": slot, "filled": filled}
+
+
+def _percentile(history: Tensor, filled: Tensor, share: Tensor) -> Tensor:
+    """Of each row's filled slots, as `numpy.percentile`; the unused hold `NO_LIMIT`, the end."""
+    ordered = ops.sort(history, axis=1)
+    last = ops.maximum(filled - 1.0, 0.0)
+    position = last * share
+    low = ops.floor(position)
+    high = ops.minimum(low + 1.0, last)
+    below, above = (
+        ops.take_along_axis(ordered, ops.cast(i, "int32")[:, None], axis=1)[:, 0]
+        for i in (low, high)
+    )
+    return below + (above - below) * (position - low)
 
 
 @register("zscore")
@@ -127,20 +136,13 @@ class ZScoreClip(Clipper):
     """ZClip: clips norms that stand out from their running mean and deviation.
 
     z = (‖g‖ − μ)/(σ + ε). Where z > z_threshold, the norm is brought down to
-    μ + σ·z_threshold²/z ("adaptive": the further out, the harder) or to μ ("mean"). Then
-    μ ← α·μ + (1−α)·n and σ² ← α·σ² + (1−α)·(n − μ)², n the norm after the clip. The first
-    `warmup_steps` norms are not clipped and give the first μ and σ. Two departures: σ counts as at
-    least 0.1·μ, and a norm of 0 is not remembered.
-
-    When to use it: a guard against loss spikes in long runs, at little cost in the other steps.
-    Suggested: α = 0.97, z_threshold = 2.5, warmup_steps = 25. Source: Kumar et al., "ZClip:
-    Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507, and its reference code
-    (bluorion-com/ZClip: the same three defaults and formulas), which also bounds the norm by 1
-    throughout: `Chain([ZScoreClip(), NormClip(1.0, "global")])`.
+    μ + σ·z_threshold²/z ("adaptive": the further out, the harder) or to μ ("mean"). The first
+    `warmup_steps` norms are not clipped. A guard against loss spikes in long runs. Source: Kumar
+    et al., arXiv 2504.02507.
 
     Args:
         z_threshold: positive number or LearningRateSchedule.
-        alpha: α, between 0 and 1.
+        alpha: α, between 0 and 1, of the running mean and variance.
         warmup_steps: a whole number of at least 1.
         option: "adaptive" or "mean".
         scope: "global" (as in the paper), "layer" or "variable".
@@ -176,18 +178,12 @@ class ZScoreClip(Clipper):
 
     def memory(self, scopes: int) -> dict[str, object]:
         """No norms yet: for each scope the mean, the variance and the number of norms."""
-        return {
-            "mean": np.zeros((scopes,), "float32"),
-            "variance": np.zeros((scopes,), "float32"),
-            "count": np.zeros((scopes,), "float32"),
-        }
+        return {name: np.zeros((scopes,), "float32") for name in _MOMENTS}
 
     def limits(
         self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
     ) -> tuple[Tensor, State]:
-        mean, variance, count = (
-            ops.convert_to_tensor(state[k]) for k in ("mean", "variance", "count")
-        )
+        mean, variance, count = map(ops.convert_to_tensor, (state[k] for k in _MOMENTS))
         warm = ops.greater_equal(count, self.warmup_steps)
         deviation = ops.maximum(ops.sqrt(variance), LEAST_DEVIATION * mean)
         z = (norms - mean) / (deviation + self.eps)
@@ -200,21 +196,22 @@ class ZScoreClip(Clipper):
         limits = ops.where(spike, target, ops.full_like(norms, NO_LIMIT))
 
         norm = ops.minimum(norms, limits)
-        # During the warm-up: Welford's running mean and population variance.
-        n = count + 1.0
-        first_mean = mean + (norm - mean) / n
-        first_variance = variance + ((norm - mean) * (norm - first_mean) - variance) / n
+        first = _welford(mean, variance, count, norm)
         later_mean = self.alpha * mean + (1 - self.alpha) * norm
-        later_variance = self.alpha * variance + (1 - self.alpha) * ops.square(norm - later_mean)
+        spread = self.alpha * variance + (1 - self.alpha) * ops.square(norm - later_mean)
+        later = (later_mean, spread)
 
-        def new(first, later, old):
-            return ops.where(usable, ops.where(warm, later, first), old)
+        def new(i: int, old: Tensor) -> Tensor:
+            return ops.where(usable, ops.where(warm, later[i], first[i]), old)
 
-        return limits, {
-            "mean": new(first_mean, later_mean, mean),
-            "variance": new(first_variance, later_variance, variance),
-            "count": ops.minimum(count + arithmetic.float32(usable), float(self.warmup_steps)),
-        }
+        count = ops.minimum(count + arithmetic.float32(usable), float(self.warmup_steps))
+        return limits, {"mean": new(0, mean), "variance": new(1, variance), "count": count}
+
+
+def _welford(mean: Tensor, variance: Tensor, count: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and the population variance of `count` norms and one more."""
+    new = mean + (norm - mean) / (count + 1.0)
+    return new, variance + ((norm - mean) * (norm - new) - variance) / (count + 1.0)
 
 
 @register("ada")
@@ -224,15 +221,9 @@ class AdaClip(Clipper):
 
     g'_i = g_i·min(1, λ_rel·γ_i/‖g_i‖), then γ_i ← β·γ_i + (1−β)·‖g'_i‖. During the first
     `warmup_steps` updates the whole gradient is clipped by its global norm,
-    g' = g·min(1, λ_abs/‖g‖), and γ_i ← min(γ_i, ‖g'_i‖).
-
-    When to use it: transformers and other long runs, where single tensors spike while the global
-    norm looks calm. Suggested: λ_rel = 1.05, λ_abs = 1, β = 0.98, 100 steps of warm-up. Source:
-    Wang et al., "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping", arXiv
-    2502.11034, algorithm 1; the formulas are those of the authors' repository
-    (PaddlePaddle/PaddleFleet, Research/AdaGC), the four values the defaults of the package
-    `pytorch_optimizer`, not checked against the paper's tables. One departure: a norm of 0 is not
-    remembered, because γ = 0 would freeze a zero-initialised tensor for good.
+    g' = g·min(1, λ_abs/‖g‖), and γ_i ← min(γ_i, ‖g'_i‖). For transformers and other long runs,
+    where single tensors spike while the global norm looks calm. Source: Wang et al., arXiv
+    2502.11034, algorithm 1.
 
     Args:
         lambda_rel: λ_rel, positive number or LearningRateSchedule.
