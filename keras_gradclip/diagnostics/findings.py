@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_gradclip._arithmetic import TINY
 from keras_gradclip.diagnostics.samples import Run
 
 #: A layer clipped on more than this share of the steps is reported: the clip then acts as a
@@ -27,8 +28,6 @@ UNEVEN = (0.3, 0.05)
 SINGLY = 3
 #: A gradient whose norm stays below this is called zero.
 ZERO = 1e-12
-#: Keeps divisors above zero.
-_TINY = 1e-30
 
 LEVELS = ("bad", "note", "good")
 
@@ -262,7 +261,7 @@ def _uneven(run: Run, is_finite: np.ndarray) -> list[Finding]:
         return []
     end = "start" if first > last else "end"
     sizes = np.array_split(run.global_before[is_finite], 5)
-    ratio = max(np.median(sizes[0]), _TINY) / max(np.median(sizes[-1]), _TINY)
+    ratio = max(np.median(sizes[0]), TINY) / max(np.median(sizes[-1]), TINY)
     drift = f"falls {ratio:.0f}-fold" if ratio > 1 else f"grows {1 / ratio:.0f}-fold"
     reason = f" The global norm {drift} in between." if max(ratio, 1 / ratio) >= 2 else ""
     advice = " A schedule or PercentileClip follows such a drift."
@@ -306,7 +305,7 @@ def _spikes(run: Run, is_finite: np.ndarray, is_off: bool) -> list[Finding]:
     around = np.array(
         [np.median(before[max(0, i - reach) : i + reach + 1]) for i in range(len(before))]
     )
-    times = before / np.maximum(around, _TINY)
+    times = before / np.maximum(around, TINY)
     spikes = (times > SPIKE) & (around > 0)
     if not spikes.any():
         return []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from keras_gradclip._arithmetic import TINY
 from keras_gradclip._types import Config
 from keras_gradclip.diagnostics.findings import (
     Clipping,
@@ -50,7 +51,6 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "keras_gradclip",
 }
-_TINY = 1e-30
 
 Lines = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -260,7 +260,7 @@ def _maps(run: Run) -> str:
     from matplotlib.colors import LogNorm, Normalize
 
     norms, share = run.figures["norm_before"], Normalize(0, 1)
-    relative = norms / np.maximum(over_samples(np.nanmedian, norms), _TINY)
+    relative = norms / np.maximum(over_samples(np.nanmedian, norms), TINY)
     maps: list[tuple[str, np.ndarray, Normalize]] = []
     if run.clipped.any():
         maps.append(("Share clipped", run.figures["clip_fraction"], share))

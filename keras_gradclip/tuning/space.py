@@ -23,6 +23,7 @@ import numpy as np
 import keras_gradclip as kgc
 from keras_gradclip.clippers import Parameter, parameters, selectable
 from keras_gradclip.clippers import threshold_of as threshold_name
+from keras_gradclip.clippers.units import units_of
 from keras_gradclip.names import did_you_mean
 
 NONE = "none"
@@ -296,7 +297,7 @@ def to_gate(values: Mapping, initial_learning_rate: float):
 def layer_groups(model) -> dict[str, str]:
     """Splits a network into stem, stages and head, for `groups=`.
 
-    The stem is the first layer with a kernel (a weight of two axes or more) and what follows it
+    The stem is the first layer with a kernel (or a table, as of words) and what follows it
     up to the next kernel, as its normalisation; the head is the last layer with a kernel and what
     follows; the stages are the rest.
 
@@ -310,11 +311,12 @@ def layer_groups(model) -> dict[str, str]:
         ValueError: fewer than three layers with kernels.
     """
     runs: list[list[str]] = []  # each begins with a layer that has a kernel
-    for variable in model.trainable_variables:
+    variables = model.trainable_variables
+    for variable, unit in zip(variables, units_of(variables), strict=True):
         layer = variable.path.rpartition("/")[0]
         if any(layer in run for run in runs):
             continue
-        if len(variable.shape) >= 2 or not runs:
+        if unit.is_kernel or not runs:
             runs.append([layer])
         else:
             runs[-1].append(layer)

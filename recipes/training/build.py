@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import keras_gradclip as kgc
 from keras_gradclip.clippers import selectable
+from keras_gradclip.clippers.units import units_of
 from recipes import models
 from recipes.data import Data, Part, Split, eval_batches, load, steps_per_epoch, train_stream
 from recipes.errors import plain_errors
@@ -231,7 +232,7 @@ def build_optimizer(options: Options, model: Any, steps: int) -> Any:
 
     Args:
         options: the run's options.
-        model: its vectors (biases, gammas, betas) are excluded from weight decay.
+        model: what is no kernel (biases, gammas, betas) is excluded from weight decay.
         steps: int, batches an epoch.
     """
     updates = max(1, options.epochs * steps // options.accumulate)
@@ -261,8 +262,10 @@ def build_optimizer(options: Options, model: Any, steps: int) -> Any:
     }
     optimizer = classes[options.optimizer](**config)
     if options.weight_decay:
-        vectors = [v for v in model.trainable_variables if len(v.shape) < 2]
-        optimizer.exclude_from_weight_decay(var_list=vectors)
+        variables = model.trainable_variables
+        units = zip(variables, units_of(variables), strict=True)
+        rest = [variable for variable, unit in units if not unit.is_kernel]
+        optimizer.exclude_from_weight_decay(var_list=rest)
     return optimizer
 
 
