@@ -20,7 +20,7 @@ from keras_gradclip.clippers.cards import declarations
 from keras_gradclip.command_line import imports_of, parse
 from keras_gradclip.diagnostics.doctor import diagnose
 from keras_gradclip.diagnostics.page import report
-from keras_gradclip.optimizer._advice import AUTO, choose
+from keras_gradclip.optimizer._advice import AUTO, advice
 from keras_gradclip.optimizer.clipped_optimizer import find
 
 
@@ -61,7 +61,7 @@ def _describe(options: argparse.Namespace) -> None:
         if inner is not None:
             if not inner.built:
                 inner.build(model.trainable_variables)
-            chosen, reason = choose(inner, model.trainable_variables)
+            chosen, reason = advice(inner, model.trainable_variables)
             if options.clipper == AUTO:
                 clipper = chosen
             elif chosen != clipper:

@@ -100,12 +100,6 @@ def matching_rows(weight: Tensor, gradient: Gradient) -> Tensor:
     return ops.take(weight, gradient.indices, axis=0) if is_sparse(gradient) else weight
 
 
-def clip_symmetric(x: Tensor, limit: Tensor) -> Tensor:
-    """clip(x, -limit, limit), `limit` a scalar or a tensor of x's shape; NaN stays NaN."""
-    limit = ops.cast(limit, x.dtype)
-    return clip_between(x, -limit, limit)
-
-
 def clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """clip(x, low, high), of scalars or tensors of x's shape; NaN stays NaN."""
     if runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla():
@@ -121,15 +115,14 @@ def clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return clipped
 
 
-def runs_on_tensorflow_cpu() -> bool:
-    return backend.backend() == "tensorflow" and not _has_tensorflow_gpu()
-
-
 @functools.cache
-def _has_tensorflow_gpu() -> bool:
+def runs_on_tensorflow_cpu() -> bool:
+    """Whether the backend is TensorFlow without a GPU."""
+    if backend.backend() != "tensorflow":
+        return False
     import tensorflow as tf
 
-    return bool(tf.config.list_physical_devices("GPU"))
+    return not tf.config.list_physical_devices("GPU")
 
 
 def float32(x: Tensor) -> Tensor:
@@ -236,11 +229,6 @@ def _convolved_squares(x: Tensor) -> Tensor:
     return tf.reshape(sums, (-1,))
 
 
-def rms(x: Tensor) -> Tensor:
-    """The root mean square of `x`, a float32 scalar."""
-    return ops.sqrt(sum_of_squares(x) / max(size_of(x), 1))
-
-
 def max_abs(x: Tensor) -> Tensor:
     """The largest |x|, a float32 scalar; 0 for an empty tensor."""
     return ops.max(float32(ops.abs(x)), initial=0.0)
@@ -321,11 +309,25 @@ def _flat(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """The tensors one behind the other; scalars repeated, or as one if they are the same."""
     if all(t is tensors[0] for t in tensors) and len(tensors[0].shape) == 0:
         return tensors[0]
-    pieces = [
-        ops.reshape(t, (-1,)) if len(t.shape) else ops.broadcast_to(t, (n,))
-        for t, n in zip(tensors, counts, strict=True)
-    ]
-    return ops.concatenate(pieces)
+    return joined(
+        [
+            t if len(t.shape) else ops.broadcast_to(t, (n,))
+            for t, n in zip(tensors, counts, strict=True)
+        ]
+    )
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of all tensors in a row."""
+    rows = [t if len(t.shape) == 1 else ops.reshape(t, (-1,)) for t in tensors]
+    return rows[0] if len(rows) == 1 else ops.concatenate(rows)
+
+
+def parted(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `joined`, in the shapes of `like`."""
+    ends = np.cumsum([math.prod(t.shape) for t in like])[:-1].tolist()
+    pieces = zip(ops.split(row, ends) if ends else [row], like, strict=True)
+    return [x if len(t.shape) == 1 else ops.reshape(x, t.shape) for x, t in pieces]
 
 
 def clip_factors(
@@ -378,19 +380,17 @@ def divided(gradients: Sequence[Gradient], divisor: Tensor) -> list[Tensor]:
     return [None if g is None else one(g) for g in gradients]
 
 
-def ratio(before: Tensor, after: Tensor) -> Tensor:
-    """before/after; 0 where `after` is 0 and 1 where the ratio is not finite."""
-    safe = ops.where(after > 0, after, ops.ones_like(after))
-    result = ops.where(after > 0, before / safe, ops.zeros_like(after))
-    return ops.where(ops.isfinite(result), result, ops.ones_like(result))
+def rescaled(mode: str, before: Tensor, after: Tensor) -> Tensor:
+    """A clipped gradient with the L2 norm ("norm") or largest element ("max") of before.
 
-
-def rescaled(mode: str | None, before: Tensor, after: Tensor) -> Tensor:
-    """A clipped gradient with the L2 norm ("norm") or largest element ("max") of before."""
-    if mode is None:
-        return after
+    A gradient of 0 stays 0; where the ratio of the two is not finite, it counts as 1.
+    """
     size = max_abs if mode == "max" else lambda x: ops.sqrt(sum_of_squares(x))
-    return scale(after, ratio(size(before), size(after)))
+    old, new = size(before), size(after)
+    ratio = ops.where(
+        new > 0, old / ops.where(new > 0, new, ops.ones_like(new)), ops.zeros_like(new)
+    )
+    return scale(after, ops.where(ops.isfinite(ratio), ratio, ops.ones_like(ratio)))
 
 
 def all_finite(gradients: Sequence[Gradient]) -> Tensor:

@@ -11,9 +11,10 @@ import contextlib
 import functools
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import keras
 from keras.src.backend.common import global_state
@@ -25,46 +26,57 @@ from keras.src.random import seed_generator
 
 from keras_gradclip._types import Scalar, Strategy, Tensor
 
+T = TypeVar("T")
 # Keras 3.15 brought it; nothing is an instance of an empty tuple.
-MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", ())
+MultiOptimizer: type | tuple = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
 @contextlib.contextmanager
-def changed(optimizer: keras.optimizers.Optimizer, attributes: Mapping[str, Any]) -> Iterator[None]:
-    """Set attributes of an object, of whatever class; put back what it had at the end."""
-    own: dict[str, Any] = optimizer.__dict__  # past `__setattr__`, which tracks
-    before = {name: own[name] for name in attributes if name in own}
-    own.update(attributes)
+def changed(
+    optimizer: keras.optimizers.Optimizer,
+    attributes: Mapping[str, object] | None = None,
+    methods: Mapping[str, Callable] | None = None,
+) -> Iterator[None]:
+    """Set attributes of an object, of whatever class; put back what it had at the end.
+
+    Args:
+        optimizer: the object.
+        attributes: new values by name.
+        methods: functions of (the method as it was, its arguments), by its name; those that the
+            object does not have are left out.
+    """
+    new = dict(attributes or {})
+    for name, function in (methods or {}).items():
+        if hasattr(optimizer, name):
+            new[name] = functools.partial(function, getattr(optimizer, name))
+    own: dict[str, object] = optimizer.__dict__  # past `__setattr__`, which tracks
+    before = {name: own[name] for name in new if name in own}
+    own.update(new)
     try:
         yield
     finally:
-        for name in attributes:
+        for name in new:
             own.pop(name, None)
         own.update(before)
 
 
-def without_reduction(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Attributes for `changed`: sum no gradients over the replicas, for the wrapper already did.
-
-    Keras reduces in `TFOptimizer._all_reduce_sum_gradients`, after its own clipping, and has no
-    public switch for it (Keras 2 had `experimental_aggregate_gradients`). On the other backends
-    the method does not exist and nothing has to be done.
-    """
-    name = "_all_reduce_sum_gradients"
-    return {name: list} if hasattr(optimizer, name) else {}
-
-
-def overrides(optimizer: keras.optimizers.Optimizer, name: str) -> bool:
-    """Whether its class, or the object itself, has a method that Keras's base class has, too."""
-    base = getattr(keras.optimizers.Optimizer, name)
-    return name in vars(optimizer) or getattr(type(optimizer), name) is not base
+#: Parts of an optimizer's update, of which none is public. The sum over the replicas: Keras has no
+#: switch for it (Keras 2 had `experimental_aggregate_gradients`), and only TensorFlow has it.
+REDUCE = "_all_reduce_sum_gradients"
+#: The decoupled weight decay of a list of variables.
+DECAY = "_apply_weight_decay"
+#: The update of (gradients, variables, learning rate): on every backend, in replica context,
+#: between weight decay and moving averages.
+UPDATE = "_backend_update_step"
+#: TensorFlow's part of that, of (strategy, pairs of a gradient and a native variable, learning
+#: rate): in cross-replica context where there are replicas.
+UPDATE_NATIVES = "_distributed_tf_update_step"
 
 
 def build_with_all_tracked(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
     """Build an optimizer so that everything that it remembers is saved.
 
-    `LossScaleOptimizer.build` switches the tracking off for what it builds inside, and Nadam
-    leaves a product of its coefficients to the tracking: under mixed_float16 it is not saved.
+    Nadam leaves a product to the tracking, which `LossScaleOptimizer.build` switches off.
     """
     optimizer.build(variables)
     known = {id(v) for v in [*optimizer.variables, *variables]}
@@ -85,7 +97,7 @@ def trainable_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Var
 
 def averages_of(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
-) -> dict[str, Any]:
+) -> dict[str, list[keras.Variable]]:
     """Attributes for `changed`: the moving averages of these variables alone, in their order.
 
     Keras pairs the variables that it is given with its list of averages by place: with a layer
@@ -103,32 +115,42 @@ def overwrite_with_average(
 ) -> None:
     """Copy the moving averages into the variables; to be called in cross-replica context.
 
-    Keras does this inside a `cond` in replica context when `ema_overwrite_frequency` is set,
-    which fails on more than one replica; the method itself is right in cross-replica context.
+    Keras calls this in replica context, inside a `cond`, which fails on several replicas.
     """
     with changed(optimizer, averages_of(optimizer, variables)):
         optimizer._overwrite_model_variables_with_average_value(list(variables))
 
 
+def _callers() -> Iterator[object]:
+    """What is called `self` in the functions that called the present one, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(12):
+        if frame is None:
+            return
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
+
+
 def find_wrapping_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """The `LossScaleOptimizer` that is being constructed around `optimizer`, or None.
 
-    `Model.compile` wraps every optimizer in `LossScaleOptimizer` under `mixed_float16` and tells
-    the inner one nothing but `inner_optimizer.loss_scale_factor = None`. The assignment is our
-    only chance to learn who wraps us, so look for it among the callers' `self`.
+    `Model.compile` wraps every optimizer in one under `mixed_float16`, and tells the inner one
+    nothing but `inner_optimizer.loss_scale_factor = None`: only the caller tells who it is.
     """
-    frame: Any = sys._getframe(1)
-    for _ in range(12):
-        if frame is None:
-            return None
-        caller = frame.f_locals.get("self")
-        if (
-            isinstance(caller, keras.optimizers.LossScaleOptimizer)
-            and getattr(caller, "inner_optimizer", None) is optimizer
-        ):
+    for caller in _callers():
+        is_one = isinstance(caller, keras.optimizers.LossScaleOptimizer)
+        if is_one and getattr(caller, "inner_optimizer", None) is optimizer:
             return caller
-        frame = frame.f_back
     return None
+
+
+def is_called_by(*kinds: type) -> bool:
+    """Whether a method of one of these is among the callers.
+
+    Keras's callbacks set `optimizer.learning_rate` as anybody does: only the caller tells that it
+    is one more step of the same schedule.
+    """
+    return any(isinstance(caller, kinds) for caller in _callers())
 
 
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -142,9 +164,8 @@ def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
 def replace_optimizer(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
     """Give a compiled model another optimizer, also in what it saves.
 
-    Keras saves what `compile` was given, in `_compile_config`, and has no public way to change one
-    part of it. `compile` again would need the arguments of a subclass's own `compile`, and
-    `auto_scale_loss`, which Keras does not keep.
+    `compile` again would need the arguments of a subclass's own `compile`, and `auto_scale_loss`,
+    which Keras does not keep.
     """
     model.optimizer = optimizer
     if hasattr(model, "_compile_config"):
@@ -152,29 +173,11 @@ def replace_optimizer(model: keras.Model, optimizer: keras.optimizers.Optimizer)
     model.train_function = None
 
 
-def is_called_by(*kinds: type) -> bool:
-    """Whether a method of one of these is among the callers.
-
-    Keras's callbacks set `optimizer.learning_rate` as anybody does: only the caller tells that it
-    is one more step of the same schedule.
-    """
-    frame: Any = sys._getframe(1)
-    for _ in range(8):
-        if frame is None:
-            return False
-        if isinstance(frame.f_locals.get("self"), kinds):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def living_layers() -> list[keras.layers.Layer]:
     """Every layer that is alive, models included, whoever made it.
 
-    Keras links layers to variables, never back, and keeps no list of layers. Python's garbage
-    collector has one of all objects (`gc.get_objects`), and looking through it once (40 ms beside
-    TensorFlow) finds layers that were made before this package was imported, too, which a hook in
-    `Layer` would miss. `type(x)`, since asking a proxy for its `__class__` may run its code.
+    Keras links layers to variables, never back, and keeps no list of layers; Python's garbage
+    collector has one of all objects. `type(x)`: asking a proxy for its `__class__` may run code.
     """
     return [x for x in gc.get_objects() if issubclass(type(x), keras.layers.Layer)]
 
@@ -188,7 +191,7 @@ def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     return [*own.get("_trainable_variables", ()), *own.get("_non_trainable_variables", ())]
 
 
-def not_converted(function: Callable[..., Any]) -> Callable[..., Any]:
+def not_converted(function: Callable) -> Callable:
     """`function`, which AutoGraph leaves as it is, as it leaves Keras's own."""
     if keras.backend.backend() != "tensorflow":
         return function
@@ -214,12 +217,11 @@ def states(model: keras.Model) -> list[keras.Variable]:
     return list(found.values())
 
 
-def build_what_counts(model: keras.Model, step: Callable[..., Any], data: Tensor) -> None:
+def build_what_counts(model: keras.Model, step: Callable, data: Tensor) -> None:
     """Make what the loss and the metrics of a compiled model count in, before its first step.
 
-    Keras does so for strategies and on other backends, by `_symbolic_build`, and has no public
-    name for it. What a custom train step makes of the data, and which variables it trains, only
-    the step knows: it is traced once more, which builds its optimizer, too.
+    As Keras does for strategies and on other backends. What a custom train step makes of the data
+    only the step knows: it is traced once more, which builds its optimizer, too.
     """
     parts = (model._compile_loss, model._compile_metrics)
     are_built = all(part is None or part.built for part in parts)
@@ -234,9 +236,9 @@ def build_what_counts(model: keras.Model, step: Callable[..., Any], data: Tensor
     tf.function(step, autograph=False).get_concrete_function(data)
 
 
-def means(metrics: Sequence[Any]) -> list[Any]:
+def means(metrics: Sequence[keras.metrics.Metric]) -> list[keras.metrics.Metric]:
     """The metrics that count what they have seen, at any depth: `Model.metrics` nests them."""
-    found: list[Any] = []
+    found: list[keras.metrics.Metric] = []
     for metric in metrics:
         found += [metric] if isinstance(metric, keras.metrics.Mean) else []
         found += means(getattr(metric, "metrics", None) or [])
@@ -255,7 +257,7 @@ def build_under(scope: Callable[..., AbstractContextManager], model: keras.Model
 
 
 def _call_under(
-    scope: Callable[..., AbstractContextManager], function: Callable, *args: Any
+    scope: Callable[..., AbstractContextManager], function: Callable, *args: object
 ) -> None:
     with scope():
         function(*args)
@@ -274,10 +276,8 @@ def method_that_applies(loss_scale: keras.optimizers.Optimizer) -> str:
 class LocalSymbolicBuild:
     """Mixin: builds a model under `MultiWorkerMirroredStrategy` from this worker's own batch.
 
-    Before the first step Keras makes a stand-in for a batch, for its shapes alone, in
-    `TensorFlowTrainer._maybe_symbolic_build`. From replicas it takes
-    `strategy.reduce("MEAN", batch, axis=None)`, which fails across workers (keras#20585), and
-    offers no public hook.
+    For the shapes of a batch Keras takes `strategy.reduce("MEAN", batch, axis=None)`, which fails
+    across workers (keras#20585), and offers no public hook.
     """
 
     def _local_part(self, batch: Tensor) -> Tensor:
@@ -288,7 +288,9 @@ class LocalSymbolicBuild:
         """Whether the model trains on several workers."""
         raise NotImplementedError  # ClippedTrainStep's, which the mixin is for
 
-    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Tensor = None) -> None:
+    def _maybe_symbolic_build(
+        self, iterator: Iterable | None = None, data_batch: Tensor = None
+    ) -> None:
         if iterator is not None and self._spans_workers():
             for _, _, batches in iterator:
                 data_batch = self._local_part(next(batches))
@@ -311,7 +313,7 @@ def is_traced_for_xla() -> bool:
     return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 
-def get_global_seed_generator() -> Any:
+def get_global_seed_generator() -> keras.random.SeedGenerator | None:
     """The generator that `keras.random` draws from without a seed; None until it first does.
 
     Keras has no public name for it, and only sets it, from a seed.
@@ -319,7 +321,7 @@ def get_global_seed_generator() -> Any:
     return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
 
 
-def set_global_seed_generator(generator: Any) -> None:
+def set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> None:
     """What `get_global_seed_generator` returned, in its place again."""
     global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
 
@@ -370,7 +372,7 @@ def slots(
 ) -> list[keras.Variable] | None:
     """What an update of a variable by an optimizer of `_SLOTS` uses; None if it was never made."""
     i = optimizer._get_variable_index(variable)
-    lists: list[Any] = [
+    lists: list[list[keras.Variable] | None] = [
         getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)](optimizer)
     ]
     return [slot_list[i] for slot_list in lists if slot_list] if all(lists) else None
@@ -382,80 +384,41 @@ def muon_uses_adamw(muon: keras.optimizers.Optimizer, variable: keras.Variable) 
 
 
 def updates_are_replaceable(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether `replaced_updates` knows how `optimizer` updates a list of variables."""
-    name = "_distributed_tf_update_step"
-    return getattr(type(optimizer), name, None) is getattr(keras.optimizers.Optimizer, name, ())
-
-
-def replaced_updates(
-    optimizer: keras.optimizers.Optimizer, update: Callable[..., None]
-) -> dict[str, Any]:
-    """Attributes for `changed`: `update(default, strategy, pairs, learning rate)` updates.
-
-    Keras calls `_distributed_tf_update_step` with the native variables, in cross-replica context
-    where there are replicas; it has no public name for more than one variable at a time.
-    `default` is that method as it was; the pairs are of gradients and variables.
-
-    Decoupled weight decay and the learning rate are multiplied once, too: Keras takes both to each
-    variable in turn, which costs a pass. An optimizer with a decay of its own (Muon) keeps it.
-    """
-    default = optimizer._distributed_tf_update_step
-    attributes: dict[str, Any] = {"_distributed_tf_update_step": functools.partial(update, default)}
-    if type(optimizer)._apply_weight_decay is keras.optimizers.Optimizer._apply_weight_decay:
-        attributes["_apply_weight_decay"] = functools.partial(_decay_weights, optimizer)
-    return attributes
-
-
-def wrapped_update(
-    optimizer: keras.optimizers.Optimizer, update: Callable[..., None]
-) -> dict[str, Any]:
-    """Attributes for `changed`: `update(default, gradients, variables, learning rate)` updates.
-
-    Every backend calls `_backend_update_step` in replica context, between decoupled weight decay
-    and the moving averages; Keras has no public name for this moment. `default` is that method as
-    it was.
-    """
-    return {"_backend_update_step": functools.partial(update, optimizer._backend_update_step)}
-
-
-def wrapped_native_update(
-    optimizer: keras.optimizers.Optimizer, update: Callable[..., None]
-) -> dict[str, Any]:
-    """Attributes for `changed`: as `replaced_updates`, but of any optimizer; none elsewhere."""
-    default = getattr(optimizer, "_distributed_tf_update_step", None)
-    if default is None:
-        return {}
-    return {"_distributed_tf_update_step": functools.partial(update, default)}
-
-
-def wrapped_decay(
-    optimizer: keras.optimizers.Optimizer, decay: Callable[..., None]
-) -> dict[str, Any]:
-    """Attributes for `changed`: `decay(default, variables)` does the decoupled weight decay."""
-    return {"_apply_weight_decay": functools.partial(decay, optimizer._apply_weight_decay)}
+    """Whether `UPDATE_NATIVES` of an optimizer is Keras's own."""
+    own = getattr(type(optimizer), UPDATE_NATIVES, None)
+    return own is getattr(keras.optimizers.Optimizer, UPDATE_NATIVES, ())
 
 
 def updates_are_separable(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether an update may be done in parts, some variables after others.
 
-    Nadam's own `_backend_update_step` counts: it multiplies a product once a call.
+    Nadam's own `UPDATE` counts: it multiplies a product once a call.
     """
-    name = "_backend_update_step"
-    return getattr(type(optimizer), name) is getattr(keras.optimizers.Optimizer, name)
+    return getattr(type(optimizer), UPDATE) is getattr(keras.optimizers.Optimizer, UPDATE)
 
 
-def _decay_weights(
-    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+def decay_by_one_rate(
+    optimizer: keras.optimizers.Optimizer,
+    default: Callable[..., None],
+    variables: Sequence[keras.Variable],
 ) -> None:
+    """`DECAY` of TensorFlow that multiplies the decay and the learning rate once.
+
+    Keras takes both to each variable in turn, which costs a pass. An optimizer with a decay of its
+    own (Muon) keeps it.
+    """
+    if getattr(type(optimizer), DECAY) is not getattr(keras.optimizers.Optimizer, DECAY):
+        default(variables)
+        return
     if optimizer.weight_decay is None:
         return
     import tensorflow as tf
 
-    def of_one(variable: keras.Variable, rate: Scalar) -> None:
+    def of_one(variable: Tensor, rate: Scalar) -> None:
         if optimizer._use_weight_decay(variable):
             variable.assign_sub(variable * tf.cast(rate, variable.dtype))
 
-    def merged(strategy: Strategy, variables: Sequence[keras.Variable], rate: Scalar) -> None:
+    def merged(strategy: Strategy, variables: Sequence[Tensor], rate: Scalar) -> None:
         for variable in variables:
             strategy.extended.update(variable, of_one, args=(rate,), group=False)
 
@@ -466,7 +429,7 @@ def _decay_weights(
     merge_call(merged, native, rate)
 
 
-def merge_call(function: Callable[..., Any], *args: object) -> Any:
+def merge_call(function: Callable[..., T], *args: object) -> T:
     """`function(strategy, *args)`, in which `strategy.extended.update` serves every replica.
 
     The public `merge_call` fails under strategies that have none, and inside of one.

@@ -7,9 +7,10 @@ is worth more than what a path reads like, so that the layers are looked up, onc
 
 from __future__ import annotations
 
+import contextlib
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import keras
@@ -48,6 +49,29 @@ class ByVariable(Generic[T]):
 _OWNERS: ByVariable[weakref.ref | None] = ByVariable()
 
 
+#: What the scan of the present `one_scan` found.
+_LIVING: list[keras.layers.Layer] | None = None
+
+
+@contextlib.contextmanager
+def one_scan() -> Iterator[None]:
+    """Inside, all memory is looked through for layers once at most, which takes about 0.1 s."""
+    global _LIVING
+    before, _LIVING = _LIVING, _LIVING or []
+    try:
+        yield
+    finally:
+        _LIVING = before
+
+
+def _living_layers() -> list[keras.layers.Layer]:
+    if _LIVING is None:
+        return _compat.living_layers()
+    if not _LIVING:
+        _LIVING.extend(_compat.living_layers())
+    return _LIVING
+
+
 def owners_of(variables: Sequence[keras.Variable]) -> list[weakref.ref | None]:
     """For each variable, a weak reference to the layer that made it, the same for one layer.
 
@@ -59,7 +83,7 @@ def owners_of(variables: Sequence[keras.Variable]) -> list[weakref.ref | None]:
     if unknown:
         wanted = {id(v): v for v in unknown}
         found: dict[int, keras.layers.Layer] = {}
-        for layer in _compat.living_layers():
+        for layer in _living_layers():
             for v in _compat.own_variables(layer):
                 # A second layer may share it (tied weights): the first one's path is in its own.
                 is_maker = _path(v).rpartition("/")[0] == _path(layer)
@@ -82,7 +106,7 @@ def networks_of(variables: Sequence[keras.Variable]) -> list[keras.layers.Layer]
     of two networks, it is both.
     """
     parents: dict[int, list[keras.layers.Layer]] = {}
-    for layer in _compat.living_layers():
+    for layer in _living_layers():
         for part in _compat.own_layers(layer):
             parents.setdefault(id(part), []).append(layer)
     wanted = {id(v) for v in variables}

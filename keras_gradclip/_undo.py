@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import keras
 from keras import backend, ops
@@ -17,8 +17,8 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip._types import Config, Scalar, Tensor
 
-#: What a train step returns.
-Logs = Any
+#: What a train step returns; a custom one may return anything.
+Logs: TypeAlias = Mapping[str, Tensor] | object
 
 
 class Undo:

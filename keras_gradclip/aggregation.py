@@ -16,7 +16,7 @@ import numpy as np
 from keras import backend, ops
 
 from keras_gradclip import _compat
-from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
+from keras_gradclip._types import Gradients, Scalar, Strategy, Tensor
 
 
 def is_tensorflow() -> bool:
@@ -257,17 +257,17 @@ def check_replica_context() -> None:
         )
 
 
-def all_reduce_sum(grads: Sequence[Gradient]) -> Gradients:
-    """The gradients summed over the replicas, in one all-reduce; None entries stay None."""
-    grads = list(grads)
-    if replica_count() == 1:
+def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
+    """The gradients summed over the replicas of `strategy`, in one all-reduce; None stays None."""
+    if strategy is None or strategy.num_replicas_in_sync == 1:
         return grads
+    grads = list(grads)
     import tensorflow as tf
 
     context = tf.distribute.get_replica_context()
     present = [i for i, g in enumerate(grads) if g is not None]
     values = [grads[i] for i in present]
-    if spans_workers(current_strategy()):
+    if spans_workers(strategy):
         # A worker with one replica asks each tensor for its device, and what a variable holds,
         # read inside a cond, knows none ("destinations can not be empty"): the copy does.
         # Elsewhere a copy would make N gradients of one tensor that all replicas captured.
@@ -299,8 +299,8 @@ def _assign(native: Tensor, value: Tensor) -> None:
 
 def cond(
     flag: Scalar,
-    true_fn: Callable[..., object],
-    false_fn: Callable[..., object],
+    true_fn: Callable[..., None],
+    false_fn: Callable[..., None],
     args: tuple = (),
     *,
     state: Sequence[keras.Variable] = (),
@@ -332,19 +332,16 @@ def cond(
     strategy = current_strategy()
     if strategy is None or tf.__internal__.distribute.strategy_supports_no_merge_call():
         call_args = () if cross_replica else args
-        tf.cond(flag, _no_result(true_fn, call_args), _no_result(false_fn, call_args))
+        tf.cond(flag, lambda: true_fn(*call_args), lambda: false_fn(*call_args))
         return
 
     def merged(distribution: Strategy, flag: Scalar, *args: Tensor) -> None:
-        def branch(fn: Callable[..., object]) -> Callable[[], None]:
+        def branch(fn: Callable[..., None]) -> Callable[[], None]:
             if cross_replica:
-                return _no_result(fn, ())
-
-            def in_replica(*args: Tensor) -> None:
-                fn(*args)
+                return fn
 
             def call() -> None:
-                distribution.extended.call_for_each_replica(in_replica, args=args)
+                distribution.extended.call_for_each_replica(fn, args=args)
 
             return call
 
@@ -356,7 +353,7 @@ def cond(
 
 def local_cond(
     flag: Scalar,
-    true_fn: Callable[[], object],
+    true_fn: Callable[[], None],
     state: Sequence[keras.Variable],
     reads: Sequence[keras.Variable] = (),
 ) -> None:
@@ -375,20 +372,13 @@ def local_cond(
         return
     import tensorflow as tf
 
-    tf.cond(flag, _no_result(true_fn, ()), _no_result(lambda: None, ()))
-
-
-def plain_cond(flag: Scalar, true_fn: Callable[[], object]) -> None:
-    """On TensorFlow: run `true_fn()` if `flag`, on one device; it merges no replicas."""
-    import tensorflow as tf
-
-    tf.cond(flag, _no_result(true_fn, ()), lambda: None)
+    tf.cond(flag, true_fn, lambda: None)
 
 
 def _stateless_cond(
     flag: Scalar,
-    true_fn: Callable[..., object],
-    false_fn: Callable[..., object],
+    true_fn: Callable[..., None],
+    false_fn: Callable[..., None],
     args: tuple,
     state: Sequence[keras.Variable],
     reads: Sequence[keras.Variable] = (),
@@ -396,7 +386,7 @@ def _stateless_cond(
     """`cond` for a compiled JAX step: the branches return the new values of `state`."""
     before = [(v, v.value) for v in (*state, *reads)]
 
-    def branch(fn: Callable[..., object]) -> Callable[[], list[Tensor]]:
+    def branch(fn: Callable[..., None]) -> Callable[[], list[Tensor]]:
         def call() -> list[Tensor]:
             with keras.StatelessScope(state_mapping=before) as scope:
                 fn(*args)
@@ -406,13 +396,6 @@ def _stateless_cond(
 
     for v, new in zip(state, ops.cond(flag, branch(true_fn), branch(false_fn)), strict=True):
         v.assign(new)
-
-
-def _no_result(fn: Callable[..., object], args: tuple) -> Callable[[], None]:
-    def call() -> None:
-        fn(*args)
-
-    return call
 
 
 def zeros(

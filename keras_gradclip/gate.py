@@ -233,11 +233,8 @@ _ACTIVE: contextvars.ContextVar[ActivationGate | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def active(gate: ActivationGate | None) -> Iterator[None]:
-    """While it lasts, layers that `instrument` prepared are gated; None changes nothing."""
-    if gate is None:
-        yield
-        return
+def active(gate: ActivationGate) -> Iterator[None]:
+    """While it lasts, layers that `instrument` prepared are gated."""
     token = _ACTIVE.set(gate)
     try:
         yield

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import TypeVar
 
 import keras
 from keras import backend
@@ -17,9 +17,10 @@ from keras_gradclip._types import Config, Scalar, Strategy, Tensor
 from keras_gradclip._undo import Undo, may_skip
 from keras_gradclip._workers import chief_writes
 from keras_gradclip.clippers.base import Clipper
-from keras_gradclip.optimizer._hyperparameters import ClipHyperparameters
+from keras_gradclip.optimizer._clip import ClipHyperparameters
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find
 
+T = TypeVar("T")
 #: What `keras_gradclip.get` takes.
 ClipperLike = Clipper | str | Config | None
 #: Updates. Figures of every update would cost as much as the clip itself, or twice that.
@@ -27,24 +28,14 @@ MEASURED_EVERY = 8
 
 
 class _TelemetryMetric(keras.metrics.Metric):
-    """A view of a figure that the optimizer accumulates; it has no state of its own."""
+    """A view of a mean that the optimizer accumulates; it has no state of its own."""
 
-    def __init__(self, name: str, optimizer: ClippedOptimizer) -> None:
+    def __init__(self, name: str, mean: Callable[[], Scalar], reset: Callable[[], None]) -> None:
         super().__init__(name=name)
-        self._optimizer = optimizer
+        self.result, self.reset_state = mean, reset
 
     def update_state(self, *args: object, **kwargs: object) -> None:
         """Nothing to do: the optimizer counts."""
-
-    def result(self) -> Scalar:
-        """The mean since the epoch began."""
-        if self.name == "grad_norm":
-            return self._optimizer.mean_grad_norm()
-        return self._optimizer.mean_clip_fraction()
-
-    def reset_state(self) -> None:
-        """Begin an epoch."""
-        self._optimizer.reset_telemetry()
 
 
 class _Runtime:
@@ -78,11 +69,11 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     def compile(
         self,
         optimizer: keras.optimizers.Optimizer | str = "rmsprop",
-        *args: Any,
+        *args: object,
         clipper: ClipperLike = None,
         activation_gate: gate.ActivationGate | Config | None = None,
         skip_spikes: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """As `keras.Model.compile`, with three arguments more.
 
@@ -108,13 +99,17 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         runtime.metrics = []
         if wrapper is not None:
             wrapper.telemetry = wrapper.telemetry or MEASURED_EVERY
-            runtime.metrics = [
-                _TelemetryMetric(name, wrapper) for name in ("grad_norm", "clip_fraction")
-            ]
+            means = {
+                "grad_norm": wrapper.mean_grad_norm,
+                "clip_fraction": wrapper.mean_clip_fraction,
+            }
+            reset = wrapper.reset_telemetry
+            runtime.metrics = [_TelemetryMetric(name, mean, reset) for name, mean in means.items()]
         is_undone = wrapper is not None and may_skip(self.optimizer, wrapper)
         runtime.undo = Undo(self, wrapper) if is_undone else None
         if wrapper is not None:
-            wrapper.keep_for(runtime.undo)
+            undo = runtime.undo
+            wrapper.keep_for(None if undo is None else lambda: undo.state)
         self._set_gate(new_gate)
 
     optimizer: keras.optimizers.Optimizer
@@ -145,14 +140,16 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
                 "the bases: class MyNet(ClippedTrainStep, keras.Model)."
             )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
         """As in Keras; with an activation gate, gated behind the scenes."""
-        with gate.active(self._clip_runtime().gate):
+        active = self._clip_runtime().gate
+        with gate.active(active) if active else contextlib.nullcontext():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def stateless_call(self, *args: Any, **kwargs: Any) -> Any:
+    def stateless_call(self, *args: object, **kwargs: object) -> tuple:
         """As in Keras, which trains through it on JAX; gated in the same way."""
-        with gate.active(self._clip_runtime().gate):
+        active = self._clip_runtime().gate
+        with gate.active(active) if active else contextlib.nullcontext():
             return super().stateless_call(*args, **kwargs)  # type: ignore[misc]
 
     def _spans_workers(self) -> bool:
@@ -219,7 +216,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
                 )
         return [metric for metric in runtime.metrics if metric.name not in names]
 
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, *args: object, **kwargs: object) -> keras.callbacks.History:
         """As in Keras; under MultiWorkerMirroredStrategy, files are the chief's alone to write.
 
         There every worker calls `fit` with the same arguments. The batch size is that of all
@@ -237,15 +234,15 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             given.arguments["callbacks"] = callbacks
             return super().fit(*given.args, **given.kwargs)  # type: ignore[misc]
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(self, *args: object, **kwargs: object) -> Config | list[float]:
         """As in Keras; nothing is clipped here, so the two figures do not appear."""
         return self._without_figures(super().evaluate, *args, **kwargs)  # type: ignore[misc]
 
-    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def test_on_batch(self, *args: object, **kwargs: object) -> Config | list[float]:
         """As in Keras; nothing is clipped here, so the two figures do not appear."""
         return self._without_figures(super().test_on_batch, *args, **kwargs)  # type: ignore[misc]
 
-    def _without_figures(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _without_figures(self, fn: Callable[..., T], *args: object, **kwargs: object) -> T:
         runtime = self._clip_runtime()
         before, runtime.hidden = runtime.hidden, True
         try:
@@ -381,13 +378,13 @@ class ClippedModel(ClippedTrainStep, keras.Model):
     ```
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: object, **kwargs: object) -> ClippedModel:
         """A `ClippedModel`, functional if it is given inputs and outputs."""
         if cls is ClippedModel and _is_functional(args, kwargs):
             return super().__new__(ClippedFunctional, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         if _is_functional(args, kwargs):
             # Keras would make `ClippedModel` itself functional, and with it every later subclass.
             _make_functional(type(self))
@@ -399,7 +396,7 @@ class ClippedFunctional(ClippedModel, _compat.Functional):
     """What `ClippedModel(inputs, outputs)` is."""
 
     # By this signature alone does Keras 3.12 know a functional model that it can save.
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         _compat.Functional.__init__(self, *args, **kwargs)
 
 

@@ -198,7 +198,7 @@ def test_keras_still_updates_between_decay_and_averages():
         default(gradients, variables, learning_rate)
         variables[0].assign([7.0])
 
-    with _compat.changed(optimizer, _compat.wrapped_update(optimizer, update)):
+    with _compat.changed(optimizer, methods={_compat.UPDATE: update}):
         optimizer.apply([tf.ones(1)], [weight])
     assert seen == [0.5], "Keras no longer calls _backend_update_step after decoupled weight decay"
     average = float(optimizer._model_variables_moving_average[0].numpy()[0])

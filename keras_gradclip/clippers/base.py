@@ -44,6 +44,8 @@ class Clipper(Limit):
     measures: ClassVar[str | None] = None
     #: Whether flags and search spaces can make one: False for what is made of other clippers.
     selectable: ClassVar[bool] = True
+    #: Whether it has rules by path, of which each must match a variable.
+    has_rules: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for declared in parameters(self):
@@ -236,7 +238,7 @@ def current_value(value: object, iterations: keras.Variable | int) -> Tensor:
     A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
     clip would turn gradients around. One that grows out of float32 counts as the largest.
     """
-    if validation.is_schedule(value):
+    if callable(value):
         value = ops.cast(value(iterations), "float32")
         value = ops.clip(value, arithmetic.TINY, arithmetic.LARGEST)
     return ops.cast(arithmetic.read(value), "float32")

@@ -37,6 +37,11 @@ class Composite(Clipper):
         """Whether one of the parts does."""
         return any(clipper.needs_learning_rate for _, clipper in self._parts())
 
+    @property
+    def has_rules(self) -> bool:  # type: ignore[override]
+        """Whether one of the parts does."""
+        return any(clipper.has_rules for _, clipper in self._parts())
+
     def hyperparameters(self) -> dict[str, Threshold]:
         """The parts' live hyper-parameters, as `part/name`."""
         return {
@@ -125,8 +130,9 @@ class ClipMap(Composite):
         "layers that need their own threshold, or none",
         "`calibrate(...).clip_map()`",
     )
+    has_rules: ClassVar[bool] = True
     rules: Any = ()
-    default: Any = None
+    default: Clipper | str | Config | None = None
     allow_unmatched: bool = False
     ordered: bool = dataclasses.field(default=False, init=False)
 
@@ -300,7 +306,7 @@ class Chain(Composite):
         "a memory and a hard bound",
         '`Chain([ZScoreClip(), NormClip(1.0, "global")])`',
     )
-    clippers: Any = ()
+    clippers: Sequence[Clipper] = ()
 
     def __new__(cls, clippers: Sequence[object] = (), *more: object) -> Chain:
         """Refuse `Chain(first, second)` in better words than Python's."""

@@ -6,6 +6,7 @@ clipped. Gradients may be dense, sparse or None, of any float dtype, and hold in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,24 +16,21 @@ import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Gradient, Hyper, Scalar, State, Tensor, Threshold
+from keras_gradclip._types import Gradient, Hyper, State, Tensor, Threshold
 from keras_gradclip.clippers.units import (
     BIAS,
     KERNEL,
     Unit,
     kernels_of_biases,
     norms_for_bias,
-    number_of_units,
     units_of,
     with_axes,
 )
 from keras_gradclip.names import SCOPES, scope_numbers, size_of
 
-#: Keys of `hyper`: the optimizer's learning rate, and whether it is a variable that is set, and
-#: no schedule.
-LEARNING_RATE, RATE_IS_SET = "learning_rate", "rate_is_set"
-#: Stands for "no limit": an infinity would turn into NaN when divided.
-NO_LIMIT = 1e38
+#: Keys of `hyper`: the optimizer's learning rate; whether it is a variable that is set, and no
+#: schedule; and what limits are divided by: the learning rate, where they limit SGD's update.
+LEARNING_RATE, RATE_IS_SET, DIVISOR = "learning_rate", "rate_is_set", "divisor"
 
 
 class ClipStats(NamedTuple):
@@ -55,42 +53,37 @@ class ClipStats(NamedTuple):
     square_norms: list[Tensor | None] | None = None
 
 
+@dataclasses.dataclass
 class Weight:
     """The weights that one limit is about: those of a unit, a variable, a layer, or the model.
 
-    Args:
+    Attributes:
         read: for each variable in the scope a function that returns its weight.
         size: the number of elements.
         axes: of units, the axes that one unit spans; None: all.
-        norm: the norms, where they are known.
         rows: of a sparse gradient, a function that returns the rows that the gradient has.
+        known_norm: the norms, where they are known.
     """
 
-    def __init__(
-        self,
-        read: Sequence[Callable[[], Tensor]] = (),
-        size: int = 0,
-        axes: Sequence[int] | None = None,
-        norm: Tensor | None = None,
-        rows: Callable[[], Tensor] | None = None,
-    ) -> None:
-        self._read, self._axes, self._norm, self._rows = read, axes, norm, rows
-        #: The number of elements.
-        self.size = size
+    read: Sequence[Callable[[], Tensor]] = ()
+    size: int = 0
+    axes: Sequence[int] | None = None
+    rows: Callable[[], Tensor] | None = None
+    known_norm: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
         """The weight itself; of a sparse gradient, the rows that the gradient has."""
-        return self._read[0]() if self._rows is None else self._rows()
+        return (self.rows or self.read[0])()
 
-    @property
+    @functools.cached_property
     def norm(self) -> Tensor:
         """The L2 norm, a float32 scalar; of units, one each, broadcastable to `values`."""
-        if self._norm is None:
-            weights = [read() for read in self._read]
-            squares = [arithmetic.unit_squares(w, self._axes) for w in weights]
-            self._norm = ops.minimum(ops.sqrt(_total(squares)), arithmetic.LARGEST)
-        return self._norm
+        if self.known_norm is not None:
+            return self.known_norm
+        squares = [arithmetic.unit_squares(read(), self.axes) for read in self.read]
+        total = squares[0] if len(squares) == 1 else ops.sum(ops.stack(squares))
+        return ops.minimum(ops.sqrt(total), arithmetic.LARGEST)
 
     @property
     def rms(self) -> Tensor:
@@ -142,20 +135,9 @@ class Limit:
         """The live hyper-parameters: name to float or LearningRateSchedule."""
         return {}
 
-    def init(self, variables: Sequence[keras.Variable]) -> dict[str, object]:
-        """The running state before the first update, of a clipper with an `apply` of its own."""
-        del variables
-        return {}
-
-    def apply(
-        self,
-        grads: Sequence[Gradient],
-        variables: Sequence[keras.Variable],
-        state: State,
-        hyper: Hyper,
-    ) -> tuple[list[Gradient], State, ClipStats]:
-        """The clip of a clipper that is no limit."""
-        raise NotImplementedError(f"{type(self).__name__} has no `apply`")
+    #: Of a clipper that is no limit: see `Clipper`, which has both.
+    init: Callable[..., dict[str, object]]
+    apply: Callable[..., tuple[list[Gradient], State, ClipStats]]
 
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
         """The largest element (or L2 norm) that is allowed.
@@ -180,7 +162,7 @@ class Limit:
         return {}
 
     def advance(self, state: State, hyper: Hyper) -> tuple[State, Hyper]:
-        """The new state, and the values that `limit` gets: once an update."""
+        """The new state, and the values that `limit` gets: once an update, if there is a state."""
         return state, hyper
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
@@ -213,6 +195,8 @@ class Enforcer:
             the update is enforced on the gradient; otherwise on the updates themselves.
 
     Attributes:
+        on_gradients: the rules for gradients, in order.
+        on_updates: those for weight updates.
         state: the state before the first update, name to NumPy array.
     """
 
@@ -223,39 +207,35 @@ class Enforcer:
         update_is_scaled_gradient: bool = True,
     ) -> None:
         self.variables = list(variables)
-        self._programs = arithmetic.Programs(variables)
-        self._on_gradients: list[_Enforced] = []
-        self._on_updates: list[_Enforced] = []
+        self.on_gradients: list[_Rule] = []
+        self.on_updates: list[_Rule] = []
         self.state: dict[str, object] = {}
+        programs, seen = arithmetic.Programs(variables), set[int]()
         for assignment in assignments:
-            enforced = _Enforced(assignment, self.variables, self._programs)
             late = assignment.clipper.stage == "update" and not update_is_scaled_gradient
-            (self._on_updates if late else self._on_gradients).append(enforced)
-            for name, value in enforced.state.items():
-                self.state[enforced.name + name] = value
-
-    @property
-    def limits_updates(self) -> bool:
-        """Whether there is anything to do for weight updates."""
-        return bool(self._on_updates)
+            first = set() if late else {*assignment.members} - seen
+            rule = _Rule(assignment, self.variables, programs, first)
+            (self.on_updates if late else self.on_gradients).append(rule)
+            self.state |= {rule.name + name: value for name, value in rule.state.items()}
+            seen |= first
 
     def limited_updates(self) -> set[int]:
-        """Positions of the variables whose update may be limited."""
-        return {i for e in self._on_updates for i in (e.members if e.calls_apply else e.limited)}
+        """Positions of the variables whose weight update may be limited."""
+        return {i for r in self.on_updates for i in (r.members if r.calls_apply else r.limited)}
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
         """The state after a schedule, or a new one, has set the learning rate to `rate`."""
         new = dict(state)
-        for enforced in [*self._on_gradients, *self._on_updates]:
-            if not enforced.calls_apply:
-                own = {name: state[enforced.name + name] for name in enforced.state}
-                for name, value in enforced.clipper.scheduled(own, rate, is_new).items():
-                    new[enforced.name + name] = value
+        for rule in [*self.on_gradients, *self.on_updates]:
+            if not rule.calls_apply:
+                own = {name: state[rule.name + name] for name in rule.state}
+                for name, value in rule.clipper.scheduled(own, rate, is_new).items():
+                    new[rule.name + name] = value
         return new
 
     def remarks(self) -> list[str]:
         """For each variable what is unexpected about its clip, in a few words; else ""."""
-        every = [enforced.remarks() for enforced in [*self._on_gradients, *self._on_updates]]
+        every = [rule.remarks() for rule in [*self.on_gradients, *self.on_updates]]
         return [
             "; ".join(remarks[i] for remarks in every if i in remarks)
             for i in range(len(self.variables))
@@ -276,35 +256,43 @@ class Enforcer:
             hyper: of all clippers, and "learning_rate" (1 if it is missing).
             weights: None; or `grads` are weight updates, and these the weights from before them.
         """
-        clipped, new_state = list(grads), {}
-        stats: list[tuple[Sequence[int], ClipStats]] = []
-        for enforced in self._on_gradients if weights is None else self._on_updates:
-            own_state, own_stats = enforced.clip(clipped, weights, state, hyper)
-            for name, value in own_state.items():
-                new_state[enforced.name + name] = value
-            stats.append((enforced.members, own_stats))
-        return clipped, new_state, combined(stats, self.variables)
+        clipped, new_state, stats = list(grads), {}, []
+        for rule in self.on_gradients if weights is None else self.on_updates:
+            clipped, own_state, own_stats = rule.clip(clipped, weights, state, hyper)
+            new_state.update({rule.name + name: value for name, value in own_state.items()})
+            stats.append(own_stats)
+        together = stats[0] if len(stats) == 1 else combined(stats, self.variables)
+        return clipped, new_state, together
 
 
-class _Enforced:
-    """One clipper, with what is known of its variables before the first update."""
+class _Rule:
+    """One clipper, with what is known of its variables before the first update.
+
+    Args:
+        assignment: the clipper, and its variables.
+        variables: all variables.
+        programs: compiled functions of one gradient.
+        first: positions of the variables whose gradient no other rule has clipped before.
+    """
 
     def __init__(
         self,
         assignment: Assignment,
         variables: Sequence[keras.Variable],
         programs: arithmetic.Programs,
+        first: set[int],
     ) -> None:
         self.name, self.clipper, self.members, self.calls_apply = assignment
-        self.variables, self.programs = variables, programs
-        own = [variables[i] for i in self.members]
+        self.variables, self.programs, self.first = variables, programs, first
+        self.names = [*self.clipper.hyperparameters()]
+        self.sizes = [size_of(v) for v in variables]
         self.units: list[Unit] = []
+        own = [variables[i] for i in self.members]
         if self.calls_apply:
             self.state = self.clipper.init(own)
             return
-        needs_units = self.clipper.scope == "unit" or self.clipper.biases != "own"
-        units = units_of(variables) if needs_units else []
-        self.units = with_axes(units, variables[: len(units)], self.clipper.axes)
+        if self.clipper.scope == "unit" or self.clipper.biases != "own":
+            self.units = with_axes(units_of(variables), variables, self.clipper.axes)
         #: Positions of the variables that are limited over the clipper's scope ...
         self.in_scope = list(self.members)
         if self.clipper.biases != "own":
@@ -314,17 +302,17 @@ class _Enforced:
         if self.clipper.biases == "unit":
             kernels = kernels_of_biases(variables, self.units)
             self.by_kernel = {i: kernels[i] for i in self.members if i in kernels}
+        self.limited = [*self.in_scope, *self.by_kernel]
         self.scopes: dict[int, int] = {}
         if self.clipper.scope in SCOPES:
             numbers = scope_numbers(self.clipper.scope, own)
             self.scopes = dict(zip(self.members, numbers, strict=True))
-        self.limited = [*self.in_scope, *self.by_kernel]
         self.state = self.clipper.memory(max(self.scopes.values(), default=-1) + 1)
 
     def remarks(self) -> dict[int, str]:
         """What is unexpected about the clip of a variable, by position."""
         result: dict[int, str] = {}
-        for i in self.members if self.units and not self.calls_apply else ():
+        for i in self.members if self.units else ():
             unit, shape = self.units[i], self.variables[i].shape
             if self.clipper.biases == "unit" and unit.kind == BIAS and i not in self.by_kernel:
                 result[i] = "free: a bias without its kernel among the trained variables"
@@ -338,112 +326,175 @@ class _Enforced:
         weights: Sequence[Tensor | None] | None,
         state: State,
         hyper: Hyper,
-    ) -> tuple[State, ClipStats]:
-        """Clip `grads` in place; the clipper's new state, and what was clipped."""
+    ) -> tuple[list[Gradient], State, ClipStats]:
+        """The clipped gradients, the clipper's new state, and what was clipped."""
         rate = hyper.get(LEARNING_RATE, 1.0)
         own_state = {name: state[self.name + name] for name in self.state}
-        own_hyper = {name: hyper[self.name + name] for name in self.clipper.hyperparameters()}
-        own_hyper[LEARNING_RATE] = rate
+        own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
         if self.calls_apply:
-            if weights is not None:
-                own_hyper[LEARNING_RATE] = ops.ones((), "float32")
-            variables = [self.variables[i] for i in self.members]
-            clipped, own_state, stats = self.clipper.apply(
-                [grads[i] for i in self.members], variables, own_state, own_hyper
-            )
-            for i, gradient in zip(self.members, clipped, strict=True):
-                grads[i] = gradient
-            return own_state, stats
-        is_set = {RATE_IS_SET: True} if hyper.get(RATE_IS_SET) else {}
-        own_state, advanced = self.clipper.advance(own_state, {**own_hyper, **is_set})
-        values = {name: value for name, value in advanced.items() if name != RATE_IS_SET}
-        divisor = rate if self.clipper.stage == "update" and weights is None else None
-        clip = _Clip(self, grads, weights, values, divisor)
+            rate = rate if weights is None else ops.ones((), "float32")
+            return self._apply(grads, own_state, {**own_hyper, LEARNING_RATE: rate})
+        own_hyper = {**own_hyper, LEARNING_RATE: rate}
+        if own_state:
+            is_set = {RATE_IS_SET: hyper.get(RATE_IS_SET)}
+            own_state, own_hyper = self.clipper.advance(own_state, {**own_hyper, **is_set})
+        if self.clipper.stage == "update" and weights is None:
+            own_hyper = {**own_hyper, DIVISOR: rate}
+        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper)
         if self.clipper.scope in SCOPES:
             own_state = clip.norms(own_state)
         elif self.clipper.scope == "unit":
             clip.units()
         else:
-            clip.elements(self.in_scope, clip.weight_of)
+            clip.elements()
         if self.by_kernel:
-            clip.elements([*self.by_kernel], clip.unit_of_bias)
-        return own_state, clip.stats()
+            clip.biases()
+        return clip.clipped, own_state, clip.stats()
+
+    def _apply(
+        self, grads: Sequence[Gradient], state: State, hyper: Hyper
+    ) -> tuple[list[Gradient], State, ClipStats]:
+        """`clip` by the `apply` that the clipper has of its own."""
+        clipped, state, stats = self.clipper.apply(
+            [grads[i] for i in self.members],
+            [self.variables[i] for i in self.members],
+            state,
+            hyper,
+        )
+        result = list(grads)
+        for i, gradient in zip(self.members, clipped, strict=True):
+            result[i] = gradient
+
+        def spread(values: Sequence, least: object = None) -> list:
+            by_position = dict(zip(self.members, values, strict=True))
+            return [by_position.get(i, least) for i in range(len(grads))]
+
+        squares = spread(stats.square_norms or [None] * len(self.members))
+        squares = [x if i in self.first else None for i, x in enumerate(squares)]
+        weights = spread(stats.weights, 0.0)
+        return (
+            result,
+            state,
+            ClipStats(lambda: spread(stats.fractions()), weights, stats.unit, squares),
+        )
 
 
+@dataclasses.dataclass
 class _Clip:
-    """One clipper in one update: clips `grads`, a list with one entry a variable, in place."""
+    """One clipper in one update.
 
-    def __init__(
-        self,
-        enforced: _Enforced,
-        grads: list[Gradient],
-        weights: Sequence[Tensor | None] | None,
-        hyper: Hyper,
-        divisor: Scalar | None,
-    ) -> None:
-        self.enforced, self.clipper = enforced, enforced.clipper
-        self.grads, self.weights, self.hyper, self.divisor = grads, weights, hyper, divisor
-        self.before = list(grads)
-        self.counts: dict[int, float] = {}
-        self.squares: dict[int, Tensor] = {}
-        self.weight_norms: dict[int, Tensor] = {}  # of kernels' units
-        self.fractions: list[Callable[[], Mapping[int, Tensor]]] = []
+    Attributes:
+        rule: the clipper's.
+        clipper: the clipper.
+        before: the gradients, or weight updates, one entry a variable.
+        clipped: the same after the clip.
+        weights: the weights from before weight updates; None: those of now.
+        hyper: the values of the clipper's hyper-parameters, and `DIVISOR`.
+        counts: number of elements, or norms, by position.
+        squares: squared norms from before the clip, by position.
+        weight_norms: those of the kernels' units, by position.
+        fractions: functions that return what was clipped, by position.
+    """
 
-    def elements(self, members: Sequence[int], weight_of: Callable[[int], Weight]) -> None:
-        """G' = clip(g, −L, L), then the rescale."""
-        members = [i for i in members if self.grads[i] is not None]
+    rule: _Rule
+    clipper: Limit
+    before: Sequence[Gradient]
+    clipped: list[Gradient]
+    weights: Sequence[Tensor | None] | None
+    hyper: Hyper
+    counts: dict[int, float] = dataclasses.field(default_factory=dict)
+    squares: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    weight_norms: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    fractions: list[Callable[[], Mapping[int, Tensor]]] = dataclasses.field(default_factory=list)
+
+    def elements(self) -> None:
+        """G' = clip(g, −L, L) for each element, then the rescale."""
+        members = [i for i in self.rule.in_scope if self.before[i] is not None]
         for i in members:
-            x, weight = arithmetic.values(self.before[i]), weight_of(i)
-            limit = self._limit(weight)
-            costly = len(limit.shape) > 0  # a limit for each element
-            if costly and weight_of == self.weight_of and self.enforced.programs.pays(x):
+            x, weight = arithmetic.values(self.before[i]), self._weight_of(i)
+            limit = _limit(self.clipper, weight, self.hyper)
+            if len(limit.shape) > 0 and self.rule.programs.pays(x):  # a limit for each element
                 y, _ = self._compiled(i, x)
             else:
                 y = _clip_elements(self.clipper, x, weight, limit, self.hyper)
-            self.grads[i] = arithmetic.with_values(self.before[i], y)
-            self.counts[i] = float(size_of(self.enforced.variables[i]))
+            self.clipped[i] = arithmetic.with_values(self.before[i], y)
+        self._count_elements(
+            members, lambda i: _limit(self.clipper, self._weight_of(i), self.hyper)
+        )
+
+    def biases(self) -> None:
+        """|g'| at most L for each element of a bias, by its unit's norm in the layer's kernel."""
+        members = [i for i in self.rule.by_kernel if self.before[i] is not None]
+        norms = {i: self._norm_for_bias(i) for i in members}
+        alike: dict[object, list[int]] = {}  # those of one dtype share their operations
+        for i in members:
+            x = self.before[i]
+            is_alone = arithmetic.is_sparse(x) or None in tuple(x.shape) or self.clipper.rescale
+            alike.setdefault(i if is_alone else x.dtype, []).append(i)
+        for group in alike.values():
+            xs = [arithmetic.values(self.before[i]) for i in group]
+            limit = _limit(
+                self.clipper,
+                Weight(known_norm=arithmetic.joined([norms[i] for i in group])),
+                self.hyper,
+            )
+            y = _clip_elements(self.clipper, arithmetic.joined(xs), Weight(), limit, self.hyper)
+            for i, piece in zip(group, arithmetic.parted(y, xs), strict=True):
+                self.clipped[i] = arithmetic.with_values(self.before[i], piece)
+        self._count_elements(
+            members, lambda i: _limit(self.clipper, Weight(known_norm=norms[i]), self.hyper)
+        )
+
+    def _count_elements(self, members: Sequence[int], limit_of: Callable[[int], Tensor]) -> None:
+        """Note that elements were clipped, and how to find out how many."""
+        sizes = {i: self.rule.sizes[i] for i in members}
+        self.counts.update({i: float(size) for i, size in sizes.items()})
 
         def fractions() -> dict[int, Tensor]:
             xs = [arithmetic.values(self.before[i]) for i in members]
-            limits = [self._limit(weight_of(i)) for i in members]
-            sizes = [size_of(self.enforced.variables[i]) for i in members]
-            return dict(zip(members, arithmetic.fractions_over(xs, limits, sizes), strict=True))
+            limits = [limit_of(i) for i in members]
+            shares = arithmetic.fractions_over(xs, limits, [*sizes.values()])
+            return dict(zip(members, shares, strict=True))
 
         self.fractions.append(fractions)
 
     def units(self) -> None:
         """g'_u = g_u·min(1, L_u/‖g_u‖) for each unit u."""
-        members = [i for i in self.enforced.in_scope if self.grads[i] is not None]
+        members = [i for i in self.rule.in_scope if self.before[i] is not None]
         single: dict[int, Tensor] = {}  # small ones of one unit share their operations
         for i in members:
-            x, variable = arithmetic.values(self.before[i]), self.enforced.variables[i]
-            axes = self.enforced.units[i].axes
-            self.counts[i] = number_of_units(variable, axes)
-            if len(axes) == len(variable.shape) and size_of(variable) < arithmetic.SMALL:
+            x, axes = arithmetic.values(self.before[i]), self.rule.units[i].axes
+            shape = self.rule.variables[i].shape
+            self.counts[i] = float(math.prod(d for k, d in enumerate(shape) if k not in axes))
+            if len(axes) == len(shape) and self.rule.sizes[i] < arithmetic.SMALL:
                 single[i] = arithmetic.sum_of_squares(x)
                 continue
-            if self.enforced.programs.pays(x):
+            if self.rule.programs.pays(x):
                 y, self.weight_norms[i] = self._compiled(i, x)
             else:
-                weight = self.weight_of(i)
-                y = _clip_units(axes, x, self._limit(weight))
+                weight = self._weight_of(i)
+                y = _clip_units(axes, x, _limit(self.clipper, weight, self.hyper))
                 self.weight_norms[i] = weight.norm
-            self.grads[i] = arithmetic.with_values(self.before[i], y)
+            self.clipped[i] = arithmetic.with_values(self.before[i], y)
         if single:
             self.squares.update(single)
             norms = ops.sqrt(ops.stack([*single.values()]))
-            weights = ops.stack([self.weight_of(i).norm for i in single])
-            factors = arithmetic.clip_factor(norms, self._limit(Weight(norm=weights)))
+            weights = ops.stack([self._weight_of(i).norm for i in single])
+            factors = arithmetic.clip_factor(
+                norms, _limit(self.clipper, Weight(known_norm=weights), self.hyper)
+            )
             for i, factor in zip(single, ops.unstack(factors, num=len(single)), strict=True):
                 y = arithmetic.scale(arithmetic.values(self.before[i]), factor)
-                self.grads[i] = arithmetic.with_values(self.before[i], y)
+                self.clipped[i] = arithmetic.with_values(self.before[i], y)
 
         def fractions() -> dict[int, Tensor]:
             result = {}
             for i in members:
-                x, axes = arithmetic.values(self.before[i]), self.enforced.units[i].axes
+                x, axes = arithmetic.values(self.before[i]), self.rule.units[i].axes
                 norm = ops.sqrt(arithmetic.unit_squares(x, axes))
-                over = ops.sum(arithmetic.float32(norm > self._limit(self.weight_of(i))))
+                over = ops.sum(
+                    arithmetic.float32(norm > _limit(self.clipper, self._weight_of(i), self.hyper))
+                )
                 result[i] = over / max(self.counts[i], 1.0)
             return result
 
@@ -452,33 +503,40 @@ class _Clip:
     def norms(self, state: State) -> State:
         """G' = g·min(1, L/‖g‖), ‖·‖ over a variable, a layer or everything; the new state."""
         members: dict[int, list[int]] = {}  # of each scope
-        for i in self.enforced.in_scope:
-            if self.grads[i] is not None:
-                members.setdefault(self.enforced.scopes[i], []).append(i)
+        for i in self.rule.in_scope:
+            if self.before[i] is not None:
+                members.setdefault(self.rule.scopes[i], []).append(i)
                 self.squares[i] = arithmetic.sum_of_squares(arithmetic.values(self.before[i]))
         if not members:
             return state
-        squares = {s: _total([self.squares[i] for i in of]) for s, of in members.items()}
+        of_scopes = [[self.squares[i] for i in of] for of in members.values()]
+        squares = [s[0] if len(s) == 1 else ops.sum(ops.stack(s)) for s in of_scopes]
         if type(self.clipper).limits is Limit.limits:
-            weights = [self._weight_over(of) for of in members.values()]
-            limits = [self._limit(weight) for weight in weights]
-            sizes = [weight.size for weight in weights]
-            factors = arithmetic.clip_factors([*squares.values()], limits, sizes)
+            sizes = [sum(self.rule.sizes[i] for i in of) for of in members.values()]
+            limits = [
+                _limit(
+                    self.clipper,
+                    Weight([functools.partial(self._read, i) for i in of], size),
+                    self.hyper,
+                )
+                for of, size in zip(members.values(), sizes, strict=True)
+            ]
+            factors = arithmetic.clip_factors(squares, limits, sizes)
         else:
-            factors, state = self._factors_from_memory(squares, state)
-        factor_of = dict(zip(members, factors, strict=True))
-        for scope, of_scope in members.items():
+            by_scope = dict(zip(members, squares, strict=True))
+            factors, state = self._factors_from_memory(by_scope, state)
+        for factor, of_scope in zip(factors, members.values(), strict=True):
             for i in of_scope:
                 x = arithmetic.values(self.before[i])
-                y = arithmetic.scale(x, factor_of[scope])
-                y = arithmetic.rescaled(self.clipper.rescale, x, y)
-                self.grads[i] = arithmetic.with_values(self.before[i], y)
+                y = arithmetic.scale(x, factor)
+                if self.clipper.rescale:
+                    y = arithmetic.rescaled(self.clipper.rescale, x, y)
+                self.clipped[i] = arithmetic.with_values(self.before[i], y)
                 self.counts[i] = 1.0 / len(of_scope)
 
         def fractions() -> dict[int, Tensor]:
-            hit = arithmetic.float32(ops.stack(factors) < 1.0)
-            of = dict(zip(members, ops.unstack(hit, num=len(factors)), strict=True))
-            return {i: of[scope] for scope, of_scope in members.items() for i in of_scope}
+            hits = ops.unstack(arithmetic.float32(ops.stack(factors) < 1.0), num=len(factors))
+            return {i: hit for hit, of in zip(hits, members.values(), strict=True) for i in of}
 
         self.fractions.append(fractions)
         return state
@@ -488,101 +546,84 @@ class _Clip:
     ) -> tuple[list[Tensor], State]:
         """Factors by a clipper with memory, which sees all scopes at once, and the new state."""
         zero = ops.zeros((), "float32")
-        number = max(self.enforced.scopes.values()) + 1
+        number = max(self.rule.scopes.values()) + 1
         norms = ops.sqrt(ops.stack([squares.get(s, zero) for s in range(number)]))
         usable = ops.logical_and(ops.isfinite(norms), norms > 0)
         # What is not usable must not get near the arithmetic of the memory: 0·inf is NaN.
         safe = ops.where(usable, norms, ops.zeros_like(norms))
         limits, state = self.clipper.limits(safe, usable, state, self.hyper)
-        factors = arithmetic.clip_factor(
-            norms, ops.clip(limits, arithmetic.TINY, arithmetic.LARGEST)
-        )
-        every = ops.unstack(factors, num=number)
+        every = ops.unstack(arithmetic.clip_factor(norms, limits), num=number)
         return [every[s] for s in squares], state
 
     def stats(self) -> ClipStats:
-        """What was clipped, an entry a variable of the clipper."""
-        members, fractions = self.enforced.members, list(self.fractions)
+        """What was clipped."""
+        every = range(len(self.before))
 
-        def known() -> list[Tensor | None]:
-            every = {i: f for function in fractions for i, f in function().items()}
-            return [every.get(i) for i in members]
+        def fractions() -> list[Tensor | None]:
+            known = {i: f for function in self.fractions for i, f in function().items()}
+            return [known.get(i) for i in every]
 
         unit = "elements" if self.clipper.scope == "element" else "norms"
-        counts = [self.counts.get(i, 0.0) for i in members]
-        return ClipStats(known, counts, unit, [self.squares.get(i) for i in members])
-
-    def _limit(self, weight: Weight) -> Tensor:
-        return _limit(self.clipper, weight, self.hyper, self.divisor)
+        counts = [self.counts.get(i, 0.0) for i in every]
+        squares = [self.squares.get(i) if i in self.rule.first else None for i in every]
+        return ClipStats(fractions, counts, unit, squares)
 
     def _compiled(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The clip of one gradient as one program of XLA; and by units, the weight's norms."""
-        clipper, size = self.clipper, size_of(self.enforced.variables[i])
-        axes = self.enforced.units[i].axes if clipper.scope == "unit" else None
+        clipper, size = self.clipper, self.rule.sizes[i]
+        axes = self.rule.units[i].axes if clipper.scope == "unit" else None
 
-        def clip(
-            x: Tensor, values: Tensor, hyper: Hyper, divisor: Scalar | None
-        ) -> tuple[Tensor, Tensor | None]:
+        def clip(x: Tensor, values: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:
             weight = Weight([lambda: values], size, axes)
-            limit = _limit(clipper, weight, hyper, divisor)
+            limit = _limit(clipper, weight, hyper)
             if axes is None:
                 return _clip_elements(clipper, x, weight, limit, hyper), None
             return _clip_units(axes, x, limit), weight.norm
 
-        arguments = (x, self.weight_of(i).values, self.hyper, self.divisor)
-        return self.enforced.programs.run((self.enforced.name, axes), clip, *arguments)
+        arguments = (x, self._weight_of(i).values, self.hyper)
+        return self.rule.programs.run((self.rule.name, axes), clip, *arguments)
 
     def _read(self, i: int) -> Tensor:
         """The weight of a variable."""
         given = None if self.weights is None else self.weights[i]
-        return arithmetic.read(self.enforced.variables[i]) if given is None else given
+        return arithmetic.read(self.rule.variables[i]) if given is None else given
 
-    def weight_of(self, i: int) -> Weight:
-        """The weight of a variable, or its units; of a sparse gradient's rows, unless a unit
-        spans rows.
-        """
-        size, whole = size_of(self.enforced.variables[i]), functools.partial(self._read, i)
-
-        def rows() -> Tensor:
-            return arithmetic.matching_rows(self._read(i), self.before[i])
-
+    def _weight_of(self, i: int) -> Weight:
+        """The weight of a variable, or of its units."""
+        whole, size = functools.partial(self._read, i), self.rule.sizes[i]
+        rows: Callable[[], Tensor] = whole
+        if arithmetic.is_sparse(self.before[i]):
+            rows = lambda: arithmetic.matching_rows(self._read(i), self.before[i])  # noqa: E731
         if self.clipper.scope != "unit":
             return Weight([whole], size, rows=rows)
-        axes = self.enforced.units[i].axes
+        axes = self.rule.units[i].axes
         return Weight([whole if 0 in axes else rows], size, axes)
 
-    def unit_of_bias(self, i: int) -> Weight:
+    def _norm_for_bias(self, i: int) -> Tensor:
         """For each element of a bias the norm of its unit in the layer's kernel."""
         norms = []
-        for k in self.enforced.by_kernel[i]:
+        for k in self.rule.by_kernel[i]:
             if k not in self.weight_norms:
-                axes = self.enforced.units[k].axes
+                axes = self.rule.units[k].axes
                 self.weight_norms[k] = ops.sqrt(arithmetic.unit_squares(self._read(k), axes))
             norms.append(self.weight_norms[k])
-        shape = self.enforced.variables[i].shape
-        norm = norms_for_bias(self.enforced.units[i], shape, norms)
-        return Weight(norm=arithmetic.matching_rows(norm, self.before[i]))
-
-    def _weight_over(self, members: Sequence[int]) -> Weight:
-        """The weights of all members together."""
-        size = sum(size_of(self.enforced.variables[i]) for i in members)
-        return Weight([functools.partial(self._read, i) for i in members], size)
+        norm = norms_for_bias(self.rule.units[i], self.rule.variables[i].shape, norms)
+        return arithmetic.matching_rows(norm, self.before[i])
 
 
-def _total(squares: Sequence[Tensor]) -> Tensor:
-    return squares[0] if len(squares) == 1 else ops.sum(ops.stack(squares))
-
-
-def _limit(clipper: Limit, weight: Weight, hyper: Hyper, divisor: Scalar | None) -> Tensor:
+def _limit(clipper: Limit, weight: Weight, hyper: Hyper) -> Tensor:
     """What the clipper allows; per learning rate, where it limits the update of SGD."""
     limit = ops.convert_to_tensor(clipper.limit(weight, hyper))
-    return limit if divisor is None else limit / ops.maximum(divisor, arithmetic.TINY)
+    return limit / ops.maximum(hyper[DIVISOR], arithmetic.TINY) if DIVISOR in hyper else limit
 
 
 def _clip_elements(
     clipper: Limit, x: Tensor, weight: Weight, limit: Tensor, hyper: Hyper
 ) -> Tensor:
-    y = arithmetic.clip_symmetric(x, limit)
+    limit = ops.cast(limit, x.dtype)
+    y = arithmetic.clip_between(x, -limit, limit)
+    if clipper.rescale is None:
+        return y
     if clipper.rescale == "alpha":
         return arithmetic.scale(y, clipper.growth(weight, hyper))
     return arithmetic.rescaled(clipper.rescale, x, y)
@@ -593,32 +634,23 @@ def _clip_units(axes: Sequence[int], x: Tensor, limit: Tensor) -> Tensor:
     return arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
 
 
-def combined(
-    stats: Sequence[tuple[Sequence[int], ClipStats]], variables: Sequence[keras.Variable]
-) -> ClipStats:
-    """What several rules did together, each with the positions of its variables.
+def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) -> ClipStats:
+    """What several rules did together.
 
     Of a variable that several rules clip, the largest fraction counts. Where some rules count
     elements and others norms, a norm counts as all its elements.
     """
-    mixed = len({s.unit for _, s in stats}) > 1
-    weights = [0.0] * len(variables)
-    squares: dict[int, Tensor | None] = {}
-    for members, s in stats:
-        for k, i in enumerate(members):
-            as_elements = mixed and s.weights[k] > 0
-            weight = float(size_of(variables[i])) if as_elements else s.weights[k]
-            weights[i] = max(weights[i], weight)
-            squares.setdefault(i, s.square_norms[k] if s.square_norms else None)
+    every, mixed = range(len(variables)), len({s.unit for s in stats}) > 1
+    weights = [max((s.weights[i] for s in stats), default=0.0) for i in every]
+    if mixed:
+        weights = [float(size_of(variables[i])) if weights[i] > 0 else 0.0 for i in every]
+    known = [s.square_norms for s in stats if s.square_norms]
 
     def fractions() -> list[Tensor | None]:
-        result: list[Tensor | None] = [None] * len(variables)
-        for members, s in stats:
-            for i, fraction in zip(members, s.fractions(), strict=True):
-                if fraction is not None:
-                    other = result[i]
-                    result[i] = fraction if other is None else ops.maximum(other, fraction)
-        return result
+        of_rules = [s.fractions() for s in stats]
+        of_variables = [[f[i] for f in of_rules if f[i] is not None] for i in every]
+        return [functools.reduce(ops.maximum, f) if f else None for f in of_variables]
 
-    unit = "elements" if mixed or not stats else stats[0][1].unit
-    return ClipStats(fractions, weights, unit, [squares.get(i) for i in range(len(weights))])
+    unit = "elements" if mixed or not stats else stats[0].unit
+    squares = [next((s[i] for s in known if s[i] is not None), None) for i in every]
+    return ClipStats(fractions, weights, unit, squares)

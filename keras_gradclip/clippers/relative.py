@@ -138,43 +138,30 @@ class UpdateRatioClip(ByUnit):
     """No step moves a unit by more than a share of its own norm, at any learning rate.
 
     g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. A bias
-    b_u may move by what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η, W_u the unit of its
-    layer's kernel (of recurrent layers the recurrent kernel's; of a GRU's bias of two rows, either
-    kernel's). Biases whose kernel is not trained with them (it is frozen, say) stay free; they are
-    warned of. γ and β of a normalisation are left alone.
+    b_u may move by what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η (see `biases`). Around any
+    optimizer but SGD, which all ignore a gradient's scale, the gradient passes as it is, and the
+    change of the weights, ΔW before decoupled weight decay, becomes ΔW·min(1, κ·max(‖W‖, ε)/‖ΔW‖).
 
     When to use it: where the learning rate is not known well or the network has no batch
-    normalisation: κ has no dimension and stays as it is when η changes. Source: this library; the
-    clip of LARC applied by the unit, with LARS's ratio as a bound (You et al., arXiv 1708.03888),
-    or AGC (arXiv 2102.06171) with λ = κ/η.
-
-    Every optimizer but SGD ignores a gradient's scale, more or less (Adam and its kin, RMSprop,
-    Lion, Muon), so that no clip of a gradient bounds its step. Around such a one the gradient
-    passes as it is, and what is applied is bounded: the change of the weights ΔW, after the
-    optimizer and before decoupled weight decay, becomes ΔW · min(1, κ·max(‖W‖, ε)/‖ΔW‖).
-
-    A learning rate that falls makes a bounded step no smaller, until the bound does not act any
-    more: a cosine schedule from ten times the usual rate never comes to rest. With
-    `anneal="learning_rate"` the bound falls with it: κ·η/η_max, η_max the largest learning rate of
-    this phase. A phase is what a schedule makes of the rate: a LearningRateSchedule, or Keras's
-    callbacks LearningRateScheduler and ReduceLROnPlateau, which lower it so that training comes to
-    rest. A rate that is set in any other way (`optimizer.learning_rate = 0.01`, or another
-    schedule, also by a callback of your own, such as a learning-rate range test) begins a new
-    phase, with the whole of κ, and so does `optimizer.reset_clip_state()`.
-
-    SGD's momentum may add up steps of one direction to 1/(1 − μ) of one: κ does not know μ.
-
-    Called without an optimizer, `clipper(grads, variables)`, η is 1: the gradient is the step.
+    normalisation: κ has no dimension and stays as it is when η changes. SGD's momentum may add up
+    steps of one direction to 1/(1 − μ) of one: κ does not know μ. Called without an optimizer,
+    `clipper(grads, variables)`, η is 1. Source: this library; the clip of LARC applied by the unit,
+    with LARS's ratio as a bound (You et al., arXiv 1708.03888), or AGC (arXiv 2102.06171) with
+    λ = κ/η.
 
     Args:
         max_ratio: κ, a positive number or a LearningRateSchedule.
         eps: ε, the floor of the weight's norm, so that zero-initialised weights can move.
         scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has
             it; "variable", a kernel; "layer", all kernels of a layer.
-        biases: "unit" limits them as said; None leaves them alone. At ten times the largest
-            learning rate that plain training survives, free biases are what fails
-            (docs/evidence.md).
-        anneal: None leaves κ as it is; "learning_rate" lets it fall with the learning rate.
+        biases: "unit" limits each by its unit in the layer's kernel (of recurrent layers the
+            recurrent kernel, of a GRU's bias of two rows either kernel), and warns of those whose
+            kernel is not trained with them, which stay free; None leaves all alone. γ and β of a
+            normalisation are left alone in any case.
+        anneal: None leaves κ as it is; "learning_rate" makes it κ·η/η_max, so that a schedule
+            comes to rest: η_max is the largest learning rate since one was last set in any way but
+            by a schedule, LearningRateScheduler or ReduceLROnPlateau, or since
+            `optimizer.reset_clip_state()`.
         axes: as of `AdaptiveClip`.
 
     Raises:

@@ -35,7 +35,7 @@ from keras_gradclip.diagnostics.sampler import (
 from keras_gradclip.files import write_json
 from keras_gradclip.names import layers_of, path_of, size_of
 from keras_gradclip.optimizer._advice import step_bound
-from keras_gradclip.optimizer._steps import ignores_scale
+from keras_gradclip.optimizer._inner import ignores_scale
 
 #: What a `Calibration` keeps of how it was watched, beside its samples.
 SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")

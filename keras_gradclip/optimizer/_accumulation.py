@@ -45,6 +45,10 @@ class Accumulation:
             track(total)
             self.sums.append(total)
 
+    def saved(self) -> dict[str, keras.Variable]:
+        """The variables by the names that files have for them."""
+        return {f"accumulator:{i}": v for i, v in enumerate(self.sums)} | {"touched": self.flags}
+
     def is_due(self, calls: keras.Variable) -> Scalar:
         """Whether the call after `calls` others completes an update."""
         return ops.equal((calls + 1) % self.steps, 0)

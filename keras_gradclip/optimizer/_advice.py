@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_gradclip import _compat, aggregation
 from keras_gradclip._layers import is_normalisation, networks_of
+from keras_gradclip._types import Strategy
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
 from keras_gradclip.clippers.enforce import Enforcer
@@ -38,9 +39,25 @@ def _ratio(shares: tuple[float, float], kernels: int) -> float:
 
 
 def choose(
+    inner: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+    strategy: Strategy | None = None,
+) -> Clipper | None:
+    """The clipper of `clipper="auto"`; the chief tells the user, by one line of log, why.
+
+    At the level that Python shows where nobody has set up logging, since the choice is news to the
+    user; `logging.getLogger("keras_gradclip").setLevel("ERROR")` turns it off.
+    """
+    chosen, reason = advice(inner, variables)
+    if aggregation.is_chief(strategy):
+        LOG.warning("clipper='auto': %s, because %s", chosen, reason)
+    return chosen
+
+
+def advice(
     inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> tuple[Clipper | None, str]:
-    """The clipper of `clipper="auto"`, and why; docs/choosing.md has the rule as a table.
+    """The clipper, and why; docs/choosing.md has the rule as a table.
 
     Args:
         inner: the inner optimizer, built.
@@ -80,15 +97,6 @@ def choose(
     return ClipMap([(pattern, guard)], bound, allow_unmatched=True), (
         f"{why}; but a guard that clips a tenth of the updates for {_FREE} (here {shown})"
     )
-
-
-def say(chosen: Clipper | None, reason: str) -> None:
-    """Tell the user, who wrote "auto", what it is: one line of log.
-
-    At the level that Python shows where nobody has set up logging, since the choice is news to the
-    user; `logging.getLogger("keras_gradclip").setLevel("ERROR")` turns it off.
-    """
-    LOG.warning("clipper='auto': %s, because %s", chosen, reason)
 
 
 _FREE = (
@@ -178,16 +186,19 @@ def warn_of_muon(
             f"`clipper` ({clipper}) bounds nothing on its {len(matrices)} matrices, and only "
             "shifts the weight of this step in its momentum. Leave them alone: "
             f"ClipMap({{{rules}}}, default={clipper!r}).",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 def warn_of_remarks(enforcer: Enforcer) -> None:
     """Warn of what is unexpected about the clip of some variables, as `describe` shows it."""
+    remarks = enforcer.remarks()
+    if not any(remarks):
+        return
     paths: dict[str, list[str]] = {}
-    for name, remark in zip(names_of(enforcer.variables), enforcer.remarks(), strict=True):
+    for name, remark in zip(names_of(enforcer.variables), remarks, strict=True):
         if remark:
             paths.setdefault(remark, []).append(name)
     for remark, names in paths.items():
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        warnings.warn(f"ClippedOptimizer: {remark}: {names[:6]}{more}.", stacklevel=4)
+        warnings.warn(f"ClippedOptimizer: {remark}: {names[:6]}{more}.", stacklevel=5)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import _validation as validation
 from keras_gradclip import aggregation
-from keras_gradclip._types import Gradient, State, Tensor
-from keras_gradclip.clippers.base import Clipper
+from keras_gradclip._layers import networks_of
+from keras_gradclip._types import Gradient, Scalar, State, Tensor
+from keras_gradclip.clippers.base import Clipper, current_value
 from keras_gradclip.clippers.enforce import LEARNING_RATE, RATE_IS_SET, Enforcer, combined
-from keras_gradclip.optimizer._hyperparameters import (
-    ClipHyperparameters,
-    check_learning_rate,
-    threshold_variables,
-)
-from keras_gradclip.optimizer._steps import ignores_scale
+from keras_gradclip.optimizer._advice import warn_of_muon, warn_of_remarks
+from keras_gradclip.optimizer._inner import ignores_scale
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 
@@ -35,7 +34,8 @@ class Clip:
         clipper: as given: with the thresholds it was made with.
         thresholds: live thresholds by name: a variable, or a schedule.
         state: what the clipper remembers, by name; empty before `build`.
-        enforcer: enforces the clipper's limits, from `build` on.
+        enforcer: enforces the clipper's limits, from `resolve` on.
+        limited: `id` to position of the variables whose change may be limited.
     """
 
     def __init__(
@@ -44,50 +44,79 @@ class Clip:
         inner: keras.optimizers.Optimizer,
         add_variable: Callable[..., keras.Variable],
     ) -> None:
-        if clipper is not None:
-            check_learning_rate(inner, clipper)
         self.clipper, self._inner, self._add_variable = clipper, inner, add_variable
-        self.thresholds = threshold_variables(add_variable, clipper)
+        self._needs_rate = clipper is not None and clipper.needs_learning_rate
+        if self._needs_rate and getattr(inner, "learning_rate", None) is None:
+            raise ValueError(
+                f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) has no learning "
+                f"rate, which the clipper {clipper} divides by. Use one that does not, e.g. "
+                "AdaptiveClip(0.01)."
+            )
+        self.thresholds: dict[str, object] = {}
+        for key, value in (clipper.hyperparameters() if clipper else {}).items():
+            if not validation.is_schedule(value):
+                name = "clip_" + "".join(c if c.isalnum() else "_" for c in key)
+                initializer = keras.initializers.Constant(value)
+                value = add_variable((), initializer, "float32", aggregation="none", name=name)
+            self.thresholds[key] = value
         self.state: dict[str, keras.Variable] = {}
 
     def resolve(self, variables: Sequence[keras.Variable]) -> None:
-        """Find out who limits what."""
-        assignments = [] if self.clipper is None else self.clipper.assignments(variables)
+        """Find out who limits what; warn of what is unexpected about it.
+
+        Raises:
+            ValueError: a ClipMap's rule matches none of the variables, or two rules collide.
+        """
+        if self.clipper is not None:
+            every = list(variables)
+            if self.clipper.has_rules:  # one may match a frozen variable of the network
+                own = {id(v) for v in variables}
+                beside = (v for network in networks_of(variables) for v in network.variables)
+                every += {id(v): v for v in beside if id(v) not in own}.values()
+            self.clipper.check_variables(every)
+            warn_of_muon(self._inner, self.clipper, variables)
+        assignments = self.clipper.assignments(variables) if self.clipper else []
         self.enforcer = Enforcer(assignments, variables, not ignores_scale(self._inner))
-        self._limited = self.enforcer.limited_updates()
+        self.limited = {id(variables[i]): i for i in self.enforcer.limited_updates()}
+        warn_of_remarks(self.enforcer)
 
     def build(self) -> None:
         """Create the state; every replica writes the same into its own copy."""
         for i, (key, value) in enumerate(self.enforcer.state.items()):
+            array = np.asarray(value)
             self.state[key] = self._add_variable(
-                np.asarray(value).shape,
-                functools.partial(_constant, value),
-                str(np.asarray(value).dtype),
+                array.shape,
+                functools.partial(_constant, array),
+                str(array.dtype),
                 aggregation="none",
                 name=f"clip_state_{i}",
             )
 
+    def saved(self) -> dict[str, keras.Variable]:
+        """The variables by the names that files have for them."""
+        live = {k: v for k, v in self.thresholds.items() if isinstance(v, keras.Variable)}
+        named = {f"hyper:{k}": v for k, v in live.items()}
+        return named | {f"state:{k}": v for k, v in self.state.items()}
+
     @property
     def now(self) -> Clipper | None:
         """The clipper with the thresholds that are in force now."""
-        iterations = self._inner.iterations
-        values = ClipHyperparameters(self.thresholds, iterations)
-        return None if self.clipper is None else values.put_into(self.clipper)
-
-    @property
-    def limits_changes(self) -> bool:
-        """Whether the changes of weights are clipped, by `clip_changes`."""
-        return self.enforcer.limits_updates
-
-    def limited(self, variables: Sequence[keras.Variable]) -> dict[int, int]:
-        """`id` to position of the variables whose change may be limited."""
-        return {id(variables[i]): i for i in self._limited}
+        if self.clipper is None:
+            return None
+        current = ClipHyperparameters(self.thresholds, self._inner.iterations)
+        values = dict(self.clipper.hyperparameters())
+        for key, given in values.items():
+            now = given if validation.is_schedule(given) else current[key]
+            if now is not given and np.float32(given) != np.float32(now):
+                values[key] = now  # set since; otherwise keep the number as it was written
+        return self.clipper.with_hyperparameters(values)
 
     def clip(self, gradients: list[Gradient]) -> ClippedUpdate:
         """Clip gradients, rescale, and count what was clipped."""
         state = {key: arithmetic.read(v) for key, v in self.state.items()}
-        hyper = ClipHyperparameters(self.thresholds, self._inner.iterations).at_this_step()
-        if self.clipper is not None and self.clipper.needs_learning_rate:
+        calls = self._inner.iterations
+        hyper = {name: current_value(v, calls) for name, v in self.thresholds.items()}
+        if self._needs_rate:
             rate = self._inner.learning_rate
             hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
             hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
@@ -97,33 +126,37 @@ class Clip:
     def clip_changes(
         self,
         update: ClippedUpdate,
-        changes: Mapping[int, Tensor],
-        weights: Mapping[int, Tensor],
-    ) -> tuple[list[Gradient], ClippedUpdate]:
+        variables: Sequence[keras.Variable],
+        changes: Sequence[Tensor],
+        before: Sequence[Tensor],
+    ) -> tuple[list[Tensor], ClippedUpdate]:
         """Clip what the inner optimizer wants to add to the weights.
 
         Args:
             update: what `clip` returned.
-            changes: by position of the variable.
-            weights: those from before the change, by position.
+            variables: the variables.
+            changes: what is to be added, one a variable.
+            before: the weights from before the change.
 
         Returns:
-            The clipped changes, one entry a variable, and the update with what was clipped.
+            The clipped changes, and the update with what was clipped.
         """
         assert update.stats is not None
-        variables = self.enforcer.variables
-        every = range(len(variables))
-        clipped, state, stats = self.enforcer.clip(
-            [changes.get(i) for i in every],
-            update.state,
-            update.hyper,
-            [weights.get(i) for i in every],
+        every = self.enforcer.variables
+        given: list[Gradient] = [None] * len(every)
+        weights: list[Tensor | None] = [None] * len(every)
+        places = [self.limited.get(id(v)) for v in variables]
+        for i, change, weight in zip(places, changes, before, strict=True):
+            if i is not None:
+                given[i], weights[i] = change, weight
+        clipped, state, stats = self.enforcer.clip(given, update.state, update.hyper, weights)
+        update = dataclasses.replace(
+            update,
+            stats=combined([update.stats, stats], every),
+            state={**update.state, **state},
         )
-        both = combined([(every, update.stats), (every, stats)], variables)
-        new_state = {**update.state, **state}
-        return clipped, ClippedUpdate(
-            update.gradients, update.clipped, both, update.hyper, new_state
-        )
+        limited = [None if i is None else clipped[i] for i in places]
+        return [c if x is None else x for c, x in zip(changes, limited, strict=True)], update
 
     def keep(self, state: State) -> None:
         """Remember `state`."""
@@ -137,7 +170,7 @@ class Clip:
 
     def note_schedule(self, is_new: bool) -> None:
         """A schedule, or a new one, has set the learning rate."""
-        if self.state and self.clipper is not None and self.clipper.needs_learning_rate:
+        if self.state and self._needs_rate:
             state = {key: aggregation.to_numpy(v) for key, v in self.state.items()}
             rate = np.float32(aggregation.to_numpy(self._inner.learning_rate))
             self.keep(self.enforcer.scheduled(state, rate, is_new))
@@ -145,4 +178,54 @@ class Clip:
 
 def _constant(value: object, shape: Sequence[int], dtype: str | None = None) -> Tensor:
     del shape
-    return ops.convert_to_tensor(np.asarray(value), dtype=dtype)
+    return ops.convert_to_tensor(value, dtype=dtype)
+
+
+class ClipHyperparameters(MutableMapping):
+    """The live thresholds of an optimizer: names as in `clipper.hyperparameters()`.
+
+    Reading gives the current value as a float. Setting takes effect from the next step on,
+    without a retrace, as `optimizer.learning_rate = ...` does. Inside an epoch on JAX, call
+    `model.jax_state_sync()` first, as for the learning rate.
+    """
+
+    def __init__(self, values: Mapping[str, keras.Variable], iterations: keras.Variable) -> None:
+        self._values, self._iterations = values, iterations
+
+    def __getitem__(self, name: str) -> float:
+        value = self._values[self._known(name)]
+        if validation.is_schedule(value):
+            value = value(ops.convert_to_tensor(aggregation.to_numpy(self._iterations)))
+        return float(aggregation.to_numpy(value))
+
+    def __setitem__(self, name: str, value: Scalar) -> None:
+        current = self._values[self._known(name)]
+        if validation.is_schedule(current):
+            raise TypeError(
+                f"clip_hyperparameters[{name!r}] follows the schedule {current!r} and cannot be "
+                "set. Build the clipper with a number to be able to."
+            )
+        is_symbolic = ops.is_tensor(value) and not hasattr(value, "__float__")
+        if not is_symbolic:
+            value = validation.positive("clip_hyperparameters", name, value)
+        current.assign(value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(
+            f"clip_hyperparameters[{name!r}] cannot be deleted: a clipper always has its "
+            f"thresholds. {validation.CLIP_NOTHING}"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _known(self, name: str) -> str:
+        if name not in self._values:
+            raise KeyError(f"no clip hyper-parameter is called {name!r}; there are {list(self)}")
+        return name

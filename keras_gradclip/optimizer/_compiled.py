@@ -8,9 +8,10 @@ no such kernel is compiled by XLA where that pays: the large variables alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import keras
 from keras import backend
@@ -19,6 +20,9 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
 from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
 from keras_gradclip.names import path_of
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 #: One update of one variable: (variable, gradient, *slots), each of them native.
 Kernel = Callable[..., Tensor]
@@ -68,13 +72,11 @@ def _rounding_of_beta_2(beta_2: float, step: Tensor) -> Tensor:
 
     kernels_own = 1.0 - step.dtype.as_numpy_dtype(beta_2)
     keras_own = step.dtype.as_numpy_dtype(1.0 - beta_2)
-
-    def grown(rate: float) -> Tensor:
-        return tf.math.expm1(step * tf.cast(math.log1p(-rate), step.dtype))
-
     if not 0.0 < keras_own < 1.0 or not 0.0 < kernels_own < 1.0:
         return tf.ones_like(step)
-    return tf.sqrt(grown(kernels_own) / grown(keras_own))
+    rates = tf.constant([math.log1p(-kernels_own), math.log1p(-keras_own)], step.dtype)
+    grown = tf.math.expm1(step * rates)
+    return tf.sqrt(grown[0] / grown[1])
 
 
 def _adamax(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel:
@@ -173,20 +175,23 @@ class CompiledUpdate:
         self._make_kernel = _KERNELS.get(type(inner))
         #: Path of a variable to the reason why Keras updates it.
         self._refused: dict[str, str] = {}
-        self._reason = self._impossible()
+        self._impossible = self._why_not()
+        self.methods()
         if self._reason and mode is True:
             raise ValueError(_cannot(self._reason))
 
-    def attributes(self) -> dict[str, Any]:
-        """What the inner optimizer has to be changed by while it applies: see `_compat.changed`."""
-        reason = self._impossible()
-        if reason:  # it may be new: a method that was set on the object since
-            self._reason = reason
+    def methods(self) -> dict[str, Callable[..., None]]:
+        """What takes the place of the inner optimizer's methods: see `_compat.changed`."""
+        own = next((method for method in _REPLACED if method in vars(self._inner)), None)
+        kind = type(self._inner).__name__
+        self._reason = f"{own} was set on this {kind}" if own else self._impossible
+        if self._reason:
             return {}
-        return _compat.replaced_updates(self._inner, self._update)
+        decay = functools.partial(_compat.decay_by_one_rate, self._inner)
+        return {_compat.UPDATE_NATIVES: self._update, _compat.DECAY: decay}
 
-    def _impossible(self) -> str | None:
-        """Why nothing can be compiled, as far as it is known before the first update."""
+    def _why_not(self) -> str | None:
+        """Why nothing can be compiled, whatever the variables."""
         name = type(self._inner).__name__
         if self.mode is False:
             return "compiled=False"
@@ -194,9 +199,6 @@ class CompiledUpdate:
             return f"the backend is {backend.backend()}, not tensorflow"
         if not _compat.updates_are_replaceable(self._inner):
             return f"{name} or this Keras has its own way to update a list of variables"
-        own = [method for method in _REPLACED if method in vars(self._inner)]
-        if own:
-            return f"{own[0]} was set on this {name}"
         known = self._make_kernel is not None or type(self._inner) in _GAIN_BY_XLA
         if not known and self.mode == "auto":
             return f"{name} is not known to gain; compiled=True tries it"
@@ -244,7 +246,7 @@ class CompiledUpdate:
 
         None where this is not known: update the weights, and look at the difference.
         """
-        if type(self._inner) not in _EQUATIONS or self._impossible():
+        if type(self._inner) not in _EQUATIONS or self._reason:
             return None
         import tensorflow as tf
 
@@ -403,7 +405,9 @@ class CompiledUpdate:
         strategy.extended.update(large[0][1], of_one, args=arguments, group=False)
         return [pair for pair in pairs if pair[1].shape.num_elements() < least]
 
-    def _xla_function(self, variables: Sequence[Tensor]) -> Any:
+    def _xla_function(
+        self, variables: Sequence[Tensor]
+    ) -> tf.types.experimental.PolymorphicFunction:
         """A tf.function of (gradients, learning rate): one program for variables of a device."""
         import tensorflow as tf
 

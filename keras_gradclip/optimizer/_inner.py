@@ -1,11 +1,16 @@
-"""The inner optimizer: which one can be wrapped, and how it applies what was clipped."""
+"""The inner optimizer: which one can be wrapped, and how it applies what was clipped.
+
+Adam and its kin divide by the gradient's size: no clip of a gradient limits their updates. A
+clipper whose `stage` is "update" then gets the change of the weights itself: after decoupled weight
+decay, before moving averages and constraints.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import keras
 from keras import ops
@@ -13,10 +18,13 @@ from keras import ops
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._types import Gradients, Scalar, Strategy, Tensor
-from keras_gradclip.optimizer._accumulation import is_overwritten
+from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
+from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._compiled import CompiledUpdate
-from keras_gradclip.optimizer._steps import BoundedSteps, UpdateLimit
+
+#: A function of (variables, the changes that the inner optimizer wants to make of them, the weights
+#: from before) that returns the changes to make.
+Limit = Callable[[Sequence[keras.Variable], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 def check_inner(inner: object, wrapper: type) -> keras.optimizers.Optimizer:
@@ -48,7 +56,9 @@ def check_inner(inner: object, wrapper: type) -> keras.optimizers.Optimizer:
             f"ClippedOptimizer: `inner_optimizer` must not be {inner!r} ({kind}): {remedy}."
         )
     _check_arguments(inner)
-    if keras.backend.backend() == "jax" and _compat.overrides(inner, "stateless_apply"):
+    own = inner.stateless_apply  # type: ignore[attr-defined]
+    keras_own = keras.optimizers.Optimizer.stateless_apply
+    if keras.backend.backend() == "jax" and getattr(own, "__func__", None) is not keras_own:
         raise ValueError(
             f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) has a `stateless_apply` "
             "of its own, which would not be called. Override `apply` instead."
@@ -78,15 +88,9 @@ def _check_arguments(inner: keras.optimizers.Optimizer) -> None:
         )
 
 
-def split_overwriting(
-    gradients: Gradients, variables: Sequence[keras.Variable]
-) -> tuple[Gradients, Gradients]:
-    """Gradients, and the new values of variables that are overwritten by what comes for them."""
-    overwritten = [is_overwritten(v) for v in variables]
-    return (
-        [None if o else g for g, o in zip(gradients, overwritten, strict=True)],
-        [g if o else None for g, o in zip(gradients, overwritten, strict=True)],
-    )
+def ignores_scale(inner: keras.optimizers.Optimizer) -> bool:
+    """Whether a smaller gradient makes no smaller step; of somebody's own it is not known."""
+    return not isinstance(inner, keras.optimizers.SGD)
 
 
 class Conditionally:
@@ -101,12 +105,12 @@ class Conditionally:
         self._inner = inner
         self._flags = flags
 
-    def attributes(self) -> dict[str, Any]:
-        """What the inner optimizer has to be changed by while it applies: see `_compat.changed`."""
+    def methods(self) -> dict[str, Callable[..., None]]:
+        """What takes the place of the inner optimizer's methods: see `_compat.changed`."""
         return {
-            **_compat.wrapped_update(self._inner, self._update),
-            **_compat.wrapped_native_update(self._inner, self._update_natives),
-            **_compat.wrapped_decay(self._inner, self._decay),
+            _compat.UPDATE: self._update,
+            _compat.UPDATE_NATIVES: self._update_natives,
+            _compat.DECAY: self._decay,
         }
 
     def _update(
@@ -138,7 +142,7 @@ class Conditionally:
         self,
         default: Callable[..., None],
         strategy: Strategy,
-        pairs: Sequence[tuple[Any, Tensor]],
+        pairs: Sequence[tuple[Gradient | tuple[Gradient, Tensor], Tensor]],
         learning_rate: Scalar,
     ) -> None:
         """On TensorFlow, in cross-replica context: the gradient of some is a pair with its flag."""
@@ -147,8 +151,10 @@ class Conditionally:
             default(strategy, sure, learning_rate)
 
         def of_one(variable: Tensor, gradient: Tensor, flag: Tensor, rate: Scalar) -> None:
-            update = functools.partial(self._inner.update_step, gradient, variable, rate)
-            aggregation.plain_cond(flag, update)
+            def update() -> None:
+                self._inner.update_step(gradient, variable, rate)
+
+            aggregation.local_cond(flag, update, ())
 
         for gradient, variable in pairs:
             if isinstance(gradient, tuple):
@@ -174,6 +180,7 @@ class InnerUpdate:
 
     Attributes:
         compiled: how the inner optimizer's variables are updated.
+        limited: `id` of the variables whose change may be limited.
         is_held: whether it is inside `held`.
     """
 
@@ -181,31 +188,44 @@ class InnerUpdate:
         self, inner: keras.optimizers.Optimizer, strategy: Strategy | None, compiled: bool | str
     ) -> None:
         self._inner = inner
+        self.compiled = CompiledUpdate(inner, compiled)
+        self.limited: Collection[int] = ()
         self.is_held = False
         self._is_distributed = strategy is not None
         self._overwrites_every: int | None = None
         self._entered = 0
         self._changes = contextlib.ExitStack()
-        self.compiled = CompiledUpdate(inner, compiled)
-        self._steps = BoundedSteps(inner, self.compiled.steps)
+        self._limits: dict[int, Limit] = {}  # of each replica, which is a thread
+        self._may_split = _compat.updates_are_separable(inner)
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Build the inner optimizer; raise a ValueError if it was built without one of these."""
+        if not self._inner.built:
+            _compat.build_with_all_tracked(self._inner, list(variables))
+            return
+        unknown = [v for v in variables if not _compat.knows(self._inner, v)]
+        if unknown:
+            kind = type(self._inner).__name__
+            raise ValueError(
+                f"ClippedOptimizer: `inner_optimizer` ({kind}) was built without "
+                f"{path_of(unknown[0])!r} and {len(unknown) - 1} other variables of "
+                f"{len(variables)}, and has no state for them. After unfreezing a layer, pass a "
+                f"new one: ClippedOptimizer({kind}(...), ...)."
+            )
 
     def __call__(
         self,
         gradients: Gradients,
-        overwriting: Gradients,
         variables: Sequence[keras.Variable],
-        indices: Sequence[int],
-        bound: UpdateLimit | None = None,
+        limit: Limit | None = None,
         if_present: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Apply.
 
         Args:
-            gradients: clipped, one entry a variable.
-            overwriting: new values, see `split_overwriting`.
-            variables: all that the optimizer was built with.
-            indices: the variables that this update is about.
-            bound: what the steps go through before they stay.
+            gradients: clipped, or new values of variables that are overwritten by them.
+            variables: the variables, in the same order.
+            limit: what the changes of the weights go through before they stay.
             if_present: `id` of a variable to a boolean scalar, without which it stays as it is.
         """
         if self.is_held:
@@ -214,48 +234,103 @@ class InnerUpdate:
         if factor:  # Keras will divide by it once more, and cannot divide a sparse gradient
             gradients = [None if g is None else arithmetic.dense(g) for g in gradients]
             gradients = arithmetic.divided(gradients, 1.0 / factor)
-        merged = [g if o is None else o for g, o in zip(gradients, overwriting, strict=True)]
-        chosen = [merged[i] for i in indices], [variables[i] for i in indices]
-        with self._changed(if_present or {}), self._steps.by(bound):
-            if _compat.overrides(self._inner, "apply_gradients"):
-                self._inner.apply_gradients(list(zip(*chosen, strict=True)))
-            else:
-                self._inner.apply(*chosen)
+        with self._changed(limit, if_present or {}):
+            # Keras's own calls `apply`; either may be overridden.
+            self._inner.apply_gradients(list(zip(gradients, variables, strict=True)))
         if self._overwrites_every:
             aggregation.cond(
                 ops.equal(self._inner.iterations % self._overwrites_every, 0),
-                functools.partial(_compat.overwrite_with_average, self._inner, chosen[1]),
+                functools.partial(_compat.overwrite_with_average, self._inner, variables),
                 lambda: None,
                 cross_replica=True,
             )
 
     @contextlib.contextmanager
-    def _changed(self, if_present: Mapping[int, Tensor]) -> Iterator[None]:
+    def _changed(self, limit: Limit | None, if_present: Mapping[int, Tensor]) -> Iterator[None]:
         """Inside, the inner optimizer is changed for this update.
 
         Replicas are threads that take turns: the first that enters changes it, and the last that
         leaves puts it back.
         """
+        inner, replica = self._inner, threading.get_ident()
+        if limit is not None:
+            self._limits[replica] = limit
         if self._entered == 0:
-            inner = self._inner
-            changes = [lambda: _compat.without_reduction(inner), self.compiled.attributes]
-            if if_present:
-                changes.append(Conditionally(inner, if_present).attributes)
-            changes.append(self._steps.attributes)  # each finds what the one before it has changed
+            attributes: dict[str, object] = {_compat.REDUCE: list}  # it was done before the clip
             if self._is_distributed:
                 # Keras overwrites weights with their averages inside a cond in replica context,
                 # which fails, also where there is one replica alone; `__call__` does it.
                 self._overwrites_every = inner.ema_overwrite_frequency
-                changes.append(lambda: {"ema_overwrite_frequency": None})
-            for attributes in changes:
-                self._changes.enter_context(_compat.changed(inner, attributes()))
+                attributes["ema_overwrite_frequency"] = None
+            self._changes.enter_context(_compat.changed(inner, attributes))
+            for methods in (
+                self.compiled.methods(),
+                Conditionally(inner, if_present).methods() if if_present else {},
+                {_compat.UPDATE: self._update_limited} if limit else {},
+            ):  # each finds what the one before it has changed
+                self._changes.enter_context(_compat.changed(inner, methods=methods))
         self._entered += 1
         try:
             yield
         finally:
+            self._limits.pop(replica, None)
             self._entered -= 1
             if self._entered == 0:
                 self._changes.close()
+
+    def _update_limited(
+        self,
+        default: Callable[..., None],
+        gradients: Gradients,
+        variables: Sequence[keras.Variable],
+        learning_rate: Scalar,
+    ) -> None:
+        """Update by `default` those without a limit, and the others by no more than theirs."""
+        limit = self._limits[threading.get_ident()]
+        limited: list[tuple[Gradient, keras.Variable]] = []
+        free: list[tuple[Gradient, keras.Variable]] = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            is_free = self._may_split and id(variable) not in self.limited
+            (free if is_free else limited).append((gradient, variable))
+        if limited:
+            gradients, variables = map(list, zip(*limited, strict=True))
+            self._update_by_changes(default, limit, gradients, variables, learning_rate)
+        else:
+            limit([], [], [])
+        if free:
+            default(*zip(*free, strict=True), learning_rate)
+
+    def _update_by_changes(
+        self,
+        default: Callable[..., None],
+        limit: Limit,
+        gradients: Gradients,
+        variables: Sequence[keras.Variable],
+        learning_rate: Scalar,
+    ) -> None:
+        changes = self.compiled.steps(gradients, variables, learning_rate)
+        if changes is not None:
+            before = [arithmetic.read(v) for v in variables]
+            limited = limit(variables, changes, before)
+            sums = [old + change for old, change in zip(before, limited, strict=True)]
+            aggregation.assign_each(variables, sums)
+            return
+        before = [ops.copy(arithmetic.read(v)) for v in variables]
+        default(gradients, variables, learning_rate)
+        after = [arithmetic.read(v) for v in variables]
+        if keras.backend.backend() == "torch":  # which writes into the tensor that was read
+            after = [ops.copy(x) for x in after]
+        aggregation.assign_each(variables, before)
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        limited = limit(variables, changes, before)
+        aggregation.assign_each(
+            variables,
+            [
+                # To the last bit what the optimizer wanted, where nothing was clipped.
+                ops.where(ops.equal(wanted, change), new, old + change)
+                for old, new, wanted, change in zip(before, after, changes, limited, strict=True)
+            ],
+        )
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -88,7 +88,10 @@ class DynamicLossScale:
 
 
 def wrapping_loss_scale(
-    optimizer: keras.optimizers.Optimizer, factor: object, own: LossScale
+    kind: type[keras.optimizers.Optimizer],
+    optimizer: keras.optimizers.Optimizer,
+    factor: object,
+    own: LossScale,
 ) -> LossScale:
     """The loss scale of `optimizer`, to whose `loss_scale_factor` something is assigned.
 
@@ -96,7 +99,8 @@ def wrapping_loss_scale(
     sign of it; its `apply` is replaced by one that asks for finiteness after the reduction.
 
     Args:
-        optimizer: the `ClippedOptimizer`.
+        kind: `ClippedOptimizer`, whose `apply` takes a `LossScale`.
+        optimizer: one of them.
         factor: what is assigned.
         own: the optimizer's loss scale so far.
 
@@ -115,7 +119,8 @@ def wrapping_loss_scale(
         return UnknownLossScale(optimizer.inner_optimizer)
     # Its own `apply` asks the first replica alone whether the gradients are finite.
     name = _compat.method_that_applies(outer)
-    setattr(outer, name, functools.partial(_apply_scaled, outer, getattr(outer, name)))
+    ours = (outer, kind, getattr(outer, name))
+    setattr(outer, name, functools.partial(_apply_scaled, *ours))
     if type(outer) is keras.optimizers.LossScaleOptimizer:  # no other way to build
         outer.build = functools.partial(_build_scaled, outer)
         outer.scale_loss = functools.partial(_scale_loss, outer)
@@ -161,6 +166,7 @@ def _make_scale(outer: keras.optimizers.Optimizer) -> None:
 
 def _apply_scaled(
     outer: keras.optimizers.Optimizer,
+    kind: type[keras.optimizers.Optimizer],
     own: Callable[..., None],
     grads: Sequence[Gradient],
     trainable_variables: Sequence[keras.Variable] | None = None,
@@ -169,10 +175,10 @@ def _apply_scaled(
 
     `own` is Keras's, for an optimizer that was put in the place of ours since.
     """
-    if not hasattr(outer.inner_optimizer, "apply_scaled"):
+    if not isinstance(outer.inner_optimizer, kind):
         own(grads, trainable_variables)
         return
     if not outer.built and trainable_variables is not None:
         outer.build(list(trainable_variables))
         outer.built = True
-    outer.inner_optimizer.apply_scaled(grads, trainable_variables, DynamicLossScale(outer))
+    kind.apply(outer.inner_optimizer, grads, trainable_variables, DynamicLossScale(outer))

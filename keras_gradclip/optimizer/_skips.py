@@ -38,6 +38,10 @@ class SpikeWindow:
         self.norms = add_variable((WINDOW,), "zeros", "float32", "none", name="spike_norms")
         self.seen = add_variable((), "zeros", "int32", "none", name="spike_norms_seen")
 
+    def saved(self) -> dict[str, keras.Variable]:
+        """The variables by the names that files have for them."""
+        return {"spikes:norms": self.norms, "spikes:seen": self.seen}
+
     def is_spike(self, gradients: Gradients) -> Tensor:
         """Whether to skip these gradients, a boolean scalar; remembers their norm.
 

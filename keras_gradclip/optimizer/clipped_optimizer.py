@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
 
 import keras
 from keras import backend, ops
@@ -14,15 +13,14 @@ from keras import backend, ops
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip._layers import networks_of
+from keras_gradclip._layers import one_scan
 from keras_gradclip._types import Config, Gradient, Scalar, Strategy, Tensor
 from keras_gradclip.clippers.base import Clipper, as_clipper, serialize
 from keras_gradclip.names import path_of
-from keras_gradclip.optimizer._accumulation import Accumulation
-from keras_gradclip.optimizer._advice import AUTO, choose, say, warn_of_muon, warn_of_remarks
-from keras_gradclip.optimizer._clip import Clip
-from keras_gradclip.optimizer._hyperparameters import ClipHyperparameters
-from keras_gradclip.optimizer._inner import InnerUpdate, check_inner, split_overwriting
+from keras_gradclip.optimizer._accumulation import Accumulation, is_overwritten
+from keras_gradclip.optimizer._advice import AUTO, choose
+from keras_gradclip.optimizer._clip import Clip, ClipHyperparameters
+from keras_gradclip.optimizer._inner import InnerUpdate, check_inner
 from keras_gradclip.optimizer._loss_scale import FixedLossScale, LossScale, wrapping_loss_scale
 from keras_gradclip.optimizer._saving import (
     arguments_of,
@@ -31,17 +29,8 @@ from keras_gradclip.optimizer._saving import (
     warn_of_missing,
 )
 from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
-from keras_gradclip.optimizer._steps import UpdateLimit
 from keras_gradclip.optimizer._telemetry import Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watcher
-
-
-class HasVariables(Protocol):
-    """What has variables that a step writes."""
-
-    @property
-    def state(self) -> Sequence[keras.Variable]:
-        """The variables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +123,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._static_scale: LossScale = FixedLossScale(inner_optimizer)
         self._accumulation = Accumulation(steps) if steps and steps > 1 else None
         self._spikes = SpikeWindow(skip_spikes) if skip_spikes else None
-        self._telemetry: Telemetry | None = None
+        self._telemetry: tuple[Telemetry, ...] = ()  # none, or one
         self._watchers: tuple[Watcher, ...] = ()
         self._is_auto, self._every = is_auto, telemetry
         self._clip = Clip(given, inner_optimizer, self.add_variable)
         self.keep_for(None)
-        self.set_frozen_variables(())
 
     # The state --------------------------------------------------------------------------------
 
@@ -158,46 +146,17 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
                 "under, and every replica would count its steps. Create it inside "
                 "`strategy.scope()`."
             )
-        with aggregation.outside_of_traces(variables):
-            self._build_inner(variables)
-            self._choose_clip(variables)
+        with aggregation.outside_of_traces(variables), one_scan():
+            self._inner_update.build(variables)
+            if self._is_auto:
+                self.use(choose(self.inner_optimizer, variables, self._strategy))
+            self._clip.resolve(variables)
+            self._inner_update.limited = self._clip.limited
             steps = self.gradient_accumulation_steps
             self.gradient_accumulation_steps = None  # the base class would accumulate as well
             super().build(variables)
             self.gradient_accumulation_steps = steps
             self._build_state(variables)
-
-    def _build_inner(self, variables: Sequence[keras.Variable]) -> None:
-        if not self.inner_optimizer.built:
-            _compat.build_with_all_tracked(self.inner_optimizer, list(variables))
-            return
-        unknown = [v for v in variables if not _compat.knows(self.inner_optimizer, v)]
-        if unknown:
-            kind = type(self.inner_optimizer).__name__
-            raise ValueError(
-                f"ClippedOptimizer: `inner_optimizer` ({kind}) was built without "
-                f"{path_of(unknown[0])!r} and {len(unknown) - 1} other variables of "
-                f"{len(variables)}, and has no state for them. After unfreezing a layer, pass a "
-                f"new one: ClippedOptimizer({kind}(...), ...)."
-            )
-
-    def _choose_clip(self, variables: Sequence[keras.Variable]) -> None:
-        """Choose the clipper if need be, and find out who limits what."""
-        if self._is_auto:
-            chosen, reason = choose(self.inner_optimizer, variables)
-            self.use(chosen)
-            if aggregation.is_chief(self._strategy):
-                say(chosen, reason)
-        clipper = self._clip.clipper
-        if clipper is not None:
-            # A ClipMap's rule may match a frozen variable of the network: known by now.
-            beside = [v for network in networks_of(variables) for v in network.variables]
-            own = {id(v) for v in variables}
-            others = {id(v): v for v in [*self._frozen_variables, *beside] if id(v) not in own}
-            clipper.check_variables([*variables, *others.values()])
-            warn_of_muon(self.inner_optimizer, clipper, variables)
-        self._clip.resolve(variables)
-        warn_of_remarks(self._clip.enforcer)
 
     def use(self, clipper: Clipper | None) -> None:
         """Take another clipper; before the optimizer is built."""
@@ -206,6 +165,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def _build_state(self, variables: Sequence[keras.Variable]) -> None:
         self._clip.build()
+        self._overwritten = [i for i, v in enumerate(variables) if is_overwritten(v)]
         self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
         if self._accumulation is not None:
             # A checkpoint names variables by their place: 0.1 had its telemetry before the sums.
@@ -219,23 +179,19 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The wrapper's, then the inner optimizer's, then the watchers'.
-
-        What a step on JAX may write goes in and comes out with the optimizer's variables.
-        """
+        """All that a step may write: the wrapper's, the inner optimizer's, the watchers'."""
         own = [*self._variables, *self.inner_optimizer.variables]
         if self.built:
             own.append(self._first_nonfinite.number)
-        if self._telemetry is not None:
-            own += self._telemetry.state
+        own += [v for telemetry in self._telemetry for v in telemetry.state]
         if backend.backend() == "jax":
             own += [v for watcher in self._watchers for v in watcher.state]
-            own += [] if self._undo is None else self._undo.state
+            own += [] if self._others is None else self._others()
         return own
 
-    def keep_for(self, undo: HasVariables | None) -> None:
-        """Let what undoes a model's skipped steps have state: on JAX it travels with ours."""
-        object.__setattr__(self, "_undo", undo)  # past Keras, which would track it
+    def keep_for(self, others: Callable[[], Sequence[keras.Variable]] | None) -> None:
+        """Let other variables, which `others()` returns, travel with ours on JAX."""
+        self._others = others
 
     # One update -------------------------------------------------------------------------------
 
@@ -244,29 +200,23 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self,
         grads: Sequence[Gradient],
         trainable_variables: Sequence[keras.Variable] | None = None,
+        scale: LossScale | None = None,
     ) -> None:
         """Clip and apply gradients; to be called in replica context.
 
         Args:
             grads: one gradient a variable; None, and `tf.IndexedSlices`, are allowed.
             trainable_variables: the variables; None for those that the optimizer was built with.
+            scale: what the gradients are to be divided by, where a `LossScaleOptimizer` calls.
 
         Raises:
             ValueError: unknown variables, no gradient at all, or cross-replica context.
         """
-        self.apply_scaled(grads, trainable_variables, self._static_scale)
-
-    def apply_scaled(
-        self,
-        grads: Sequence[Gradient],
-        trainable_variables: Sequence[keras.Variable] | None,
-        scale: LossScale,
-    ) -> None:
-        """`apply` of gradients that `scale` has to be divided out of."""
         grads = list(grads)
         if not grads:
             return
         gradients, named = self._collect(grads, trainable_variables)
+        scale = scale or self._static_scale
         if self._accumulation is None:
             self._update(Call(named, scale), gradients)
         else:
@@ -283,7 +233,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self, grads: Sequence[Gradient], trainable_variables: Sequence[keras.Variable] | None
     ) -> tuple[list[Gradient], list[int]]:
         """A gradient for each variable that the optimizer was built with; which were named."""
-        aggregation.check_replica_context()
+        if self._strategy is not None:
+            aggregation.check_replica_context()
         if trainable_variables is None and not self.built:
             raise ValueError(
                 "ClippedOptimizer: `apply(grads)` without variables needs a built optimizer. "
@@ -291,7 +242,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             )
         known = self._trainable_variables
         variables = list(known if trainable_variables is None else trainable_variables)
-        self.build(variables)
+        if not self.built:
+            self.build(variables)
         if len(grads) != len(variables):
             raise ValueError(
                 f"ClippedOptimizer: {len(grads)} gradients came for {len(variables)} variables."
@@ -328,13 +280,14 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def _update(self, call: Call, gradients: list[Gradient]) -> None:
         """Sum over replicas, merge duplicate rows, unscale; then step or skip."""
-        gradients, overwriting = split_overwriting(gradients, self._trainable_variables)
-        gradients = aggregation.all_reduce_sum(gradients)
+        new_values = {i: gradients[i] for i in self._overwritten}  # what comes is no gradient
+        gradients = [None if i in new_values else g for i, g in enumerate(gradients)]
+        gradients = aggregation.all_reduce_sum(gradients, self._strategy)
         gradients = [arithmetic.merge_duplicate_rows(g) for g in gradients]
         micro_steps = self._accumulation.steps if self._accumulation else 1
         gradients = arithmetic.divided(gradients, micro_steps * call.scale.factor())
         if not (self.skip_nonfinite or self._spikes or call.scale.checks_finite):
-            self._step(call, gradients, overwriting, call.if_present)
+            self._step(call, gradients, new_values, call.if_present)
             return
         if self._spikes is None:
             is_kept = arithmetic.all_finite(gradients)
@@ -344,7 +297,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             is_kept,
             functools.partial(self._step, call),
             lambda gradients, *_: self._skip(call, gradients),
-            (gradients, overwriting, dict(call.if_present)),
+            (gradients, new_values, dict(call.if_present)),
             state=self._written(),
         )
 
@@ -352,44 +305,48 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self,
         call: Call,
         gradients: list[Gradient],
-        overwriting: list[Gradient],
+        new_values: Mapping[int, Tensor],
         if_present: Mapping[int, Tensor],
     ) -> None:
         """Clip and rescale; the inner optimizer's update, limited where a clipper asks for it."""
         update = self._clip.clip(gradients)
         limit = None
-        if self._clip.limits_changes and not self._inner_update.is_held:
-            positions = self._clip.limited(self._trainable_variables)
-            limit = UpdateLimit(positions, functools.partial(self._limit, update))
+        if self._clip.enforcer.on_updates and not self._inner_update.is_held:
+            limit = functools.partial(self._limit, update)
         else:
             self._finish(update)
         variables = self._trainable_variables
-        present = {id(variables[i]): flag for i, flag in if_present.items()}
-        self._inner_update(update.clipped, overwriting, variables, call.indices, limit, present)
+        self._inner_update(
+            [new_values.get(i, update.clipped[i]) for i in call.indices],
+            [variables[i] for i in call.indices],
+            limit,
+            {id(variables[i]): flag for i, flag in if_present.items()},
+        )
         call.scale.on_finite()
 
     def _limit(
         self,
         update: ClippedUpdate,
-        changes: Mapping[int, Tensor],
-        weights: Mapping[int, Tensor],
-    ) -> list[Gradient]:
+        variables: Sequence[keras.Variable],
+        changes: Sequence[Tensor],
+        before: Sequence[Tensor],
+    ) -> list[Tensor]:
         """Clip the changes of weights that the inner optimizer computed: see `Clip`."""
-        clipped, update = self._clip.clip_changes(update, changes, weights)
+        limited, update = self._clip.clip_changes(update, variables, changes, before)
         self._finish(update)
-        return clipped
+        return limited
 
     def _finish(self, update: ClippedUpdate) -> None:
         """Keep what the clipper remembers and show the update, before any weight changes."""
         self._clip.keep(update.state)
-        for watcher in self._all_watchers:
+        for watcher in (*self._watchers, *self._telemetry):
             watcher.on_update(update)
 
     def _skip(self, call: Call, gradients: list[Gradient]) -> None:
         """Skip the update on every replica: not finite, or a spike."""
         self._skipped.assign(self._skipped + 1)
         self._first_nonfinite.note(gradients)
-        for watcher in self._all_watchers:
+        for watcher in (*self._watchers, *self._telemetry):
             watcher.on_skip(gradients)
         call.scale.on_skip(arithmetic.all_finite(gradients))
 
@@ -404,14 +361,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def clip_hyperparameters(self) -> ClipHyperparameters:
         """The live thresholds, to read and to set: `["threshold"] = 0.05`."""
         return ClipHyperparameters(self._clip.thresholds, self.iterations)
-
-    def set_frozen_variables(self, variables: Sequence[keras.Variable]) -> None:
-        """Name variables that are not trained now, for a ClipMap's rules to match.
-
-        Those of the network around the variables that the optimizer is built with are known.
-        """
-        # Past Keras, which would take them for variables of the optimizer.
-        object.__setattr__(self, "_frozen_variables", tuple(variables))
 
     # What the inner optimizer answers ---------------------------------------------------------
 
@@ -440,10 +389,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def compiled(self) -> str:
-        """Whether the update is compiled: "yes", "no: reason", or "yes, except" what and why.
-
-        Sparse rows are known only after the first update.
-        """
+        """Whether the update is compiled: "yes", "no: reason", or "yes, except" what and why."""
         return str(self._inner_update.compiled)
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
@@ -472,7 +418,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def __setattr__(self, name: str, value: object) -> None:
         """Notices that a `LossScaleOptimizer` wraps this optimizer, by what that one assigns."""
         if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
-            self._static_scale = wrapping_loss_scale(self, value, self._static_scale)
+            own = self._static_scale
+            self._static_scale = wrapping_loss_scale(ClippedOptimizer, self, value, own)
         else:
             super().__setattr__(name, value)
 
@@ -482,19 +429,16 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def skipped_steps(self) -> int:
         """The number of updates skipped since the start: not finite, or spikes.
 
-        What a LossScaleOptimizer skips is counted on TensorFlow alone: on JAX and PyTorch Keras
-        drops it, a micro-batch at a time, before it comes here.
+        What a LossScaleOptimizer skips is counted on TensorFlow alone.
         """
         return int(aggregation.to_numpy(self._skipped)) if self.built else 0
 
     @property
     def first_nonfinite_variable(self) -> str | None:
-        """The path of the variable whose gradient was the first that was not finite.
+        """The path of the variable whose gradient was the first that was not finite; or None.
 
         The first in the optimizer's order, in the first update that was skipped for it, or that
-        telemetry measured, since this object was made; None if there was none. A `ClippedModel`
-        measures every 8th update and the first of an epoch: with `telemetry=True`, or
-        `skip_nonfinite=True`, no update is missed.
+        telemetry measured. With `telemetry=True`, or `skip_nonfinite=True`, none is missed.
         """
         number = int(aggregation.to_numpy(self._first_nonfinite.number)) if self.built else 0
         return path_of(self._trainable_variables[number - 1]) if number else None
@@ -512,21 +456,23 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def _start_telemetry(self) -> None:
         every, variables = int(self._every), self._trainable_variables
-        self._telemetry = Telemetry(variables, every, self._first_nonfinite) if every else None
+        telemetry = Telemetry(variables, every, self._first_nonfinite) if every else None
+        self._telemetry = () if telemetry is None else (telemetry,)
 
     def mean_grad_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured. A traced step may log it; `read_telemetry` has a float.
+        NaN while nothing was measured.
         """
-        return _nan() if self._telemetry is None else self._telemetry.mean_norm()
+        return self._telemetry[0].mean_norm() if self._telemetry else ops.full((), float("nan"))
 
     def mean_clip_fraction(self) -> Scalar:
         """Elements (or norms) clipped / all, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured. A traced step may log it; `read_telemetry` has a float.
+        NaN while nothing was measured.
         """
-        return _nan() if self._telemetry is None else self._telemetry.mean_clip_fraction()
+        figures = self._telemetry
+        return figures[0].mean_clip_fraction() if figures else ops.full((), float("nan"))
 
     def read_telemetry(self) -> Config:
         """What happened since the last `reset_telemetry`: see `Telemetry.read`.
@@ -538,12 +484,12 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 "read_telemetry: nothing was recorded. Pass telemetry=True to ClippedOptimizer."
             )
-        return (self._telemetry or Telemetry([], 1)).read()
+        return (self._telemetry or (Telemetry([], 1),))[0].read()
 
     def reset_telemetry(self) -> None:
         """Start the averages of `read_telemetry` anew."""
-        if self._telemetry is not None:
-            self._telemetry.reset()
+        for telemetry in self._telemetry:
+            telemetry.reset()
 
     def watch(self, watcher: Watcher) -> None:
         """Show every update, from the next trace on, to `watcher`, beside those that watch."""
@@ -555,8 +501,10 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def end_watches(self) -> bool:
         """End all watches; whether there were any."""
-        were_any, self._watchers = bool(self._watchers), ()
-        return were_any
+        if not self._watchers:
+            return False
+        self._watchers = ()
+        return True
 
     @property
     def strategy(self) -> Strategy | None:
@@ -572,10 +520,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """Whether the clipper has a memory of past gradients."""
         return bool(self._clip.state)
 
-    @property
-    def _all_watchers(self) -> list[Watcher]:
-        return [*self._watchers, *([self._telemetry] if self._telemetry else [])]
-
     # Files ------------------------------------------------------------------------------------
 
     def _saved(self) -> dict[str, keras.Variable]:
@@ -583,18 +527,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
         Telemetry, and which gradient was first not finite, are not saved.
         """
-        named = {"calls": self._iterations}
-        thresholds = self._clip.thresholds.items()
-        named |= {f"hyper:{k}": v for k, v in thresholds if isinstance(v, keras.Variable)}
+        named = {"calls": self._iterations, **self._clip.saved()}
         if self.built:
             named["skipped"] = self._skipped
-            named |= {f"state:{k}": v for k, v in self._clip.state.items()}
-            if self._spikes is not None:
-                named |= {"spikes:norms": self._spikes.norms, "spikes:seen": self._spikes.seen}
-            if self._accumulation is not None:
-                sums = self._accumulation.sums
-                named |= {f"accumulator:{i}": v for i, v in enumerate(sums)}
-                named["touched"] = self._accumulation.flags
+            for part in (self._spikes, self._accumulation):
+                named |= {} if part is None else part.saved()
         return {name.replace("/", "|"): v for name, v in named.items()}
 
     def save_own_variables(self, store: dict[str, object]) -> None:
@@ -660,7 +597,3 @@ def find_all(optimizer: keras.optimizers.Optimizer | None) -> list[ClippedOptimi
 def _delegated() -> float:
     """Stands for the wrapper's own learning rate, which nobody reads: see `learning_rate`."""
     return 0.0
-
-
-def _nan() -> Tensor:
-    return ops.full((), float("nan"))

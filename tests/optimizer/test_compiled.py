@@ -530,7 +530,7 @@ def test_every_operation_of_an_update_has_a_gpu_kernel(inner, monkeypatch):
     """And none goes by the host: asked of TensorFlow's registry, for there is no GPU here."""
     from tensorflow.python.framework import kernels as registry
 
-    monkeypatch.setattr(arithmetic, "_has_tensorflow_gpu", lambda: True)
+    monkeypatch.setattr(arithmetic, "runs_on_tensorflow_cpu", lambda: False)
     on_gpu = {}
     for kernel in registry.get_all_registered_kernels().kernel:
         if kernel.device_type in ("GPU", "DEFAULT"):
@@ -590,7 +590,7 @@ EVERY_PATH = {"skip_nonfinite": True, "skip_spikes": 6, "telemetry": 2}
 @pytest.mark.parametrize("name", [None, "auto", *selectable()])
 def test_no_operation_is_of_a_type_that_a_gpu_lacks(name, options, monkeypatch):
     """The branch of a skipped update as well: a compiled step fails where one has no kernel."""
-    monkeypatch.setattr(arithmetic, "_has_tensorflow_gpu", lambda: True)
+    monkeypatch.setattr(arithmetic, "runs_on_tensorflow_cpu", lambda: False)
     ours = variables(((6, 4), (4,)))
     optimizer = kgc.ClippedOptimizer(optimizers.SGD(0.1, momentum=0.9), name, **options)
     optimizer.build(ours)
