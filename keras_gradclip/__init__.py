@@ -2,7 +2,7 @@
 
 import sys
 
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "keras_gradclip":
+if getattr(sys, "argv", [])[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "keras_gradclip":
     from keras_gradclip import command_line  # of `python -m keras_gradclip`
 
     command_line.answer_before_keras(sys.argv[1:])

@@ -96,18 +96,14 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Adds the flags of the chosen clipper, and `--help-clippers`, which shows those of all.
 
-        Args:
-            declarations: the clippers by alias.
-            flags: their flags, from `flags_of`.
-            chosen: alias of the chosen clipper; another word has no flags.
-            defaults: values of the chosen one's flags for the help.
+        `defaults` are values by flag for the help of the chosen one; a word that is no alias has no
+        flags.
         """
         sections = []
         for alias, declaration in declarations.items():
             page = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
             for parser in (page, self) if alias == chosen else (page,):
-                summary = declaration.summary.replace("%", "%%")
-                group = parser.add_argument_group(f"--clipper {alias}", summary)
+                group = parser.add_argument_group(f"--clipper {alias}", declaration.summary)
                 for flag, parameter in flags[alias].items():
                     default = defaults.get(flag) if alias == chosen else None
                     parameter.add_to(group, flag, default)
@@ -124,8 +120,9 @@ def early(arguments: Sequence[str], *flags: str) -> dict[str, list[str]]:
     """The values of some flags by name, read before it is known which others there are."""
     parser = Parser("", add_help=False)
     for flag in flags:
-        parser.add_argument(flag, action="append", default=[])
-    return vars(parser.parse_known_args(arguments)[0])
+        parser.add_argument(flag, nargs="?", action="append", default=[])
+    found = vars(parser.parse_known_args(arguments)[0])
+    return {name: [v for v in values if v is not None] for name, values in found.items()}
 
 
 def imports_of(arguments: Sequence[str]) -> list[str]:

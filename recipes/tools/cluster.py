@@ -2,6 +2,7 @@
 
     python recipes/tools/cluster.py --workers 2 recipes/resnet50.py --epochs 1
     python recipes/tools/cluster.py --workers 2 recipes/resnet50.py --resume
+    python recipes/tools/cluster.py --workers 2 --gpus 1 recipes/vgg16.py --batch-size 64
 
 Everything after the recipe goes to each worker, and `--strategy multiworker` with it. Their lines
 come out behind `[worker 1]`. When one fails, the others get a few seconds to say what they know of

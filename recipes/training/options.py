@@ -387,13 +387,7 @@ class Parsed:
 
 
 def build_parser(recipe, clipper: str, program: str) -> Parser:
-    """The command line of a recipe; what it does not give is absent from the namespace.
-
-    Args:
-        recipe: `Recipe`.
-        clipper: the chosen one, whose flags there are.
-        program: the command as it is typed.
-    """
+    """The command line of a recipe; a value that is not given is absent from the namespace."""
     examples = [program, f"{program} --clipper norm --max-norm 1 --epochs 3", f"{program} --resume"]
     parser = Parser(program, recipe.description, examples, argument_default=argparse.SUPPRESS)
     flags = clipper_flags(recipe.extra_options)
@@ -419,8 +413,10 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
         RecipeError: anything wrong with the flags or the files that they name.
     """
     # First of all, and from the file too: which clippers, and so which flags, are there.
-    first = {n: v[-1] for n, v in command_line.early(argv, *_FIRST).items() if v}
-    import_modules(first.get("import"))
+    early = command_line.early(argv, "--import", "--config", "--clipper")
+    first = {name: values[-1] for name, values in early.items() if values}
+    for names in (recipe.settings.get("imports"), first.get("import")):
+        import_modules(names)
     config = read_config(first["config"], recipe) if "config" in first else {}
     clipper = first.get("clipper") or {**recipe.settings, **config}.get("clipper", Options.clipper)
     program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else recipe.name
@@ -440,9 +436,6 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
     return Parsed(given, config, resolve(recipe, config, given))
 
 
-_FIRST = ("--import", "--config", "--clipper")
-
-
 def resolve(recipe, config: Mapping, given: Mapping) -> Options:
     """Merges the recipe's settings, a config and explicit values; checks every one.
 
@@ -452,17 +445,16 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
     sources = (recipe.settings, config, given)
     for source in sources:
         import_modules(source.get("imports"))
-    known, flags = by_name(recipe.extra_options), clipper_flags(recipe.extra_options)
     clipping = clipping_names(recipe.extra_options)
-    values = {name: option.default for name, option in known.items()}
+    values = {option.name: option.default for option in (*OPTIONS, *recipe.extra_options)}
     values |= _checked(recipe.settings, recipe, f"recipe {recipe.name}: ")
     values |= {**_checked(config, recipe), **_checked(given, recipe)}
     chosen = [{n: v for n, v in s.items() if n in clipping and v is not None} for s in sources]
+    flags = clipper_flags(recipe.extra_options)
     values["clipper"], values["clip_config"], settings = _choose(flags, chosen)
     _check_together(values)
-    fixed: dict[str, Any] = {option.name: values[option.name] for option in OPTIONS}
-    extra = {option.name: values[option.name] for option in recipe.extra_options}
-    return Options(**fixed, clipping=settings, extra=extra)
+    extra = {option.name: values.pop(option.name) for option in recipe.extra_options}
+    return Options(**values, clipping=settings, extra=extra)
 
 
 def _checked(source: Mapping, recipe, what: str = "") -> dict[str, Any]:
