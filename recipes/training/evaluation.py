@@ -16,6 +16,7 @@ from recipes.data import Data
 from recipes.errors import RecipeError
 
 CLASSES, CONFUSION = "classes.csv", "confusion.png"
+_COUNTED = 2_000  # classes; the matrix of more takes too much memory
 _PRINTED = 20  # classes; a longer table is left to the CSV file
 _NUMBERED = 25  # classes; more numbers than in their matrix could not be read
 _NAMED = 120  # classes; of more, some names are left out
@@ -88,9 +89,12 @@ def evaluate(
 ) -> dict[str, float]:
     """The loss and metrics of a model, compiled with them, over batches of (x, y).
 
-    Where the model predicts classes with names, also writes `classes.csv` and `confusion.png`.
+    Where y are labels and the outputs one a named class, 2,000 at most, also writes `classes.csv`
+    and `confusion.png`.
     """
-    confusion = [Confusion(len(data.class_names))] if data.class_names else []
+    size, label = len(data.class_names), batches.element_spec[1]
+    counted = 0 < size <= _COUNTED and model.output_shape[-1] == size and len(label.shape) == 1
+    confusion = [Confusion(size)] if counted else []
     model.compile(loss=loss, metrics=[*metrics, *confusion], jit_compile=False)
     scores = model.evaluate(batches, verbose=0, return_dict=True)
     for metric in confusion:

@@ -156,6 +156,23 @@ def test_the_confusion_matrix_counts_each_image_once():
     assert float(metric.result()) == pytest.approx(np.mean(labels == guesses))
 
 
+@pytest.mark.parametrize("labels", ["labels", "one-hot", "no names"])
+def test_only_labels_of_named_classes_are_counted(labels, sides, tmp_path):
+    """A recipe's own data may have names left from the set that it is made of."""
+    data = load(image_size=8)
+    data = dataclasses.replace(data, class_names=SIDES if labels != "no names" else ())
+    x, y = np.random.default_rng(0).random((12, 8, 8, 3), "float32"), np.arange(12) % 4
+    kind = "categorical" if labels == "one-hot" else "sparse_categorical"
+    batches = tf.data.Dataset.from_tensor_slices((x, np.eye(4)[y] if labels == "one-hot" else y))
+    model = keras.models.load_model(sides / "best.keras", compile=False)
+    scores = evaluation.evaluate(
+        model, batches.batch(5), data, tmp_path, f"{kind}_crossentropy", [f"{kind}_accuracy"]
+    )
+    assert set(scores) == {"loss", f"{kind}_accuracy"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == ({"classes.csv", "confusion.png"} if labels == "labels" else set())
+
+
 @pytest.mark.parametrize("size", [2, 3, 10, 100])
 def test_classes_as_table_and_picture(size, tmp_path, capsys):
     names = [r"$\frac", "[red] Ä", "no images", *(f"class {i}" for i in range(3, size))][:size]
