@@ -50,13 +50,17 @@ class Fleet:
         self.ends: list[float] = []
         self._lock = threading.Lock()
 
-    def run(self) -> None:
-        """Work until the chief sends everybody home."""
-        threads = [threading.Thread(target=self._work, args=(k,)) for k in range(self.number)]
+    def run(self, chief: "Chief") -> None:
+        """Works until the chief has no trial left."""
+        threads = [
+            threading.Thread(target=self._work, args=(k,), daemon=True) for k in range(self.number)
+        ]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.1)
+            if chief.process.poll():
+                raise RuntimeError(f"the chief ended with status {chief.process.returncode}")
 
     def _work(self, number: int) -> None:
         # Private: what a worker of KerasTuner's speaks through, without the training around it.
@@ -164,7 +168,7 @@ def main() -> None:
         chief = Chief(Path(folder) / "search", options.trials)
         fleet = Fleet(options.workers, options.seconds)
         try:
-            fleet.run()
+            fleet.run(chief)
             chief.close()
         finally:
             chief.process.kill()
