@@ -15,9 +15,8 @@ from keras_gradclip.clippers import selectable
 from keras_gradclip.clippers.units import units_of
 from recipes import models
 from recipes.data import Data, Part, Split, eval_batches, load, steps_per_epoch, train_stream
-from recipes.errors import plain_errors
+from recipes.errors import RecipeError, plain_errors
 from recipes.training import evaluation, multiworker
-from recipes.training.devices import device_kind, dtype_policy, make_strategy, named_losses
 from recipes.training.losses import SmoothedCrossentropy
 from recipes.training.options import Options
 from recipes.training.recipe import Recipe
@@ -109,6 +108,7 @@ class Setup:
 
         Writes what `recipes.training.evaluation` has about each class into the model's folder.
         """
+        evaluation.write_names(path, self.data)
         model = keras.models.load_model(path, compile=False)
         batches = self.evaluation(self.data.test)
         loss, metrics = build_loss(self.recipe, self.options), build_metrics(self.recipe)
@@ -136,7 +136,8 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
     clipper = build_clipper(options)
     cluster = multiworker.read_cluster() if options.strategy == "multiworker" else None
     strategy = make_strategy(options, cluster)
-    with dtype_policy(options.mixed_precision), named_losses(options, cluster):
+    losses = multiworker.named_losses(options, cluster) if cluster else contextlib.nullcontext()
+    with dtype_policy(options.mixed_precision), losses:
         data = load_data(recipe, options)
         steps = steps_per_epoch(data.train, options.batch_size, options.limit_steps)
         # Not before: preparing the data may have drawn random numbers.
@@ -149,6 +150,60 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
         yield Setup(
             recipe, options, data, clipper, strategy, cluster, writes, steps, model, exported
         )
+
+
+def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) -> Any:
+    """The tf.distribute strategy, or None for one device without one.
+
+    Args:
+        options: the run's options.
+        cluster: the workers, with `--strategy multiworker`; comes back when all of them are there.
+
+    Raises:
+        RecipeError: too few devices, or a batch that they cannot share evenly.
+    """
+    count = options.devices
+    if cluster is not None:
+        return multiworker.join(options, cluster)
+    if options.strategy == "none" or (options.strategy == "auto" and count == 1):
+        return None
+    kind = device_kind()
+    if kind == "CPU" and count > 1:
+        # Too late after TensorFlow has started: then what there is must do.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_logical_device_configuration(
+                tf.config.list_physical_devices("CPU")[0],
+                [tf.config.LogicalDeviceConfiguration()] * count,
+            )
+        if options.jit:
+            raise RecipeError(
+                "--jit does not work on several CPU devices (XLA cannot reach the weights of one "
+                "from another): leave out --jit or --devices"
+            )
+    names = [device.name for device in tf.config.list_logical_devices(kind)]
+    if len(names) < count:
+        raise RecipeError(f"--devices {count}: there are {len(names)} {kind}s")
+    # Between CPUs TensorFlow would use collective operations, which remember the size of their
+    # group for the rest of the process; a search or a comparison runs more than one size.
+    reduction = None if kind == "GPU" else tf.distribute.ReductionToOneDevice()
+    return tf.distribute.MirroredStrategy(names[:count], cross_device_ops=reduction)
+
+
+def device_kind() -> str:
+    """The kind of device that a run computes on: "GPU" where TensorFlow sees one, else "CPU"."""
+    return "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+
+
+@contextlib.contextmanager
+def dtype_policy(mixed_precision: str) -> Iterator[None]:
+    """Keras's policy for the run ("none", "float16" or "bfloat16"), and the caller's after it."""
+    before = keras.config.dtype_policy()
+    if mixed_precision != "none":
+        keras.config.set_dtype_policy(f"mixed_{mixed_precision}")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def warnings(options: Options) -> list[str]:

@@ -24,6 +24,7 @@ from recipes.training.checkpoint import (
     restore,
     save_backup,
 )
+from recipes.training.evaluation import write_names
 from recipes.training.folder import BACKUP, BEST, HISTORY, LAYERS, write_table
 
 _LOSS_SCALE_SKIPS = 20  # from 2^15 down to 2^-5: no loss scale needs more
@@ -59,7 +60,7 @@ def chain(
         result.append(keras.callbacks.LambdaCallback(on_test_begin=lambda logs: average()))
     result.append(Tables(folder, start, setup.writes))
     if setup.writes:
-        result.append(SaveBest(folder / BEST, setup.exported, selection, start.history))
+        result.append(SaveBest(folder / BEST, setup, selection, start.history))
         if options.tensorboard:
             result.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
         if options.verbose != "quiet":
@@ -116,26 +117,29 @@ class Backup(keras.callbacks.Callback):
 
 
 class SaveBest(keras.callbacks.Callback):
-    """Saves a model when the last epoch is the best; the file is replaced as a whole.
+    """Saves `setup.exported` when the last epoch is the best; the file is replaced as a whole.
 
     Args:
-        path: of the `.keras` file.
-        model: the model to save, which shares the weights of the one in training.
+        path: of the `.keras` file; the names of the classes come beside it.
+        setup: what trains.
         selection: says which epoch is the best.
         history: the rows of all epochs, to which `Tables` has added the last.
     """
 
-    def __init__(self, path: Path, model: Any, selection: Selection, history: list[dict[str, Any]]):
+    def __init__(
+        self, path: Path, setup: Setup, selection: Selection, history: list[dict[str, Any]]
+    ):
         super().__init__()
         self.path = path
-        self.exported = model
+        self.setup = setup
         self.selection = selection
         self.history = history
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves, or leaves the file as it is."""
         if self.selection.kept(self.history) == len(self.history) - 1:
-            replace_file(self.path, self.exported.save)
+            write_names(self.path, self.setup.data)
+            replace_file(self.path, self.setup.exported.save)
 
 
 class PartialEpoch(keras.callbacks.Callback):

@@ -14,8 +14,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from recipes.errors import RecipeError, WorkerLost
+from recipes.training.options import Options
 
 _EXAMPLE = (
     '\'{"cluster": {"worker": ["10.0.0.1:12345", "10.0.0.2:12345"]}, '
@@ -102,6 +104,39 @@ def _wrong(what: str) -> RecipeError:
     return RecipeError(f"--strategy multiworker: the environment variable TF_CONFIG {what}")
 
 
+def join(options: Options, cluster: Cluster) -> Any:
+    """The strategy over the workers of a cluster; comes back when all of them are there.
+
+    Raises:
+        RecipeError: too few devices, or a batch that they cannot share evenly.
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if options.devices > max(len(gpus), 1):
+        raise RecipeError(
+            f"--devices {options.devices}: {cluster.name} has {len(gpus)} GPUs"
+            + ("" if gpus else ", and a worker without any counts as one device")
+        )
+    replicas = options.devices * len(cluster.tasks)
+    if options.batch_size % replicas:
+        raise RecipeError(
+            f"--batch-size {options.batch_size} is not divisible by the {replicas} devices of "
+            f"{len(cluster.tasks)} workers"
+        )
+    if options.jit and not gpus:
+        raise RecipeError("--jit does not work on workers without a GPU: leave it out")
+    check_port(cluster)
+    if gpus:
+        tf.config.set_visible_devices(gpus[: options.devices], "GPU")
+    with waiting(cluster, options.worker_timeout):
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            communication_options=tf.distribute.experimental.CommunicationOptions(
+                timeout_seconds=options.worker_timeout
+            )
+        )
+
+
 def check_port(cluster: Cluster) -> None:
     """Raises a RecipeError if another program has this worker's port."""
     name, address = cluster.tasks[cluster.here]
@@ -168,3 +203,17 @@ def lost(cluster: Cluster, error: Exception, timeout: float) -> WorkerLost | Non
         f"{cluster.name}: {what}. Its own output says why; then start every worker again with "
         "the same command and --resume"
     )
+
+
+@contextlib.contextmanager
+def named_losses(options: Options, cluster: Cluster) -> Iterator[None]:
+    """Turns TensorFlow's errors over a lost worker into one that names it."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        named = lost(cluster, error, options.worker_timeout)
+        if not named:
+            raise
+        raise named from error

@@ -13,7 +13,7 @@ import keras
 import keras_gradclip as kgc
 from keras_gradclip.files import write_json
 from recipes.training import callbacks as cb
-from recipes.training import checkpoint, evaluation, multiworker, plots
+from recipes.training import checkpoint, multiworker, plots
 from recipes.training import folder as folders
 from recipes.training import options as opts
 from recipes.training.build import Setup, prepared, warnings
@@ -49,8 +49,6 @@ def train(
             print(_progress(start.step, ends, setup.steps), flush=True)
         if writes and not isinstance(start, checkpoint.Finished):
             write_json(folder / folders.CONFIG, opts.saved_options(recipe, options))
-        if writes:
-            evaluation.write_names(folder / folders.BEST, setup.data)
 
         monitored = None
         if start.step < ends:
