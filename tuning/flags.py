@@ -11,7 +11,8 @@ from typing import Any
 from recipes.command_line import Parser
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe
-from tuning.space_flags import add_flags, check_flags, replacements
+from recipes.training.folder import folder_named
+from tuning.space_flags import add_flags, check_flags, rates, replacements
 
 TUNERS = ("random", "bayesian", "hyperband", "grid")
 #: Enough to tell thresholds apart, little enough for minutes on two cores.
@@ -146,8 +147,22 @@ def recipe_options(
     if args.tuner == "hyperband":
         quiet["keep_backup"] = True  # its next round resumes from there
     given = {**small, **quiet, **given}
-    recipe.options(**given)  # the check
+    rates(args, recipe.options(**given).learning_rate)  # the check of both
     return given
+
+
+def folder_of(args: argparse.Namespace, recipe: Any) -> Path:
+    """The folder of the search, which may not exist yet.
+
+    Raises:
+        RecipeError: no folder can have this name.
+    """
+    output = args.output
+    if output is None:
+        output = str(Path("runs") / f"search-{recipe.name}")
+        if recipe.name != Path(recipe.name).name:
+            raise RecipeError(f"--output {output!r}: no folder can have this name")
+    return folder_named(output)
 
 
 def searched_options() -> dict[str, str]:

@@ -19,7 +19,7 @@ try:
     from recipes.errors import RecipeError, RunFailed, first_line
     from recipes.plugin import command_line
     from recipes.training.options import import_modules
-    from tuning.flags import build_parser, check, load_recipe, recipe_options
+    from tuning.flags import build_parser, check, folder_of, load_recipe, recipe_options
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
             recipe = load_recipe(args.recipe)
             given = recipe_options(args, recipe, rest, parser.flags)
+            folder_of(args, recipe)  # a name that cannot be is found before TensorFlow is imported
             import_tensorflow()
             from tuning.search_run import Search
 

@@ -27,10 +27,10 @@ from recipes.errors import RecipeError, first_line
 from recipes.registry import script_of
 from recipes.training import Recipe
 from recipes.training import options as opts
-from recipes.training.folder import differences, folder_named, locked
+from recipes.training.folder import differences, locked
 from recipes.words import counted
 from tuning import plots, results, workers
-from tuning.flags import SMALL, searched_options
+from tuning.flags import SMALL, folder_of, searched_options
 from tuning.space_flags import search_space
 from tuning.trial import TrialRunner, trial_settings
 
@@ -60,7 +60,7 @@ class Search:
         self, recipe: Recipe, given: Mapping[str, Any], args: Namespace, argv: Sequence[str]
     ):
         self.recipe, self.given, self.args, self.argv = recipe, given, args, argv
-        self.folder = self._folder()
+        self.folder = folder_of(args, recipe)
         self.role = workers.role()
         if self.role == "chief" and args.workers:
             raise RecipeError("--workers starts a chief of its own: unset KERASTUNER_TUNER_ID")
@@ -73,14 +73,6 @@ class Search:
         clip_hyperparameters(self.hyperparameters, **self.space)
         self.console: Console | None = None
         self.oracle: SearchOracle
-
-    def _folder(self) -> Path:
-        output = self.args.output
-        if output is None:
-            output = str(Path("runs") / f"search-{self.recipe.name}")
-            if self.recipe.name != Path(self.recipe.name).name:
-                raise RecipeError(f"--output {output!r}: no folder can have this name")
-        return folder_named(output)
 
     # --------------------------------------------------------------------------------- the search
 

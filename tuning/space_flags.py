@@ -160,13 +160,22 @@ def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]
     if args.fix_learning_rate:
         return space
     rate = options.learning_rate
+    return {**space, "learning_rate": rates(args, rate), "default_learning_rate": rate}
+
+
+def rates(args: argparse.Namespace, rate: float) -> tuple[float, float]:
+    """The lowest and highest learning rate of the search, about the baseline's.
+
+    Raises:
+        RecipeError: the range that was given does not hold it.
+    """
     low, high = args.learning_rate_range or (rate / 3, rate * 3)
     if not low <= rate <= high:
         raise RecipeError(
             f"--learning-rate-range {low:g} {high:g}: must hold the baseline's learning rate, "
             f"{rate:g}; set that with --learning-rate"
         )
-    return {**space, "learning_rate": (low, high), "default_learning_rate": rate}
+    return low, high
 
 
 def replacements() -> Iterator[tuple[str, str]]:

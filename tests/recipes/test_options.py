@@ -190,7 +190,12 @@ MISTAKES = {
     "recipes/tools/compare.py": [["vgg16", "--learning-rate", "x"], ["vgg16", "--epoch", "1"]],
     "recipes/tools/calibrate.py": [["vgg16", "--percentile", "0"], ["vgg16", "--epoch", "1"]],
     "recipes/tools/zoo.py": [["--only", "lenet"], ["--epoch", "1"]],
-    "tuning/search.py": [["--clippers", "agc"], ["--rescales", "l2"], ["--max-trial", "3"]],
+    "tuning/search.py": [
+        ["--learning-rate-range", "1", "2"],
+        ["--clippers", "agc"],
+        ["--rescales", "l2"],
+        ["--max-trial", "3"],
+    ],
     "recipes/resnet50.py": [
         ["--epochs", "0"],
         ["--epoch", "3"],
