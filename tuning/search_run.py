@@ -286,7 +286,7 @@ class Search:
     def _command(self, values: Mapping[str, Any]) -> str:
         """The command that trains with the best trial's values, for the recipe's own epochs."""
         settings = trial_settings(self.given, self.space, values)
-        for name in ("clipper", "clip_config", "tensorboard", "verbose"):
+        for name in ("clipper", "clip_config", "tensorboard", "verbose", "keep_backup"):
             settings.pop(name, None)
         settings = {n: v for n, v in settings.items() if n not in SMALL or v != SMALL[n]}
         program = self.args.recipe

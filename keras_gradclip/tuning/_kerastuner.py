@@ -1,6 +1,6 @@
 """Every private name of KerasTuner that this package uses, and nowhere else.
 
-KerasTuner has no hooks for a trial whose worker is gone, for files that a kill cannot tear, or
+KerasTuner has no hooks for a trial whose worker is lost, for files that a kill cannot tear, or
 for the end of a search with trials still out. `missing_names` says what a new version changed.
 """
 
@@ -51,7 +51,7 @@ def missing_names() -> dict[str, str]:
 
 
 def mark_for_reload(folder: str | os.PathLike) -> None:
-    """Makes a tuner go on with the oracle that lies in `folder`, if one does.
+    """Makes a tuner resume the oracle saved in `folder`, if there is one.
 
     KerasTuner reloads where it finds its tuner's file, which has nothing in it and which it first
     writes at the end of a trial: a search killed in its first trial would start anew.

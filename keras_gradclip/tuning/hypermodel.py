@@ -25,7 +25,7 @@ class ClipHyperModel(kt.HyperModel):
     saves and loads with its clipper; with its activation gate, too, where it is a `ClippedModel`.
 
     A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
-    1e8) stops at once and reports the worst possible value: it ranks last, and the search goes on.
+    1e8) stops at once and reports the worst possible value: it ranks last, and the search continues.
 
     Args:
         build_model: a function `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel` such as
@@ -186,9 +186,9 @@ class _Watch(keras.callbacks.Callback):
             self._stop()
 
     def on_epoch_end(self, epoch, logs=None):
-        seen = self._optimizer.read_telemetry()
+        means = self._optimizer.read_telemetry()
         for name in ("grad_norm", "clip_fraction"):
-            logs[name] = float(seen[name])
+            logs[name] = float(means[name])
         if exploded(self.model):
             self._stop()
 

@@ -8,7 +8,7 @@ What `SearchOracle` adds to each of them:
 - a trial that diverged is COMPLETED with a score of -inf (or +inf) and so ranks last;
 - its files are replaced as a whole, and a reload runs no finished trial again;
 - a worker that is idle gets no "stop" while trials are out that may come back;
-- `lose_worker` takes a trial back from a worker that is gone.
+- `lose_worker` takes a trial back from a lost worker.
 """
 
 import contextlib
@@ -128,7 +128,7 @@ class SearchOracle(OracleInternals):
 
     @kt.synchronized
     def lose_worker(self, tuner_id: str):
-        """Gives the trial of a worker that is gone to the next one who asks.
+        """Gives the trial of a lost worker to the next one that asks.
 
         A trial that has lost three workers, say for want of memory, is FAILED instead.
 

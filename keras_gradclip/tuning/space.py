@@ -345,15 +345,15 @@ def ranges(hp) -> dict[str, tuple[float, float]]:
     Args:
         hp: `keras_tuner.HyperParameters`.
     """
-    found = {}
+    result = {}
     for parameter in hp.space:
         config = parameter.get_config()
         numbers = [config.get("min_value"), config.get("max_value")]
         if "values" in config:
             numbers = [v for v in config["values"] if isinstance(v, float)]
         if numbers and all(isinstance(v, (int, float)) for v in numbers):
-            found[parameter.name] = (min(numbers), max(numbers))
-    return found
+            result[parameter.name] = (min(numbers), max(numbers))
+    return result
 
 
 def _threshold_names(alias: str, threshold: str, groups) -> list[str]:

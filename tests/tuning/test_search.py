@@ -325,7 +325,7 @@ def test_hyperband_goes_on_from_the_round_before(tmp_path, fake_run):
 
 @pytest.mark.slow
 def test_hyperband_with_real_training(tmp_path):
-    assert search(tmp_path, "--tuner", "hyperband", "--epochs", "2", "--max-trials", "8") == 0
+    assert search(tmp_path, "--tuner", "hyperband", "--epochs", "3", "--max-trials", "8") == 0
     check_hyperband(tmp_path)
 
 
