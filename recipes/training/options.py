@@ -453,8 +453,11 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
     flags = clipper_flags(recipe.extra_options)
     values["clipper"], values["clip_config"], settings = _choose(flags, chosen)
     _check_together(values)
-    extra = {option.name: values.pop(option.name) for option in recipe.extra_options}
-    return Options(**values, clipping=settings, extra=extra)
+    fixed, extra = (
+        {option.name: values[option.name] for option in options}
+        for options in (OPTIONS, recipe.extra_options)
+    )
+    return Options(**fixed, clipping=settings, extra=extra)
 
 
 def _checked(source: Mapping, recipe, what: str = "") -> dict[str, Any]:

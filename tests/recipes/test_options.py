@@ -128,6 +128,13 @@ def test_settings_of_a_recipe_are_checked():
         Recipe(name="bad", settings={"epochs": 0}).options()
 
 
+def test_an_option_of_a_recipe_may_take_the_place_of_a_fixed_one():
+    width = opts.Option("image_size", int, 20, "of a picture", low=2)
+    recipe = Recipe(name="small", extra_options=(width,))
+    assert recipe.options().image_size == 20
+    assert recipe.options(image_size=4).image_size == 4
+
+
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file.json"
     write_json(path, {"good": 1})
