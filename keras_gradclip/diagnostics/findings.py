@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -114,8 +113,8 @@ class Clipping:
     angle: np.ndarray
 
     @classmethod
-    def of(cls, run: Run, samples: Any) -> Clipping:
-        """The means over the samples that a mask or a slice selects."""
+    def of(cls, run: Run, samples: np.ndarray) -> Clipping:
+        """The means over the samples that a mask or their numbers select."""
         figures = {name: values[samples] for name, values in run.figures.items()}
         measured = np.maximum(run.measured[samples].sum(axis=0), 1)
         return cls(
@@ -234,7 +233,7 @@ def _at_the_start(run: Run, samples: np.ndarray, mask: np.ndarray) -> list[Findi
     if not indices:
         return []
 
-    def describe(of: Any) -> str:
+    def describe(of: int | list[int]) -> str:
         first, second = percent(np.mean(early[of])), percent(np.mean(late[of]))
         return f"on {first} of steps in the first half of the run, on {second} in the second"
 
