@@ -333,6 +333,23 @@ def test_the_network_around_variables():
     assert networks_of(outer.trainable_variables) == [outer]
 
 
+@pytest.mark.parametrize(
+    ("clipper", "most"),
+    [
+        (kgc.AbsoluteClip(), 0),
+        (kgc.UpdateRatioClip(), 1),
+        (kgc.ClipMap({".*head/.*": None}, kgc.NormClip()), 1),
+        ("auto", 1),
+    ],
+)
+def test_a_build_looks_through_memory_once_at_most(clipper, most, monkeypatch):
+    scans = []
+    monkeypatch.setattr(gc, "get_objects", lambda own=gc.get_objects: scans.append(1) or own())
+    model = keras.Sequential([keras.Input((3,)), L.Dense(4), L.Dense(2, name="head")])
+    kgc.ClippedOptimizer("adam", clipper).build(model.trainable_variables)
+    assert len(scans) <= most
+
+
 def test_what_was_asked_keeps_no_layer_alive():
     layer = L.Dense(2)
     layer.build((None, 3))
