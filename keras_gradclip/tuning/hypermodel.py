@@ -25,7 +25,7 @@ class ClipHyperModel(kt.HyperModel):
     saves and loads with its clipper; with its activation gate, too, where it is a `ClippedModel`.
 
     A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
-    1e8) stops at once and reports the worst possible value: it ranks last, and the search continues.
+    1e8) stops at once and reports the worst possible value: it ranks last.
 
     Args:
         build_model: a function `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel` such as

@@ -11,7 +11,7 @@ What `SearchOracle` adds to each of them:
 - `lose_worker` takes a trial back from a lost worker.
 """
 
-import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 
@@ -168,7 +168,14 @@ class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
 
     def next_values(self, trial_id):
         """The next values, from a model over finite scores."""
-        with _finite_scores(self.trials.values(), self.objective.direction):
+        trials = list(self.trials.values())
+        finite = [t.score for t in trials if t.score is not None and math.isfinite(t.score)]
+        worst = (min if self.objective.direction == "max" else max)(finite, default=0.0)
+        for i, trial in enumerate(trials):
+            if trial.score is not None and math.isinf(trial.score):
+                trials[i] = copy.copy(trial)
+                trials[i].score = worst
+        with self.seeing_only(trials):
             return super().next_values(trial_id)
 
 
@@ -254,18 +261,3 @@ def _key(values):
         for name, value in sorted(values.items())
         if not name.startswith("tuner/")
     )
-
-
-@contextlib.contextmanager
-def _finite_scores(trials, direction):
-    diverged = [t for t in trials if t.score is not None and math.isinf(t.score)]
-    finite = [t.score for t in trials if t.score is not None and math.isfinite(t.score)]
-    worst = (min if direction == "max" else max)(finite, default=0.0)
-    scores = [t.score for t in diverged]
-    try:
-        for trial in diverged:
-            trial.score = worst
-        yield
-    finally:
-        for trial, score in zip(diverged, scores, strict=True):
-            trial.score = score
