@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,51 +204,48 @@ def row(part: str, which: str, name: str, base: str, unit: str, figures: dict) -
     }
 
 
-def clip(workers: Workers, options: argparse.Namespace) -> list[Row]:
-    """The clip alone, against a copy of the same bytes; and the update against Keras's."""
+def of_sets(
+    part: str,
+    workers: Workers,
+    options: argparse.Namespace,
+    base_of: Callable[[str], str],
+    more: Sequence[tuple[str, str]],
+) -> list[Row]:
+    """A part on each set of shapes: every contestant against its base, and `more` pairs."""
     rows = []
     for which in options.sets:
         shapes = workers["tensorflow"].call("shapes", which=which)
         arguments = {"which": which, "shapes": shapes}
-        seconds = measured(f"clip, {which}", "clip", workers, options.rounds, arguments)
-        pairs = []
-        for name in seconds:
-            base = "copy"
-            if " on JAX" in name or name.startswith("optax"):
-                base = "copy on JAX"
-            elif name.startswith(("torch", "timm")) or name == "copy on PyTorch":
-                base = "copy on PyTorch"
-            if name != base:
-                pairs.append((name, base))
-        pairs += [(base, "copy") for base in seconds if base.startswith("copy on")]
-        pairs += [("ExponentialClip", "AbsoluteClip")]
-        rows += ratios("clip", which, seconds, pairs)
+        seconds = measured(f"{part}, {which}", part, workers, options.rounds, arguments)
+        pairs = [(name, base_of(name)) for name in seconds if name != base_of(name)]
+        rows += ratios(part, which, seconds, [*pairs, *more])
     return rows
+
+
+def clip(workers: Workers, options: argparse.Namespace) -> list[Row]:
+    """The clip alone, against a copy of the same bytes."""
+
+    def base_of(name: str) -> str:
+        if name.startswith("copy on"):
+            return "copy"
+        if " on JAX" in name or name.startswith("optax"):
+            return "copy on JAX"
+        return "copy on PyTorch" if name.startswith(("torch", "timm")) else "copy"
+
+    return of_sets("clip", workers, options, base_of, [("ExponentialClip", "AbsoluteClip")])
 
 
 def update(workers: Workers, options: argparse.Namespace) -> list[Row]:
-    """Clip and update of SGD with momentum."""
-    rows = []
-    for which in options.sets:
-        shapes = workers["tensorflow"].call("shapes", which=which)
-        arguments = {"which": which, "shapes": shapes}
-        seconds = measured(f"update, {which}", "update", workers, options.rounds, arguments)
-        bases = {"optax": "no clip, optax", "torch": "no clip, torch", "timm": "no clip, torch"}
-        pairs = []
-        for name in seconds:
-            base = bases.get(name.split()[0], "no clip")
-            if not name.startswith("no clip"):
-                pairs.append((name, base))
-        pairs += [(name, "no clip") for name in seconds if name.startswith("no clip,")]
-        pairs += [
-            ("AbsoluteClip", "Keras clipvalue"),
-            ("ExponentialClip", "Keras clipvalue"),
-            ("NormClip variable", "Keras clipnorm"),
-            ("NormClip layer", "Keras clipnorm"),
-            ("NormClip global", "Keras global_clipnorm"),
-        ]
-        rows += ratios("update", which, seconds, pairs)
-    return rows
+    """Clip and update of SGD with momentum, against Keras's."""
+    bases = {"optax": "no clip, optax", "torch": "no clip, torch", "timm": "no clip, torch"}
+    more = [
+        ("AbsoluteClip", "Keras clipvalue"),
+        ("ExponentialClip", "Keras clipvalue"),
+        ("NormClip variable", "Keras clipnorm"),
+        ("NormClip layer", "Keras clipnorm"),
+        ("NormClip global", "Keras global_clipnorm"),
+    ]
+    return of_sets("update", workers, options, lambda n: bases.get(n.split()[0], "no clip"), more)
 
 
 def compiled(workers: Workers, options: argparse.Namespace) -> list[Row]:
