@@ -314,7 +314,7 @@ def _draw_layers(axis, found, kind: str) -> None:
     axis.set_yticks(at[::every], names[::every], fontsize=6 if len(names) > 40 else 9)
     axis.set(ylim=(len(names) - 0.5, -0.5), xlabel=kinds()[kind])
     axis.set_xscale("log")
-    axis.legend(loc="best", fontsize="small")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize="small")
 
 
 # -------------------------------------------------------------------------------------- command

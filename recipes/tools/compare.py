@@ -189,10 +189,13 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     table = study.StudyFile(output / "compare.csv", KEY, RESULTS, _NUMBERS)
     table.read()  # a damaged one is found before anything is written
     files.write_json(settings, common)
-    title = f"{recipe.name}: with and without clipping"
-    return table.run(
-        cells, outcome, after=lambda _: draw(table.read(), output / "compare.png", title)
-    )
+
+    def picture(_: study.Row | None = None) -> None:
+        draw(table.read(), output / "compare.png", f"{recipe.name}: with and without clipping")
+
+    rows = table.run(cells, outcome, after=picture)
+    picture()
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
