@@ -129,10 +129,9 @@ def _split_names(builder: Any, splits: str | None) -> tuple[str, ...]:
     known = set(builder.info.splits)
     if {"train", "validation", "test"} <= known:
         return ("train", "validation", "test")
-    if {"train", "test"} <= known:
-        return ("train[:90%]", "train[90%:]", "test")
-    if {"train", "validation"} <= known:
-        return ("train[:90%]", "train[90%:]", "validation")
+    for test in ("test", "validation"):
+        if {"train", test} <= known:
+            return ("train[:90%]", "train[90%:]", test)
     if known and "train" not in known:
         raise DataError(
             f"dataset={builder.name!r} has no train split but {sorted(known)}: name three "

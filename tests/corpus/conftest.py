@@ -4,10 +4,9 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def surroundings(tmp_path_factory):
-    """The embedded data outside of the checkout, and no cluster."""
+def surroundings():
+    """No cluster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
         for name in ("TF_CONFIG", "KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP"):
             patch.delenv(name, raising=False)
         yield

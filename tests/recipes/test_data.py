@@ -268,6 +268,7 @@ def test_splits_that_share_examples_are_refused(splits):
 def test_cifar10_subset():
     cifar = data.load("cifar10", data_dir=str(CIFAR_DIR), image_size=32)
     assert (cifar.train.size, cifar.validation.size, cifar.test.size) == (4500, 500, 1000)
+    assert cifar.class_names[:2] == ("airplane", "automobile") and cifar.num_outputs == 10
     whole = as_arrays(data.train_stream(cifar, 100, seed=0).take(3))
     assert same(as_arrays(data.train_stream(cifar, 100, 0, start_step=2).take(1)), whole[2:])
     held_out = {
