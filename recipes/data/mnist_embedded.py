@@ -54,7 +54,10 @@ class MnistEmbedded(tfds.core.DatasetBuilder):
         dataset = tf.data.Dataset.from_tensor_slices((self._pixels[rows], self._labels[rows]))
 
         def as_stored(image: tf.Tensor, label: tf.Tensor) -> Any:
-            stored = {"image": tf.io.encode_png(image, compression=0), "label": tf.cast(label, tf.int64)}
+            stored = {
+                "image": tf.io.encode_png(image, compression=0),
+                "label": tf.cast(label, tf.int64),
+            }
             return self.info.features.decode_example(stored, decoders=decoders)
 
         return dataset.map(as_stored)
