@@ -22,9 +22,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import recipes.training  # noqa: F401  (TensorFlow, before anything imports it with its noise)
+if not __package__:  # run as a script: TensorFlow without its notes
+    from recipes.command_line import import_tensorflow
+
+    import_tensorflow()
 
 import numpy as np
 import pandas as pd

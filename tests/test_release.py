@@ -50,3 +50,19 @@ def test_a_distribution_installs_in_an_empty_environment(kind, tmp_path):
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     shown = run(str(python), "-c", SMOKE, cwd=tmp_path, env=clean).splitlines()[-1]
     assert shown in archive.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_editable_install_runs_the_recipes_from_any_folder(tmp_path):
+    """Without what they need: here it is about where they are found."""
+    source = tmp_path / "source"
+    run("git", "clone", "--quiet", str(ROOT), str(source))
+    venv.create(tmp_path / "own", with_pip=True)
+    python = str(tmp_path / "own" / "bin" / "python")
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "-e", str(source))
+    run(python, "-m", "pip", "install", "-q", "filelock")
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    for script in ("recipes/resnet50.py", "recipes/tools/cluster.py"):
+        shown = run(python, str(source / script), "--help", cwd=tmp_path, env=clean)
+        assert f"usage: python {source / script}" in shown or "usage: python recipes" in shown

@@ -24,12 +24,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-if not __package__:  # run as a script: the folder above recipes/ holds its packages
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import recipes  # noqa: F401  (changes to the environment that has what follows)
-
-from recipes.command_line import Parser, exit_status
-from recipes.errors import RecipeError
+try:
+    from recipes.command_line import Parser, exit_status
+    from recipes.errors import RecipeError
+except ModuleNotFoundError as error:
+    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 # From the loss of a worker until its heartbeat is missed, and a margin.
 GRACE = 30.0
@@ -131,11 +130,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: of the first worker that failed, 0, 2 for a mistake, 130 after Ctrl-C."""
-    parser = Parser(
-        prog="cluster.py",
-        description=__doc__,
-        usage="cluster.py [--workers N] [--gpus N] RECIPE.py [OPTIONS OF THE RECIPE]",
-    )
+    program = "python recipes/tools/cluster.py"
+    usage = f"{program} [--workers N] [--gpus N] RECIPE.py [OPTIONS OF THE RECIPE]"
+    parser = Parser(program, __doc__, usage=usage)
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of each (default: 0, the CPU)")
     parser.add_argument("recipe", help="file of the recipe")

@@ -109,7 +109,7 @@ def test_output_that_cannot_be_a_folder(tmp_path, capsys, name):
     assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 1_100
 
 
-@pytest.mark.parametrize("script", ["recipes/vgg16.py", "recipes/predict.py", "tuning/search.py"])
+@pytest.mark.parametrize("script", ["recipes/vgg16.py", "recipes/tools/zoo.py", "tuning/search.py"])
 def test_a_python_without_the_packages_is_told_so_in_one_line(tmp_path, script):
     """Without site packages: what a plain `python` is."""
     ended = subprocess.run(
