@@ -368,6 +368,7 @@ def test_one_set_of_files(whole):
     assert names == {
         "backup.npz", "best.keras", "config.json", "curves.png", "history.csv", "layers.csv",
         "monitor", "result.json", "tensorboard",
+        "best.classes.json", "classes.csv", "confusion.png",
     }  # fmt: skip
     rows = folders.read_history(whole / folders.HISTORY)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
