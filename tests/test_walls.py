@@ -65,6 +65,7 @@ def test_the_plugin_stands_alone(graph):
     for other in ("recipes", "tuning"):
         assert not graph.find_shortest_chains("keras_gradclip", other), other
     assert not graph.find_shortest_chains("recipes", "tuning")
+    assert "benchmarks" not in graph.modules  # nobody imports what only measures
 
 
 #: A private module of the plugin, and who outside of it needs which part of it.

@@ -15,6 +15,7 @@ from typing import Any
 try:
     from recipes.command_line import Parser, exit_status, import_tensorflow
     from recipes.plugin import files
+    from recipes.tools import study
     from recipes.training.folder import file_named
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
@@ -58,21 +59,17 @@ def largest_changes(replicas: int) -> tuple[float, float]:
 
 def measure(path: Path) -> None:
     """Prints the table and writes it to `path`."""
-    from rich.console import Console
-    from rich.table import Table
+    import pandas as pd
 
     # A process each: the collective operations of TensorFlow remember their group's size.
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         rows = [(n, *pool.apply(largest_changes, (n,))) for n in REPLICAS]
-    table = Table(
-        title=f"Largest weight change of one step, threshold {THRESHOLD}, learning rate 1"
+    names = ("replicas", f"Keras clipvalue={THRESHOLD}", f"AbsoluteClip({THRESHOLD})")
+    study.show(
+        pd.DataFrame([(str(n), f"{a:.3f}", f"{b:.3f}") for n, a, b in rows], columns=names),
+        f"Largest weight change of one step, threshold {THRESHOLD}, learning rate 1",
     )
-    for name in ("replicas", f"Keras clipvalue={THRESHOLD}", f"AbsoluteClip({THRESHOLD})"):
-        table.add_column(name, justify="right")
-    for n, stock, ours in rows:
-        table.add_row(str(n), f"{stock:.3f}", f"{ours:.3f}")
-    Console().print(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_csv(path, ("replicas", "keras_clipvalue", "absolute_clip"), rows)
     print(f"written to {path}")
