@@ -138,13 +138,13 @@ def is_vector(path, shape):
     return len(shape) <= 1 or "bias" in path.rpartition("/")[2]
 
 
-def scope_of(clipper, i, path, shape):
+def scope_of(clipper, path, shape):
     """(What shares a norm with this variable, the axes of a unit); None: it is not clipped."""
     if isinstance(clipper, kgc.UpdateRatioClip) and is_vector(path, shape):
         return None
     return {
-        "unit": (i, unit_axes(path, shape)),
-        "variable": (i, None),
+        "unit": (path, unit_axes(path, shape)),
+        "variable": (path, None),
         "layer": (layer_of(path), None),
         "global": ("global", None),
     }[clipper.scope]
@@ -176,7 +176,7 @@ def clip_elements(clipper, hyper, grads, weights):
 
 
 def clip_scopes(clipper, hyper, grads, weights, paths, memory):
-    scopes = [scope_of(clipper, i, p, grads[i].shape) for i, p in enumerate(paths)]
+    scopes = [scope_of(clipper, p, g.shape) for p, g in zip(paths, grads, strict=True)]
     chosen = [i for i, s in enumerate(scopes) if s is not None]
     scopes = [scopes[i] for i in chosen]
     sizes = norms([grads[i] for i in chosen], scopes)

@@ -160,8 +160,15 @@ def set_rate(model, rate, by):
 SETTING = ("assignment", "inner assignment", "variable")  # from outside
 
 
-@pytest.mark.parametrize("inner", ["sgd", "adam"])
-@pytest.mark.parametrize("by", ["schedule", "callback", *SETTING])
+@pytest.mark.parametrize(
+    ("by", "inner"),
+    [
+        ("schedule", "sgd"),
+        ("schedule", "adam"),
+        ("callback", "adam"),
+        *((s, "sgd") for s in SETTING),
+    ],
+)
 def test_annealed_the_bound_falls_with_a_schedule_and_a_rate_that_is_set_gives_it_back(by, inner):
     rates = [10.0, 50.0, 25.0, 5.0, 0.0, 50.0]
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(range(5), rates)

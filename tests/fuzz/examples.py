@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import sys
 import time
+import traceback
 
 import hypothesis
 
@@ -77,7 +79,10 @@ def fuzzed(check, examples, strategy, capsys, part=0):
         except Exception as error:
             error.add_note(f"Again: FUZZ_SEED={seed} FUZZ_EXAMPLES={25 * RUN}")
             errors.append(error)
-        if (examples > 1000 and done % 100 == 0) or errors:
+            if EXAMPLES > 1000:
+                with capsys.disabled():
+                    traceback.print_exception(error, file=sys.stdout)
+        if EXAMPLES > 1000 and done % 100 == 0:
             with capsys.disabled():
                 print(
                     f"part {part}: {done + RUN} of {examples} examples, {len(errors)} failures, "

@@ -277,7 +277,7 @@ def is_schedule(value):
 def check(folder, c):
     with pytest.MonkeyPatch.context() as patch:
         if c.is_lowered:
-            patch.setattr(arithmetic, "SMALL", 1)
+            patch.setattr(arithmetic, "SMALL", 2)  # a scalar never is
             patch.setattr(arithmetic, "WORTH_COMPILING", 1)
             patch.setattr(arithmetic, "WORTH_CONVOLVING", 8)
             patch.setattr(arithmetic, "LONG", 2)
@@ -305,6 +305,7 @@ def check_configuration(folder, c):
         scale = reference.scale or 1.0
         reference.call([[scaled(g, scale) for g in grads] for grads in replicas])
     hypothesis.assume(not reference.is_close)
+    check_alone(c, subject, calls[0][0])
     is_rounded = "bfloat16" in c.dtypes  # weight and gradient, in every update; norms are shared
     rtol, atol = (0.02, 0.05 * c.calls) if is_rounded else (1e-5, 3e-6)
     for path, copies, again, want in zip(
@@ -321,6 +322,17 @@ def check_configuration(folder, c):
     if c.telemetry:
         seen = subject.optimizer.read_telemetry()
         assert (seen["updates"], seen["skipped"]) == (reference.updates, reference.skipped)
+
+
+def check_alone(c, subject, grads):
+    """A clipper in a loop of one's own keeps shapes and dtypes."""
+    if c.clipper is None:
+        return
+    tensors = [subject._tensor(g, v, 1.0) for g, v in zip(grads, subject.variables, strict=True)]
+    for before, after in zip(tensors, c.clipper(tensors, subject.variables), strict=True):
+        assert (before is None) == (after is None)
+        if before is not None:
+            assert (after.dtype, tuple(after.shape)) == (before.dtype, tuple(before.shape))
 
 
 def test_every_clipper_has_an_oracle():
