@@ -378,6 +378,12 @@ def slots(
     return [slot_list[i] for slot_list in lists if slot_list] if all(lists) else None
 
 
+def shared_slots(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """What changes once an update and belongs to no variable: the running product of Nadam."""
+    product = getattr(optimizer, "_u_product", None)
+    return [] if product is None else [product]
+
+
 def muon_uses_adamw(muon: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
     """Whether a built Muon leaves a variable to AdamW, of which no public name tells."""
     return muon._should_use_adamw(variable)

@@ -127,16 +127,21 @@ class Conditionally:
             default(pairs, variables, learning_rate)
             return
         sure = [(g, v) for g, v, flag in triples if flag is None]
+        shared = _compat.shared_slots(self._inner)
+        before = [ops.copy(arithmetic.read(v)) for v in shared]
         if sure:
             default(*zip(*sure, strict=True), learning_rate)
+        after = [ops.copy(arithmetic.read(v)) for v in shared]
         for g, v, flag in triples:
             if flag is not None:
+                aggregation.assign_each(shared, before)
                 aggregation.cond(
                     flag,
                     functools.partial(default, [g], [v], learning_rate),
                     lambda: None,
                     state=[v, *self._inner.variables],
                 )
+        aggregation.assign_each(shared, after)
 
     def _update_natives(
         self,

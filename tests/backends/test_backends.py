@@ -226,6 +226,26 @@ def test_an_inner_optimizer_that_was_built_without_a_variable_is_refused(model_c
     assert len(str(error.value)) < 400
 
 
+def test_what_belongs_to_no_variable_changes_once_an_update():
+    """Nadam's running product, where only an earlier micro-batch names one of the variables."""
+    results = []
+    for steps in (2, 1):
+        ours = [keras.Variable([1.0, 2.0], name=name) for name in "ab"]
+        optimizer = keras.optimizers.Nadam(0.1)
+        if steps == 2:
+            optimizer = kgc.ClippedOptimizer(optimizer, gradient_accumulation_steps=steps)
+        optimizer.build(ours)
+        for _ in range(2):
+            if steps == 2:
+                optimizer.apply([ops.ones(2), ops.ones(2)], ours)
+                optimizer.apply([ops.ones(2)], ours[:1])
+            else:
+                optimizer.apply([ops.ones(2), 0.5 * ops.ones(2)], ours)
+        results.append([ops.convert_to_numpy(v) for v in ours])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_an_unfinished_window_waits():
     x, y = data(3)
     model = model_of()
