@@ -38,7 +38,7 @@ def at_most(seconds):
 
 def one_run(check, examples, seed, strategy):
     """Checks so many draws; the first that fails shrinks for a while."""
-    failed, shrinks_until = None, float("inf")
+    failed, shrinks_until = set(), float("inf")
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -52,8 +52,8 @@ def one_run(check, examples, seed, strategy):
     )
     @hypothesis.given(strategy)
     def run(example):
-        nonlocal failed, shrinks_until
-        if time.monotonic() > shrinks_until and str(example) != failed:
+        nonlocal shrinks_until
+        if time.monotonic() > shrinks_until and str(example) not in failed:
             return
         try:
             with at_most(EXAMPLE_SECONDS):
@@ -61,9 +61,9 @@ def one_run(check, examples, seed, strategy):
         except hypothesis.errors.UnsatisfiedAssumption:
             raise
         except Exception:
-            if failed is None:
+            if not failed:
                 shrinks_until = time.monotonic() + SHRINKING_SECONDS
-            failed = str(example)
+            failed.add(str(example))
             raise
 
     run()

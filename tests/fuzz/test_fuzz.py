@@ -313,7 +313,10 @@ def check_configuration(folder, c):
     ):
         for copy in copies:
             np.testing.assert_allclose(copy, want, rtol=rtol, atol=atol, err_msg=path)
-        np.testing.assert_array_equal(again, copies, err_msg=f"{path}, saved and resumed")
+        # A file has one sum of micro-batches where each replica had one.
+        is_summed_anew = is_rounded and c.replicas > 1 and c.saved_at % c.micro_steps > 0
+        exact = {"rtol": rtol, "atol": atol} if is_summed_anew else {"rtol": 0}
+        np.testing.assert_allclose(again, copies, **exact, err_msg=f"{path}, saved and resumed")
     for each in (subject, resumed):
         assert each.optimizer.skipped_steps == reference.skipped
         assert int(keras.ops.convert_to_numpy(each.optimizer.iterations)) == reference.updates

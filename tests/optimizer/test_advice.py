@@ -207,12 +207,12 @@ def sums():
 def ratings():
     rng = np.random.default_rng(0)
     users, items = rng.normal(size=(40, 4)), rng.normal(size=(30, 4))
-    u, i = rng.integers(0, 40, 1500), rng.integers(0, 30, 1500)
+    u, i = rng.integers(0, 40, 800), rng.integers(0, 30, 800)
     y = (users[u] * items[i]).sum(1) + 3.5
     a, b = (keras.Input((), dtype="int32") for _ in range(2))
     dot = L.Dot(1)([L.Embedding(40, 4)(a), L.Embedding(30, 4)(b)])
     h = L.Add()([dot, L.Embedding(40, 1)(a), L.Embedding(30, 1)(b)])
-    return keras.Model([a, b], h), [u, i], y, 20
+    return keras.Model([a, b], h), [u, i], y, 15
 
 
 def adapted(is_normalised):
@@ -248,17 +248,16 @@ TASKS = {
 def test_auto_costs_little_at_a_rate_that_is_safe(task):
     make, optimizer, rate = TASKS[task]
     losses = {}
-    for clipper in (None, "auto"):
+    for clipper in ("auto", None):
         keras.utils.set_random_seed(0)
         model, x, y, epochs = make()
         is_one_of_several = model.output_shape[-1] == 4
         model.compile(
             kgc.ClippedOptimizer(optimizer(rate), clipper), loss() if is_one_of_several else "mse"
         )
-        start = model.evaluate(x, y, verbose=0)
-        model.fit(x, y, batch_size=16, epochs=epochs, verbose=0)
-        losses[clipper] = model.evaluate(x, y, verbose=0)
-    assert losses[None] < 0.8 * start, "the task must be one that is learned"
+        history = model.fit(x, y, batch_size=16, epochs=epochs, verbose=0).history["loss"]
+        losses[clipper] = history[-1]
+    assert history[-1] < 0.85 * history[0], "the task must be one that is learned"
     assert losses["auto"] < 2 * losses[None]
 
 

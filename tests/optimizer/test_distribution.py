@@ -2,9 +2,6 @@
 
 import contextlib
 import functools
-import json
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -106,7 +103,7 @@ def largest_change(replicas, optimizer):
     return np.abs(weights(model) - before).max()
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize("replicas", [2, 4])
 def test_a_threshold_bounds_the_weight_change(replicas):
     ours = largest_change(
         replicas, lambda: kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), kgc.AbsoluteClip(0.1))
@@ -116,7 +113,7 @@ def test_a_threshold_bounds_the_weight_change(replicas):
     assert stock == pytest.approx(0.1 * replicas, rel=1e-4)
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize("replicas", [4])
 def test_accumulation_clips_the_mean_of_the_micro_batches(replicas):
     """4 calls of 4 samples, accumulated, equal one call of 16."""
     adam = OPTIMIZERS["adam"]
@@ -170,7 +167,7 @@ def test_stock_accumulation_crashes_on_two_replicas():
         )
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize("replicas", [2])
 def test_ema_overwrite_frequency(replicas):
     def ema():
         return keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3)
@@ -184,7 +181,7 @@ def test_ema_overwrite_frequency(replicas):
 
 @pytest.mark.parametrize(
     "replicas, steps_per_execution",
-    [(2, 3), (4, 16), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((2, 16), (4, 2)))],
+    [(2, 3), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((4, 16), (4, 2)))],
 )
 def test_steps_per_execution(replicas, steps_per_execution):
     """8 steps an epoch; 3 does not divide them, 16 is more than there are."""
@@ -221,7 +218,7 @@ def test_steps_per_execution_in_evaluate_and_predict():
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("replicas", [4])
 def test_telemetry_is_the_same_on_replicas(replicas):
     adam, clipper = OPTIMIZERS["adam"], CLIPPERS["map"]
     one, _, _ = run(0, clipper, adam)
@@ -233,7 +230,7 @@ def test_telemetry_is_the_same_on_replicas(replicas):
         np.testing.assert_allclose(a[key], b[key], rtol=1e-4)
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 4])
+@pytest.mark.parametrize("replicas", [1, 4])
 def test_custom_loop(replicas):
     """strategy.run around a gradient tape, without Keras's trainer."""
     mirrored = strategy(replicas)
@@ -291,9 +288,10 @@ def all_reduces(replicas, optimizer, model_class=keras.Model, **compile_args):
     return calls, model
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
 @pytest.mark.parametrize(
-    "options", [{}, {"skip_nonfinite": True}, {"gradient_accumulation_steps": 2}], ids=str
+    ("replicas", "options"),
+    [(2, {}), (2, {"skip_nonfinite": True}), (4, {"gradient_accumulation_steps": 2})],
+    ids=str,
 )
 def test_exactly_one_all_reduce_an_update(replicas, options):
     calls, model = all_reduces(
@@ -302,46 +300,6 @@ def test_exactly_one_all_reduce_an_update(replicas, options):
     )
     # Each replica's thread joins the one all-reduce, with all gradients in one list.
     assert calls == [len(model.trainable_variables)] * replicas
-
-
-@pytest.mark.parametrize("replicas", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_collective_operations_in_the_traced_graph(replicas):
-    """As many reductions in the graph as Keras without clipping has: none is added."""
-    code = f"""
-import sys; sys.path[:0] = {[p for p in sys.path if p]!r}
-import conftest, keras, tensorflow as tf, keras_gradclip as kgc
-from helpers import net, data, loss
-import json
-counts = []
-mirrored = tf.distribute.MirroredStrategy([f"CPU:{{i}}" for i in range({replicas})])
-for wrap in (False, True):
-    with mirrored.scope():
-        model = net(keras.Model)
-        adam = keras.optimizers.Adam(1e-2)
-        optimizer = kgc.ClippedOptimizer(adam, kgc.NormClip(0.5)) if wrap else adam
-        optimizer.build(model.trainable_variables)
-    @tf.function
-    def step(x, y):
-        def replica(x, y):
-            with tf.GradientTape() as tape:
-                value = loss()(y, model(x))
-            grads = tape.gradient(value, model.trainable_variables)
-            optimizer.apply(grads, model.trainable_variables)
-        mirrored.run(replica, args=(x, y))
-    x, y = data(8)
-    graph = step.get_concrete_function(tf.constant(x), tf.constant(y)).graph
-    defs = [n.op for n in graph.as_graph_def().node]
-    for f in graph.as_graph_def().library.function:
-        defs += [n.op for n in f.node_def]
-    counts.append(sum("CollectiveReduce" in op for op in defs))
-print(json.dumps(counts))
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
-    )
-    stock, ours = json.loads(result.stdout.strip().splitlines()[-1])
-    assert stock > 0
-    assert ours == stock
 
 
 def test_embedding_under_a_strategy():
@@ -357,7 +315,7 @@ def test_embedding_under_a_strategy():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 5, (32, 6)), rng.integers(0, CLASSES, 32)
     results = []
-    for replicas in (0, 1, 2, 4):
+    for replicas in (0, 2, 4):
         scope = strategy(replicas)
         with scope.scope() if scope else contextlib.nullcontext():
             model = embedding_net()

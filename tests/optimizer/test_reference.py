@@ -1,4 +1,7 @@
-"""Every mode of an update, sampled pairwise, against one update in float64 NumPy."""
+"""Traced updates, their modes sampled pairwise, against one update in float64 NumPy.
+
+The fuzz draws more, and seldom a traced step on replicas.
+"""
 
 import contextlib
 import itertools
@@ -14,23 +17,19 @@ import keras_gradclip as kgc
 tf = pytest.importorskip("tensorflow")
 
 MODES = {
-    "replicas": (0, 1, 2, 4),
+    "replicas": (0, 2, 4),
     "micro_steps": (1, 3),
     "scaling": ("none", "fixed", "dynamic"),
     "nonfinite": ("none", "first", "last"),
     "skip": (False, True),
-    "clip": ("none", "absolute", "exponential", "layer norm", "global norm"),
+    "clip": ("none", "exponential", "layer norm"),
     "inner": ("sgd", "adam"),
-    "telemetry": (False, True, 2),
     "gradients": ("dense", "sparse", "missing in the last", "subset"),
-    "compiled": (False, True),
 }
 CLIPPERS = {
     "none": None,
-    "absolute": kgc.AbsoluteClip(0.3),
     "exponential": kgc.ExponentialClip(0.7, 0.2),
     "layer norm": kgc.NormClip(0.5),
-    "global norm": kgc.NormClip(0.5, "global"),
 }
 SHAPES = {"a/kernel": (4, 3), "a/bias": (3,), "b/kernel": (3, 2), "b/bias": (2,)}
 CALLS = 9
@@ -131,7 +130,7 @@ def make_optimizer(mode):
         CLIPPERS[mode["clip"]],
         gradient_accumulation_steps=mode["micro_steps"] if mode["micro_steps"] > 1 else None,
         skip_nonfinite=mode["skip"],
-        telemetry=mode["telemetry"],
+        telemetry=2,
     )
     if mode["scaling"] == "dynamic":
         return optimizer, keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
@@ -173,8 +172,7 @@ def test_update(mode):
 
         scope.run(replica) if scope else replica()
 
-    if mode["compiled"]:
-        step = tf.function(step, autograph=False)
+    step = tf.function(step, autograph=False)
     for call in range(CALLS):
         grads = gradients(mode, call, replicas, rng)
         step(grads)
@@ -184,12 +182,8 @@ def test_update(mode):
             np.testing.assert_allclose(copy, want, rtol=1e-4, atol=1e-5, err_msg=variable.path)
     assert optimizer.skipped_steps == reference.skipped
     assert int(first_copy(optimizer.iterations).numpy()) == reference.updates
-    if mode["telemetry"]:
-        telemetry = optimizer.read_telemetry()
-        assert (telemetry["updates"], telemetry["skipped"]) == (
-            reference.updates,
-            reference.skipped,
-        )
+    telemetry = optimizer.read_telemetry()
+    assert (telemetry["updates"], telemetry["skipped"]) == (reference.updates, reference.skipped)
     if mode["scaling"] == "dynamic":
         assert float(first_copy(outer.dynamic_scale).numpy()) == reference.scale
 
