@@ -1,7 +1,8 @@
 """What test_multiworker.py compares, run in one process and as one worker of several.
 
-As a script: `multiworker_scenarios.py FOLDER NAME ...` runs the scenarios under the strategy that
-TF_CONFIG describes and writes what they return into `FOLDER/NAME-INDEX.npz`.
+As a script, with the checkout on PYTHONPATH: `multiworker_scenarios.py FOLDER NAME ...` runs the
+scenarios under the strategy that TF_CONFIG describes and writes what they return into
+`FOLDER/NAME-INDEX.npz`.
 """
 
 import contextlib
@@ -11,8 +12,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import keras
 import numpy as np

@@ -27,6 +27,7 @@ HALF = {"half-precision": 2e-3, "loss-scale": 2e-3}
 # CPU processes: one thread each, no noise.
 ENVIRONMENT = {
     **os.environ,
+    "PYTHONPATH": str(HERE.parent),
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
