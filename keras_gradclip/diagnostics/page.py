@@ -97,7 +97,7 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
     except ImportError as error:
         raise ImportError(
             f"report: needs jinja2 and matplotlib ({error}). Install them: "
-            "pip install 'keras-gradclip[report]'"
+            "pip install jinja2 matplotlib"
         ) from error
     template = jinja2.Template(
         Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"),
