@@ -15,9 +15,9 @@ from recipes.training.folder import folder_named
 from tuning.space_flags import add_flags, check_flags, rates, replacements
 
 TUNERS = ("random", "bayesian", "hyperband", "grid")
-#: Enough to tell thresholds apart, little enough for minutes on two cores.
+#: Long enough to compare thresholds, and done in minutes on two cores.
 SMALL = {"epochs": 2, "limit_steps": 100}
-# What the search sets itself, beside the clippers' parameters, and what to say instead.
+# Recipe options set by the search, besides the clippers' parameters; and the flags to use instead.
 _SEARCHED = {
     "clipper": "--clippers",
     "clip_config": "--clippers",
@@ -29,7 +29,7 @@ _SEARCHED = {
 
 
 def build_parser(description: str, argv: Sequence[str] = ()) -> Parser:
-    """The command line; what it does not know is the recipe's."""
+    """The parser of the search's own flags; all others are left to the recipe."""
     parser = Parser(
         "python tuning/search.py",
         description,
@@ -40,7 +40,7 @@ def build_parser(description: str, argv: Sequence[str] = ()) -> Parser:
     add("--tuner", choices=TUNERS, default="random", help="(%(default)s)")
     add("--max-trials", type=int, metavar="N", help="baseline included (10; a grid: all)")
     add("--objective", metavar="METRIC", help="any logged metric (the recipe's: val_accuracy ...)")
-    add("--direction", choices=("max", "min"), help="of an objective whose name does not tell")
+    add("--direction", choices=("max", "min"), help="if the objective's name does not imply it")
     add(
         "--budget",
         choices=("small", "full"),
@@ -96,7 +96,7 @@ def load_recipe(name: str) -> Any:
     """A recipe by its name, or from a file that defines RECIPE.
 
     Raises:
-        RecipeError: no such recipe or file, or one that does not run.
+        RecipeError: no such recipe or file, or the file raises an error.
     """
     if not name.endswith(".py"):
         return find_recipe(name)
@@ -116,7 +116,7 @@ def load_recipe(name: str) -> Any:
     if not hasattr(module, "RECIPE"):
         raise RecipeError(f"--recipe {name}: defines no RECIPE")
     if not isinstance(module.RECIPE, Recipe):
-        raise RecipeError(f"--recipe {name}: its RECIPE is no Recipe")
+        raise RecipeError(f"--recipe {name}: its RECIPE is not a Recipe")
     return module.RECIPE
 
 
@@ -126,13 +126,13 @@ def recipe_options(
     """The recipe's options that a search keeps fixed, by name.
 
     Args:
-        args: of the search's own flags.
+        args: the search's own flags, parsed.
         recipe: `Recipe`.
-        rest: words that the search does not know.
-        flags: that it does know, one of which may have been meant.
+        rest: the arguments that are not flags of the search.
+        flags: the search's own flags, to suggest one for a misspelt flag.
 
     Raises:
-        RecipeError: a mistake in them, or an option that is searched.
+        RecipeError: an invalid option, or one that the search sets itself.
     """
     from recipes.training import options as opts
 
@@ -147,7 +147,7 @@ def recipe_options(
     if args.tuner == "hyperband":
         quiet["keep_backup"] = True  # its next round resumes from there
     given = {**small, **quiet, **given}
-    rates(args, recipe.options(**given).learning_rate)  # the check of both
+    rates(args, recipe.options(**given).learning_rate)  # checks that the range has it
     return given
 
 
@@ -155,7 +155,7 @@ def folder_of(args: argparse.Namespace, recipe: Any) -> Path:
     """The folder of the search, which may not exist yet.
 
     Raises:
-        RecipeError: no folder can have this name.
+        RecipeError: the name is not valid for a folder.
     """
     output = args.output
     if output is None:

@@ -1,4 +1,4 @@
-"""The picture of a search: scores by threshold, the runs that decide, and learning curves."""
+"""The picture of a search: scores by threshold, the compared runs, and learning curves."""
 
 import math
 import textwrap
@@ -24,15 +24,15 @@ def draw(
     folder: Path | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
-    """Draws the score by threshold, the runs that decide, and the best trials' learning curves.
+    """Draws scores by threshold, the runs that the verdict compares, and learning curves.
 
     Args:
         rows: as `tuning.results.ranked` orders them.
         path: of the PNG file.
         objective: with `name` and `direction`.
-        title: str, a head above the verdict.
-        folder: of the trials, for the learning curves; None: without them.
-        ranges: (low, high) of the thresholds by name, the widths of the axes.
+        title: str, printed above the verdict.
+        folder: the folder of the trials; None leaves out the learning curves.
+        ranges: (low, high) of the thresholds by name, the limits of the axes.
     """
     from matplotlib.figure import Figure
 
@@ -55,13 +55,13 @@ def draw(
 
 
 def _scale(objective) -> tuple[float, str]:
-    """A factor and an axis label: accuracies in per cent."""
+    """A factor and an axis label; accuracies are shown in per cent."""
     name = objective.name.replace("_", " ")
     return (100.0, f"{name}, %") if "accuracy" in objective.name else (1.0, name)
 
 
 def _scores(figure, rows, names, objective, ranges) -> None:
-    """A panel a hyper-parameter: a mark a trial, coloured by clip fraction; unclipped red."""
+    """One panel per hyper-parameter, one mark per trial: colour is clip fraction, red unclipped."""
     from matplotlib.colors import LogNorm
 
     factor, label = _scale(objective)
@@ -110,7 +110,7 @@ def _scores(figure, rows, names, objective, ranges) -> None:
 
 
 def _limits(scores, large: bool) -> tuple[float, float]:
-    """The range that the better half of the trials needs; a mark outside is drawn at its edge."""
+    """The axis range that fits the better half of the trials; others are drawn at its edge."""
     ordered = sorted(scores, reverse=large)
     best, middle, worst = ordered[0], ordered[len(ordered) // 2], ordered[-1]
     room = 1.8 * abs(best - middle) or 0.05 * abs(best) or 1.0
@@ -182,7 +182,7 @@ def _curves(axis, done, objective, folder: Path | None) -> None:
             values = [line[objective.name] for line in read_csv(path) if objective.name in line]
             epochs = range(1, len(values) + 1)
             axis.plot(epochs, factor * np.array(values), "o-", ms=3, color=colour, label=text)
-            text = None  # one line of the legend a trial
+            text = None  # one legend entry per trial
     axis.set_title("learning curves of the best (red: the unclipped baseline)", size=9)
     axis.set_xlabel("epoch")
     axis.set_ylabel(label)

@@ -1,9 +1,9 @@
 """The results of a search: its trials, its verdict, and the files and the table that show them.
 
 The verdict: the best clipped and the best unclipped trial, each at its own learning rate, are
-trained again with seeds that had no part in choosing them. An exact rank test (Mann and Whitney,
-1947; a run that diverged ranks last, ties count half) gives the probability that chance alone
-separates their scores so far.
+trained again with seeds that were not used to choose them. An exact rank test (Mann and Whitney,
+1947; a diverged run ranks last, ties count half) gives the probability that scores differ this
+much by chance.
 """
 
 import math
@@ -23,11 +23,11 @@ from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS
 from keras_gradclip.tuning.space import to_clipper
 from recipes.training.recipe import at_chance
 
-#: Clipping matters where chance alone would give such scores less often than this.
+#: A p-value below this counts as significant.
 SIGNIFICANCE = 0.05
-#: The fewest runs a trial that can be significant: 2 of the C(8, 4) = 70 orders are so extreme.
+#: Fewest runs per trial that can reach significance: 2 of the C(8, 4) = 70 orders are as extreme.
 LEAST_RUNS = 4
-_ORDERS = 200_000  # all orders of two times ten runs are counted; of more, so many at random
+_ORDERS = 200_000  # exact up to ten runs a side, else a random sample of this many orders
 _STATUSES = ("completed", "diverged", "failed", "running")
 
 # --------------------------------------------------------------------------------------- the trials
@@ -40,12 +40,12 @@ class TrialRow:
     Attributes:
         trial: str, its id.
         status: "completed", "diverged" (in one of its runs), "failed" or "running".
-        values: the hyper-parameters by name, those that are not in use left out.
-        score: float, the mean of its runs' scores; NaN without one.
-        scores: floats, one a run; infinite for a run that diverged.
-        baseline: whether it is the trial of the default values, unclipped.
+        values: the active hyper-parameters by name.
+        score: float, the mean score of its runs; NaN if there is none.
+        scores: floats, one per run; infinite for a diverged run.
+        baseline: whether this is the unclipped trial of the default values.
         confirms: id of the trial that this one repeats with other seeds, or "".
-        chance: float, the objective of a model that guesses; NaN where unknown.
+        chance: float, the objective of random guessing; NaN if unknown.
         message: str, why it failed.
         clip_fraction, grad_norm, epochs, seconds: floats, means over its runs.
     """
@@ -71,7 +71,7 @@ class TrialRow:
 
     @property
     def runs(self) -> int:
-        """The number of its runs that have ended."""
+        """The number of finished runs."""
         return len(self.scores)
 
     @property
@@ -111,21 +111,21 @@ def trial_rows(oracle) -> list[TrialRow]:
 
 
 def _scores(metrics, objective: str) -> tuple[float, ...]:
-    """The score of each run, which KerasTuner keeps as one observation of several values."""
+    """The score of each run; KerasTuner stores them as one observation with several values."""
     old = [f"run-{i}" for i in range(len(metrics.metrics)) if metrics.exists(f"run-{i}")]
-    if old:  # of a search that was begun before KerasTuner kept them: a metric a run
+    if old:  # a search of an older version has one metric per run
         return tuple(float(metrics.get_last_value(name)) for name in old)
     history = metrics.get_history(objective) if metrics.exists(objective) else []
     return tuple(float(value) for observation in history for value in observation.value)
 
 
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyper-parameters of a trial without KerasTuner's notes on it."""
+    """The hyper-parameters of a trial without KerasTuner's own entries."""
     return {name: value for name, value in values.items() if not name.startswith("tuner/")}
 
 
 def ranked(rows: Sequence[TrialRow], direction: str) -> list[TrialRow]:
-    """By status; trials that confirm before the others; best first."""
+    """The rows sorted by status, confirming trials first, then best score first."""
     sign = -1 if direction == "max" else 1
     return sorted(
         rows,
@@ -139,23 +139,23 @@ def ranked(rows: Sequence[TrialRow], direction: str) -> list[TrialRow]:
 
 
 def best_row(rows: Sequence[TrialRow]) -> TrialRow | None:
-    """The best completed trial: the better of those that were confirmed, if any was."""
+    """The best completed trial; confirming trials come before all others."""
     return next((row for row in rows if row.status == "completed"), None)
 
 
 def contest(rows: Sequence[TrialRow]) -> tuple[TrialRow | None, TrialRow | None]:
     """The clipped and the unclipped trial that the verdict compares.
 
-    The confirmed one of each kind, else the best; where all of a kind diverged, the first of them.
+    Of each kind the confirming trial, else the best; if all of a kind diverged, the first.
     """
     ended = [row for row in rows if row.status in ("completed", "diverged")]
-    ended.sort(key=lambda row: not row.confirms)  # stable: the best stay in front
+    ended.sort(key=lambda row: not row.confirms)  # stable: keeps the best first
     clipped = next((row for row in ended if row.clipped), None)
     return clipped, next((row for row in ended if not row.clipped), None)
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """A trial's hyper-parameters in a line."""
+    """A trial's hyper-parameters on one line."""
     kind = values.get("clipper", "?")
     parts = ["no clipping" if kind == "none" else kind]
     parts += [
@@ -178,7 +178,7 @@ def _short(value: object) -> str:
 
 
 def formatter(metric: str) -> Callable[[float], str]:
-    """How to print a metric: accuracies in per cent, others to four digits."""
+    """A function that formats a metric: accuracies in per cent, others to four digits."""
     return lambda value: f"{100 * value:.2f} %" if "accuracy" in metric else f"{value:.4g}"
 
 
@@ -193,8 +193,8 @@ class Verdict:
         effect: what clipping did: "helps" and "harms" are significant, "not shown" is not;
             "not tested": too few runs, or no model that learned.
         text: the answer in one or two sentences.
-        p_value: float, of the test; NaN where there was none.
-        learned: whether the best trial is better than a guess, as far as is known.
+        p_value: float, of the rank test; NaN if not tested.
+        learned: False if the best trial is no better than guessing.
     """
 
     effect: Literal["helps", "harms", "not shown", "not tested"]
@@ -273,7 +273,7 @@ _FIELDS = (
 
 
 def write_trials(rows: Sequence[TrialRow], path: Path) -> None:
-    """`trials.csv`: a line a trial, best first, a column a hyper-parameter; empty: not in use."""
+    """Writes `trials.csv`: one row per trial, best first; unused hyper-parameters stay empty."""
     names = sorted({name for row in rows for name in row.values})
     lines = []
     for rank, row in enumerate(rows, 1):
@@ -286,12 +286,12 @@ def write_trials(rows: Sequence[TrialRow], path: Path) -> None:
 def write_best(
     rows: Sequence[TrialRow], path: Path, objective, groups, recipe: str
 ) -> dict[str, Any] | None:
-    """`best.json`: the best trial's clipper, which recipes take with `--clip-config`.
+    """Writes `best.json`: the best trial's clipper, for a recipe's `--clip-config`.
 
-    Where not clipping was best, the clipper is a ClipMap that leaves all variables alone.
+    If not clipping was best, the clipper is a ClipMap that clips nothing.
 
     Returns:
-        What was written; None, and nothing is, without a completed trial.
+        The content; None, with no file written, if no trial completed.
     """
     best = best_row(rows)
     if best is None:
@@ -315,9 +315,9 @@ def write_best(
 
 
 def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
-    """For TensorBoard's page HParams: a run for each trial that ended; existing ones stay.
+    """Writes one TensorBoard HParams run per finished trial; existing ones are kept.
 
-    `folder` gets a folder a trial, with its values, its score, clip fraction and gradient norm.
+    `folder` gets one subfolder per trial: its values, score, clip fraction and gradient norm.
     """
     import tensorflow as tf
     from tensorboard.plugins.hparams import api
@@ -326,7 +326,7 @@ def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
         target = folder / row.trial
         if row.status == "running" or target.exists():
             continue
-        partial = folder.parent / "tensorboard.partial"  # a kill leaves no half of a run
+        partial = folder.parent / "tensorboard.partial"  # a kill leaves no partial run
         shutil.rmtree(partial, ignore_errors=True)
         writer = tf.summary.create_file_writer(str(partial))
         with writer.as_default(step=0):
@@ -348,7 +348,7 @@ def print_table(rows: Sequence[TrialRow], objective, title: str, console) -> Non
     show = formatter(objective.name)
     caption = None
     if any(row.confirms for row in rows):
-        caption = "bold, without a rank: the best of each kind, trained again with other seeds"
+        caption = "bold, without a rank: the best of each kind, retrained with other seeds"
     table = Table(title=title, caption=caption)
     for name in ("rank", objective.name, "runs from .. to", "clipped", "time", "trial", ""):
         table.add_column(name, justify="left" if not name else "right")

@@ -4,9 +4,8 @@
     python tuning/search.py --clippers absolute --threshold-range 0.01 1 --workers 2
     python tuning/search.py --recipe resnet50 --tuner hyperband --epochs 9 --devices 2
 
-The first searches for AlexNet on the embedded MNIST digits in minutes. Options of the recipe are
-taken, too. The same command resumes a search that was interrupted; results are in the output
-folder.
+The first takes minutes: AlexNet on the embedded MNIST digits. Options of the recipe are accepted
+too. Results go to the output folder; the same command resumes an interrupted search.
 """
 
 import contextlib
@@ -28,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a search from the command line.
 
     Returns:
-        The exit status: 0; 1 where the search failed or no trial ended well; 2 for a mistake in
-        flags or data; 130 after Ctrl-C.
+        The exit status: 0; 1 if the search failed or no trial completed; 2 for a mistake in flags
+        or data; 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
 
     def work() -> int:
-        for modules in command_line.imports_of(argv):  # their flags are flags here
+        for modules in command_line.imports_of(argv):  # they add flags
             import_modules(modules)
         parser = build_parser(__doc__ or "", argv)
         args, rest = parser.parse_known_args(argv)
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
             recipe = load_recipe(args.recipe)
             given = recipe_options(args, recipe, rest, parser.flags)
-            folder_of(args, recipe)  # a name that cannot be is found before TensorFlow is imported
+            folder_of(args, recipe)  # checks the name before TensorFlow is imported
             import_tensorflow()
             from tuning.search_run import Search
 
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the workers as Ctrl-C does."""
+    """Makes SIGTERM end the workers as Ctrl-C does."""
 
     def interrupt(*details):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A search from its folder to its report: the space, the oracle, the tuner, and what it says."""
+"""A search: its folder, space, oracle and tuner, and its output."""
 
 import contextlib
 import itertools
@@ -38,22 +38,22 @@ SEARCH = "search.json"
 #: The folder of the trials inside that of a search.
 PROJECT = "trials"
 TRIALS = 10  # of a random or Bayesian search
-_SEED = 1_000  # KerasTuner takes a seed of 0 for none
-_SPACE = "search space: "  # begins the names of hyper-parameters in search.json
+_SEED = 1_000  # KerasTuner reads a seed of 0 as None
+_SPACE = "search space: "  # prefix of hyper-parameter names in search.json
 
 
 class Search:
     """A search of a recipe's thresholds.
 
     Args:
-        recipe: that is searched.
-        given: its options that stay fixed, by name.
+        recipe: the recipe to search.
+        given: its fixed options, by name.
         args: the search's own flags.
-        argv: the whole command line, which workers repeat.
+        argv: the command line's arguments, for the workers.
 
     Raises:
-        RecipeError: options that do not go together.
-        ValueError: an objective whose direction is not known, or a space that is none.
+        RecipeError: options that contradict each other.
+        ValueError: an objective of unknown direction, or an invalid search space.
     """
 
     def __init__(
@@ -80,22 +80,22 @@ class Search:
         """Runs the search, or its trials in a worker; returns the exit status.
 
         Raises:
-            RecipeError: another search is in the folder, or its files are damaged.
-            RuntimeError: no trial ended well, or all workers failed.
+            RecipeError: the folder holds another search, or damaged files.
+            RuntimeError: no trial completed, or all workers failed.
         """
         if self.role == "worker":
             with workers.heartbeat(self.folder):
                 self._tuner(self._new_oracle()).search()
             return 0
         if (self.folder / SEARCH).exists():
-            self._check_folder()  # before anything is touched
+            self._check_folder()  # before any file is written
         with locked(self.folder, "search"):
             self._check_folder()
             out = sys.stdout
             width = None if out.isatty() else 120
             self.console = Console(file=out, highlight=False, soft_wrap=True, width=width)
             errors: contextlib.AbstractContextManager = contextlib.nullcontext()
-            # KerasTuner prints, too; that goes to a file.
+            # KerasTuner's own output goes to a file.
             with open(self.folder / "kerastuner.log", "a") as log:
                 if not self.args.traceback:
                     errors = contextlib.redirect_stderr(log)
@@ -154,7 +154,7 @@ class Search:
             return RecipeTuner(runner, oracle, self.folder)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RecipeError(
-                f"{self.folder / PROJECT}: what the search wrote there is damaged "
+                f"{self.folder / PROJECT}: the saved search is damaged "
                 f"({type(error).__name__}: {first_line(error)}); give another --output"
             ) from error
 
@@ -166,11 +166,11 @@ class Search:
             return {}
         before = read_json(path)
         if not isinstance(before, dict):
-            raise RecipeError(f"{path}: is not what a search writes; give another --output")
+            raise RecipeError(f"{path}: is not the file of a search; give another --output")
         return before
 
     def _space_before(self) -> dict[str, Any]:
-        """What was searched without being asked for when the search in the folder was begun."""
+        """The range of `beta` in a search of an older version, which varied it by default."""
         for name, config in self._saved().items():
             if name.startswith(f"{_SPACE}exponential/beta"):
                 limits = config.get("values") or (config["min_value"], config["max_value"])
@@ -178,7 +178,7 @@ class Search:
         return {}
 
     def _check_folder(self) -> None:
-        """Notes which search the folder holds, and refuses one that holds another."""
+        """Writes the search's settings into its folder, or compares them with those of before."""
         fixed = opts.saved_options(self.recipe, self.recipe.options(**self.given))
         for name in (*searched_options(), "recipe"):
             fixed.pop(name, None)
@@ -210,10 +210,10 @@ class Search:
             raise RecipeError(
                 f"{self.folder} holds another search; changed: "
                 f"{', '.join(filter(None, [*changed, others]))}. Give another --output, or the "
-                "options of before to resume it"
+                "earlier options to resume it"
             )
 
-    # --------------------------------------------------------------------------------- what it says
+    # --------------------------------------------------------------------------------------- output
 
     def say(self, text: str, **options: Any) -> None:
         """Prints a line for the user."""
@@ -235,10 +235,10 @@ class Search:
         )
         if done:
             are = "is" if done == 1 else "are"
-            self.say(f"resuming: {counted(done, 'trial')} {are} done and not run again")
+            self.say(f"resuming: {counted(done, 'trial')} {are} done and will not run again")
 
     def _on_change(self, trial: Any, event: str) -> None:
-        """Says which trial begins or how it ended, and brings the files up to date."""
+        """Prints which trial begins or how it ended, and updates the files."""
         if event == "begin":
             values = trial.hyperparameters.values
             again = f" (trial {values[CONFIRMS]} with other seeds)" if CONFIRMS in values else ""
@@ -278,7 +278,7 @@ class Search:
         self.say(f"picture: {picture}, table: {self.folder}/trials.csv")
         self.say(f"TensorBoard's HParams: tensorboard --logdir {self.folder}/tensorboard")
         if best is None:
-            raise RuntimeError("no trial ended well")
+            raise RuntimeError("no trial completed")
         if answer.learned:
             self.say(f"train with it: {self._command(best['values'])}", markup=False)
         return 0
@@ -299,12 +299,12 @@ class Search:
 class RecipeTuner(SearchTuner):
     """Runs trials of a recipe.
 
-    Hyperband's later rounds resume a copy of the round before, optimizer state included.
+    Hyperband's later rounds resume a copy of the previous round, with its optimizer state.
 
     Args:
         runner: `TrialRunner`.
-        oracle: `SearchOracle`, or what stands for the chief's.
-        folder: of the search.
+        oracle: `SearchOracle`, or KerasTuner's client of the chief's.
+        folder: the search's folder.
     """
 
     def __init__(self, runner: TrialRunner, oracle: SearchOracle, folder: Path):
@@ -312,7 +312,7 @@ class RecipeTuner(SearchTuner):
         super().__init__(oracle, folder, PROJECT)
 
     def run_trial(self, trial, *args, **kwargs):
-        """Trains the trial's runs; returns the metrics of each."""
+        """Trains the trial's runs; returns a list with the metrics of each."""
         values = trial.hyperparameters.values
         parent = values.get("tuner/trial_id")
         try:
@@ -324,7 +324,7 @@ class RecipeTuner(SearchTuner):
                 parent=Path(self.get_trial_dir(parent)) if parent else None,
             )
         except (RecipeError, OSError) as error:
-            # The same in every trial: a full disk, a data set that is not there ...
+            # Every trial would fail alike: a full disk, a missing data set ...
             raise kt.errors.FatalError(str(error)) from error
 
 

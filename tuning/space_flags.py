@@ -1,7 +1,4 @@
-"""The flags of the search space, and the space that they make.
-
-Those of the clippers are made from their own declarations.
-"""
+"""The flags of the search space, made from the clippers' declarations, and the space itself."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +13,7 @@ Owners = list[tuple[str, declarations.Parameter]]
 
 
 def _by_flag() -> dict[str, Owners]:
-    """For each flag, as in the namespace, the clippers that have it with their parameters."""
+    """For each flag (named as in the namespace), its clippers and their parameters."""
     result: dict[str, Owners] = {}
     for alias, declaration in opts.clippers().items():
         for p in declaration.parameters:
@@ -26,12 +23,12 @@ def _by_flag() -> dict[str, Owners]:
 
 
 def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
-    """Adds what is searched, and a flag for each parameter of the clippers; two may share one.
+    """Adds the flags of the search space; clippers may share a flag.
 
     Args:
-        parser: of the command.
-        argv: its words, the `--clippers` among which have their flags in the help;
-            `--help-clippers` shows those of all.
+        parser: the command's parser.
+        argv: its arguments: the help shows the flags of their `--clippers` only;
+            `--help-clippers` shows those of all clippers.
     """
     group = parser.add_argument_group("search space")
     add = group.add_argument
@@ -40,15 +37,15 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None
         nargs="+",
         metavar="NAME",
         default=["absolute", "exponential", "norm"],
-        help=f"of {', '.join(opts.clippers())}; none is always there (%(default)s)",
+        help=f"of {', '.join(opts.clippers())}; none is always included (%(default)s)",
     )
     add(
         "--calibration",
         metavar="FILE",
-        help="centre the thresholds' ranges on what keras_gradclip.calibrate saved there",
+        help="centre the thresholds' ranges on those that keras_gradclip.calibrate saved",
     )
     add("--search-gate", action="store_true", help="also search the activation gate")
-    add("--groups", action="store_true", help="a threshold of its own for stem, stages and head")
+    add("--groups", action="store_true", help="a separate threshold for stem, stages and head")
     add(
         "--learning-rate-range",
         type=float,
@@ -88,7 +85,7 @@ def _help(owners: Owners) -> str:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Looks whether the flags of the space can be meant.
+    """Checks the flags of the search space.
 
     Raises:
         RecipeError: one is out of its range, or contradicts another.
@@ -117,7 +114,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def _check_words(flag: str, words: Sequence[str], known: Sequence[str]) -> None:
     if len(set(words)) < len(words) or not set(words) <= set(known):
         some = " ".join(words)
-        raise RecipeError(f"{flag} {some}: must be some of {', '.join(known)}, each once")
+        raise RecipeError(f"{flag} {some}: must be some of {', '.join(known)}, each at most once")
 
 
 def _varied(args: argparse.Namespace, clippers: list[str]) -> dict[str, Any]:
@@ -137,12 +134,12 @@ def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]
     """Arguments of `clip_hyperparameters`.
 
     Args:
-        args: of the search's command line.
-        recipe: `Recipe` that is searched.
+        args: the search's flags, parsed.
+        recipe: the `Recipe` to search.
         given: its options that the user fixed.
 
     Raises:
-        RecipeError: flags that do not go together.
+        RecipeError: flags that contradict each other.
     """
     from keras_gradclip.tuning.space import calibrated_ranges, layer_groups
     from recipes.training.build import build_network
@@ -164,22 +161,22 @@ def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]
 
 
 def rates(args: argparse.Namespace, rate: float) -> tuple[float, float]:
-    """The lowest and highest learning rate of the search, about the baseline's.
+    """The lowest and highest learning rate of the search, around the baseline's.
 
     Raises:
-        RecipeError: the range that was given does not hold it.
+        RecipeError: the given range does not contain the baseline's.
     """
     low, high = args.learning_rate_range or (rate / 3, rate * 3)
     if not low <= rate <= high:
         raise RecipeError(
-            f"--learning-rate-range {low:g} {high:g}: must hold the baseline's learning rate, "
+            f"--learning-rate-range {low:g} {high:g}: must contain the baseline's learning rate, "
             f"{rate:g}; set that with --learning-rate"
         )
     return low, high
 
 
 def replacements() -> Iterator[tuple[str, str]]:
-    """A recipe's option that the search sets itself, and the flag that takes its place."""
+    """Pairs of a recipe's option that the search sets, and the search's flag for it."""
     for flag, owners in _by_flag().items():
         for _, parameter in owners:
             yield parameter.flag, opts.flag_of(flag)

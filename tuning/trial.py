@@ -1,4 +1,4 @@
-"""One trial of a search: runs of a recipe that differ in their seeds alone."""
+"""One trial of a search: runs of a recipe that differ only in their seeds."""
 
 import contextlib
 import math
@@ -20,20 +20,20 @@ from recipes.errors import RecipeError, TrainingDiverged
 from recipes.training import Recipe, run
 from recipes.training.folder import BACKUP, BEST, CONFIG, HISTORY, read_history
 
-CHANCE = "chance"  # a metric: the accuracy of a model that guesses
+CHANCE = "chance"  # a metric: the accuracy of random guessing
 
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """Trains the runs of a trial, each in a folder of its own, where it resumes after a kill.
+    """Trains the runs of a trial, each in its own folder; resumes a run that was killed.
 
     Attributes:
-        recipe: that is searched.
+        recipe: the recipe to search.
         given: the options that the user fixed, by name.
         space: arguments of `clip_hyperparameters`.
         objective: with `name`, a column of a run's `history.csv`, and `direction`.
         executions: runs of each trial, with consecutive seeds.
-        confirm_executions: runs of a trial that repeats another; they have the seeds after those.
+        confirm_executions: runs of a trial that repeats another, with the seeds after those.
         keep_weights: keep each run's `best.keras`.
         keep_backups: keep each run's backup, which Hyperband resumes from.
         report: called with a line of text at the end of each epoch.
@@ -61,7 +61,7 @@ class TrialRunner:
 
         Args:
             values: its hyper-parameters by name.
-            folder: of the trial.
+            folder: the trial's folder.
             confirms: whether it repeats another trial.
             last: the epoch after which runs end; None for the recipe's own.
             parent: folder of the trial whose runs these continue.
@@ -70,7 +70,7 @@ class TrialRunner:
             The metrics of each run at its best epoch, with "diverged", "epochs" and "seconds".
 
         Raises:
-            RecipeError, OSError: a failure that every other trial would meet, too.
+            RecipeError, OSError: a failure that every other trial would share.
         """
         first, number = 0, self.executions
         if confirms:
@@ -120,7 +120,7 @@ class TrialRunner:
 
 
 def trial_settings(given: Mapping, space: Mapping, values: Mapping) -> dict[str, Any]:
-    """The options of a recipe that a trial sets, over those that the user fixed.
+    """The recipe options of a trial: the user's fixed ones, and those that the trial sets.
 
     Args:
         given: the user's options by name.
@@ -138,7 +138,7 @@ def trial_settings(given: Mapping, space: Mapping, values: Mapping) -> dict[str,
         settings["clipper"] = "none"
     else:
         settings["clip_config"] = kgc.serialize(clipper)
-    gate = to_gate(values, 1.0)  # the recipe replaces this learning rate by its own
+    gate = to_gate(values, 1.0)  # the recipe sets its own learning rate
     if gate is not None:
         settings["activation_gate"] = True
         settings |= {"gate_clip_value": gate.clip_value, "gate_gamma": gate.gamma}
@@ -168,7 +168,7 @@ class _Epochs(keras.callbacks.Callback):
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies a run as a whole or not at all."""
+    """Copies a run atomically."""
     if not source.exists():
         raise RecipeError(
             f"{source} does not exist: Hyperband resumes from the folder of an earlier trial. All "

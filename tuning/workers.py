@@ -1,8 +1,8 @@
-"""KerasTuner's chief and workers, with workers that may be lost.
+"""KerasTuner's chief and workers; a lost worker's trial goes to another worker.
 
 KerasTuner reads KERASTUNER_TUNER_ID, KERASTUNER_ORACLE_IP and KERASTUNER_ORACLE_PORT. Its chief
-waits for ever for a worker that was killed. Here every worker writes a file in the search's folder
-every two seconds, and the chief gives the trial of a worker that no longer does to another one.
+waits forever for a worker that was killed. Here every worker updates a file in the search's folder
+every two seconds; if it stops, the chief gives its trial to another worker.
 """
 
 import contextlib
@@ -36,22 +36,21 @@ def role() -> str:
         return "alone"
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} is not set: a search on several machines takes all of "
+            f"{', '.join(missing)} is not set: a search on several machines needs all of "
             f"{', '.join(_NAMES)}"
         )
-    # KerasTuner's own rule.
     return "chief" if "chief" in os.environ["KERASTUNER_TUNER_ID"] else "worker"
 
 
 @contextlib.contextmanager
 def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[Processes]:
-    """Makes this process the chief of workers on this machine, and ends them with the context.
+    """Makes this process the chief and starts workers; they end with the context.
 
     Args:
-        number: of workers; each gets one of the GPUs, in turn, and this process none. With 0 this
-            process stays what it is.
+        number: the number of workers. They take the GPUs in turn, and the chief none. 0: no
+            worker, and the process keeps its role.
         argv: this program's arguments, for the workers.
-        folder: of the search; the workers' output goes to `worker-K.log` in it.
+        folder: the search's folder; worker K's output goes to `worker-K.log` there.
     """
     processes: dict[str, subprocess.Popen] = {}
     if number:
@@ -61,7 +60,7 @@ def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[Processe
         for k in range(number):
             name = f"worker-{k}"
             own = {**os.environ, "KERASTUNER_TUNER_ID": name, _PARENT: str(os.getpid())}
-            own.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # they may share one
+            own.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # workers may share a GPU
             if gpus:
                 own["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
             with open(folder / f"{name}.log", "a") as log:
@@ -71,7 +70,7 @@ def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[Processe
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C reaches the chief alone, which ends them
+                    start_new_session=True,  # Ctrl-C reaches only the chief, which ends them
                 )
         if number:
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
@@ -120,7 +119,7 @@ def _heartbeat_file(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def heartbeat(folder: Path) -> Iterator[None]:
-    """Shows the chief that this worker lives, and ends it when the chief that started it ends."""
+    """Updates the worker's heartbeat file, and ends the worker when its chief has ended."""
     path = _heartbeat_file(folder, os.environ["KERASTUNER_TUNER_ID"])
     path.parent.mkdir(parents=True, exist_ok=True)
     parent = int(os.environ.get(_PARENT, 0))
@@ -130,7 +129,7 @@ def heartbeat(folder: Path) -> Iterator[None]:
         count = 0
         while not done.wait(BEAT_SECONDS):
             if parent and os.getppid() != parent:
-                os._exit(1)  # no other process would ever ask this one to stop
+                os._exit(1)  # nothing else would stop this process
             count += 1
             with contextlib.suppress(OSError):  # a network disk may fail for a moment
                 path.write_text(str(count))
@@ -153,17 +152,17 @@ def lead(
     processes: Processes,
     report: Callable[[str], object],
 ) -> None:
-    """Serves workers until no trial is left, and takes the trials of lost workers back.
+    """Serves workers until no trial is left, and reassigns the trials of lost workers.
 
     A worker is lost when its process on this machine has ended, or when its heartbeat file has not
     changed for `timeout` seconds by the chief's own clock.
 
     Args:
-        serve: KerasTuner's server, which returns when all workers have been told to stop; it
-            sleeps for up to 20 seconds at a time, and therefore runs in a thread of its own.
+        serve: KerasTuner's server, which returns when all workers have received "stop"; it
+            sleeps for up to 20 seconds at a time, so it runs in a thread.
         oracle: `SearchOracle`.
-        folder: of the search.
-        timeout: seconds.
+        folder: the search's folder.
+        timeout: seconds without a heartbeat after which a worker is lost.
         processes: the workers on this machine, by id.
         report: called with a line of text.
 
@@ -194,7 +193,7 @@ def lead(
                 report(f"{name} is lost; its trial {trial} goes to another worker")
         codes = [process.poll() for process in processes.values()]
         if codes and None not in codes:
-            if 0 in codes:  # it was told that no trial is left
+            if 0 in codes:  # it was sent "stop": no trial is left
                 return
             raise RuntimeError(
                 f"all workers have ended; see {folder}/worker-0.log. The same command resumes the "
@@ -205,11 +204,11 @@ def lead(
 
 
 def _is_silent(path: Path, beats: dict[str, tuple[str, float]], timeout: float) -> bool:
-    """Whether a heartbeat file has not changed for `timeout` seconds; `beats` keeps the last."""
+    """Whether a heartbeat file is unchanged for `timeout` seconds; `beats` stores the last."""
     try:
         beat = path.read_text()
     except OSError:
-        return False  # the folder is not shared, or not at this moment: not lost
+        return False  # no shared folder, or a moment's failure: not lost
     before, since = beats.get(path.name, ("", 0.0))
     if beat != before:
         beats[path.name] = (beat, time.monotonic())

@@ -292,7 +292,7 @@ def test_no_trial_that_ends_well_is_an_error(tmp_path, capsys):
     argv = ["--learning-rate", "1e38", "--fix-learning-rate", "--max-trials", "2"]
     assert search(tmp_path / "search", *argv) == 1
     captured = capsys.readouterr()
-    assert captured.err == "error: no trial ended well\n"
+    assert captured.err == "error: no trial completed\n"
     assert [row["status"] for row in trials_of(tmp_path / "search")] == ["diverged"] * 2
     assert not (tmp_path / "search" / "best.json").exists()
 
@@ -370,7 +370,7 @@ def test_mirrored(tmp_path):
         (["--threshold", "0.1"], "--threshold is searched here: use --threshold-range"),
         (["--clip-config", "x.json"], "x.json: No such file"),
         (["--objective", "steering"], "say --direction max or min"),
-        (["--learning-rate-range", "1e-9", "1e-8"], "must hold the baseline's learning rate"),
+        (["--learning-rate-range", "1e-9", "1e-8"], "must contain the baseline's learning rate"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
     ],
