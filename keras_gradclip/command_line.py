@@ -1,4 +1,4 @@
-"""Command lines: the parser that all share, and the flags of `python -m keras_gradclip`.
+"""Command lines: the shared parser, and the flags of `python -m keras_gradclip`.
 
 Imports no Keras, so that `--help` and a mistake in a flag are answered at once.
 """
@@ -23,17 +23,17 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags that are written out in full; a mistake in them is an exception.
+    """A parser without abbreviated flags, which raises exceptions on mistakes.
 
     Args:
-        prog: the command as it is typed.
-        description: its first line and the examples head `--help`, the rest ends it.
-        examples: command lines; by default the lines that the description has indented there.
-        usage: in place of `prog [--FLAG VALUE ...]`.
-        **keywords: of `argparse.ArgumentParser`.
+        prog: the command as typed.
+        description: `--help` begins with its first line and the examples, and ends with the rest.
+        examples: command lines; by default the indented lines of the description.
+        usage: replaces `prog [--FLAG VALUE ...]`.
+        **keywords: arguments of `argparse.ArgumentParser`.
     """
 
-    #: What a mistake raises.
+    #: The exception type for mistakes.
     mistake: type[Exception] = ValueError
 
     def __init__(
@@ -62,29 +62,29 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def flags(self) -> list[str]:
-        """All that there are."""
+        """All flags."""
         return list(self._option_string_actions)
 
     def format_help(self) -> str:
-        """The help, what all commands have in common at its end."""
+        """The help text, with the flags common to all commands last."""
         self._action_groups.sort(key=lambda group: group is self._optionals)
         return super().format_help()
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but an unknown flag is answered with the one that was meant."""
+        """Parses as argparse does; suggests a similar flag for an unknown one."""
         result, rest = self.parse_known_args(args, namespace)
         if rest:
             self.refuse(rest)
         return result
 
     def refuse(self, words: Sequence[str], more: Iterable[str] = ()) -> NoReturn:
-        """Raises over words that nobody knows; `more` are flags beside the parser's own."""
+        """Raises if there are unknown words; `more` are flags to suggest besides the parser's."""
         first = next((word for word in words if word.startswith("--")), "").partition("=")[0]
         near = did_you_mean(first, [*self.flags, *more]) if first else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{near}")
 
     def error(self, message: str) -> NoReturn:
-        """Raises the mistake instead of printing the usage and ending the process."""
+        """Raises an exception, where argparse prints the usage and exits."""
         raise self.mistake(f"{message} (see --help)")
 
     def add_clippers(
@@ -96,8 +96,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Adds the flags of the chosen clipper, and `--help-clippers`, which shows those of all.
 
-        `defaults` are values by flag for the help of the chosen one; a word that is no alias has no
-        flags.
+        `defaults` are values by flag for the help; an unknown clipper has no flags.
         """
         sections = []
         for alias, declaration in declarations.items():
@@ -117,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def early(arguments: Sequence[str], *flags: str) -> dict[str, list[str]]:
-    """The values of some flags by name, read before it is known which others there are."""
+    """The values of some flags by name, parsed before the other flags are known."""
     parser = Parser("", add_help=False)
     for flag in flags:
         parser.add_argument(flag, nargs="?", action="append", default=[])
@@ -126,7 +125,7 @@ def early(arguments: Sequence[str], *flags: str) -> dict[str, list[str]]:
 
 
 def imports_of(arguments: Sequence[str]) -> list[str]:
-    """The modules of `--import`."""
+    """The modules named by `--import`."""
     return early(arguments, "--import")["import"]
 
 
@@ -134,7 +133,7 @@ def parse(arguments: Sequence[str], declarations: Mapping[str, Declaration]) -> 
     """The command line of `python -m keras_gradclip`.
 
     Args:
-        arguments: the words after that.
+        arguments: the words after it.
         declarations: the clippers by alias.
 
     Returns:
@@ -176,7 +175,7 @@ def _parse_describe(
     )
     add = parser.add_argument
     add("model", metavar="MODEL.keras", help="a file of model.save(...)")
-    add("--clipper", metavar="NAME", help="(default: that which the model was compiled with)")
+    add("--clipper", metavar="NAME", help="(default: the model's own)")
     add(
         "--import",
         dest="modules",
@@ -204,9 +203,9 @@ def _parse_describe(
 
 
 def answer_before_keras(arguments: Sequence[str]) -> None:
-    """Ends the process with `--help` or the line of a mistake, if that is all there is to say.
+    """Prints `--help` or a mistake and exits, without importing Keras.
 
-    Clippers of `--import` have flags that are not known before it.
+    Not used with `--import`, whose clippers may add flags.
     """
     try:
         if not imports_of(arguments):

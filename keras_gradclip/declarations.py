@@ -1,8 +1,8 @@
-"""What a clipper says about itself: its parameters, its card, and what a calibration measures.
+"""Declarations of clippers: parameters, the row in the docs, and the figure to calibrate.
 
-Command lines, search spaces, `calibrate` and the table in the docs are made from this and from the
-registry. `declarations.json` repeats the parameters of this package's clippers for command lines,
-which read their flags before they import Keras; `python -m keras_gradclip.clippers.cards` writes
+Command lines, search spaces, `calibrate` and the table in the docs are generated from these and the
+registry. `declarations.json` is a copy of the parameters of this package's clippers for command
+lines, which parse flags before they import Keras; `python -m keras_gradclip.clippers.cards` writes
 it, and a test compares.
 """
 
@@ -22,8 +22,8 @@ _KEY = "keras_gradclip"
 _TYPES = {"number": float, "count": int, "word": str}
 TABLE = Path(__file__).with_suffix(".json")
 
-#: number: a float above 0. count: a whole number from 1 on. word: one of `choices`. object: what
-#: only Python can write (a dict of axes, a list of clippers); no flag, no search.
+#: number: a float above 0. count: an integer of at least 1. word: one of `choices`. object: a value
+#: without a flag (a dict of axes, a list of clippers), never searched.
 Kind = Literal["number", "count", "word", "object"]
 
 
@@ -36,17 +36,17 @@ class Parameter:
         default: the field's default, or `dataclasses.MISSING`.
         kind: see `Kind`.
         help: half a line for `--help`.
-        range: (low, high) of useful values, which a search varies it over; None: not searched.
+        range: (low, high) of useful values, the range of a search; None: not searched.
         log: the range is searched on a log scale.
-        choices: the words of a "word"; None among them where nothing needs to be chosen.
-        search: a search varies it unless told otherwise.
+        choices: the words of a "word"; includes None if the choice is optional.
+        search: a search varies it by default.
         live: may be a schedule, and may change during training without a retrace.
-        threshold: decides how much is clipped: what `calibrate` suggests, and what groups of
-            layers may have of their own.
+        threshold: decides how much is clipped; `calibrate` suggests it, and groups of layers may
+            have separate ones.
         below: exclusive upper bound.
         at_most: inclusive upper bound.
-        flag: the flag's name with underscores, where it is not the parameter's.
-        note: what to say to somebody who wrote a wrong word.
+        flag: the flag's name with underscores, if different from the parameter's.
+        note: a hint in the error message for a wrong word.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Parameter:
     note: str = ""
 
     def check(self, owner: str, value: Any) -> Any:
-        """`value` as the clipper keeps it: a float, an int, a schedule or a word.
+        """The validated value: a float, an int, a schedule or a word.
 
         Raises:
-            ValueError: it is none that this parameter takes.
+            ValueError: the parameter does not accept this value.
         """
         if self.live:
             value = validation.threshold(owner, self.name, value)
@@ -83,10 +83,10 @@ class Parameter:
         return value
 
     def read(self, text: str) -> Any:
-        """The number or the word that a command line means by `text`; `check` is yet to come.
+        """The number or word in a command line's `text`, before `check`.
 
         Raises:
-            ValueError: it is no number.
+            ValueError: `text` is not a number.
         """
         return _TYPES[self.kind](text)
 
@@ -99,15 +99,15 @@ class Parameter:
         searched: bool = False,
         help: str = "",
     ) -> None:
-        """Adds the flag to a parser, or to a group of one; its value is None if it is not given.
+        """Adds the flag to a parser; the value is None if it is not given.
 
         Args:
             parser: an `argparse` parser or group.
-            flag: with underscores, in place of the parameter's own; the name in the namespace.
-            default: what the help shows in place of the declared default.
-            searched: a flag for what a search varies: `--max-norm-range LOW HIGH`, `--rescales
-                WORD ...`.
-            help: in place of the declared one.
+            flag: replaces the parameter's flag (with underscores); the name in the namespace.
+            default: replaces the declared default in the help.
+            searched: add the flag of a search instead: `--max-norm-range LOW HIGH`,
+                `--rescales WORD ...`.
+            help: replaces the declared help.
         """
         flag, default = flag or self.flag, self.default if default is None else default
         notes = [] if default is None or searched else [f"default: {default}"]
@@ -147,7 +147,7 @@ def parameter(
 ) -> Any:
     """A dataclass field that declares a hyper-parameter; the arguments are `Parameter`'s.
 
-    `kind` follows from `choices` and the default's type; `search` from there being a range.
+    `kind` is derived from `choices` and the default's type; `search` from the presence of a range.
     """
     if kind is None:
         is_count = isinstance(default, int) and not isinstance(default, bool) and not live
@@ -173,8 +173,8 @@ def parameter(
 def parameters(clipper: Any) -> tuple[Parameter, ...]:
     """The hyper-parameters of a clipper or of a clipper's class, in the order of its fields.
 
-    A field that is not declared by `parameter` is of the kind "object"; live if the class names
-    it in `live`.
+    A field not declared by `parameter` has the kind "object", and is live if the class lists it in
+    `live`.
     """
     result = []
     for field in dataclasses.fields(clipper):
@@ -186,12 +186,12 @@ def parameters(clipper: Any) -> tuple[Parameter, ...]:
 
 
 class Declaration(NamedTuple):
-    """What command lines know of a clipper.
+    """The part of a clipper that command lines need.
 
     Attributes:
-        name: of the class.
-        summary: first line of its docstring.
-        parameters: those that a flag can set.
+        name: the class name.
+        summary: the first line of its docstring.
+        parameters: the parameters that a flag can set.
     """
 
     name: str
@@ -200,7 +200,7 @@ class Declaration(NamedTuple):
 
     @classmethod
     def of(cls, clipper: type) -> Declaration:
-        """That of a clipper's class."""
+        """The declaration of a clipper's class."""
         summary = (inspect.getdoc(clipper) or "").partition("\n")[0]
         flagged = tuple(p for p in parameters(clipper) if p.kind != "object")
         return cls(clipper.__name__, summary, flagged)
@@ -218,7 +218,7 @@ def declared() -> dict[str, Declaration]:
 
 
 def as_json(declarations: Mapping[str, Declaration]) -> str:
-    """The text of `declarations.json`: what differs from the defaults of `Parameter`."""
+    """The text of `declarations.json`: the values that differ from the defaults of `Parameter`."""
     usual = {f.name: f.default for f in dataclasses.fields(Parameter)}
     sections = []
     for alias, (name, summary, parameters) in declarations.items():
@@ -235,10 +235,10 @@ Flags = dict[str, dict[str, Parameter]]
 
 
 def flags_of(declarations: Mapping[str, Declaration], reserved: Collection[str] = ()) -> Flags:
-    """The flags of clippers: for each clipper, flag (with underscores) to parameter.
+    """The flags (with underscores) and parameters of each clipper.
 
-    Clippers may share one. A parameter whose flag is `reserved`, or means another kind of value to
-    another clipper, has its clipper's name in front: `my_clipper_epochs`.
+    Clippers may share a flag. If it is `reserved`, or has a different kind in another clipper, the
+    clipper's name comes first: `my_clipper_epochs`.
     """
     kinds: dict[str, str] = {}
     result: Flags = {}
@@ -251,13 +251,13 @@ def flags_of(declarations: Mapping[str, Declaration], reserved: Collection[str] 
 
 
 class Measure(NamedTuple):
-    """A figure of a layer's gradient that a threshold bounds, and what it is computed with.
+    """A figure of a layer's gradient that a threshold limits.
 
     Attributes:
-        text: what it is.
+        text: a description.
         needs: parameters of the clipper that the `Calibration` has as attributes.
-        at_most: the attribute of the `Calibration` that no suggestion exceeds: a figure above it
-            says that the learning rate is too high, not that so much is wanted.
+        at_most: the attribute of the `Calibration` that caps suggestions: a larger figure means
+            that the learning rate is too high.
     """
 
     text: str
@@ -265,7 +265,7 @@ class Measure(NamedTuple):
     at_most: str | None = None
 
 
-#: What `calibrate` can measure; a clipper names one in `measures`.
+#: The figures that `calibrate` can measure; a clipper names one in `measures`.
 MEASURES = {
     "layer_norm": Measure("L2 norm of the layer's gradient"),
     "largest_element": Measure("largest element"),
@@ -283,12 +283,12 @@ MEASURES = {
 
 
 class Card(NamedTuple):
-    """A clipper's row in the table of the docs; Markdown.
+    """A clipper's row in the table of the docs, in Markdown.
 
     Attributes:
         does: the rule in one phrase.
-        when: the situations and optimizers that it is for.
-        suggested: values to begin with.
+        when: suitable situations and optimizers.
+        suggested: starting values.
         source: paper or package.
     """
 

@@ -1,4 +1,4 @@
-"""Diagnostics: a monitor of the update, and reports and calibration from its figures."""
+"""Diagnostics: a monitor of the updates, reports, calibration, and a check of the installation."""
 
 from keras_gradclip.diagnostics.calibration import Calibration, calibrate
 from keras_gradclip.diagnostics.monitor import ClipMonitor

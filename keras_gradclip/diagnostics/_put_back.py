@@ -1,8 +1,8 @@
-"""Training on trial, after which a model is what it was before.
+"""Restores a model and all random states after a trial training.
 
-Put back is what `keras.utils.set_random_seed` sets and, of the model, its optimizers and every
-Keras object that they hold: variables, whether Keras tracks them or not, the states of random
-generators, and attributes that are numbers, strings or tensors.
+Restored are what `keras.utils.set_random_seed` sets and, of the model, its optimizers and every
+Keras object inside them: variables (tracked by Keras or not), the states of random generators, and
+attributes that are numbers, strings or tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from keras_gradclip import _compat, aggregation
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
-#: Attributes that are put back by value; others are objects that belong to the user.
+#: Types of attributes that are restored by value; other objects belong to the user.
 _PLAIN = (int, float, complex, bool, str, bytes, tuple, frozenset, type(None), np.generic)
 _KERAS = (
     *(keras.Layer, keras.optimizers.Optimizer, keras.metrics.Metric, keras.losses.Loss),
@@ -32,20 +32,20 @@ _KERAS = (
 def everything_put_back(
     model: keras.Model, optimizers: Sequence[ClippedOptimizer]
 ) -> Iterator[None]:
-    """Leave a model, its optimizers and metrics, and all random states as they were."""
+    """Restores a model, its optimizers and metrics, and all random states when the context ends."""
     with contextlib.ExitStack() as stack:
         _put_back_random_states(stack)
         parts = parts_of([model, *optimizers])
         known = {id(part) for part in parts}
         undo = [undo for part in parts for undo in _ways_back(part)]
         history = getattr(model, "history", None)
-        model.train_function = None  # what is traced inside is not for outside, and the reverse
+        model.train_function = None  # inside and outside must not share a traced function
         try:
             yield
         finally:
             now = parts_of([model, *optimizers])
             if any(id(part) not in known for part in now if _is_variable(part)):
-                model.reset_metrics()  # metrics that were built on the way
+                model.reset_metrics()  # metrics that were built inside
             for put_back in undo:
                 put_back()
             model.train_function = None
@@ -53,9 +53,9 @@ def everything_put_back(
 
 
 def parts_of(roots: Sequence[object]) -> list[Any]:
-    """What Keras objects hold in attributes, lists and dicts, at any depth; each once, they too.
+    """The objects inside Keras objects, at any depth, and those objects themselves; each once.
 
-    `model.variables` lacks the states of a stateful RNN, and whatever else is hidden from Keras.
+    `model.variables` lacks the states of stateful RNNs and whatever else Keras does not track.
     """
     found: dict[int, Any] = {}
     waiting: list[Any] = [*reversed(roots)]
@@ -66,7 +66,7 @@ def parts_of(roots: Sequence[object]) -> list[Any]:
         found[id(part)] = part
         if isinstance(part, _KERAS):
             waiting += [*vars(part).values(), *getattr(part, "variables", ())]
-            if hasattr(part, "buffers"):  # PyTorch's, of modules of its own as well
+            if hasattr(part, "buffers"):  # buffers of PyTorch modules
                 waiting += part.buffers()
         elif isinstance(part, Mapping):
             waiting += part.values()
@@ -78,7 +78,7 @@ def parts_of(roots: Sequence[object]) -> list[Any]:
 
 
 def _ways_back(part: Any) -> Iterator[Callable[[], object]]:
-    """Functions that put back what a part is now."""
+    """Functions that restore the present state of an object."""
     if _is_variable(part):
         for copy in _copies(part):
             yield _assigning(copy, np.array(aggregation.to_numpy(copy)))
@@ -97,14 +97,14 @@ def _ways_back(part: Any) -> Iterator[Callable[[], object]]:
 
 
 def _is_variable(part: Any) -> bool:
-    """Whether it is a variable of Keras or of the backend, or a tensor that is written into."""
+    """True for a variable of Keras or the backend, or a tensor that is modified in place."""
     if isinstance(part, keras.Variable) or hasattr(part, "copy_"):
         return True
     return hasattr(part, "assign") and hasattr(part, "numpy") and hasattr(part, "shape")
 
 
 def _copies(variable: Any) -> list[Any]:
-    """What a variable consists of: each replica may have a value of its own."""
+    """The per-replica values of a variable, which may differ."""
     native = variable.value if isinstance(variable, keras.Variable) else variable
     copies = getattr(native, "values", None)
     return list(copies) if isinstance(copies, tuple) else [variable]
@@ -113,11 +113,11 @@ def _copies(variable: Any) -> list[Any]:
 def _assigning(variable: Any, value: np.ndarray) -> Callable[[], object]:
     if hasattr(variable, "assign"):
         return lambda: variable.assign(value)
-    return lambda: variable.data.copy_(keras.ops.convert_to_tensor(value))  # of PyTorch
+    return lambda: variable.data.copy_(keras.ops.convert_to_tensor(value))  # PyTorch
 
 
 def _attributes_of(part: Any) -> Callable[[], object]:
-    """Puts back a Keras object's attributes, unless it was built, or built anew, since."""
+    """A function that restores an object's attributes, unless it was built or rebuilt since."""
 
     def how_built() -> tuple:
         return getattr(part, "built", None), len(getattr(part, "variables", ()))
@@ -138,10 +138,10 @@ def _attributes_of(part: Any) -> Callable[[], object]:
 
 
 def _put_back_random_states(stack: contextlib.ExitStack) -> None:
-    """Let `stack` put back, at its end, what `keras.utils.set_random_seed` sets."""
+    """Registers functions that restore what `keras.utils.set_random_seed` sets."""
     stack.callback(random.setstate, random.getstate())
     stack.callback(np.random.set_state, np.random.get_state())
-    # The generator of `keras.random` without a seed; made anew, from Python's, if it is new.
+    # The generator of `keras.random` without a seed; a new one is seeded by Python's generator.
     generator = _compat.get_global_seed_generator()
     stack.callback(_compat.set_global_seed_generator, generator)
     if generator is not None:

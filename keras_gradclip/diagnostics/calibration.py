@@ -1,4 +1,4 @@
-"""`calibrate`: thresholds from the gradients that a model really has."""
+"""`calibrate`: thresholds suggested from a model's own gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from keras_gradclip.names import layers_of, path_of, size_of
 from keras_gradclip.optimizer._advice import step_bound
 from keras_gradclip.optimizer._inner import ignores_scale
 
-#: What a `Calibration` keeps of how it was watched, beside its samples.
+#: Attributes of a `Calibration` that say how its samples were taken.
 SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
 
 #: Of `max_ratio`: κ of 1e-3 and of 2e-3 serve the same learning rates (docs/evidence.md).
@@ -45,7 +45,7 @@ LEAST_SHARE = 0.5
 
 
 def kinds() -> dict[str, str]:
-    """The clippers that a threshold is suggested for, and what each bounds."""
+    """The clippers for which a threshold is suggested, and the figure that each limits."""
     return {
         alias: MEASURES[cls.measures].text
         for alias, cls in selectable().items()
@@ -58,34 +58,34 @@ def _measure(kind: str) -> Measure:
 
 
 def _counts_units(measure: str | None) -> bool:
-    """Whether a measure is of a kernel's units, which vectors do not have."""
+    """True if a measure is taken per unit of a kernel; vectors have no units."""
     return measure in ("unit_ratio", "unit_step")
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """Suggested thresholds, and the samples behind them.
 
     Attributes:
         layers: the layers, in the model's order.
         thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "update_ratio",
-            "rms") and layer the percentile; None for a layer whose gradient is zero or missing,
-            which the maps leave alone (that of "update_ratio" bounds it by the least share). The
-            adaptive clipper's is that of the layer's kernels: vectors begin at zero, so that
-            their ratio says nothing, and its map leaves them alone. "update_ratio", too, is of
-            kernels, at the learning rate that was watched, with `anneal` at the largest so far
-            (around an optimizer that ignores a gradient's scale, for steps of η an element); its
-            map takes from half of `max_ratio` to the whole, and bounds biases with their units.
+            "rms") and layer the percentile; None for a layer whose gradient is zero or missing.
+            `clip_map` does not clip such a layer, but "update_ratio" limits it by the smallest
+            ratio. "adaptive" covers the layer's kernels only: vectors start at zero, so their
+            ratio means nothing, and the map does not clip them. "update_ratio" also covers
+            kernels, at the measured learning rate, or the largest so far with `anneal` (for an
+            optimizer that ignores the gradient's scale: for steps of η per element). Its map
+            keeps within half of `max_ratio` to all of it, and limits biases with their units.
         kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
-        updates: the number of updates that the figures rest on.
-        nonfinite: the number of updates left out because a gradient was not finite.
+        updates: the number of updates measured.
+        nonfinite: the number of updates excluded because a gradient was not finite.
         percentile: the percentile, 0..100.
         beta: β of the exponential clipper.
         eps: ε of the adaptive clipper.
-        max_ratio: the largest κ that is suggested: that of `clipper="auto"` for this optimizer
-            and so many kernels.
-        anneal: as `clipper="auto"` has it for this optimizer.
+        max_ratio: the largest suggested κ: that of `clipper="auto"` for this optimizer and
+            number of kernels.
+        anneal: as `clipper="auto"` sets it for this optimizer.
         samples: what the thresholds are percentiles of: for each clipper a float64 array
             `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
             `[updates]`; not in the JSON of `save`.
@@ -116,14 +116,14 @@ class Calibration:
         percentile: float,
         **settings: Any,
     ) -> Calibration:
-        """The thresholds that samples give.
+        """A `Calibration` from samples.
 
         Args:
             layers: as the attribute.
             kernels: as the attribute.
             samples: as the attribute.
             percentile: as the attribute.
-            **settings: attributes of the names in `SETTINGS`; by default as of `calibrate`.
+            **settings: attributes named in `SETTINGS`; the defaults are those of `calibrate`.
 
         Raises:
             ValueError: a percentile outside 0..100.
@@ -150,19 +150,19 @@ class Calibration:
         )
 
     def at(self, percentile: float) -> Calibration:
-        """The same updates at another percentile, without watching them again."""
+        """The same samples at a different percentile."""
         same = {name: getattr(self, name) for name in SETTINGS}
         return Calibration.of_samples(
             self.layers, self.kernels, self.samples, percentile=percentile, **same
         )
 
     def clipper(self, kind: str, layer: str) -> Clipper | None:
-        """The clipper suggested for a layer, or None where there is nothing to clip."""
+        """The clipper suggested for a layer; None if there is nothing to clip."""
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
         return self._clipper(kind, [layer], 1)
 
     def saved_threshold(self, kind: str, layer: str) -> float | None:
-        """The layer's threshold in `clip_map` and `save`; None where the layer is left alone.
+        """The layer's threshold in `clip_map` and `save`; None if it is not clipped.
 
         It is `thresholds[kind][layer]`, except for "update_ratio", whose figures are capped.
         """
@@ -171,7 +171,7 @@ class Calibration:
         return levels[0] if levels else None
 
     def _clipper(self, kind: str, layers: Sequence[str], segments: int) -> Clipper | None:
-        """The clipper at the largest threshold of some layers: a number or a schedule."""
+        """The clipper with the largest threshold of some layers: a number or a schedule."""
         levels = self._levels(kind, layers, segments)
         if levels is None:
             return None
@@ -191,21 +191,21 @@ class Calibration:
     def clip_map(self, kind: str = "update_ratio", segments: int = 1) -> ClipMap:
         """A `ClipMap` with a rule for each layer.
 
-        Rules go by path: layers of one path (`tower/dense` and `tower/dense#2`) share theirs, at
-        the largest of their thresholds.
+        Rules match paths, so layers with the same path (`tower/dense` and `tower/dense#2`) share a
+        rule, with the largest of their thresholds.
 
         Args:
-            kind: "update_ratio", whose thresholds held at every learning rate of the study
-                (docs/evidence.md); "norm", "absolute", "exponential", "adaptive" or "rms", whose
-                figures are of gradients that a learning rate too high has already spoiled.
-            segments: cut the updates watched into so many parts of equal length, each with a
-                percentile of its own; the thresholds then are `PiecewiseConstantDecay` schedules
-                over the updates from step 0 on. Norms that fall or rise during training are so
-                clipped as often late as early, where a constant clips the one half alone.
+            kind: "update_ratio", whose thresholds worked at every learning rate of the study
+                (docs/evidence.md); or "norm", "absolute", "exponential", "adaptive" or "rms",
+                which are misleading if the measured run had too high a learning rate.
+            segments: the number of equal parts of the measured run, each with its own percentile;
+                above 1, the thresholds are `PiecewiseConstantDecay` schedules from step 0 on.
+                Norms that drift during training are then clipped equally often early and late;
+                a constant threshold would clip only one half.
 
         Raises:
-            ValueError: an unknown kind, one without a figure for any layer, or fewer than 10
-                updates a segment.
+            ValueError: an unknown kind, one without a threshold for any layer, or fewer than 10
+                updates per segment.
         """
         number = self._checked(kind, segments)
         measure = selectable()[kind].measures
@@ -215,22 +215,22 @@ class Calibration:
         rules = []
         for path, layers in together.items():
             pattern = re.escape(path) + "(/[^/]+)?"
-            if measure == "unit_ratio":  # the other leaves vectors alone itself
+            if measure == "unit_ratio":  # "sign_step" skips vectors by itself
                 names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
                 pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
             rules.append((pattern, self._clipper(kind, layers, number)))
         return ClipMap(rules)
 
     def limits(self, kind: str = "update_ratio", segments: int = 1) -> np.ndarray:
-        """What the thresholds of `clip_map` are at each of the updates watched.
+        """The thresholds of `clip_map` at each measured update.
 
         Args:
             kind: as in `clip_map`.
             segments: as in `clip_map`.
 
         Returns:
-            float64 `[updates, layers]`; NaN where nothing is clipped. `samples[kind]` above it are
-            what the map would have clipped.
+            float64 `[updates, layers]`; NaN where nothing is clipped. The map would have clipped
+            the `samples[kind]` above it.
 
         Raises:
             ValueError: as `clip_map`.
@@ -244,7 +244,7 @@ class Calibration:
         return np.array(columns, "float64").T
 
     def _checked(self, kind: str, segments: int) -> int:
-        """The number of segments, of a kind and a number that can be."""
+        """The number of segments, after a check of the kind and of it."""
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
         if all(self._levels(kind, [layer], 1) is None for layer in self.layers):
             others = [other for other, of in self.thresholds.items() if any(of.values())]
@@ -261,11 +261,11 @@ class Calibration:
         return number
 
     def _levels(self, kind: str, layers: Sequence[str], segments: int) -> list[float] | None:
-        """The largest threshold of some layers in each segment; None if they have none."""
+        """The largest threshold of some layers in each segment; None if none has one."""
         known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
         at_most = _measure(kind).at_most
         most = getattr(self, at_most) if at_most else math.inf
-        # In a run that diverged the gradients are near 0, and so would the threshold be.
+        # After divergence gradients are near 0, and the threshold must not be.
         least = LEAST_SHARE * most if at_most else 0.0
         if not known:
             has_kernels = any(layer in self.kernels for layer in layers)
@@ -275,11 +275,11 @@ class Calibration:
         values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
         parts = np.array_split(values, segments)
         levels = [float(np.nanpercentile(part, self.percentile, axis=0).max()) for part in parts]
-        # A part without any gradient has no figure of its own.
+        # A segment without gradients takes the threshold of the whole run.
         return [min(max(level if level > 0 else max(known), least), most) for level in levels]
 
     def table(self) -> str:
-        """Text: a line a layer with the threshold of each clipper, as `save` writes it."""
+        """A text table: one line per layer with each clipper's threshold, as `save` writes it."""
         rows, capped = [["layer", *self.thresholds]], []
         for layer in self.layers:
             rows.append([layer])
@@ -302,7 +302,7 @@ class Calibration:
         )
 
     def _notes(self, has_gaps: bool, capped: Sequence[float]) -> Iterator[str]:
-        """What the table rests on; `capped` are the figures watched where it has a `*`."""
+        """Notes under the table; `capped` are the measured values where it shows a `*`."""
         total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
         left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
         yield (
@@ -330,7 +330,7 @@ class Calibration:
         return self.table()
 
     def save(self, path: str | os.PathLike, kind: str = "update_ratio", segments: int = 1) -> None:
-        """Write JSON: the `ClipMap` under "clipper", for `--clip-config`, and all the figures.
+        """Writes JSON: the `ClipMap` under "clipper", for `--clip-config`, and all figures.
 
         Args:
             path: the file.
@@ -347,7 +347,7 @@ class Calibration:
 
 
 def _path(layer: str, layers: Sequence[str]) -> str:
-    """The path of a layer: its name, less the `#2` of a second layer of the same path."""
+    """The path of a layer: its name without the `#2` of a second layer with that path."""
     path = re.sub(r"#\d+$", "", layer)
     return path if path in layers else layer
 
@@ -365,19 +365,19 @@ def calibrate(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
 ) -> Any:
-    """Suggest a threshold for each layer and each clipper, from the model's own gradients.
+    """Suggests a threshold for each layer and each clipper, from the model's own gradients.
 
-    Watches `steps` updates of `fit` and takes, for each layer, the percentile of what each
-    clipper bounds: the 90th clips about one update in ten while the gradients stay as they were.
-    Compile without the clip to be replaced: it changes the norms. Most networks' norms drift:
-    watch as many updates as the run will have, or use `clip_map(segments=8)`.
+    Measures `steps` updates of `fit` and takes, for each layer, a percentile of what each clipper
+    limits: the 90th clips about one update in ten as long as the gradients do not drift. Compile
+    without the clip that you want to replace, because it changes the norms. In most networks
+    norms drift: measure as many updates as the run will have, or use `clip_map(segments=8)`.
 
-    Afterwards model, optimizers, metrics and all that `keras.utils.set_random_seed` sets are what
-    they were before, bit for bit. Not put back are the data's own position and generators, lists
-    and arrays of your own that training writes into, and two things that are made anew: stateful
-    operations of TensorFlow in a traced step (`tf.random.normal` in a layer) count their draws
-    from the start, since the step is traced again; and on JAX a model whose first `fit` comes
-    afterwards shuffles otherwise, since Keras draws one permutation more where it builds metrics.
+    Afterwards the model, optimizers, metrics and all that `keras.utils.set_random_seed` sets are
+    restored bit for bit. Not restored are the position and generators of the data, and your own
+    lists and arrays that training writes into. Two more differences: stateful TensorFlow
+    operations in a layer (`tf.random.normal`) restart their random sequence, because the step is
+    traced again; and on JAX a model that was never fitted shuffles differently, because Keras
+    draws one more permutation when it builds the metrics.
 
     ```python
     found = kgc.calibrate(model, dataset, steps=200)
@@ -386,24 +386,23 @@ def calibrate(
 
     Args:
         model: compiled with a `ClippedOptimizer` (or a `ClippedModel`), `clipper=None` or not:
-            the gradients are watched before the clip.
+            the gradients are measured before the clip.
         data: what `fit` takes as x, repeated as needed unless it is a generator; or a tuple
             (x, y) or (x, y, sample_weight).
-        steps: the number of updates to watch.
-        percentile: in 0..100, as `numpy.percentile`.
-        follow: True trains while it watches: the figures are those of the first `steps` updates
-            of a run. False stays at the present weights.
+        steps: the number of updates to measure.
+        percentile: in 0..100, as in `numpy.percentile`.
+        follow: True trains meanwhile: the figures are those of the first `steps` updates of a
+            run. False keeps the present weights.
         batch_size: for (x, y) arrays, as in `fit`.
         beta: β for the exponential clipper's γ.
         eps: ε of the adaptive clipper.
-        callbacks: more Keras callbacks for the watched `fit`.
-        optimizer: the optimizer to watch, or several, where training uses others than the model's
-            own, as of a GAN; built.
+        callbacks: additional Keras callbacks for the measured `fit`.
+        optimizer: the built optimizer or optimizers to measure, if training uses others than the
+            model's own, as a GAN does.
 
     Returns:
-        A `Calibration`; print it for a table. Of several optimizers, also of a
-        `keras.optimizers.MultiOptimizer`, a dict that has one for each, by the name of the inner
-        optimizer.
+        A `Calibration`; print it for a table. For several optimizers, or a
+        `keras.optimizers.MultiOptimizer`, a dict of them by the name of the inner optimizer.
 
     Raises:
         ValueError: an argument out of its range, a model that is not built or has no
@@ -427,7 +426,7 @@ def calibrate(
                 else "calibrate: `optimizer` is not built. Call its build(variables) first."
             )
     x, y, weight = _unpack(data)
-    # Room for the updates between two fetches.
+    # Enough buffer for the updates between two fetches.
     capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
     samplers = [Sampler("calibrate", one, _figures(beta, eps), capacity) for one in optimizers]
     watch = _Watch(samplers, count)
@@ -441,9 +440,9 @@ def calibrate(
             y,
             sample_weight=weight,
             batch_size=batch_size,
-            # The callback stops it: so many epochs at most, of a batch each.
+            # An upper bound (one batch per epoch); the callback stops training.
             epochs=count * max(one.gradient_accumulation_steps or 1 for one in optimizers),
-            shuffle=isinstance(data, tuple),  # a data set has its own order
+            shuffle=isinstance(data, tuple),  # a data set sets its own order
             verbose=0,
             callbacks=[watch, *callbacks],
         )
@@ -459,7 +458,7 @@ def calibrate(
 
 
 class Calibrations(dict):
-    """What `calibrate` found for each of several optimizers; print it for their tables."""
+    """A `Calibration` for each of several optimizers; print it for their tables."""
 
     def __str__(self) -> str:
         return "\n\n".join(f"{label}\n{found}" for label, found in self.items())
@@ -474,18 +473,18 @@ class _Watch(keras.callbacks.Callback):
         self.samples: list[list[Sample]] = [[] for _ in samplers]
 
     def on_train_begin(self, logs: object = None) -> None:
-        """The step must be traced with the samplers."""
+        """Rebuilds the train function, so that it is traced with the samplers."""
         for sampler in self.samplers:
             sampler.optimizer.watch(sampler)
         self.model.make_train_function(force=True)
 
     def fetch(self) -> None:
-        """Bring what is new to the host."""
+        """Fetches new samples to the host."""
         for sampler, samples in zip(self.samplers, self.samples, strict=True):
             samples += sampler.fetch()
 
     def on_train_batch_end(self, batch: int, logs: object = None) -> None:
-        """Look at the counters of the optimizers that are in use."""
+        """Fetches samples and stops training after enough updates."""
         sync(self.model)
         self.fetch()
         counts = [count for count in (sampler.updates for sampler in self.samplers) if count]
@@ -514,7 +513,7 @@ def _unpack(data: Any) -> tuple[Any, Any, Any]:
 
 
 def _figures(beta: float, eps: float) -> dict[str, Figure]:
-    """What is computed on the device for each variable; most are `MEASURES` of a layer then."""
+    """The figures computed on the device for each variable, from which `MEASURES` follow."""
     return {
         "square": lambda v: v.square_before,
         "largest_element": lambda v: v.largest_element,
@@ -532,7 +531,7 @@ def _suggest(
     beta: float,
     eps: float,
 ) -> Calibration:
-    """Percentiles over the updates of the sampler's figures, layer by layer."""
+    """A `Calibration`: percentiles of the sampler's figures over the updates, by layer."""
     variables, inner = sampler.variables, sampler.optimizer.inner_optimizer
     kept = [s for s in samples if np.isfinite([*s.figures.values()]).all()]
     if not kept:
@@ -544,11 +543,11 @@ def _suggest(
     norms = figures["layer_norm"] = np.sqrt(figures.pop("square"))
     figures["largest_rms"] = norms / np.sqrt([max(size_of(v), 1) for v in variables])
     sign_step = figures.pop("sign_step")
-    # An optimizer that ignores a gradient's scale is taken to change each element by its rate.
+    # An optimizer that ignores the gradient's scale is assumed to change each element by η.
     step = sign_step if ignores_scale(inner) else figures["unit_ratio"]
     rates = np.array([[s.learning_rate] for s in kept])
     bound = step_bound(inner, variables)
-    if bound.anneal is not None:  # the bound falls with the rate: what counts is the largest so far
+    if bound.anneal is not None:  # the limit falls with the rate, so use the largest so far
         rates = np.maximum.accumulate(np.maximum(rates, arithmetic.TINY))
     figures["unit_step"] = step * rates
 

@@ -14,14 +14,19 @@ from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 PACKAGES = (
     *("keras-gradclip", "tensorflow", "jax", "torch", "numpy"),
-    *("jinja2", "matplotlib", "tensorboard", "keras-tuner"),  # of the report, monitor and search
+    *(
+        "jinja2",
+        "matplotlib",
+        "tensorboard",
+        "keras-tuner",
+    ),  # for the report, the monitor and the search
 )
-#: Variables of the environment that change what a run does.
+#: Environment variables that change what a run does.
 ENVIRONMENT = ("KERAS_BACKEND", "KERAS_HOME", "TF_CONFIG", "TF_XLA_FLAGS", "XLA_FLAGS")
 
 
 def diagnose() -> str:
-    """A text about the installation, for a reader and for a bug report."""
+    """A text about the installation, for bug reports."""
     return "\n".join(
         [
             f"Python {platform.python_version()}, Keras {keras.__version__}, "
@@ -43,7 +48,7 @@ def _version(package: str) -> str:
 
 
 def trial_update() -> list[str]:
-    """Train one step with a clip at 0.1, and compare the weight with what it must be."""
+    """Trains one step with a clip at 0.1 and checks the resulting weight."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
     model.compile(ClippedOptimizer(keras.optimizers.SGD(1.0), AbsoluteClip(0.1)), "mse")
     model.set_weights([np.array([[2.0]])])

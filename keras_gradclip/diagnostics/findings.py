@@ -33,12 +33,12 @@ LEVELS = ("bad", "note", "good")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is plainly said about a run.
+    """A statement about a run.
 
     Attributes:
         level: "bad", "note" or "good".
         text: one or two sentences.
-        details: a line for each layer concerned, where they are many.
+        details: one line for each of many layers; else empty.
     """
 
     level: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 def findings(run: Run) -> list[Finding]:
-    """Plain sentences about a run, the worst first."""
+    """The findings about a run, the worst first."""
     is_finite = np.isfinite(run.global_before)
     result = _unusable(run) + _nonfinite(run)
     if is_finite.any():
@@ -98,12 +98,12 @@ def _zero(run: Run, is_finite: np.ndarray) -> list[Finding]:
 
 @dataclasses.dataclass(frozen=True)
 class Clipping:
-    """How much the clip does to each layer in some samples; arrays `[layers]`.
+    """Statistics of the clip in some samples, by layer; arrays `[layers]`.
 
     Attributes:
-        share: the share of the samples in which it acts.
+        share: the share of samples in which it clips.
         fraction: the mean share of clipped elements.
-        left: what is left of the norm, averaged over the samples: each counts the same.
+        left: the mean ratio of the norm after the clip to that before.
         angle: the mean angle in degrees.
     """
 
@@ -114,7 +114,7 @@ class Clipping:
 
     @classmethod
     def of(cls, run: Run, samples: np.ndarray) -> Clipping:
-        """The means over the samples that a mask or their numbers select."""
+        """The statistics of the samples that a mask or indices select."""
         figures = {name: values[samples] for name, values in run.figures.items()}
         measured = np.maximum(run.measured[samples].sum(axis=0), 1)
         return cls(
@@ -137,7 +137,7 @@ def _how_often(run: Run, is_finite: np.ndarray) -> list[Finding]:
     whole = Clipping.of(run, samples)
     late = Clipping.of(run, samples[len(samples) // 2 :])
     too_often = whole.too_often(run.partial) & ~limits_updates
-    # The warm-up's large gradients say nothing about a threshold that fits afterwards.
+    # The warm-up's large gradients say nothing about the threshold to use later.
     at_the_start = too_often & ~late.too_often(run.partial)
     result = _too_low(run, is_finite, whole, too_often & ~at_the_start)
     result += _uneven(run, is_finite) or _at_the_start(run, samples, at_the_start)
@@ -169,7 +169,7 @@ def _never(run: Run, is_finite: np.ndarray, limits_updates: bool) -> Finding:
 
 
 def _limited(run: Run, share: np.ndarray, limits_updates: np.ndarray) -> list[Finding]:
-    """How often a limit on weight updates acts: most steps may reach it, as they are meant to."""
+    """Reports how often a limit on weight updates acts; most steps may reach it by design."""
     indices = worst(share, limits_updates & (share > 0))
     if not indices:
         return []
@@ -250,7 +250,7 @@ def _at_the_start(run: Run, samples: np.ndarray, mask: np.ndarray) -> list[Findi
 
 
 def _uneven(run: Run, is_finite: np.ndarray) -> list[Finding]:
-    """A clip that acts in one part of the run alone, because the norms drift."""
+    """Reports a clip that acts in only one part of the run, because the norms drift."""
     clipped = run.clipped[is_finite][:, ~run.limits_updates]
     if len(clipped) < 20 or not clipped.size:
         return []
@@ -319,31 +319,31 @@ def _spikes(run: Run, is_finite: np.ndarray, is_off: bool) -> list[Finding]:
 def over_samples(
     function: Callable[..., np.ndarray], values: np.ndarray, axis: int = 0
 ) -> np.ndarray:
-    """A nan-function of NumPy along an axis; NaN, without a warning, where there is no number."""
+    """The result of a NumPy nan-function along an axis; NaN, without a warning, if all is NaN."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # "All-NaN slice": that is what we want
+        warnings.simplefilter("ignore", RuntimeWarning)  # "All-NaN slice" is expected
         return function(values, axis=axis)
 
 
 def left_of(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """What is left of the norm, averaged over the samples: each counts the same."""
+    """The mean ratio of the norm after the clip to that before, every sample with equal weight."""
     share = np.divide(after, before, out=np.where(np.isnan(before), np.nan, 1.0), where=before > 0)
     return over_samples(np.nanmean, share)
 
 
 def worst(badness: np.ndarray, mask: np.ndarray) -> list[int]:
-    """The indices where `mask` is true, the worst first."""
+    """The indices where `mask` is true, sorted from the worst."""
     return [int(i) for i in np.argsort(-badness, kind="stable") if mask[i]]
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def percent(share: float) -> str:
-    """A share for people: two digits where it is below one per cent."""
+    """A share as text in per cent; two digits if below one per cent."""
     value = 100 * float(share)
     if np.isnan(value):
         return "–"

@@ -1,8 +1,8 @@
-"""Loggers for `ClipMonitor(log=...)`, to experiment trackers.
+"""Loggers to experiment trackers, for `ClipMonitor(log=...)`.
 
-A log is any function of `(step, figures)`: the number of updates before the sample, and a dict of
-finite floats with the names that `ClipMonitor` gives. Each of these raises a ValueError where its
-package is not installed.
+A logger is any function of `(step, figures)`: the number of updates before the sample, and a dict
+of finite floats named as in `ClipMonitor`. Each function here raises a ValueError if its package is
+not installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 Log = Callable[[int, Mapping[str, float]], object]
 
-#: A chart of TensorBoard's page "custom scalars", and the tags that it shows.
+#: Charts of TensorBoard's page "custom scalars": title to tags.
 CHARTS = {
     "Global gradient norm": ["grad_norm", "grad_norm_after"],
     "Share clipped": ["clip_fraction"],
@@ -28,7 +28,7 @@ CHARTS = {
 
 
 def to_wandb(run: Any = None) -> Log:
-    """Log to Weights & Biases, under `clip/`, over the steps in `clip/step`.
+    """Returns a logger to Weights & Biases, under `clip/`, over the steps in `clip/step`.
 
     Args:
         run: what `wandb.init` returned; by default the active run.
@@ -38,7 +38,7 @@ def to_wandb(run: Any = None) -> Log:
         raise ValueError(
             "to_wandb: `run` is None and no run is active. Call wandb.init(project=...) first."
         )
-    # W&B has one step counter a run, which WandbMetricsLogger moves; this is our own.
+    # W&B has one step counter per run, which WandbMetricsLogger advances; use a separate one.
     run.define_metric("clip/step", hidden=True)
     run.define_metric("clip/*", step_metric="clip/step")
     return lambda step, figures: run.log(
@@ -47,7 +47,7 @@ def to_wandb(run: Any = None) -> Log:
 
 
 def to_mlflow(run_id: str | None = None) -> Log:
-    """Log to MLflow; the figures of the whole gradient under `clip/`.
+    """Returns a logger to MLflow; the figures of the whole gradient under `clip/`.
 
     Args:
         run_id: the run; by default the active one, which MLflow starts if need be.
@@ -55,7 +55,7 @@ def to_mlflow(run_id: str | None = None) -> Log:
     package = _package("to_mlflow", "mlflow")
 
     def name_of(figure: str) -> str:
-        # Its files cannot have `clip_fraction` beside `clip_fraction/head/kernel`, and it refuses
+        # MLflow cannot store `clip_fraction` beside `clip_fraction/head/kernel`, and it refuses
         # other characters: `dense#2/kernel` becomes `dense_2/kernel`.
         return re.sub(r"[^\w\-. :/]", "_", figure if "/" in figure else f"clip/{figure}")
 
@@ -65,7 +65,7 @@ def to_mlflow(run_id: str | None = None) -> Log:
 
 
 def to_trackio(run: Any = None) -> Log:
-    """Log to trackio.
+    """Returns a logger to trackio.
 
     Args:
         run: what `trackio.init` returned; by default the active run.
@@ -75,7 +75,7 @@ def to_trackio(run: Any = None) -> Log:
 
 
 def to_tensorboard(folder: str | os.PathLike) -> Log:
-    """Log to TensorBoard, with the charts of `CHARTS` on its page "custom scalars".
+    """Returns a logger to TensorBoard, with the charts of `CHARTS` on its page "custom scalars".
 
     Args:
         folder: for the event files.

@@ -1,4 +1,4 @@
-"""`ClipMonitor`: what the clip does to each variable's gradient, over time."""
+"""`ClipMonitor`: records what the clip does to each variable's gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from keras_gradclip.diagnostics.sampler import (
 from keras_gradclip.diagnostics.samples import FIELDS, UPDATES, RunFiles, is_measured
 from keras_gradclip.names import layers_of, names_of, size_of
 
-#: What is computed on the device for each variable.
+#: Figures computed on the device for each variable.
 FIGURES: dict[str, Figure] = {
     "square_before": lambda v: v.square_before,
     "square_after": lambda v: v.square_after,
@@ -40,20 +40,20 @@ FIGURES: dict[str, Figure] = {
 
 
 class _Part(NamedTuple):
-    """An optimizer's part of each sample: its variables are those of all at `at`."""
+    """One optimizer's part of each sample; `at` are the positions of its variables among all."""
 
     sampler: Sampler
     label: str
     at: slice
 
     def labelled(self, thresholds: Mapping[str, float]) -> dict[str, float]:
-        """Thresholds under names that say whose they are."""
+        """Thresholds with the optimizer's label in their names."""
         prefix = f"{self.label}/" if self.label else ""
         return {prefix + name: value for name, value in thresholds.items()}
 
 
 class ClipMonitor(keras.callbacks.Callback):
-    """Watches, variable by variable, what the clip does to the gradients.
+    """Records, for each variable, what the clip does to its gradient.
 
     ```python
     model.fit(x, y, callbacks=[kgc.ClipMonitor("runs/mine")])
@@ -62,8 +62,8 @@ class ClipMonitor(keras.callbacks.Callback):
 
     One update in `every` is measured, after the sum over replicas and micro-batches, on the
     device; the host fetches the samples about every `every` batches. The first update of each
-    epoch is always measured. Updates that are left out because a gradient was not finite are all
-    counted. It works under MirroredStrategy, with gradient accumulation, steps_per_execution,
+    epoch is always measured. Updates skipped because a gradient was not finite are
+    all counted. It works under MirroredStrategy, with gradient accumulation, steps_per_execution,
     mixed_float16 and jit_compile, on TensorFlow, JAX and PyTorch.
 
     `fit`'s history gets, averaged over the epoch's samples: `grad_norm_after` (global L2 norm
@@ -77,39 +77,38 @@ class ClipMonitor(keras.callbacks.Callback):
     - `monitor.csv`, a row a sample and variable: `step` (updates before it), `epoch`, `variable`
       (its path; where a second layer has the same one, with `#2` behind the layer),
       `norm_before`, `norm_after` (L2), `clip_fraction` (0..1), `max_abs` (before the clip),
-      `angle` (degrees), `nonfinite` (share of the updates looked at since the last sample);
+      `angle` (degrees), `nonfinite` (share of the updates since the last sample);
     - `thresholds.csv`, the live thresholds at each sample, as schedules and callbacks set them;
-    - `monitor.json`, the variables, the rule that hits each, and the clipper.
+    - `monitor.json`, the variables, the rule that applies to each, and the clipper.
 
-    Training on from a checkpoint appends to them: rows of steps that are done again go. After an
-    interrupted `fit` call `detach()`, unless the model is a ClippedModel, which does it itself.
+    Training that resumes from a checkpoint appends to these files; rows of repeated steps are
+    removed. After an interrupted `fit` call `detach()`; a ClippedModel does so by itself.
 
-    Under a `keras.optimizers.MultiOptimizer` of several ClippedOptimizers it watches them all; a
-    rule is then called after its optimizer, too (`adam: head/.*`), and a threshold
-    (`adam/max_norm`). A sample has the variables whose optimizers made an update at that step.
+    With a `keras.optimizers.MultiOptimizer` of ClippedOptimizers all of them are measured; names
+    of rules and thresholds then begin with the optimizer (`adam: head/.*`, `adam/max_norm`). A
+    sample has the variables whose optimizers made an update at that step.
 
     Args:
-        run_dir: a folder (made if need be), or None to write nothing.
+        run_dir: a folder (created if missing), or None to write nothing.
         every: measure one update in this many. One measurement reads each gradient about five
             times.
         tensorboard: log to `run_dir/tensorboard` too.
-        log: a function of `(step, figures)`, or several, called with each sample on the chief
-            alone: `loggers.to_wandb()`, `to_mlflow()`, `to_trackio()`, or one of your own.
-            `figures` is a dict of finite floats: `grad_norm`, `grad_norm_after`, `grad_max`,
-            `clip_angle` and `clip_fraction` of the whole, `norm_before/VARIABLE` and so on for
-            each figure and variable, `threshold/NAME`.
-        optimizer: the optimizer to watch, or several, where training uses others than the model's
-            own, as of a GAN; one that is not built yet is watched from its first update on.
+        log: a function of `(step, figures)`, or several, called with each sample, only on the
+            chief: `loggers.to_wandb()`, `to_mlflow()`, `to_trackio()`, or your own. `figures` is
+            a dict of finite floats: `grad_norm`, `grad_norm_after`, `grad_max`, `clip_angle` and
+            `clip_fraction` of the whole gradient, `norm_before/VARIABLE` and so on for each figure
+            and variable, `threshold/NAME`.
+        optimizer: the optimizer or optimizers to measure, if training uses others than the
+            model's own, as a GAN does; one that is not built is measured from its first update.
 
     Attributes:
-        history: a dict of lists, a sample an entry: `step`, `epoch`, and for each of the figures
-            above a float64 array, one number a variable, NaN where there is none; `thresholds`, a
-            list of dicts.
+        history: a dict of lists with one entry per sample: `step`, `epoch`; for each figure above
+            a float64 array `[variables]`, NaN where there is none; `thresholds`, dicts.
         variables: the names of the variables, as in `monitor.csv`, in the order of those arrays.
 
     Raises:
-        ValueError: a `run_dir` that is no path, `every` below 1, tensorboard without a run_dir, a
-            log that is no function; when training begins: nothing there that clips.
+        ValueError: a `run_dir` that is not a path, `every` below 1, tensorboard without a run_dir,
+            a log that is not a function; when training begins, no optimizer that clips.
     """
 
     def __init__(
@@ -143,19 +142,19 @@ class ClipMonitor(keras.callbacks.Callback):
         self.history: dict[str, list] = {}
         self.optimizer = optimizer
         self._samplers: list[Sampler] = []
-        self._parts: list[_Part] = []  # once the optimizers are built
-        self._sizes = np.zeros(0)  # of the variables
+        self._parts: list[_Part] = []  # empty until the optimizers are built
+        self._sizes = np.zeros(0)  # elements of each variable
         self._files: RunFiles | None = None
         self._active_logs: list[Log] = []
         self._epoch = 0
-        self._wholes: list[dict[str, float]] = []  # of the epoch's samples
+        self._wholes: list[dict[str, float]] = []  # one dict per sample of the epoch
         self._fetched_batch = self._fetched_step = 0
         self._interval = 1  # batches between two fetches
 
     # Keras calls these -----------------------------------------------------------------------
 
     def set_model(self, model: keras.Model = None) -> None:
-        """As in Keras."""
+        """Sets the model, as Keras does."""
         if not isinstance(self, ClipMonitor):
             raise ValueError(
                 "ClipMonitor: `callbacks` has the class in it. Write callbacks=[ClipMonitor()]."
@@ -163,7 +162,7 @@ class ClipMonitor(keras.callbacks.Callback):
         super().set_model(model)
 
     def on_train_begin(self, logs: Config | None = None) -> None:
-        """Attach to the optimizer and open the files."""
+        """Attaches to the optimizer and opens the files."""
         self.detach()
         optimizers = watched_optimizers("ClipMonitor", self.model, self.optimizer)
         updates = UPDATES_IN_A_STEP * int(getattr(self.model, "steps_per_execution", 1))
@@ -174,7 +173,7 @@ class ClipMonitor(keras.callbacks.Callback):
         self._interval = self.every // UPDATES_IN_A_STEP + 1
         self._fetched_step = 0
         self.history = {k: [] for k in ("step", "epoch", *FIELDS, "thresholds")}
-        # Every worker measures, for the logs; one writes.
+        # Every worker measures, for the logs; only one writes.
         if aggregation.is_chief(optimizers[0].strategy):
             self._active_logs = list(self.logs)
             if self.tensorboard and self.run_dir is not None:
@@ -182,10 +181,10 @@ class ClipMonitor(keras.callbacks.Callback):
         for sampler in self._samplers:
             sampler.optimizer.watch(sampler)
         self._open()
-        self.model.make_train_function(force=True)  # the step must be traced with the watcher
+        self.model.make_train_function(force=True)  # trace the step with the watcher
 
     def _open(self, at_last: bool = False) -> None:
-        """Open the files, once the variables are known; `at_last` of the optimizers in use."""
+        """Opens the files once the variables are known; `at_last`: those of the used optimizers."""
         unbuilt = [sampler for sampler in self._samplers if not sampler.state]
         if self._parts or (unbuilt and not at_last):
             return
@@ -210,14 +209,14 @@ class ClipMonitor(keras.callbacks.Callback):
             self._files = RunFiles(self.run_dir, before, _description(self.every, self._parts))
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
-        """Ask for a measurement of the first update."""
+        """Requests a measurement of the first update."""
         self._epoch, self._fetched_batch = epoch, 0
         self._wholes = []
         for sampler in self._samplers:
             sampler.force()
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
-        """Fetch what was measured, before the buffer is full."""
+        """Fetches samples before the buffer is full."""
         batches = batch + 1 - self._fetched_batch
         if batches < self._interval:
             return
@@ -227,11 +226,11 @@ class ClipMonitor(keras.callbacks.Callback):
         self._fetch()
         step = self._step()
         updates, self._fetched_step = step - self._fetched_step, step
-        if updates > 0:  # a batch may be several updates, or a part of one
+        if updates > 0:  # a batch may be several updates, or part of one
             self._interval = max(1, self.every * batches // updates)
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
-        """Fetch the rest and add the epoch's means to the logs."""
+        """Fetches the remaining samples and adds the epoch's means to the logs."""
         self._open(at_last=True)
         self._fetch()
         if not self._parts:
@@ -245,34 +244,34 @@ class ClipMonitor(keras.callbacks.Callback):
                 thresholds |= part.labelled(part.sampler.optimizer.clip_hyperparameters)
             self._keep(self._step(), row, thresholds)
         if logs is not None:
-            for name, mean in self._means().items():  # a ClippedModel has two of them already
+            for name, mean in self._means().items():  # a ClippedModel logs two of them itself
                 logs.setdefault(name, mean)
 
     def on_train_end(self, logs: Config | None = None) -> None:
-        """Detach: the next `fit` pays nothing."""
+        """Detaches from the optimizer."""
         self.detach()
 
     def detach(self) -> None:
-        """Stop watching, also after a `fit` that was interrupted."""
+        """Detaches from the optimizer; to be called after an interrupted `fit`."""
         for sampler in self._samplers:
             sampler.optimizer.unwatch(sampler)
             self.model.train_function = None
         self._samplers, self._parts = [], []
         self._files, self._active_logs = None, []
 
-    # Inside ----------------------------------------------------------------------------------
+    # Internals -------------------------------------------------------------------------------
 
     def _step(self) -> int:
-        """The number of updates so far; of several optimizers the largest."""
+        """The number of updates so far; for several optimizers, the largest."""
         steps = [int(aggregation.to_numpy(s.optimizer.iterations)) for s in self._samplers]
         return max(steps, default=0)
 
     def _nothing(self) -> dict[str, np.ndarray]:
-        """A sample of no variable."""
+        """An empty sample: NaN for every variable."""
         return {field: np.full(len(self.variables), np.nan) for field in FIELDS}
 
     def _fetch(self) -> None:
-        """Keep what is new: what several optimizers did at one step is one sample."""
+        """Fetches new samples; those of several optimizers at one step become one."""
         samples: dict[tuple[int, int], tuple[dict[str, np.ndarray], dict[str, float]]] = {}
         for part in self._parts:
             times: dict[int, int] = {}
@@ -309,7 +308,7 @@ class ClipMonitor(keras.callbacks.Callback):
                 log(step, finite)
 
     def _means(self) -> dict[str, float]:
-        """Over the epoch's samples; NaN where there is none with finite gradients."""
+        """Means over the epoch's samples; NaN if none has finite gradients."""
         finite = [whole for whole in self._wholes if math.isfinite(whole["grad_norm"])]
         samples = {name: [whole[name] for whole in finite] for name in WHOLE}
         samples["nonfinite_fraction"] = [whole["nonfinite_fraction"] for whole in self._wholes]
@@ -322,11 +321,11 @@ class ClipMonitor(keras.callbacks.Callback):
 
 
 def _fields_of(sample: Sample) -> dict[str, np.ndarray]:
-    """For each of `FIELDS` an array `[variables]`; NaN where the gradient is not finite."""
+    """An array `[variables]` for each of `FIELDS`; NaN where a gradient is not finite."""
     figures = sample.figures
     before, after = np.sqrt(figures["square_before"]), np.sqrt(figures["square_after"])
     angle = np.degrees(2 * np.arcsin(np.clip(np.sqrt(figures["square_chord"]) / 2, 0, 1)))
-    angle[(before == 0) | (after == 0)] = 0.0  # no direction to compare
+    angle[(before == 0) | (after == 0)] = 0.0  # a zero gradient has no direction
     is_finite = np.isfinite(before)
     fields = {
         "norm_before": before,
@@ -337,12 +336,12 @@ def _fields_of(sample: Sample) -> dict[str, np.ndarray]:
     }
     return {
         **{name: np.where(is_finite, values, np.nan) for name, values in fields.items()},
-        # A skipped update is not sampled; an applied one counts as bad as a whole.
+        # A skipped update is not sampled; an applied one with a non-finite gradient counts as 1.
         "nonfinite": np.where(is_finite, sample.skipped, 1.0),
     }
 
 
-#: Figures of the whole gradient, of all variables together.
+#: Figures of the whole gradient.
 WHOLE = (
     "grad_norm",
     "grad_norm_after",
@@ -376,7 +375,7 @@ def whole_of(row: Mapping[str, np.ndarray], sizes: np.ndarray) -> dict[str, floa
 
 def _whole_angle(before: np.ndarray, after: np.ndarray, angles: np.ndarray) -> float:
     """The angle in degrees between two gradients, from the norms and angles of their parts."""
-    # 1 − cos of the whole, without losing small ones.
+    # 1 − cos of the whole angle; precise for small angles.
     whole_before, whole_after = np.linalg.norm(before), np.linalg.norm(after)
     sizes = whole_before * whole_after
     if sizes == 0:
@@ -427,5 +426,5 @@ def _labelled(label: str, text: str) -> str:
 
 
 def _text(clipper: object) -> str:
-    """A clipper for people."""
+    """A clipper as readable text."""
     return "off" if clipper is None else str(clipper)

@@ -1,4 +1,4 @@
-"""The report of a monitored run: one HTML page that loads nothing from elsewhere."""
+"""The report of a monitored run: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Degrees below which the clip is said to keep the direction.
+#: Degrees below which the clip counts as keeping the direction.
 STRAIGHT = 0.1
-#: More thresholds than this are drawn as their lowest, median and highest.
+#: Above this number, thresholds are drawn as their lowest, median and highest.
 SINGLE_THRESHOLDS = 6
-#: Columns of a heat map, at most: each is the mean of some samples.
+#: Most columns of a heat map; each is the mean of some samples.
 COLUMNS = 160
-#: More layers than this are not all named beside a heat map; the table has them.
+#: Above this number of layers, a heat map names only some; the table has all.
 NAMED_LAYERS = 48
 #: Style of the figures: text stays text, and the same run gives the same page.
 STYLE = {
@@ -45,7 +45,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
-    "font.sans-serif": ["DejaVu Sans"],  # and the reader's own where there is none
+    "font.sans-serif": ["DejaVu Sans"],  # with the reader's own as fallback
     "font.size": 9,
     "grid.alpha": 0.3,
     "svg.fonttype": "none",
@@ -64,21 +64,19 @@ class Report(type(Path())):  # type: ignore[misc]  # Path itself cannot be subcl
 
 
 def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
-    """Write one HTML page about a run: findings, curves, heat maps of layer × time, rules.
+    """Writes one HTML page about a run: findings, curves, heat maps of layer × time, rules.
 
-    Lines of the files that are damaged, as after a run that was killed, are left out and named on
-    the page.
+    Damaged lines of the files, as after a killed run, are skipped and listed on the page.
 
     Args:
-        run_dir: the folder that a `ClipMonitor(run_dir)` wrote into, or the one above it where
-            that is called `monitor`.
+        run_dir: the folder of a `ClipMonitor(run_dir)`, or its parent if it is called `monitor`.
         output: the page; by default `report.html` beside the monitor's files.
 
     Returns:
-        The path of the page; the last value of a notebook's cell, it shows the page.
+        The path of the page; a notebook displays it as the page.
 
     Raises:
-        ValueError: `run_dir` holds no samples, or its files cannot be read as a whole.
+        ValueError: `run_dir` holds no samples, or its files are unreadable.
         ImportError: jinja2 or matplotlib is not installed.
     """
     folder = Path(run_dir)
@@ -92,7 +90,7 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
             "'report.html'."
         )
     try:
-        import jinja2  # here: whoever trains needs neither
+        import jinja2  # optional: training needs neither
         from matplotlib import style
     except ImportError as error:
         raise ImportError(
@@ -111,8 +109,8 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
 
 
 def _context(run: Run, folder: Path) -> Config:
-    """The values of the template."""
-    is_in_a_run = folder.name.startswith("monitor")  # then the folder above has the run's name
+    """The values for the template."""
+    is_in_a_run = folder.name.startswith("monitor")  # then its parent is named after the run
     variables = run.description["variables"]
     rules = [
         (v["path"], "×".join(map(str, v["shape"])) or "scalar", v["rule"], v["clipper"])
@@ -140,7 +138,7 @@ def _context(run: Run, folder: Path) -> Config:
 
 
 def _clipper(description: Config) -> str:
-    """The clipper in a line: a map of many rules by their number and kinds."""
+    """The clipper on one line; a map of many rules as their number and kinds."""
     text = description["clipper_text"]
     if len(text) <= 160:
         return text
@@ -151,7 +149,7 @@ def _clipper(description: Config) -> str:
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The run in five figures: (name, value, note)."""
+    """Five figures of the run: (name, value, note)."""
     is_finite = np.isfinite(run.global_before)
     bad = int(np.sum(np.any(run.figures["nonfinite"] > 0, axis=1)))
     is_off = run.description["clipper"] is None
@@ -171,7 +169,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _layer_rows(run: Run) -> list[tuple[str, ...]]:
-    """Every layer in numbers."""
+    """The rows of the table of layers."""
     is_finite = np.isfinite(run.global_before)
     if not is_finite.any():
         return []
@@ -236,7 +234,7 @@ def _spread(thresholds: Lines) -> Lines:
 
 
 def _draw_lines(axes: Axes, title: str, lines: Lines, log: bool) -> None:
-    """Draw lines over the steps, on a log scale or from 0 on; NaN breaks a line."""
+    """Draws lines over the steps, on a log scale or from 0; NaN breaks a line."""
     axes.set_title(title)
     axes.set_xlabel("step")
     drawn = []
@@ -244,7 +242,7 @@ def _draw_lines(axes: Axes, title: str, lines: Lines, log: bool) -> None:
         values = np.where(values > 0, values, np.nan) if log else values
         drawn += axes.plot(steps, values, lw=1.2)
         known = np.pad(np.isfinite(values), 1)
-        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two NaN: no line shows it
+        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two NaN: a line would not show it
         axes.plot(steps[alone], values[alone], ".", color=drawn[-1].get_color())
         if log and known.any():
             axes.set_yscale("log")
@@ -255,7 +253,7 @@ def _draw_lines(axes: Axes, title: str, lines: Lines, log: bool) -> None:
 
 
 def _maps(run: Run) -> str:
-    """An SVG of heat maps, layers down and samples across, which share the columns."""
+    """An SVG of heat maps: rows are layers, columns samples."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
 
@@ -306,11 +304,11 @@ def _svg(figure: Figure) -> str:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing)
     element = file.getvalue().partition("<svg")[2]
-    # Hundredths of a point, no indentation, and no names that another figure has, too.
+    # Round to hundredths of a point; drop indentation, and ids that other figures share.
     return "<svg" + re.sub(r'(\.\d\d)\d+|\n *(?=<)| id="[\w.]+_\d+"', r"\1", element)
 
 
 def _short(name: str) -> str:
-    """A name that fits beside a figure; `$` is no formula."""
+    """A name short enough for a figure's margin; `$` is escaped."""
     name = name if len(name) <= 40 else f"…{name[-39:]}"
     return name.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Watcher that keeps chosen figures of each variable of an update, on the device."""
+"""A watcher that samples chosen figures of each variable on the device."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from keras_gradclip.clippers.units import unit_of
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find_all
 
-#: A batch may bring several updates: a `train_step` may call `apply` more than once.
+#: Updates per batch to allow for: a `train_step` may call `apply` more than once.
 UPDATES_IN_A_STEP = 16
 
 
 class VariableUpdate:
-    """A variable's part of an update; each figure is a float32 scalar, computed on demand.
+    """One variable in an update; each figure is a float32 scalar, computed on demand.
 
     Args:
         variable: the variable, before the update.
         before: its gradient before the clip.
         after: its gradient after the clip.
-        fraction: how much of it was clipped, 0..1; None: nothing.
+        fraction: the share that was clipped, 0..1; None for none.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class VariableUpdate:
 
     @property
     def square_chord(self) -> Tensor:
-        """|x/‖x‖ − y/‖y‖|² of before and after: it gives small angles that the cosine loses."""
+        """|x/‖x‖ − y/‖y‖|² of before and after; precise for small angles, unlike the cosine."""
         x = self._before * ops.rsqrt(ops.maximum(self.square_before, arithmetic.TINY))
         y = self._after * ops.rsqrt(ops.maximum(self.square_after, arithmetic.TINY))
         return arithmetic.sum_of_squares(x - y)
@@ -70,24 +70,24 @@ class VariableUpdate:
         return arithmetic.max_abs(ops.abs(self._before) / scale)
 
     def unit_ratio(self, eps: float) -> Tensor:
-        """The largest ratio of a unit's gradient norm to its weight norm, ε at least."""
+        """The largest ratio of a unit's gradient norm to its weight norm (at least ε)."""
         unit = ops.sqrt(arithmetic.unit_squares(self._before, self._axes))
         return arithmetic.max_abs(unit / self._unit_norms(eps))
 
     def sign_step(self, eps: float) -> Tensor:
-        """The largest `unit_ratio` of a step of 1 an element."""
+        """The largest `unit_ratio` for a step of 1 per element."""
         size = math.prod(int(self._variable.shape[axis]) for axis in self._axes)
         return arithmetic.max_abs(math.sqrt(size) / self._unit_norms(eps))
 
     def _unit_norms(self, eps: float) -> Tensor:
         whole = self._weight
-        if 0 in self._axes:  # rows that a sparse gradient has not belong to its units, too
+        if 0 in self._axes:  # units also span rows that a sparse gradient lacks
             whole = arithmetic.float32(ops.convert_to_tensor(self._variable))
         return ops.maximum(ops.sqrt(arithmetic.unit_squares(whole, self._axes)), eps)
 
     @functools.cached_property
     def _weight(self) -> Tensor:
-        """The weights that the gradient has values for."""
+        """The weights for which the gradient has values."""
         weight = arithmetic.read(self._variable)
         return arithmetic.float32(arithmetic.matching_rows(weight, self._gradient))
 
@@ -96,20 +96,20 @@ class VariableUpdate:
         return unit_of(self._variable).axes
 
 
-#: A figure of each variable of an update.
+#: Computes a figure of one variable.
 Figure = Callable[[VariableUpdate], Scalar]
 
 
 class Sample(NamedTuple):
-    """What a `Sampler` kept of an update.
+    """One update sampled by a `Sampler`.
 
     Attributes:
         step: the number of updates before it.
-        figures: by name a float64 array `[variables]`; 0 without a gradient.
+        figures: a float64 array `[variables]` by name; 0 without a gradient.
         skipped: for each variable the share of the updates since the last sample, this one
             included, that were skipped and in which its gradient was not finite.
-        learning_rate: of the inner optimizer; 0 of one that has none.
-        thresholds: in force, by name.
+        learning_rate: the inner optimizer's; 0 if it has none.
+        thresholds: the thresholds in force, by name.
     """
 
     step: int
@@ -120,17 +120,17 @@ class Sample(NamedTuple):
 
 
 class Sampler:
-    """A `Watcher` that takes a sample of one update in `every`.
+    """A `Watcher` that samples one update in `every`.
 
-    Samples go round in a buffer, so that the host need not look at every step. An optimizer that
-    is not built yet is sampled from its first update on.
+    Samples are stored in a ring buffer on the device, which the host fetches now and then. An
+    optimizer that is not built yet is sampled from its first update on.
 
     Args:
-        owner: who asks, for a warning.
-        optimizer: watched.
-        figures: what is computed for each variable, by name.
-        capacity: the number of samples that wait for the host.
-        every: sample the updates of which the number is a multiple of it.
+        owner: name of the caller, for a warning.
+        optimizer: the optimizer to sample.
+        figures: the functions computed for each variable, by name.
+        capacity: the number of samples that the buffer holds.
+        every: sample the updates whose number is a multiple of it.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Sampler:
         self._owner, self.optimizer, self.figures = owner, optimizer, dict(figures)
         self._capacity, self.every = capacity, every
         self.state: list[keras.Variable] = []
-        self.start = 0  # the number of updates before
+        self.start = 0  # the number of earlier updates
         if optimizer.built:
             self._build()
             self.start = int(aggregation.to_numpy(optimizer.iterations))
@@ -154,12 +154,14 @@ class Sampler:
         self._thresholds = list(self.optimizer.clip_hyperparameters)
         count = len(self.variables)
         with strategy_scope(self.optimizer):
-            # A sample: the figures and `nonfinite`; `updates`, the rate and the thresholds.
+            # A record: figures and `nonfinite`; then `updates`, learning rate, thresholds.
             shapes = [(len(self.figures) + 1, count), (2 + len(self._thresholds),)]
             self._buffer = RingBuffer(self._owner, self._capacity, shapes)
-            self._has_sample = aggregation.zeros((), "has_sample")  # since the last `force`
-            self._updates = _counter("updates")  # seen so far, skipped ones included
-            self._nonfinite = aggregation.zeros((count,), "nonfinite")  # in skipped updates
+            self._has_sample = aggregation.zeros((), "has_sample")  # any since the last `force`
+            self._updates = _counter("updates")  # so far, skipped ones included
+            self._nonfinite = aggregation.zeros(
+                (count,), "nonfinite"
+            )  # counts over skipped updates
         self._fetched_updates, self._fetched_nonfinite = 0.0, np.zeros(count)
         self.state = [*self._buffer.state, self._has_sample, self._updates, self._nonfinite]
 
@@ -169,14 +171,14 @@ class Sampler:
                 self._build()
 
     def force(self) -> None:
-        """Sample the next update, whatever its number."""
+        """Makes the next update a sample, whatever its number."""
         if self.state:
             self._has_sample.assign(0.0)
 
     # On the device ---------------------------------------------------------------------------
 
     def on_skip(self, gradients: Sequence[Gradient | None]) -> None:
-        """Count the update, and the gradients in it that are not finite."""
+        """Counts the update and its non-finite gradients."""
         self._build_where_traced()
         bad = [
             ops.zeros((), "float32")
@@ -188,7 +190,7 @@ class Sampler:
         self._nonfinite.assign(self._nonfinite + ops.stack(bad))
 
     def on_update(self, update: ClippedUpdate) -> None:
-        """Take a sample, if it is this update's turn."""
+        """Takes a sample if this update is due."""
         self._build_where_traced()
         self._updates.assign(self._updates + 1)
         if self.every == 1:
@@ -270,9 +272,9 @@ class RingBuffer:
     """Records of several arrays each, written on the device and fetched by the host.
 
     Args:
-        owner: who asks, for the warning.
-        capacity: the number of records that wait for the host.
-        shapes: of a record's float32 arrays.
+        owner: name of the caller, for the warning.
+        capacity: the number of records that the buffer holds.
+        shapes: the shapes of a record's float32 arrays.
     """
 
     def __init__(self, owner: str, capacity: int, shapes: Sequence[Sequence[int]]) -> None:
@@ -289,7 +291,7 @@ class RingBuffer:
         return int(aggregation.to_numpy(self._written))
 
     def write(self, step: Tensor, *arrays: Tensor) -> None:
-        """Add a record, in replica context."""
+        """Adds a record; called in replica context."""
         slots = ops.arange(self._capacity, dtype=self._steps.dtype)
         mask = ops.equal(slots, arithmetic.read(self._written) % self._capacity)
         step = ops.cast(step, self._steps.dtype)
@@ -321,11 +323,11 @@ class RingBuffer:
 
 
 def _counter(name: str) -> keras.Variable:
-    """A whole number on the device, 0 at first."""
+    """A counter on the device, starting at 0."""
     return aggregation.zeros((), name, "int32" if backend.backend() == "jax" else "int64")
 
 
-# The optimizers that are watched -----------------------------------------------------------------
+# Finding the optimizers to watch -----------------------------------------------------------------
 
 
 def watched_optimizers(
@@ -333,14 +335,14 @@ def watched_optimizers(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
 ) -> list[ClippedOptimizer]:
-    """The `ClippedOptimizer`s of a compiled model, several under a `MultiOptimizer`.
+    """The `ClippedOptimizer`s of a compiled model; a `MultiOptimizer` may have several.
 
-    They are built if the model is, and else where training builds them.
+    They are built here if the model is built, otherwise by training.
 
     Args:
-        owner: who asks, for the messages.
-        model: compiled.
-        optimizer: the ones to watch, in the place of the model's.
+        owner: name of the caller, for messages.
+        model: the compiled model.
+        optimizer: the optimizer or optimizers to watch instead of the model's.
 
     Raises:
         ValueError: there is none.
@@ -363,12 +365,12 @@ def watched_optimizers(
             "optimizer=model.generator_optimizer)."
         )
     built = [wrapper for wrapper in wrappers if wrapper.built]
-    # A MultiOptimizer builds those that have variables.
+    # A MultiOptimizer builds only the optimizers that have variables.
     return built if built and optimizer is None else wrappers
 
 
 def labels_of(optimizers: Sequence[ClippedOptimizer]) -> list[str]:
-    """A name for each of several optimizers, each once; "" for one alone."""
+    """A unique name for each of several optimizers; "" for a single one."""
     if len(optimizers) == 1:
         return [""]
     names = [optimizer.inner_optimizer.name for optimizer in optimizers]
@@ -379,12 +381,12 @@ def labels_of(optimizers: Sequence[ClippedOptimizer]) -> list[str]:
 
 
 def strategy_scope(*optimizers: ClippedOptimizer) -> contextlib.AbstractContextManager:
-    """The scope of the strategy under which the optimizer was made, if there is one."""
+    """The scope of the optimizer's strategy; an empty context if it has none."""
     strategy = optimizers[0].strategy if optimizers else None
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def sync(model: keras.Model) -> None:
-    """Bring the variables up to date: inside an epoch on JAX they are not."""
+    """Updates the variables of a JAX model, which are stale inside an epoch."""
     if backend.backend() == "jax":
         model.jax_state_sync()

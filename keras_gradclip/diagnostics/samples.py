@@ -17,11 +17,11 @@ from keras_gradclip._types import Config
 
 #: File names inside `run_dir`.
 MONITOR_CSV, THRESHOLDS_CSV, MONITOR_JSON = "monitor.csv", "thresholds.csv", "monitor.json"
-#: The figures of each variable in a sample: see `ClipMonitor`.
+#: The figures of each variable in a sample; see `ClipMonitor`.
 FIELDS = ("norm_before", "norm_after", "clip_fraction", "max_abs", "angle", "nonfinite")
-#: What a clipper limits that acts on most steps, since it sets how far each moves the weights.
+#: The value of "limits" for clippers of weight updates, which act on most steps.
 UPDATES = "weight updates"
-#: What a clipper of norms says that it measures: see `MEASURES`.
+#: The measure of clippers of a layer's norm; see `MEASURES`.
 NORM = "layer_norm"
 #: The keys of each entry of "variables" in `monitor.json` and their types.
 _VARIABLE = {"path": str, "layer": str, "shape": list, "rule": str, "clipper": str}
@@ -30,11 +30,11 @@ Thresholds = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def step_of(text: str) -> int:
-    """A number of steps that an array can hold."""
+    """The number of steps in a field; an OverflowError above int64."""
     return int(np.int64(int(text)))
 
 
-#: The columns of each table, and what reads a field of each.
+#: The columns of each table, and the function that parses each.
 COLUMNS: dict[str, dict[str, Callable[[str], object]]] = {
     MONITOR_CSV: {"step": step_of, "epoch": int, "variable": str, **dict.fromkeys(FIELDS, float)},
     THRESHOLDS_CSV: {"step": step_of, "name": str, "value": float},
@@ -48,8 +48,8 @@ class RunFiles:
     """Writes samples into a folder.
 
     Args:
-        folder: made if need be.
-        starts: for each variable, by name, its optimizer's number of updates when the run began.
+        folder: created if missing.
+        starts: for each variable its optimizer's number of updates when the run began.
         description: the content of `monitor.json`.
     """
 
@@ -67,7 +67,7 @@ class RunFiles:
         row: Mapping[str, np.ndarray],
         thresholds: Mapping[str, float],
     ) -> None:
-        """Add a sample."""
+        """Adds a sample."""
         rows = {
             MONITOR_CSV: [
                 [step, epoch, name, *(f"{row[field][i]:.6g}" for field in FIELDS)]
@@ -75,7 +75,7 @@ class RunFiles:
                 if is_measured(row)[i]
             ],
             THRESHOLDS_CSV: [
-                [step, name.replace("\n", " "), f"{value:.9g}"]  # a row is a line
+                [step, name.replace("\n", " "), f"{value:.9g}"]  # one row per line
                 for name, value in thresholds.items()
             ],
         }
@@ -84,16 +84,16 @@ class RunFiles:
 
 
 def is_measured(row: Mapping[str, np.ndarray]) -> np.ndarray:
-    """For each variable whether a sample has it: of several optimizers some may skip a step."""
+    """A mask of the variables in a sample; with several optimizers some may be missing."""
     return ~np.isnan(row["nonfinite"])
 
 
 def _rows_before(path: Path, starts: Mapping[str, int]) -> list[dict[str, str]]:
-    """The rows of the run that this one resumes, up to the step that it resumes from.
+    """The rows of a resumed run up to the step where it resumes.
 
     Args:
         path: the file.
-        starts: for each variable the number of updates that are done.
+        starts: the number of updates done, for each variable.
     """
     start = max(starts.values())
     if not path.exists() or not start:
@@ -114,7 +114,7 @@ def _rows_before(path: Path, starts: Mapping[str, int]) -> list[dict[str, str]]:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of `monitor.csv` or `thresholds.csv`, whatever a crash has left between them.
+    """The readable rows of `monitor.csv` or `thresholds.csv`.
 
     Returns:
         The rows, dicts of strings, and a line of text for each line that cannot be read.
@@ -127,7 +127,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     lines = path.read_bytes().decode("utf-8", "replace").split("\n")
     for number, line in enumerate(lines, 1):
         whole = line.rstrip("\r").replace("\0", "")
-        problem = "NUL bytes" if "\0" in line else ""  # of a power cut; a row may stand behind them
+        problem = "NUL bytes" if "\0" in line else ""  # left by a power cut; a row may follow
         try:
             fields = next(csv.reader([whole], strict=True), [])
             if "\ufffd" in whole:
@@ -163,7 +163,7 @@ class Run:
             largest among the layer's variables. NaN where the gradient was not finite, and where
             a sample has no row of the layer.
         clipped: bool array `[samples, layers]`, any variable of the layer was clipped.
-        partial: bool array `[layers]`, the clip takes single elements or units of the layer.
+        partial: bool array `[layers]`, the clip acts on single elements or units of the layer.
         measured: bool array `[samples, layers]`, the sample has rows of the layer.
         thresholds: name to (steps, values).
         description: what `monitor.json` holds.
@@ -195,23 +195,23 @@ class Run:
 
     @property
     def limits_updates(self) -> np.ndarray:
-        """A mask of the layers of which weight updates are limited, not gradients."""
+        """A mask of the layers whose weight updates are limited instead of gradients."""
         variables = self.description["variables"]
         return np.isin(self.layers, [v["layer"] for v in variables if v.get("limits") == UPDATES])
 
     @property
     def limits_norms(self) -> np.ndarray:
-        """A mask of the layers whose threshold is one of a layer's norm."""
+        """A mask of the layers whose threshold limits the layer's norm."""
         variables = self.description["variables"]
         others = [v["layer"] for v in variables if v.get("measures", NORM) != NORM]
         return ~np.isin(self.layers, others)
 
 
 def read_run(run_dir: str | os.PathLike) -> Run:
-    """The samples that a `ClipMonitor` wrote into `run_dir`; damaged lines are left out and named.
+    """The samples of a `ClipMonitor` in `run_dir`; damaged lines are skipped and listed.
 
     Raises:
-        ValueError: the files are not there, are damaged as a whole, or hold no sample.
+        ValueError: the files are missing, unreadable, or hold no sample.
     """
     folder = Path(run_dir)
     for name in (MONITOR_CSV, MONITOR_JSON):
@@ -264,8 +264,8 @@ def _samples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Steps `[samples]` and values `[samples, fields + 1, variables]`.
 
-    The last value is 1, and all are NaN, where a sample has a row of the variable or none. A
-    sample is a run of rows with one step and no variable twice: a step may be sampled twice.
+    The last value is 1 if the sample has a row of the variable; if not, all are NaN. A sample is a
+    sequence of rows with one step and no repeated variable, because a step may occur twice.
     """
     index = {name: i for i, name in enumerate(names)}
     steps: list[int] = []
@@ -317,7 +317,7 @@ def _by_layer(
     fraction = of_variable["clip_fraction"]
 
     def by_layer(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
-        """`function` of `[samples, variables of a layer]`, for each layer: `[samples, layers]`."""
+        """The results `[samples, layers]` of `function` on `[samples, variables]` of each layer."""
         return np.stack([function(array[:, owners == layer]) for layer in layers], axis=1)
 
     def largest(array: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
     pip install '.[tuning]'      # in the checkout: KerasTuner, the default
     pip install '.[optuna]'      # Optuna
 
-Nothing of either is loaded before a name that needs it is used.
+Neither is imported before a name that needs it is used.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Every private name of KerasTuner that this package uses, and nowhere else.
+"""The private names of KerasTuner that this package uses; no other module uses any.
 
-KerasTuner has no hooks for a trial whose worker is lost, for files that a kill cannot tear, or
-for the end of a search with trials still out. `missing_names` says what a new version changed.
+KerasTuner has no hooks for the trial of a lost worker, for atomic files, or for the end of a search
+with running trials. `missing_names` lists what a new version removed.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ __all__ = [
 ]
 
 _REASONS = {
-    "ongoing_trials": "which worker runs which trial: a lost worker's is taken from it",
-    "tuner_ids": "the workers that the chief waits for at the end: a lost one is struck off",
-    "_retry_queue": "the trials that the next worker who asks gets",
+    "ongoing_trials": "which worker runs which trial: a lost worker's trial is reassigned",
+    "tuner_ids": "the workers that the chief waits for at the end: lost ones are removed",
+    "_retry_queue": "the trials that the next worker gets",
     "start_order": "Hyperband and the Bayesian search read it: completed after a kill",
     "end_order": "the trials that are over: completed after a kill; no trial ends twice",
-    "_get_trial_dir": "where `trial.json` is, to replace it as a whole",
-    "_get_oracle_fname": "where `oracle.json` is, to replace it as a whole",
+    "_get_trial_dir": "the path of `trial.json`, to write it atomically",
+    "_get_oracle_fname": "the path of `oracle.json`, to write it atomically",
     "_save_trial": "overridden: KerasTuner writes in place, where a kill tears the file",
 }
 
 
 def missing_names() -> dict[str, str]:
-    """The private names that the installed KerasTuner lacks, and what each is used for."""
+    """The private names that the installed KerasTuner lacks, each with its use."""
     oracle = kt.oracles.RandomSearchOracle("val_loss", 1)
     missing = {name: why for name, why in _REASONS.items() if not hasattr(oracle, name)}
     tuner = {
@@ -53,27 +53,27 @@ def missing_names() -> dict[str, str]:
 def mark_for_reload(folder: str | os.PathLike) -> None:
     """Makes a tuner resume the oracle saved in `folder`, if there is one.
 
-    KerasTuner reloads where it finds its tuner's file, which has nothing in it and which it first
-    writes at the end of a trial: a search killed in its first trial would start anew.
+    KerasTuner reloads only if its tuner's (empty) file exists, which it first writes at the end of
+    a trial: a search killed in its first trial would start again.
     """
     folder = Path(folder)
     for path in (folder / "oracle.json", *folder.glob("trial_*/trial.json")):
         if path.exists():
-            read_json(path)  # KerasTuner would not say which file is damaged
+            read_json(path)  # names a damaged file, which KerasTuner would not
     if (folder / "oracle.json").exists():
         name = os.environ.get("KERASTUNER_TUNER_ID", "tuner0")
         (folder / f"{name}.json").write_text("{}")
 
 
 class SearchTuner(BaseTuner):
-    """A tuner without a model of its own, for a `run_trial` that returns a list of dicts.
+    """A tuner without a model, whose `run_trial` returns a list of dicts.
 
-    They are the metrics of each run of the trial. KerasTuner keeps them as one observation of
-    several values, whose mean is the trial's score; its own tuners report the mean alone.
+    Each dict has the metrics of one run of the trial. KerasTuner stores them as one observation
+    with several values, whose mean is the trial's score; its own tuners report only the mean.
 
     Args:
         oracle: `keras_tuner.Oracle`.
-        directory, project_name: as of KerasTuner's tuners; a search there is resumed.
+        directory, project_name: as for KerasTuner's tuners; a search there is resumed.
     """
 
     def __init__(self, oracle: kt.Oracle, directory: str | os.PathLike, project_name: str):
@@ -82,13 +82,13 @@ class SearchTuner(BaseTuner):
         super().__init__(oracle, directory=str(directory), project_name=project_name)
 
     def pre_create_trial(self):
-        """Waits a second where KerasTuner asks again at once, since there is nothing to do."""
+        """Waits a second before KerasTuner repeats a request that got no trial."""
         if self._asked:
             time.sleep(1)
         self._asked = True
 
     def on_trial_begin(self, trial):
-        """The next request comes after work."""
+        """Notes that the next request follows a trial."""
         self._asked = False
 
     def _run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
@@ -97,33 +97,33 @@ class SearchTuner(BaseTuner):
 
 
 class OracleInternals(kt.Oracle):
-    """The state of an oracle by plain names, and its files, replaced as a whole."""
+    """Access to an oracle's private state, with atomic files."""
 
     trials: dict[str, Any]
 
     @property
     def running(self) -> dict[str, Any]:
-        """The trial of each worker that has one."""
+        """The running trial of each busy worker."""
         return self.ongoing_trials
 
     @property
     def workers(self) -> set[str]:
-        """The ids of the workers that have asked and were not told to stop."""
+        """The ids of the workers that are connected and were not sent "stop"."""
         return self.tuner_ids
 
     @property
     def waiting(self) -> list[str]:
-        """The ids of trials to be run again, the next one last."""
+        """The ids of trials to repeat, the next one last."""
         return self._retry_queue
 
     @property
     def ended(self) -> list[str]:
-        """The ids of the trials that are over."""
+        """The ids of finished trials."""
         return self.end_order
 
     @contextlib.contextmanager
     def seeing_only(self, trials: list) -> Iterator[None]:
-        """While open, KerasTuner's algorithm knows of these trials alone."""
+        """Hides all other trials from KerasTuner's algorithm within the context."""
         everything, self.trials = self.trials, {trial.trial_id: trial for trial in trials}
         try:
             yield
@@ -131,11 +131,11 @@ class OracleInternals(kt.Oracle):
             self.trials = everything
 
     def forget_metrics(self, trial) -> None:
-        """Drops what an unfinished trial has reported, which would count twice."""
+        """Drops the metrics of an unfinished trial, which would count twice."""
         trial.metrics = type(trial.metrics)()
 
     def save(self):
-        """Writes `oracle.json` whole or not at all; it holds default dicts and NumPy numbers."""
+        """Writes `oracle.json` atomically; converts default dicts and NumPy numbers."""
         write_json(self._get_oracle_fname(), self.get_state(), default=float)
 
     def _save_trial(self, trial):
@@ -146,12 +146,12 @@ class OracleInternals(kt.Oracle):
         )
 
     def reload(self):
-        """As KerasTuner's, from whatever moment a kill came at."""
+        """Reloads as KerasTuner does, after a kill at any moment."""
         super().reload()
         waiting = []
         for trial_id in sorted(self.trials):
             trial = self.trials[trial_id]
-            if trial_id not in self.start_order:  # its file was written, the oracle's was not
+            if trial_id not in self.start_order:  # killed before the oracle's file was written
                 self.start_order.append(trial_id)
             if trial.status in (TrialStatus.COMPLETED, TrialStatus.FAILED):
                 if trial_id not in self.end_order:

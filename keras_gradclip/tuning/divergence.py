@@ -1,4 +1,4 @@
-"""When a trial has diverged, and what it scores then."""
+"""Divergence of a trial: its test and its score."""
 
 import math
 
@@ -10,15 +10,15 @@ LARGEST_WEIGHT = 1e8
 
 
 def worst_score(direction: str) -> float:
-    """What a diverged trial scores: -inf to be maximised, +inf to be minimised."""
+    """The score of a diverged trial: -inf for "max", +inf for "min"."""
     return -math.inf if direction == "max" else math.inf
 
 
 def exploded(model) -> bool:
-    """Whether a trainable weight is not finite, or so large that no training led there.
+    """True if a trainable weight is not finite, or too large to be the result of training.
 
-    One step at a learning rate of 1e38 may leave weights of 1e37: finite, and with luck accurate.
+    One step at a learning rate of 1e38 may leave weights of 1e37: finite, and by luck accurate.
     """
     weights = (keras.ops.convert_to_numpy(v) for v in model.trainable_variables)
-    # Not "any > LARGEST": NaN is not larger than anything.
+    # Not `any(> LARGEST)`, which is False for NaN.
     return not all((np.abs(weight) <= LARGEST_WEIGHT).all() for weight in weights)

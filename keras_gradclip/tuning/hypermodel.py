@@ -1,4 +1,4 @@
-"""A hypermodel whose optimizer clips as the trial says."""
+"""A hypermodel that wraps the optimizer with the trial's clipper."""
 
 import math
 import warnings
@@ -18,20 +18,19 @@ from keras_gradclip.tuning.space import clip_hyperparameters, to_clipper, to_gat
 
 
 class ClipHyperModel(kt.HyperModel):
-    """A hypermodel whose optimizer clips as the trial says.
+    """A hypermodel that wraps the optimizer with the trial's clipper.
 
-    The given hypermodel declares what it likes on `hp` and builds a compiled model without a
-    clipper. The space of `clip_hyperparameters` is added, and the optimizer wrapped. The best model
-    saves and loads with its clipper; with its activation gate, too, where it is a `ClippedModel`.
+    The given hypermodel declares its own hyper-parameters on `hp` and builds a compiled model
+    without a clipper. This one adds the space of `clip_hyperparameters` and wraps the optimizer.
+    The best model saves and loads with its clipper; a `ClippedModel` also with its activation gate.
 
     A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
     1e8) stops at once and reports the worst possible value: it ranks last.
 
     Args:
-        build_model: a function `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel` such as
-            those of `keras_tuner.applications`, whose `build` and `fit` are used; its `fit` must
-            pass the callbacks that it gets to `model.fit`.
-        objective: what the tuner optimises: a name such as "val_accuracy", or a
+        build_model: a function `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel`, such as
+            those of `keras_tuner.applications`; its `fit` must pass its callbacks to `model.fit`.
+        objective: the tuner's objective: a name such as "val_accuracy", or a
             `keras_tuner.Objective`.
         diverged_value: the objective of a trial that diverged; default -inf (to be maximised) or
             +inf. KerasTuner's own BayesianOptimization takes infinities for 0: give it a finite
@@ -40,9 +39,9 @@ class ClipHyperModel(kt.HyperModel):
             learning rate is set from the trial.
 
     Raises:
-        ValueError: no hypermodel, several objectives, or a mistake in the space; and, when a trial
-            is built, a model that is not compiled, an optimizer that clips already, or a
-            hyper-parameter of the hypermodel with a name of this space.
+        ValueError: not a hypermodel, several objectives, or a mistake in the space; when a trial is
+            built, an uncompiled model, an optimizer that already clips, or a hyper-parameter of
+            the hypermodel whose name belongs to this space.
     """
 
     def __init__(
@@ -60,11 +59,11 @@ class ClipHyperModel(kt.HyperModel):
         self.diverged_value = diverged_value
         self.space = space
         declared = kt.HyperParameters()
-        clip_hyperparameters(declared, **space)  # finds mistakes now
+        clip_hyperparameters(declared, **space)  # raises on a mistake in the space
         self._names = {parameter.name for parameter in declared.space}
 
     def declare_hyperparameters(self, hp):
-        """As the hypermodel declares them before its first build."""
+        """Declares the hypermodel's own hyper-parameters."""
         self.hypermodel.declare_hyperparameters(hp)
 
     def build(self, hp):
@@ -100,11 +99,11 @@ class ClipHyperModel(kt.HyperModel):
         return model
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
-        """The hypermodel's `fit`, which stops at divergence.
+        """Calls the hypermodel's `fit`, and stops it at divergence.
 
         Returns:
-            What that returns, a history with `grad_norm` and `clip_fraction`; the worst value for a
-            trial that diverged.
+            Its result, a history with `grad_norm` and `clip_fraction`; for a diverged trial the
+            worst value.
         """
         watch = _Watch()
         result = self.hypermodel.fit(hp, model, *args, callbacks=[watch, *callbacks], **kwargs)
@@ -115,7 +114,7 @@ class ClipHyperModel(kt.HyperModel):
 
 
 class _FromFunction(kt.HyperModel):
-    """A hypermodel that builds by a function and fits as `model.fit`."""
+    """A hypermodel made of a build function; `fit` is `model.fit`."""
 
     def __init__(self, build):
         super().__init__()
@@ -134,7 +133,7 @@ def _as_hypermodel(build_model) -> kt.HyperModel:
 
 
 def _set_learning_rate(optimizer, value: float, others: Mapping[str, Any]) -> None:
-    """Sets the learning rate; warns of hyper-parameters `others` that set the one before."""
+    """Sets the learning rate; warns if the hypermodel's `others` set it, too."""
     if not hasattr(optimizer.learning_rate, "assign"):
         raise ValueError(
             "ClipHyperModel: the optimizer's learning rate is a schedule, so that `learning_rate` "
@@ -153,7 +152,7 @@ def _set_learning_rate(optimizer, value: float, others: Mapping[str, Any]) -> No
 
 
 def _all_finite(result, name: str) -> bool:
-    """Whether the objective `name` is finite in what a `fit` may return to KerasTuner."""
+    """True if the objective `name` is finite in the result of a `fit`."""
     if isinstance(result, (list, tuple)):
         return all(_all_finite(each, name) for each in result)
     if isinstance(result, keras.callbacks.History):
@@ -164,7 +163,7 @@ def _all_finite(result, name: str) -> bool:
 
 
 class _Watch(keras.callbacks.Callback):
-    """Stops a run that is not finite; adds the clip's figures to the logs of plain models."""
+    """Stops a non-finite run; adds the clip's figures to the logs of plain models."""
 
     def __init__(self):
         super().__init__()
@@ -194,10 +193,10 @@ class _Watch(keras.callbacks.Callback):
 
 
 def _clipped(optimizer, clipper):
-    """`optimizer` with a clipper: itself where it can clip, else a wrapper around it.
+    """`optimizer` with a clipper: the same object if it can clip, else a wrapper around it.
 
-    Everything else that the hypermodel chose stays: the objects are used, not copies of their
-    configs, which lack what a config does not hold (variables excluded from weight decay).
+    The hypermodel's objects are used, because a copy by config would lose settings, such as the
+    variables excluded from weight decay.
     """
     wrapper = find(optimizer)
     if wrapper is not None:

@@ -5,7 +5,7 @@
         model.compile(kgc.ClippedOptimizer(..., to_clipper(values)), ...)
         ...
 
-A parameter that a trial does not use is not suggested, so that Optuna's samplers see none of it.
+Unused parameters of a trial are not suggested, and so do not reach Optuna's samplers.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def suggest(trial: optuna.trial.BaseTrial, **space: Any) -> dict[str, Any]:
     """The hyper-parameters of an Optuna trial, for `to_clipper` and `to_gate`.
 
     Args:
-        trial: of a study, or an `optuna.trial.FixedTrial`.
+        trial: an `optuna.Trial` or `optuna.trial.FixedTrial`.
         **space: arguments of `clip_hyperparameters`.
 
     Returns:
@@ -34,7 +34,7 @@ def suggest(trial: optuna.trial.BaseTrial, **space: Any) -> dict[str, Any]:
 
 
 class _TrialParameters:
-    """An Optuna trial that answers as `keras_tuner.HyperParameters` does."""
+    """An Optuna trial with the interface of `keras_tuner.HyperParameters`."""
 
     def __init__(self, trial: optuna.trial.BaseTrial):
         self._trial = trial
@@ -67,6 +67,6 @@ class _TrialParameters:
 
     def _keep(self, name: str, ask: Any, *arguments: Any, **options: Any) -> Any:
         if not self._active:
-            return None  # as KerasTuner
+            return None  # as in KerasTuner
         self._values[name] = ask(name, *arguments, **options)
         return self._values[name]

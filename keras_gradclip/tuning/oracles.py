@@ -1,14 +1,14 @@
-"""KerasTuner's oracles, made to survive kills, divergence and lost workers.
+"""KerasTuner's oracles, extended to survive kills, divergence and lost workers.
 
-What `SearchOracle` adds to each of them:
+`SearchOracle` adds to each of them:
 
 - the first trial has the default values: the unclipped baseline;
-- at the end, the best clipped and the best unclipped trial may be trained again with other seeds,
-  because the best of many is flattered by having been chosen;
-- a trial that diverged is COMPLETED with a score of -inf (or +inf) and so ranks last;
-- its files are replaced as a whole, and a reload runs no finished trial again;
-- a worker that is idle gets no "stop" while trials are out that may come back;
-- `lose_worker` takes a trial back from a lost worker.
+- at the end, the best clipped and the best unclipped trial may be retrained with other seeds,
+  because the best score of many trials is biased;
+- a diverged trial is COMPLETED with a score of -inf (or +inf), so it ranks last;
+- its files are written atomically, and a reload repeats no finished trial;
+- an idle worker gets no "stop" while a running trial may still be lost;
+- `lose_worker` reassigns the trial of a lost worker.
 """
 
 import copy
@@ -20,21 +20,23 @@ import keras_tuner as kt
 from keras_gradclip.tuning._kerastuner import OracleInternals, TrialStatus
 from keras_gradclip.tuning._kerastuner import SearchTuner as SearchTuner  # public here
 
-BASELINE = "tuner/baseline"  # marks the values of the baseline; KerasTuner's own are tuner/ too
-CONFIRMS = "tuner/confirms"  # marks the values of a trial that repeats another, named here
+BASELINE = (
+    "tuner/baseline"  # key that marks the baseline; KerasTuner's own keys begin with tuner/, too
+)
+CONFIRMS = "tuner/confirms"  # key with the id of the trial that this one repeats
 MOST_LOSSES = 3
 
 
 class SearchOracle(OracleInternals):
-    """The additions; comes before one of KerasTuner's oracles among the bases.
+    """Mixin with the additions, to be listed before one of KerasTuner's oracles.
 
     Attributes:
-        on_change: None, or called as `on_change(trial, event)` with event "begin" or "end", on
-            the machine of the oracle.
+        on_change: None, or a function called as `on_change(trial, event)` with event "begin" or
+            "end", on the oracle's machine.
     """
 
     on_change: Callable | None = None
-    #: Trials of the search itself; None for as many as the algorithm wants.
+    #: Trials without confirmations; None: the algorithm decides.
     search_trials: int | None = None
     confirm: bool = False
 
@@ -43,7 +45,7 @@ class SearchOracle(OracleInternals):
         self._losses: dict[str, int] = {}
 
     def populate_space(self, trial_id):
-        """The default values first, then what the algorithm wants."""
+        """Returns the default values first, then those of the algorithm."""
         if not self.trials:
             hps = self.get_space()
             values: dict = {}
@@ -55,12 +57,12 @@ class SearchOracle(OracleInternals):
         own = [t for t in self.trials.values() if CONFIRMS not in t.hyperparameters.values]
         if self.search_trials and len(own) >= self.search_trials:
             return self._confirmation(own)
-        with self.seeing_only(own):  # not those that confirm
+        with self.seeing_only(own):  # hides confirming trials
             answer = self.next_values(trial_id)
         return self._confirmation(own) if answer["status"] == "STOPPED" else answer
 
     def next_values(self, trial_id):
-        """What the algorithm wants next, as `keras_tuner.Oracle.populate_space`."""
+        """The algorithm's next values, as `keras_tuner.Oracle.populate_space` returns them."""
         return super().populate_space(trial_id)
 
     def _confirmation(self, own):
@@ -73,12 +75,12 @@ class SearchOracle(OracleInternals):
         if not any(math.isfinite(trial.score) for trial in ended):
             return stopped
         sign = -1 if self.objective.direction == "max" else 1
-        ended.sort(key=lambda t: (sign * t.score, t.trial_id))  # a reload keeps no order
-        # Also where all of a kind diverged: do they with other seeds?
+        ended.sort(key=lambda t: (sign * t.score, t.trial_id))  # a reload loses their order
+        # Even if all of a kind diverged: other seeds may not.
         clipped = [t for t in ended if t.hyperparameters.values["clipper"] != "none"]
         unclipped = [t for t in ended if t.hyperparameters.values["clipper"] == "none"]
         chosen = [*clipped[:1], *unclipped[:1]]
-        chosen.sort(key=ended.index)  # the better one first, should this be interrupted
+        chosen.sort(key=ended.index)  # the better one first, in case of an interruption
         confirmed = {t.hyperparameters.values.get(CONFIRMS) for t in self.trials.values()}
         for trial in chosen:
             if trial.trial_id not in confirmed:
@@ -94,7 +96,7 @@ class SearchOracle(OracleInternals):
 
     @kt.synchronized
     def create_trial(self, tuner_id):
-        """As KerasTuner's, but nobody is sent home while a trial may still come back."""
+        """Overrides KerasTuner's: no worker gets "stop" while a trial may need to be repeated."""
         again = tuner_id in self.running
         trial = super().create_trial(tuner_id)
         if trial.status == TrialStatus.STOPPED and self.running:
@@ -106,19 +108,18 @@ class SearchOracle(OracleInternals):
 
     @kt.synchronized
     def update_trial(self, trial_id, metrics, step=0):
-        """As KerasTuner's; a lost worker that comes back adds nothing to a trial that is over."""
+        """Overrides KerasTuner's: ignores reports on a finished trial, as from a lost worker."""
         if trial_id in self.ended:
             return self.trials[trial_id]
         return super().update_trial(trial_id, metrics, step)
 
     @kt.synchronized
     def end_trial(self, trial):
-        """As KerasTuner's; the values stay as they were given out, in float64."""
+        """Overrides KerasTuner's: keeps the original float64 values of the trial."""
         known = self.trials[trial.trial_id]
         if known.hyperparameters.values.keys() == trial.hyperparameters.values.keys():
             trial.hyperparameters = known.hyperparameters
-        # A worker that was given up may come back, after another has done its trial or before
-        # another has begun it.
+        # A worker counted as lost may return, before or after its trial was repeated.
         if trial.trial_id in self.ended:
             return
         if trial.trial_id in self.waiting:
@@ -128,9 +129,9 @@ class SearchOracle(OracleInternals):
 
     @kt.synchronized
     def lose_worker(self, tuner_id: str):
-        """Gives the trial of a lost worker to the next one that asks.
+        """Queues the trial of a lost worker for another worker.
 
-        A trial that has lost three workers, say for want of memory, is FAILED instead.
+        A trial that has lost three workers, for example for lack of memory, is FAILED instead.
 
         Returns:
             The trial's id, or None if the worker had none.
@@ -161,9 +162,9 @@ class RandomOracle(SearchOracle, kt.oracles.RandomSearchOracle):
 
 
 class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
-    """Bayesian optimisation, to which a diverged trial is as bad as the worst that did not.
+    """Bayesian optimisation; a diverged trial counts as the worst finite score.
 
-    KerasTuner turns an infinite score into 0, which is the best of all losses.
+    KerasTuner would replace an infinite score by 0, the best possible loss.
     """
 
     def next_values(self, trial_id):
@@ -180,7 +181,7 @@ class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
 
 
 class HyperbandOracle(SearchOracle, kt.oracles.HyperbandOracle):
-    """Hyperband; the baseline runs outside of the brackets, with the full number of epochs."""
+    """Hyperband; the baseline runs outside the brackets, for all epochs."""
 
     def _baseline(self, values):
         whole = {"tuner/epochs": self.max_epochs, "tuner/initial_epoch": 0}
@@ -188,10 +189,10 @@ class HyperbandOracle(SearchOracle, kt.oracles.HyperbandOracle):
 
 
 class GridOracle(SearchOracle):
-    """Every combination once, defaults first, the last hyper-parameter fastest.
+    """Grid search: every combination once, defaults first, the last hyper-parameter fastest.
 
-    Unlike KerasTuner's own, whose place in the grid is lost on a restart, it finds the next
-    combination from the trials there are.
+    Unlike KerasTuner's, it survives a restart, because it derives the next combination from the
+    existing trials.
     """
 
     def next_values(self, trial_id):
@@ -228,15 +229,15 @@ def combinations(hps) -> Iterator[dict]:
 def make_oracle(
     tuner: str, objective, max_trials: int | None = None, confirm: bool = False, **options
 ) -> SearchOracle:
-    """The oracle of a kind.
+    """An oracle by the tuner's name.
 
     Args:
         tuner: "random", "bayesian", "hyperband" or "grid".
         objective: `keras_tuner.Objective`, or the name of one whose direction is known.
         max_trials: int, the baseline included; None for a whole grid, and for Hyperband, which
-            takes `max_epochs` and decides itself.
-        confirm: after that, repeat the best clipped and the best unclipped trial.
-        **options: of the oracle: seed, hyperparameters, max_epochs, factor ...
+            needs `max_epochs` instead.
+        confirm: then repeat the best clipped and the best unclipped trial.
+        **options: the oracle's options: seed, hyperparameters, max_epochs, factor ...
     """
     kinds = {
         "random": RandomOracle,
@@ -249,13 +250,13 @@ def make_oracle(
     if max_trials is None and tuner in ("random", "bayesian"):
         raise ValueError(f"make_oracle: `max_trials` must be a number for {tuner!r}.")
     oracle = kinds[tuner](objective=objective, **options)
-    oracle.max_trials = None  # KerasTuner would count the trials that confirm
+    oracle.max_trials = None  # KerasTuner would count confirming trials
     oracle.search_trials, oracle.confirm = max_trials, confirm
     return oracle
 
 
 def _key(values):
-    """Values to compare: to the float32 that comes back from other machines."""
+    """Values rounded for comparison, because workers return them as float32."""
     return tuple(
         (name, f"{value:.6g}" if isinstance(value, float) else value)
         for name, value in sorted(values.items())

@@ -1,13 +1,13 @@
-"""The search space: which clipper, its thresholds, and the learning rate beside them.
+"""The search space: the clipper, its thresholds, and the learning rate.
 
     def build_model(hp):
         values = clip_hyperparameters(hp, learning_rate=(1e-4, 1e-2))
-        clipper = to_clipper(values)          # None where the trial does not clip
+        clipper = to_clipper(values)          # None for a trial without clipping
         ...
 
-Clippers and what there is to vary come from their declarations (`searchable`). Every name belongs
-to one clipper (`absolute/threshold`, `exponential/gamma` ...) and lies in a conditional scope of
-KerasTuner, so that a trial carries no parameter that it does not use.
+Clippers and their parameters come from the declarations (`searchable`). Every name belongs to one
+clipper (`absolute/threshold`, `exponential/gamma` ...), in a conditional scope of KerasTuner, so
+that a trial has no unused parameter.
 """
 
 import json
@@ -27,14 +27,14 @@ from keras_gradclip.clippers.units import units_of
 from keras_gradclip.names import did_you_mean
 
 NONE = "none"
-#: What is searched by default: with one threshold each, five dimensions; any of `searchable()`.
+#: The clippers searched by default, any of `searchable()`; five dimensions with their thresholds.
 CLIPPERS = (NONE, "absolute", "exponential", "norm", "update_ratio")
 # A log scale has no 0, and a threshold of 0 would stop training.
 _LEAST_OF_ZERO = 1e-4
 
 
 def searchable() -> dict[str, dict[str, Parameter]]:
-    """What a search can vary: for each registered clipper, its parameters by name."""
+    """The parameters that a search can vary, by name, for each registered clipper."""
     return {
         alias: {p.name: p for p in parameters(cls) if p.kind != "object"}
         for alias, cls in selectable().items()
@@ -45,15 +45,15 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
     """Ranges for `clip_hyperparameters`, centred on measured thresholds.
 
     Args:
-        path: JSON that `keras_gradclip.calibrate(...).save(path)` wrote.
+        path: a file of `keras_gradclip.calibrate(...).save(path)`.
 
     Returns:
         A dict from a threshold's name (`threshold`, `gamma`, `max_norm`, `clip_factor`,
-        `rms/threshold` ...) to half a decade to either side of the median of the layers'
-        thresholds. A clipper without a figure is left out.
+        `rms/threshold` ...) to a range of half a decade on either side of the layers' median.
+        Clippers without a threshold are omitted.
 
     Raises:
-        ValueError: the file is no such JSON.
+        ValueError: the file is not a saved calibration.
     """
     try:
         thresholds = json.loads(Path(path).read_text())["calibration"]["thresholds"]
@@ -98,19 +98,19 @@ def clip_hyperparameters(
     Args:
         hp: `keras_tuner.HyperParameters`.
         clippers: which rules to choose from: "none" and any of `searchable()`.
-        groups: name to regular expression over `variable.path`, such as `layer_groups(model)`
-            gives: the threshold is then searched for each group by itself. The first match wins;
-            what no expression matches is not clipped.
+        groups: a dict from name to regular expression over `variable.path`, such as
+            `layer_groups(model)`: each group gets its own threshold. The first match wins;
+            variables without a match are not clipped.
         activation_gate: also search whether to gate activations, and its c and γ.
         learning_rate: (low, high) on a log scale, or None to leave it out. Clipping and the
             learning rate trade off against each other: a fixed one favours a threshold.
-        default_learning_rate: that of the default trial; else the middle of the range.
-        points: search each number on a grid of so many points (for a grid search).
-        **varied: for a parameter, the range (low, high) or the words to search:
+        default_learning_rate: the default trial's; otherwise the middle of the range.
+        points: the number of grid points of each number, for a grid search.
+        **varied: for each parameter the range (low, high) or the words to search:
             `threshold=(0.01, 1)`, `rescale=["none", "norm"]`, `**{"rms/threshold": (0.1, 1)}`.
-            Without a clipper's name it is for every clipper that suggests a range of that name, or
-            has a choice of it. A low of 0 means 1e-4·high. Of parameters that are not named here,
-            each clipper's threshold alone is searched, in the range that the clipper suggests.
+            Without a clipper's name it applies to every clipper that has a range or choice of that
+            name. A low of 0 means 1e-4·high. By default only each clipper's threshold is searched,
+            in the range that the clipper suggests.
 
     Returns:
         A dict of the active hyper-parameters by name, for `to_clipper` and `to_gate`.
@@ -137,7 +137,7 @@ def clip_hyperparameters(
             continue
         with hp.conditional_scope("clipper", [alias]):
             for p in known[alias].values():
-                # Of two parameters of one name, one may be a number that is better left alone.
+                # Of two parameters with one name, one may not be worth searching.
                 shared = varied.get(p.name) if p.search or p.kind == "word" else None
                 _declare(declare, alias, p, varied.get(f"{alias}/{p.name}", shared), groups)
     if activation_gate:
@@ -151,7 +151,7 @@ def clip_hyperparameters(
 
 
 def _declare(declare, alias: str, p: Parameter, given: Sequence | None, groups) -> None:
-    """Declares a parameter: as `given`, else a threshold as its clipper suggests, else not."""
+    """Declares a parameter as `given`; by default only a threshold, in its suggested range."""
     name = f"{alias}/{p.name}"
     if given is None and not p.threshold:
         return
@@ -180,7 +180,7 @@ def _declare(declare, alias: str, p: Parameter, given: Sequence | None, groups) 
 
 
 class _Declaration:
-    """Declares hyper-parameters and remembers the values of those that are active."""
+    """Declares hyper-parameters and collects the values of active ones."""
 
     def __init__(self, hp, points):
         if points is not None and points < 2:
@@ -228,15 +228,15 @@ def to_clipper(values: Mapping, groups: Mapping[str, str] | None = None):
 
     Args:
         values: hyper-parameters by name, as `clip_hyperparameters` returns them, or
-            `hp.values`; other names are ignored. Numbers count to 7 digits, which is what
-            KerasTuner's messages between machines (float32) keep.
+            `hp.values`; other names are ignored. Numbers are rounded to 7 digits, because
+            KerasTuner sends float32 between machines.
         groups: as given to `clip_hyperparameters`.
 
     Returns:
         A `keras_gradclip` clipper, or None for "none".
 
     Raises:
-        ValueError: no "clipper" among the values, an unknown one, or a missing threshold.
+        ValueError: "clipper" is missing or unknown, or a threshold is missing.
     """
     alias = values.get("clipper")
     if alias == NONE:
@@ -272,7 +272,7 @@ def to_clipper(values: Mapping, groups: Mapping[str, str] | None = None):
 
 
 def _value(p: Parameter, value):
-    """A trial's value as the clipper takes it."""
+    """A trial's value in the type that the clipper expects."""
     if p.kind == "word":
         return None if value == NONE and None in p.choices else value
     return int(value) if p.kind == "count" else _rounded(value)
@@ -297,15 +297,15 @@ def to_gate(values: Mapping, initial_learning_rate: float):
 def layer_groups(model) -> dict[str, str]:
     """Splits a network into stem, stages and head, for `groups=`.
 
-    The stem is the first layer with a kernel (or a table, as of words) and what follows it
-    up to the next kernel, as its normalisation; the head is the last layer with a kernel and what
-    follows; the stages are the rest.
+    The stem is the first layer with a kernel or an embedding table, and all layers up to the next
+    kernel, such as its normalisation; the head is the last layer with a kernel and all after it;
+    the stages are the rest.
 
     Args:
         model: a built Keras model.
 
     Returns:
-        {"stem": regex, "head": regex, "stages": ".*"}, in the order in which they are tried.
+        {"stem": regex, "head": regex, "stages": ".*"}, in the order of matching.
 
     Raises:
         ValueError: fewer than three layers with kernels.
@@ -329,7 +329,7 @@ def layer_groups(model) -> dict[str, str]:
 
 
 def threshold_of(values: Mapping) -> dict[str, float]:
-    """The thresholds among a trial's values, by name; empty for the unclipped trial."""
+    """The thresholds among a trial's values, by name; empty if unclipped."""
     alias = str(values.get("clipper"))
     cls = selectable().get(alias)
     name = None if cls is None else threshold_name(cls)
@@ -340,7 +340,7 @@ def threshold_of(values: Mapping) -> dict[str, float]:
 
 
 def ranges(hp) -> dict[str, tuple[float, float]]:
-    """(low, high) of the numbers of a space, by name.
+    """The ranges (low, high) of the numbers of a space, by name.
 
     Args:
         hp: `keras_tuner.HyperParameters`.

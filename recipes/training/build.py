@@ -1,4 +1,4 @@
-"""What a run trains with: devices, data, model and optimizer, built from the options."""
+"""The setup of a run: devices, data, model and optimizer, built from the options."""
 
 import contextlib
 import dataclasses
@@ -22,26 +22,26 @@ from recipes.training.options import Options
 from recipes.training.recipe import Recipe
 from recipes.words import counted
 
-# A warm-up longer than this share of a run would leave it little but the warm-up.
+# The longest warm-up, as a share of the run.
 _LONGEST_WARMUP = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run trains with.
+    """Everything a run trains with.
 
     Attributes:
         recipe: `Recipe`.
         options: `Options`.
         data: `recipes.data.Data`.
         clipper: `keras_gradclip.Clipper`, or None.
-        strategy: of tf.distribute, or None for one device without one.
+        strategy: the tf.distribute strategy, or None on a single device.
         cluster: the workers on several machines, or None.
-        writes: whether this process writes the files: the chief alone of several workers.
-        steps: batches an epoch.
-        model: compiled `keras_gradclip.ClippedModel`.
-        exported: the model that is kept. It shares the weights, loads without this package, and
-            has no optimizer.
+        writes: whether this process writes the files; of several workers only the chief does.
+        steps: batches per epoch.
+        model: the compiled `keras_gradclip.ClippedModel`.
+        exported: the model to save. It shares the weights, loads without this package, and has no
+            optimizer.
     """
 
     recipe: Recipe
@@ -79,11 +79,11 @@ class Setup:
         ]
 
     def create_state(self) -> None:
-        """Makes the variables of the metrics, before the first step does."""
+        """Creates the variables of the metrics before the first step."""
         self.model.evaluate(self.evaluation(self.data.validation), steps=1, verbose=0)
 
     def stream(self, start: int, *part: Part) -> tf.data.Dataset:
-        """Endless training batches, from global step `start` on."""
+        """An endless data set of training batches, from global step `start` on."""
         batch_size, seed = self.options.batch_size, self.options.seed
         return train_stream(self.data, batch_size, seed, start, self.steps, *part)
 
@@ -93,7 +93,7 @@ class Setup:
         return batches.take(self.options.limit_steps) if self.options.limit_steps else batches
 
     def shared(self, make: Callable[..., tf.data.Dataset], what: Any) -> Any:
-        """`make(what)`, of which each of several workers prepares its part alone."""
+        """The data set `make(part)`; each of several workers prepares only its own part."""
         if self.cluster is None:
             return make(what)
 
@@ -104,9 +104,9 @@ class Setup:
         return self.strategy.distribute_datasets_from_function(make_part)
 
     def test(self, path: Path) -> dict[str, float]:
-        """The metrics of a saved model, as a user would load it, on the test split.
+        """The metrics of a saved model on the test split, loaded as a user would.
 
-        Writes what `recipes.training.evaluation` has about each class into the model's folder.
+        Also writes the per-class results of `recipes.training.evaluation` to the model's folder.
         """
         evaluation.write_names(path, self.data)
         model = keras.models.load_model(path, compile=False)
@@ -117,17 +117,17 @@ class Setup:
 
 @contextlib.contextmanager
 def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
-    """A run before its first step: its devices, data and model.
+    """Prepares a run up to its first step: devices, data and model.
 
     Args:
         recipe: `Recipe`.
         options: from `recipe.options(...)`.
 
     Yields:
-        `Setup`, valid inside the context alone.
+        `Setup`, valid only inside the context.
 
     Raises:
-        RecipeError: a clipper, data set or device that cannot be.
+        RecipeError: an invalid clipper, data set or device.
         WorkerLost: another worker died or hangs.
     """
     keras.backend.clear_session()
@@ -140,7 +140,7 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
     with dtype_policy(options.mixed_precision), losses:
         data = load_data(recipe, options)
         steps = steps_per_epoch(data.train, options.batch_size, options.limit_steps)
-        # Not before: preparing the data may have drawn random numbers.
+        # After the data, whose preparation may draw random numbers.
         keras.utils.set_random_seed(options.seed)
         with strategy.scope() if strategy else contextlib.nullcontext(), plain_errors():
             model = build_model(recipe, options, data, clipper, steps)
@@ -153,14 +153,14 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
 
 
 def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) -> Any:
-    """The tf.distribute strategy, or None for one device without one.
+    """The tf.distribute strategy, or None on a single device.
 
     Args:
         options: the run's options.
-        cluster: the workers, with `--strategy multiworker`; comes back when all of them are there.
+        cluster: the workers, with `--strategy multiworker`; waits until all of them have started.
 
     Raises:
-        RecipeError: too few devices, or a batch that they cannot share evenly.
+        RecipeError: too few devices, or a batch size that they do not divide.
     """
     count = options.devices
     if cluster is not None:
@@ -169,7 +169,7 @@ def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) 
         return None
     kind = device_kind()
     if kind == "CPU" and count > 1:
-        # Too late after TensorFlow has started: then what there is must do.
+        # Not possible after TensorFlow has started: use the existing devices.
         with contextlib.suppress(RuntimeError):
             tf.config.set_logical_device_configuration(
                 tf.config.list_physical_devices("CPU")[0],
@@ -183,8 +183,8 @@ def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) 
     names = [device.name for device in tf.config.list_logical_devices(kind)]
     if len(names) < count:
         raise RecipeError(f"--devices {count}: there are {len(names)} {kind}s")
-    # Between CPUs TensorFlow would use collective operations, which remember the size of their
-    # group for the rest of the process; a search or a comparison runs more than one size.
+    # Between CPUs TensorFlow would use collective operations, which fix the size of their group
+    # for the rest of the process; a search or a comparison uses several sizes.
     reduction = None if kind == "GPU" else tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy(names[:count], cross_device_ops=reduction)
 
@@ -196,7 +196,7 @@ def device_kind() -> str:
 
 @contextlib.contextmanager
 def dtype_policy(mixed_precision: str) -> Iterator[None]:
-    """Keras's policy for the run ("none", "float16" or "bfloat16"), and the caller's after it."""
+    """Sets Keras's dtype policy ("none", "float16" or "bfloat16") within the context."""
     before = keras.config.dtype_policy()
     if mixed_precision != "none":
         keras.config.set_dtype_policy(f"mixed_{mixed_precision}")
@@ -225,7 +225,7 @@ def build_clipper(options: Options) -> kgc.Clipper | None:
     """The clipper that the options ask for, or None.
 
     Raises:
-        RecipeError: a threshold that cannot be, or a config that is not a clipper's.
+        RecipeError: an invalid threshold, or a config that is not a clipper's.
     """
     with plain_errors():
         if options.clip_config is not None:
@@ -236,7 +236,7 @@ def build_clipper(options: Options) -> kgc.Clipper | None:
 
 
 def build_network(recipe: Recipe, options: Options, num_outputs: int) -> Any:
-    """The recipe's network, a `keras_gradclip.ClippedModel` that is not compiled."""
+    """The recipe's network, an uncompiled `keras_gradclip.ClippedModel`."""
     if recipe.build:
         return recipe.build(num_outputs, options.image_size, kgc.ClippedModel, options)
     return models.build(
@@ -276,7 +276,7 @@ def build_model(recipe: Recipe, options: Options, data: Data, clipper: Any, step
 
 
 def warmup_updates(options: Options, steps: int) -> int:
-    """The updates of the warm-up: as asked for, but at most a fifth of the run's."""
+    """The number of warm-up updates: as given, but at most a fifth of the run."""
     updates = max(1, options.epochs * steps // options.accumulate)
     asked = round(options.warmup_epochs * steps / options.accumulate)
     return min(asked, int(_LONGEST_WARMUP * updates))
@@ -287,13 +287,13 @@ def build_optimizer(options: Options, model: Any, steps: int) -> Any:
 
     Args:
         options: the run's options.
-        model: what is no kernel (biases, gammas, betas) is excluded from weight decay.
-        steps: int, batches an epoch.
+        model: its biases, gammas and betas are excluded from weight decay.
+        steps: int, batches per epoch.
     """
     updates = max(1, options.epochs * steps // options.accumulate)
     warmup = warmup_updates(options, steps)
     schedule = keras.optimizers.schedules.CosineDecay(
-        # Not from zero: the first update of a warm-up should move something.
+        # Above zero, so that the first update changes the weights.
         initial_learning_rate=options.learning_rate / (warmup + 1),
         decay_steps=max(1, updates - warmup),
         warmup_target=options.learning_rate if warmup else None,
@@ -325,7 +325,7 @@ def build_optimizer(options: Options, model: Any, steps: int) -> Any:
 
 
 def load_data(recipe: Recipe, options: Options) -> Data:
-    """The recipe's data, or the set that the options name."""
+    """The recipe's data, or the data set named by the options."""
     if recipe.load_data:
         return recipe.load_data(options)
     return load(
@@ -341,7 +341,7 @@ def load_data(recipe: Recipe, options: Options) -> Data:
 
 
 def build_loss(recipe: Recipe, options: Options) -> Any:
-    """The recipe's loss, else `cross_entropy`."""
+    """The recipe's loss; by default `cross_entropy`."""
     return recipe.loss(options) if recipe.loss else cross_entropy(options.label_smoothing)
 
 
@@ -357,7 +357,7 @@ def cross_entropy(label_smoothing: float = 0.0) -> Any:
 
 
 def build_metrics(recipe: Recipe) -> list[Any]:
-    """The recipe's metrics, else the accuracy."""
+    """The recipe's metrics; by default the accuracy."""
     if recipe.metrics:
         return recipe.metrics()
     return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]

@@ -1,4 +1,4 @@
-"""Callbacks of a run: a stop at NaN, the tables, the best model, the progress, the backup."""
+"""Callbacks of a run: stop at NaN, tables, best model, progress, backup."""
 
 import functools
 import math
@@ -38,14 +38,14 @@ def chain(
     monitored: Path | None,
     started: float,
 ) -> list[keras.callbacks.Callback]:
-    """The callbacks of a run, in their order.
+    """The callbacks of a run, in order.
 
     Args:
-        setup: what trains.
-        start: where it begins; the rows of its tables are appended to.
-        folder: of the run.
-        selection: which model is kept.
-        monitored: folder of the `ClipMonitor`; None for no monitor.
+        setup: the run's `Setup`.
+        start: where the run begins; new rows are appended to those of its tables.
+        folder: the run's folder.
+        selection: the rule that selects the model to keep.
+        monitored: the folder of the `ClipMonitor`; None for no monitor.
         started: `time.monotonic()` at the beginning of this process's part of the run.
     """
     options, done = setup.options, start.step % setup.steps
@@ -55,7 +55,7 @@ def chain(
         result.append(PartialEpoch(setup.steps - done))
     if options.select_best == "beats-test":
         result.append(TestScore(setup.shared(setup.evaluation, setup.data.test)))
-    if setup.cluster is not None:  # all workers validate with the same moving statistics
+    if setup.cluster is not None:  # so that all workers validate with the same moving statistics
         average = functools.partial(average_statistics, setup.model)
         result.append(keras.callbacks.LambdaCallback(on_test_begin=lambda logs: average()))
     result.append(Tables(folder, start, setup.writes))
@@ -73,15 +73,15 @@ def chain(
 
 
 class Backup(keras.callbacks.Callback):
-    """Keeps one file from which the run goes on bit for bit, replaced as a whole.
+    """Saves one file, replaced atomically, from which the run resumes bit for bit.
 
-    `keras.callbacks.BackupAndRestore` forgets the step within the epoch and the metrics so far,
-    and a kill while it writes leaves half a file.
+    `keras.callbacks.BackupAndRestore` loses the step within the epoch and the metrics so far, and
+    a kill during its write leaves a partial file.
 
     Args:
-        path: of the file.
-        setup: what trains; on a worker other than the chief nothing is written.
-        start: where the run begins; a backup is restored at the beginning of its first epoch.
+        path: the backup file.
+        setup: the run's `Setup`; only the chief writes.
+        start: where the run begins; a backup is restored at the beginning of the first epoch.
         started: `time.monotonic()` at the run's start, less the seconds of earlier processes.
     """
 
@@ -94,21 +94,21 @@ class Backup(keras.callbacks.Callback):
         self._restored = start.backup if isinstance(start, Interrupted) else None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Restores; `fit` has just set the metrics back to zero, so this is the place."""
+        """Restores the backup here, because `fit` has just reset the metrics."""
         if self._restored is not None:
             restore(self.model, self._restored)
             self._restored = None
             if self.step % self.setup.steps == 0:
-                self.model.reset_metrics()  # those of the backup are of the epoch before
+                self.model.reset_metrics()  # the backup has the previous epoch's
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Saves every so many steps."""
+        """Saves every `backup_every` steps."""
         self.step += 1
         if self.step % self.setup.options.backup_every == 0 and self.step % self.setup.steps:
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Saves at the end of the epoch, when its row of the history is written."""
+        """Saves at the end of the epoch, after its row in the history."""
         self._save()
 
     def _save(self) -> None:
@@ -117,13 +117,13 @@ class Backup(keras.callbacks.Callback):
 
 
 class SaveBest(keras.callbacks.Callback):
-    """Saves `setup.exported` when the last epoch is the best; the file is replaced as a whole.
+    """Saves `setup.exported` after the best epoch so far; replaces the file atomically.
 
     Args:
-        path: of the `.keras` file; the names of the classes come beside it.
-        setup: what trains.
-        selection: says which epoch is the best.
-        history: the rows of all epochs, to which `Tables` has added the last.
+        path: the `.keras` file; the class names are written beside it.
+        setup: the run's `Setup`.
+        selection: the rule that decides which epoch is the best.
+        history: the rows of all epochs, including the last, which `Tables` has added.
     """
 
     def __init__(
@@ -136,20 +136,20 @@ class SaveBest(keras.callbacks.Callback):
         self.history = history
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Saves, or leaves the file as it is."""
+        """Saves the model if this epoch is the best so far."""
         if self.selection.kept(self.history) == len(self.history) - 1:
             write_names(self.path, self.setup.data)
             replace_file(self.path, self.setup.exported.save)
 
 
 class PartialEpoch(keras.callbacks.Callback):
-    """Ends the first epoch of a resumed run after the steps that it still lacks.
+    """Ends the first epoch of a resumed run after its remaining steps.
 
-    Keras fixes the steps of an epoch for a whole `fit`. `stop_training` ends an epoch early, and
-    taking it back at the epoch's end, which Keras asks only afterwards, lets `fit` go on.
+    Keras fixes the steps per epoch for a whole `fit`. `stop_training` ends an epoch early; Keras
+    reads it again only after `on_epoch_end`, so resetting it there lets `fit` continue.
 
     Args:
-        steps: int, steps that are left of the first epoch.
+        steps: int, remaining steps of the first epoch.
     """
 
     def __init__(self, steps: int):
@@ -166,19 +166,19 @@ class PartialEpoch(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Lets `fit` go on to the next epoch."""
+        """Resets `stop_training`, so that `fit` continues with the next epoch."""
         if self._cut:
             self.model.stop_training = False
             self._cut = False
 
 
 class StopAtNonFinite(keras.callbacks.Callback):
-    """Raises `TrainingDiverged` at a NaN in loss or gradient, or weight at the end of an epoch.
+    """Raises `TrainingDiverged` at a NaN in the loss or gradient, or in a weight at epoch end.
 
     Args:
         start_step: int, the run's step at which this `fit` starts.
-        skips: bool, the optimizer skips updates that are not finite: then a loss of NaN alone
-            does no harm, and only the weights count.
+        skips: bool, the optimizer skips non-finite updates: then a NaN loss does no harm, and
+            only the weights are checked.
     """
 
     def __init__(self, start_step: int = 0, skips: bool = False):
@@ -188,26 +188,26 @@ class StopAtNonFinite(keras.callbacks.Callback):
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Remembers the epoch, for the message."""
+        """Stores the epoch for the message."""
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Looks at the running loss and gradient norm, which one bad batch turns."""
+        """Checks the running loss and gradient norm, which one bad batch makes NaN."""
         logs = logs or {}
         if not self.skips:
             is_bad = not math.isfinite(logs.get("loss", 0.0))
-            # A rectifier may hide a NaN from the loss. Before the first update the norm is NaN.
+            # A ReLU may hide a NaN from the loss. Before the first update the norm is NaN.
             if is_bad or (math.isnan(logs.get("grad_norm", 0.0)) and self._seen()["updates"]):
                 raise self.diverged(self.step)
         self.step += 1
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Looks at the weights, for an update after the last loss, and for updates at all."""
+        """Checks the weights after the last update, and that not all updates were skipped."""
         if not all_finite(self.model) or self._all_skipped():
             raise self.diverged(self.step - 1)
 
     def diverged(self, step: int) -> TrainingDiverged:
-        """The error for a step; names the first gradient, in the model's order, with a NaN."""
+        """The error for a step; names the first variable with a NaN gradient."""
         variable = _clipped_optimizer(self.model).first_nonfinite_variable
         layer = None if variable is None else variable.rpartition("/")[0] or variable
         cause = f"first non-finite gradient: {variable!r}"
@@ -227,9 +227,9 @@ class StopAtNonFinite(keras.callbacks.Callback):
 
 
 class TestScore(keras.callbacks.Callback):
-    """Adds `test_<metric>` to each epoch's logs, for the rule that compares with the test set."""
+    """Adds `test_<metric>` to each epoch's logs, for `--select-best beats-test`."""
 
-    __test__ = False  # not a test, whatever pytest thinks of the name
+    __test__ = False  # not a test for pytest
 
     def __init__(self, batches: Any):
         super().__init__()
@@ -242,16 +242,16 @@ class TestScore(keras.callbacks.Callback):
 
 
 class Tables(keras.callbacks.Callback):
-    """Keeps `history.csv`, a row an epoch, and `layers.csv`, a row an epoch and layer.
+    """Writes `history.csv`, one row per epoch, and `layers.csv`, one per epoch and layer.
 
     Columns of `layers.csv`: epoch (from 1), layer, grad_norm (L2 before the clip, root mean square
     over the epoch's updates), clip_fraction. Adds the learning rate of the epoch's last update
-    and, where `fit` did not, `grad_norm` and `clip_fraction` to the logs.
+    and, if `fit` did not, `grad_norm` and `clip_fraction` to the logs.
 
     Args:
-        folder: of the run.
-        start: holds the rows of earlier epochs, to which those of this `fit` are appended.
-        writes: False on a worker other than the chief.
+        folder: the run's folder.
+        start: has the rows of earlier epochs, to which those of this `fit` are appended.
+        writes: False on workers other than the chief.
     """
 
     def __init__(self, folder: Path, start: Start, writes: bool = True):
@@ -282,12 +282,12 @@ class Tables(keras.callbacks.Callback):
 
 
 def _clipped_optimizer(model: Any) -> Any:
-    """The optimizer that clips, from under a LossScaleOptimizer where there is one."""
+    """The ClippedOptimizer, unwrapped from a LossScaleOptimizer if there is one."""
     return find(model.optimizer)
 
 
 def _last_learning_rate(optimizer: Any) -> float:
-    """That of the last update; `optimizer.learning_rate` is the next one's, 0 at a cosine's end."""
+    """The last update's learning rate; `optimizer.learning_rate` is the next update's."""
     rate = optimizer.get_config()["learning_rate"]
     if isinstance(rate, dict):
         schedule = keras.optimizers.schedules.deserialize(rate)
@@ -296,13 +296,13 @@ def _last_learning_rate(optimizer: Any) -> float:
 
 
 class Progress(keras.callbacks.Callback):
-    """Prints a line an epoch, and before it a progress bar that the line replaces.
+    """Prints a progress bar during each epoch, and one line at its end.
 
     Args:
         metric: the metric beside the loss.
-        epochs: of the run.
-        steps: batches an epoch.
-        done: the steps of the first epoch that an earlier process did.
+        epochs: the run's epochs.
+        steps: batches per epoch.
+        done: steps of the first epoch done by an earlier process.
         bar: whether to show the progress bar.
     """
 
@@ -318,11 +318,11 @@ class Progress(keras.callbacks.Callback):
         self._started = time.monotonic()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Prints the head of the columns."""
+        """Prints the header."""
         self._print("epoch", "loss", self.metric, "validation", "clipped", "rate", "seconds")
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begins a progress bar."""
+        """Starts a progress bar."""
         self._started = time.monotonic()
         if self.bar:
             names = ("loss", self.metric)

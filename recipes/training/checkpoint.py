@@ -1,4 +1,4 @@
-"""The backup of a run, where a run begins, and which of its models is kept."""
+"""The backup of a run, the step where it begins, and the selection of its best model."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ from recipes.words import counted
 
 
 def state_variables(model: Any) -> list[Any]:
-    """Every variable that the next step depends on or adds to, once each, in a fixed order.
+    """All variables that the next step reads or writes, without repeats, in a fixed order.
 
-    Weights, moving averages, the states of random layers, the optimizer's (with the clipper's
-    and the loss scale), the running metrics of the epoch, and the states of stateful RNNs, which
-    Keras tracks nowhere.
+    Weights, moving averages, states of random layers, the optimizer's variables (with the
+    clipper's and the loss scale), the epoch's running metrics, and the states of stateful RNNs,
+    which Keras does not track.
     """
     variables = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
     states = keras.tree.flatten([getattr(layer, "states", None) for layer in all_layers(model)])
@@ -43,9 +43,9 @@ def all_finite(model: Any) -> bool:
 def save_backup(path: PathLike, model: Any, step: int, seconds: float, writes: bool = True) -> None:
     """Writes all of `state_variables` and the step into one npz file.
 
-    Several workers have to call it together: what every replica keeps for itself is read as the
-    sum over all of them. Statistics that differ from worker to worker are averaged first, so that
-    a run that goes on from the file is in the state of this one.
+    Several workers must call it together, because per-replica values are read as their sum.
+    Statistics that differ between workers are averaged first, so that a run resumed from the file
+    has the same state as this one.
     """
     average_statistics(model)
     variables = state_variables(model)
@@ -61,7 +61,7 @@ def save_backup(path: PathLike, model: Any, step: int, seconds: float, writes: b
     replace_file(path, write)
 
 
-# What NumPy and `zipfile` raise over a file that is cut, or another one.
+# Errors of NumPy and `zipfile` for a truncated file or another format.
 _NO_BACKUP = (
     *(AttributeError, IsADirectoryError, EOFError, KeyError, NotImplementedError),
     *(TypeError, ValueError, zipfile.BadZipFile, zlib.error),
@@ -69,7 +69,7 @@ _NO_BACKUP = (
 
 
 def load_backup(path: PathLike) -> dict[str, Any]:
-    """The content of a backup: "step", "seconds", "paths", "values", a list of arrays; its "path".
+    """The content of a backup: "path", "step", "seconds", "paths" and "values", a list of arrays.
 
     Raises:
         ValueError: the file is not a backup.
@@ -86,10 +86,10 @@ def load_backup(path: PathLike) -> dict[str, Any]:
 
 
 def matched(model: Any, backup: Mapping[str, Any]) -> list[Any]:
-    """The variables of the model and its optimizer, one a value of `load_backup`.
+    """The variables of the model and its optimizer, one for each value of `load_backup`.
 
     Raises:
-        ValueError: the model is another one.
+        ValueError: the backup is of a different model.
     """
     variables = state_variables(model)
     shapes = [tuple(v.shape) for v in variables]
@@ -105,17 +105,17 @@ def restore(model: Any, backup: Mapping[str, Any]) -> None:
     """Sets every variable of the model and its optimizer from `load_backup`.
 
     Raises:
-        ValueError: the model is another one.
+        ValueError: the backup is of a different model.
     """
     for variable, value in zip(matched(model, backup), backup["values"], strict=True):
         variable.assign(value)
 
 
 def average_statistics(model: Any) -> None:
-    """Averages the moving statistics of batch normalisation over the workers, if there are several.
+    """Averages the moving statistics of batch normalisation over several workers.
 
-    Each replica has its own, of its part of every batch. Without this a worker would validate
-    with others than the chief saves.
+    Each replica has its own statistics, of its part of every batch. Without the average a worker
+    would validate with other statistics than the chief saves.
     """
     strategy = model.distribute_strategy
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
@@ -139,7 +139,7 @@ def average_statistics(model: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which epoch's model is kept.
+    """The rule that selects the epoch whose model is kept.
 
     Attributes:
         rule: "improve" (the metric got better), or "beats-test" (better than on the test split).
@@ -153,17 +153,17 @@ class Selection:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The metrics that it looks at."""
+        """The metrics that the rule reads."""
         test = "test_" + self.monitor.removeprefix("val_")
         return (self.monitor, *([test] if self.rule == "beats-test" else ()))
 
     @property
     def sign(self) -> float:
-        """What a score is multiplied with so that more is better."""
+        """The factor (1 or -1) that makes larger scores better."""
         return {"max": 1.0, "min": -1.0}[self.mode]
 
     def is_better(self, logs: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
-        """Whether the model of an epoch replaces the one that was kept before."""
+        """True if the model of an epoch replaces the one kept so far."""
         score = self.sign * logs[self.monitor]
         if not math.isfinite(score):
             return False
@@ -172,7 +172,7 @@ class Selection:
         return best is None or score > self.sign * best[self.monitor]
 
     def kept(self, history: Sequence[Mapping[str, Any]]) -> int | None:
-        """The place in the history of the epoch that was kept last; None where none was."""
+        """The index of the kept epoch in the history; None if none was kept."""
         place = None
         for i, row in enumerate(history):
             if self.is_better(row, None if place is None else history[place]):
@@ -185,12 +185,12 @@ Rows = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The point where a run begins.
 
     Attributes:
         step: the number of steps done.
         seconds: the time spent by earlier processes.
-        history, layers: the rows of `history.csv` and `layers.csv`; the run appends its own.
+        history, layers: the rows of `history.csv` and `layers.csv`; the run appends to them.
     """
 
     step: int = 0
@@ -200,31 +200,31 @@ class Start:
 
 
 class New(Start):
-    """The first step."""
+    """The start of a new run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interrupted(Start):
-    """The step of a backup, `load_backup`'s."""
+    """The start of a resumed run, at the step of a backup."""
 
     backup: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Finished(Start):
-    """The end: a run that left its result and no backup."""
+    """A finished run, which has a result and no backup."""
 
 
 def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
-    """Where the run of a folder begins; writes nothing.
+    """The `Start` of the run in a folder; writes nothing.
 
     Args:
-        setup: with its state created.
-        folder: of the run.
-        selection: which model is kept, and so which columns of the history must hold numbers.
+        setup: the run's `Setup`, its state created.
+        folder: the run's folder.
+        selection: the rule whose columns of the history must hold numbers.
 
     Raises:
-        RecipeError: the backup or a table is damaged, of another network, or not the one that the
-            other workers see.
+        RecipeError: the backup or a table is damaged, belongs to a different network, or differs
+            between workers.
     """
     start: Start = New()
     options, backup = setup.options, folder / folders.BACKUP

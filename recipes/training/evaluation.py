@@ -1,4 +1,4 @@
-"""The classes of a run: their names beside the model, and how well each is recognised."""
+"""The classes of a run: their names, accuracies and confusion matrix."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,30 +16,30 @@ from recipes.data import Data
 from recipes.errors import RecipeError
 
 CLASSES, CONFUSION = "classes.csv", "confusion.png"
-_COUNTED = 2_000  # classes; the matrix of more takes too much memory
-_PRINTED = 20  # classes; a longer table is left to the CSV file
-_NUMBERED = 25  # classes; more numbers than in their matrix could not be read
-_NAMED = 120  # classes; of more, some names are left out
+_COUNTED = 2_000  # most classes with a confusion matrix, which needs memory
+_PRINTED = 20  # most classes printed; the CSV file has all
+_NUMBERED = 25  # most classes with numbers in the picture of the matrix
+_NAMED = 120  # most classes that are all named in the picture
 _COLUMNS = ("class", "images", "accuracy", "taken_for")
 
 
 def names_file(model: Path) -> Path:
-    """The file with the names of a `.keras` file's classes: `best.classes.json` of `best.keras`."""
+    """The path of a model's class names: `best.classes.json` for `best.keras`."""
     return model.with_suffix(".classes.json")
 
 
 def write_names(model: Path, data: Data) -> None:
-    """Writes what `recipes/predict.py` needs beside the model: class names, and how to decode."""
+    """Writes the class names and decoding options that `recipes/predict.py` reads."""
     if data.decoding:
         content = {"classes": list(data.class_names), "decoding": dict(data.decoding)}
         write_json(names_file(model), content)
 
 
 def read_names(model: Path) -> tuple[list[str], Mapping[str, Any]]:
-    """The class names beside a model, none where it predicts no classes, and `Data.decoding`.
+    """The class names of a model (empty if it has no classes), and `Data.decoding`.
 
     Raises:
-        RecipeError: there is no such file, or it is damaged.
+        RecipeError: the file of names is missing or damaged.
     """
     path = names_file(model)
     try:
@@ -60,9 +60,9 @@ def read_names(model: Path) -> tuple[list[str], Mapping[str, Any]]:
 
 
 class Confusion(keras.metrics.Metric):
-    """Counts of images by their class (rows) and the predicted one (columns).
+    """A metric that counts images by true class (rows) and predicted class (columns).
 
-    The result is the accuracy.
+    Its result is the accuracy.
     """
 
     def __init__(self, num_classes: int):
@@ -80,17 +80,17 @@ class Confusion(keras.metrics.Metric):
         )
 
     def result(self) -> Any:
-        """The share of images whose class is the predicted one."""
+        """The share of correctly predicted images."""
         return keras.ops.trace(self.counts) / keras.ops.maximum(keras.ops.sum(self.counts), 1)
 
 
 def evaluate(
     model: keras.Model, batches: Any, data: Data, folder: Path, loss: Any, metrics: Sequence[Any]
 ) -> dict[str, float]:
-    """The loss and metrics of a model, compiled with them, over batches of (x, y).
+    """The loss and metrics of a compiled model over batches of (x, y).
 
-    Where y are labels and the outputs one a named class, 2,000 at most, also writes `classes.csv`
-    and `confusion.png`.
+    For a classifier with named classes, at most 2,000, also writes `classes.csv` and
+    `confusion.png`.
     """
     size, label = len(data.class_names), batches.element_spec[1]
     counted = 0 < size <= _COUNTED and model.output_shape[-1] == size and len(label.shape) == 1
@@ -106,13 +106,13 @@ def evaluate(
 
 
 def write_classes(folder: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
-    """Writes `classes.csv`, a row a class, and `confusion.png`.
+    """Writes `classes.csv`, one row per class, and `confusion.png`.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         counts: `[classes, classes]`, images by true and predicted class.
-        names: of the classes.
-        title: of the picture.
+        names: the class names.
+        title: the picture's title.
     """
     images = counts.sum(axis=1)
     wrong = counts * (1 - np.eye(len(counts)))
@@ -130,7 +130,7 @@ def write_classes(folder: Path, counts: np.ndarray, names: Sequence[str], title:
 
 
 def print_classes(folder: Path) -> None:
-    """The accuracy of each class of a run that has any, or where to read that of many."""
+    """Prints the accuracy of each class, or for many classes where to find it."""
     rows = read_csv(folder / CLASSES, numbers=False)
     if len(rows) > _PRINTED:
         print(f"accuracy of {len(rows)} classes: {folder / CLASSES}, {folder / CONFUSION}")
@@ -145,7 +145,7 @@ def print_classes(folder: Path) -> None:
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:
-    """Draws a confusion matrix, each row as shares of the images of its class."""
+    """Draws a confusion matrix; each row shows shares of its class."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -154,7 +154,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: 
     figure = Figure(figsize=(side + 1.5, side), dpi=110)
     axis = figure.add_subplot()
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # The root shows the few mistakes of a class beside the many images that are right.
+    # A square-root scale keeps rare mistakes visible.
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
     figure.colorbar(image, ax=axis, label="% of the class", fraction=0.046, pad=0.02)
     ticks = range(0, size, -(-size // _NAMED))
@@ -178,7 +178,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: 
                 color=colour,
             )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks
+        warnings.simplefilter("ignore")  # glyphs that the font lacks
         replace_file(path, lambda scratch: figure.savefig(scratch, bbox_inches="tight"))
 
 

@@ -25,7 +25,7 @@ CLASSES = "best.classes.json"
 RESULT = "result.json"
 MONITOR = "monitor"
 LOCK = ".lock"
-# An interrupted run may be resumed with these changed: none of them alters a step.
+# Options that may change when a run is resumed: they do not affect the steps.
 _FREE_ON_RESUME = {
     "epochs",
     "backup_every",
@@ -37,10 +37,10 @@ _FREE_ON_RESUME = {
 
 
 def folder_named(name: str, flag: str = "--output") -> Path:
-    """The folder that a flag names, which may not exist yet.
+    """The folder named by a flag, which may not exist yet.
 
     Raises:
-        RecipeError: no folder can have this name, or there is a file in its place.
+        RecipeError: the name is invalid, or belongs to a file.
     """
     there = _nearest(name, flag)
     if not there.is_dir():
@@ -49,10 +49,10 @@ def folder_named(name: str, flag: str = "--output") -> Path:
 
 
 def file_named(name: str, flag: str = "--output") -> Path:
-    """The file that a flag names, which may be written anew.
+    """The file named by a flag, which may be overwritten.
 
     Raises:
-        RecipeError: no file can have this name, or there is a folder in its place.
+        RecipeError: the name is invalid, or belongs to a folder.
     """
     path, there = Path(name), _nearest(name, flag)
     if path.is_dir():
@@ -63,7 +63,7 @@ def file_named(name: str, flag: str = "--output") -> Path:
 
 
 def _nearest(name: str, flag: str) -> Path:
-    """The path of that name, or the nearest above it that exists."""
+    """The path, or its nearest parent that exists."""
     if "\0" in name:
         raise RecipeError(f"{flag} {name!r}: a NUL character cannot be in a name")
     if not name:
@@ -78,10 +78,9 @@ def _nearest(name: str, flag: str) -> Path:
 def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     """The options and the folder of a new or resumed run.
 
-    A new run in the default place makes and takes the next free name (`runs/resnet50`,
-    `runs/resnet50-2`, ...), so that nothing is overwritten, nor shared with a run that starts at
-    the same time. A folder named by `--output` must be empty or not exist. `--resume` takes the
-    newest default folder, or that of `--output`.
+    By default a new run creates the next free folder (`runs/resnet50`, `runs/resnet50-2`, ...), so
+    that nothing is overwritten or shared with a run that starts at the same time. A folder given by
+    `--output` must be empty or missing. `--resume` uses the newest default folder, or `--output`.
     """
     options = parsed.options
     if options.output is not None:
@@ -89,7 +88,7 @@ def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     if options.resume:
         return _reopen(recipe, parsed)
     if options.strategy == "multiworker" and not multiworker.read_cluster().is_chief:
-        # The chief looks whether the folder is free, makes it, and may have done so already.
+        # Only the chief checks that the folder is free; it may exist by now.
         return options, Path(options.output or RUNS / recipe.name)
     if options.output:
         folder = Path(options.output)
@@ -140,16 +139,16 @@ def _newest(recipe: Recipe) -> Path:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> str:
-    """The options of a folder that are not those of now.
+    """The options that have changed since a folder was begun.
 
     Args:
-        before: options that the folder was begun with, as JSON holds them.
-        now: the same of now. A name that one of the two lacks is of another version, and no
-            difference.
+        before: the options of the folder, as read from JSON.
+        now: the present options. A name that only one of the two has comes from a different
+            version, and is no difference.
         free: names that may change.
 
     Returns:
-        Such as `"learning_rate (0.1, now 0.2), seed (0, now 1)"`; "" where nothing differs.
+        Such as `"learning_rate (0.1, now 0.2), seed (0, now 1)"`; "" if nothing differs.
     """
     names = sorted(name for name in now.keys() & before.keys() if name not in free)
     changed = [name for name in names if before[name] != now[name]]
@@ -157,10 +156,10 @@ def differences(
 
 
 def check_options(path: Path, now: Mapping[str, Any]) -> None:
-    """Nothing, where a file's options are those of now, or there is no file.
+    """Checks that the options saved in a file, if there is one, are the present ones.
 
     Raises:
-        RecipeError: its folder was begun with others, or it is damaged.
+        RecipeError: the saved options differ, or the file is damaged.
     """
     if not path.exists():
         return
@@ -176,11 +175,11 @@ def check_options(path: Path, now: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, kind: str = "run") -> Iterator[None]:
-    """Makes `folder` and keeps other processes out of it until the context, or the process, ends.
+    """Creates and locks `folder` until the context, or the process, ends.
 
     Args:
-        folder: of a run or a search.
-        kind: what is in it, for the message.
+        folder: the folder of a run or a search.
+        kind: its content, for the message.
 
     Raises:
         RecipeError: another process holds the lock.
@@ -194,7 +193,7 @@ def locked(folder: Path, kind: str = "run") -> Iterator[None]:
             f"{folder} is in use by another {kind}: wait for it, or name another --output"
         ) from None
     try:
-        for scratch in folder.glob(".partial-*"):  # of a process that was killed as it wrote
+        for scratch in folder.glob(".partial-*"):  # left by a killed process
             scratch.unlink(missing_ok=True)
         yield
     finally:
@@ -203,7 +202,7 @@ def locked(folder: Path, kind: str = "run") -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """The lock of a run's folder; a mistake before the first backup leaves no folder.
+    """Locks a run's folder, and removes it after an error before the first backup.
 
     Raises:
         RecipeError: another process holds the lock, or the folder holds a run and `resume` is
@@ -225,13 +224,13 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
 
 
 def _is_empty(folder: Path, *besides: str) -> bool:
-    """Whether there is nothing in a folder but the files `besides` and what a kill left."""
+    """True if a folder is empty but for the files `besides` and leftovers of a kill."""
     names = {entry.name for entry in folder.iterdir()} - {LOCK, *besides}
     return all(name.startswith(".partial-") for name in names)
 
 
 def _remove(folder: Path) -> None:
-    """Removes the folder of a run that never began, and `runs/` if nothing else is in it."""
+    """Removes the folder of a run that never began, and `runs/` if it is empty."""
     for entry in folder.iterdir():
         entry.unlink()
     folder.rmdir()
@@ -261,10 +260,10 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_epochs(path: Path, needed: Sequence[str], last: int) -> list[dict[str, Any]]:
-    """The rows of a run's table up to the epoch `last`; a resumed run trains the later ones again.
+    """The rows of a run's table up to epoch `last`; a resumed run repeats the later epochs.
 
     Args:
-        path: of `history.csv` or `layers.csv`.
+        path: `history.csv` or `layers.csv`.
         needed: columns that must hold numbers.
         last: the number of epochs done.
 
@@ -283,7 +282,7 @@ def read_epochs(path: Path, needed: Sequence[str], last: int) -> list[dict[str, 
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `history.csv` or `layers.csv`, replaced as a whole; counts are written as integers."""
+    """Writes `history.csv` or `layers.csv` atomically, with counts as integers."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     counts = {"epoch", "skipped"}
     lines = [
@@ -294,7 +293,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_seconds(path: Path) -> float:
-    """How long the run of a `result.json` took.
+    """The duration of the run of a `result.json`.
 
     Raises:
         RecipeError: the file is damaged.

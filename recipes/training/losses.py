@@ -1,4 +1,4 @@
-"""A loss that Keras has for one-hot targets alone."""
+"""Label smoothing for integer labels; Keras has it only for one-hot targets."""
 
 import keras
 from keras import ops
@@ -32,5 +32,5 @@ class SmoothedCrossentropy(keras.losses.Loss):
         )
 
     def get_config(self):
-        """As `__init__` takes it."""
+        """The constructor's arguments."""
         return {**super().get_config(), "label_smoothing": self.label_smoothing}

@@ -1,8 +1,8 @@
-"""Training on several machines: who takes part, and one line when a machine is missing.
+"""Training on several machines: the cluster, and a one-line error if a worker is missing.
 
-TensorFlow's `MultiWorkerMirroredStrategy` reads the environment variable TF_CONFIG, but takes a
-mistake in it for a cluster that has not come up yet, and waits. Here it is checked first, and
-nobody waits for ever. See docs/cluster.md.
+TensorFlow's `MultiWorkerMirroredStrategy` reads the environment variable TF_CONFIG; after a mistake
+in it, it waits forever for workers. Here TF_CONFIG is checked first, and every wait has a time-out.
+See docs/cluster.md.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ _EXAMPLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The workers that train together, this process among them.
+    """The workers that train together, including this process.
 
     Attributes:
         tasks: pairs (name, address): "chief" or "worker 1", and "host:port". The chief comes
             first: the task `chief`, or worker 0 where there is none.
-        here: int, the place of this process in `tasks`.
+        here: int, the index of this process in `tasks`.
     """
 
     tasks: tuple[tuple[str, str], ...]
@@ -45,7 +45,7 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """What to call this process in messages."""
+        """The name of this process in messages."""
         return self.tasks[self.here][0]
 
 
@@ -53,7 +53,7 @@ def read_cluster(environment: Mapping[str, str] = os.environ) -> Cluster:
     """The cluster that TF_CONFIG describes.
 
     Raises:
-        RecipeError: TF_CONFIG is absent or malformed; says where, and what would be right.
+        RecipeError: TF_CONFIG is missing or malformed; says where, and how to correct it.
     """
     text = environment.get("TF_CONFIG", "")
     if not text.strip():
@@ -105,10 +105,10 @@ def _wrong(what: str) -> RecipeError:
 
 
 def join(options: Options, cluster: Cluster) -> Any:
-    """The strategy over the workers of a cluster; comes back when all of them are there.
+    """The strategy over the workers of a cluster; waits until all of them have started.
 
     Raises:
-        RecipeError: too few devices, or a batch that they cannot share evenly.
+        RecipeError: too few devices, or a batch size that they do not divide.
     """
     import tensorflow as tf
 
@@ -138,7 +138,7 @@ def join(options: Options, cluster: Cluster) -> Any:
 
 
 def check_port(cluster: Cluster) -> None:
-    """Raises a RecipeError if another program has this worker's port."""
+    """Raises a RecipeError if another program uses this worker's port."""
     name, address = cluster.tasks[cluster.here]
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
@@ -154,11 +154,11 @@ def check_port(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def waiting(cluster: Cluster, timeout: float) -> Iterator[None]:
-    """Ends the process in one line and status 1 where its context takes more than `timeout`.
+    """Ends the process with one line and status 1 if the context takes longer than `timeout`.
 
-    TensorFlow waits for the other workers in C++ with Python's lock held: no thread and no signal
-    handler of Python's runs. The timer of `faulthandler` does, and what it writes makes another
-    process print the line.
+    TensorFlow waits for other workers in C++ while it holds Python's GIL, so no Python thread or
+    signal handler can run. The timer of `faulthandler` can: its output makes a second process
+    print the line.
     """
     line = (
         f"error: {cluster.name}: another worker did not come within {timeout:.0f} seconds. Start "
@@ -181,10 +181,10 @@ def waiting(cluster: Cluster, timeout: float) -> Iterator[None]:
 
 
 def lost(cluster: Cluster, error: Exception, timeout: float) -> WorkerLost | None:
-    """What an error of TensorFlow's means for the cluster; None if it has another cause.
+    """The message for a TensorFlow error caused by a lost worker; None for other causes.
 
-    A collective operation fails when a worker's connection breaks or its heartbeat stops, both
-    within seconds, and after `timeout` seconds when a worker is alive but does not come to it.
+    A collective operation fails within seconds when a worker's connection or heartbeat breaks, and
+    after `timeout` seconds when a worker is alive but does not join it.
     """
     import tensorflow as tf
 
@@ -207,7 +207,7 @@ def lost(cluster: Cluster, error: Exception, timeout: float) -> WorkerLost | Non
 
 @contextlib.contextmanager
 def named_losses(options: Options, cluster: Cluster) -> Iterator[None]:
-    """Turns TensorFlow's errors over a lost worker into one that names it."""
+    """Turns TensorFlow's errors about a lost worker into a `WorkerLost`."""
     import tensorflow as tf
 
     try:
