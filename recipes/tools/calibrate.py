@@ -396,7 +396,7 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
     path = output / "config.json"
     watched = output / WATCHED
     if watched.exists():
-        check_options(path, settings)
+        check_options(path, recipe, settings)
         print(f"using what was watched before: {watched}")
         found = load_watched(watched, percentile)
     else:

@@ -185,7 +185,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     for name in ("learning_rate", "seed"):
         common.pop(name)
     settings = output / "compare.json"
-    check_options(settings, common)
+    check_options(settings, recipe, common)
     table = study.StudyFile(output / "compare.csv", KEY, RESULTS, _NUMBERS)
     table.read()  # a damaged one is found before anything is written
     files.write_json(settings, common)

@@ -116,7 +116,11 @@ def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     saved = opts.read_config(path, recipe)
     given = {**parsed.config, **parsed.given}
     options = opts.resolve(recipe, saved, given)
-    changed = differences(saved, opts.saved_options(recipe, options), _FREE_ON_RESUME)
+    changed = differences(
+        opts.with_defaults(recipe, saved),
+        opts.with_defaults(recipe, opts.saved_options(recipe, options)),
+        _FREE_ON_RESUME,
+    )
     if changed:
         raise RecipeError(
             f"--resume: the run in {folder} was started with other values of {changed}; leave them "
@@ -155,8 +159,8 @@ def differences(
     return ", ".join(f"{name} ({before[name]!r}, now {now[name]!r})" for name in changed)
 
 
-def check_options(path: Path, now: Mapping[str, Any]) -> None:
-    """Checks that the options saved in a file, if there is one, are the present ones.
+def check_options(path: Path, recipe: Recipe, now: Mapping[str, Any]) -> None:
+    """Checks that a recipe's options saved in a file, if there is one, are the present ones.
 
     Raises:
         RecipeError: the saved options differ, or the file is damaged.
@@ -166,7 +170,7 @@ def check_options(path: Path, now: Mapping[str, Any]) -> None:
     before = opts.read_json(path)
     changed = "no recipe"
     if isinstance(before, dict) and "recipe" in before:
-        changed = differences(before, now)
+        changed = differences(*(opts.with_defaults(recipe, options) for options in (before, now)))
     if changed:
         raise RecipeError(
             f"{path.parent} was begun with other options: name another --output ({changed})"

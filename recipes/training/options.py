@@ -544,6 +544,12 @@ def saved_options(recipe, options: Options) -> dict:
     }
 
 
+def with_defaults(recipe, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved options, with what they leave out because it is the default of their clipper."""
+    flags = clipper_flags(recipe.extra_options).get(str(saved.get("clipper")), {})
+    return {**{flag: parameter.default for flag, parameter in flags.items()}, **saved}
+
+
 def as_words(recipe, values: Mapping) -> list[str]:
     """The command line that gives these values, those that are None left out."""
     known, words = by_name(recipe.extra_options), []

@@ -126,10 +126,14 @@ def test_an_interrupted_cell_goes_on(fast, tmp_path, monkeypatch, capsys):
     assert [(o.clipper, o.resume) for o in fast] == [("absolute", False), ("none", True)]
 
 
-def test_rows_of_other_options_do_not_mix(fast, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("--epochs 1", "--epochs 2"), ("--clipper norm --max-norm 5", "--clipper norm")],
+)
+def test_rows_of_other_options_do_not_mix(fast, tmp_path, capsys, before, now):
     flags = ["--learning-rates", "0.01", "--seeds", "0"]
-    assert compare.main(arguments(tmp_path, *flags, "--epochs", "1")) == 0
-    assert compare.main(arguments(tmp_path, *flags, "--epochs", "2")) == 2
+    assert compare.main(arguments(tmp_path, *flags, *before.split())) == 0
+    assert compare.main(arguments(tmp_path, *flags, *now.split())) == 2
     assert "other options" in capsys.readouterr().err
     assert len(fast) == 2
 

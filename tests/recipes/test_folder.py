@@ -11,6 +11,7 @@ import pytest
 from tiny_recipe import RECIPE
 
 from recipes.errors import RecipeError
+from recipes.plugin import files
 from recipes.training import Recipe, main
 from recipes.training import folder as folders
 from recipes.training import options as opts
@@ -87,6 +88,15 @@ def test_differences_are_of_names_that_both_have():
     assert folders.differences(before, now, {"epochs"}) == "seed (0, now 9)"
     assert folders.differences(before, now) == "epochs (3, now 4), seed (0, now 9)"
     assert folders.differences(before, {}) == ""
+
+
+def test_a_parameter_left_at_its_default_is_an_option_of_the_run(tmp_path):
+    saved = opts.saved_options(RECIPE, opts.parse(RECIPE, ["--clipper", "norm"]).options)
+    files.write_json(tmp_path / folders.CONFIG, saved)
+    resume = ["--resume", "--output", str(tmp_path), "--clipper", "norm", "--max-norm"]
+    assert folders.open_run(RECIPE, opts.parse(RECIPE, [*resume, "1"]))[1] == tmp_path
+    with pytest.raises(RecipeError, match=r"other values of max_norm \(1.0, now 5.0\)"):
+        folders.open_run(RECIPE, opts.parse(RECIPE, [*resume, "5"]))
 
 
 def test_what_a_run_has_made_stays(tmp_path):
