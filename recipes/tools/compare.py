@@ -81,6 +81,12 @@ def clipper_values(text: str) -> dict:
     return values
 
 
+def folder_of(output: Path, row: study.Row) -> Path:
+    """The folder of a run in that of the comparison."""
+    name = f"{row['clipper']}-lr{row['learning_rate']:g}-seed{row['seed']}"
+    return output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
+
+
 def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> dict:
     """One run; the part of its row that the run decides.
 
@@ -114,8 +120,6 @@ def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> di
             "epochs": len(result.history),
             "seconds": round(result.seconds, 1),
         }
-    for name in ("backup.npz", "best.keras"):  # hundreds of megabytes a cell
-        (folder / name).unlink(missing_ok=True)
     return row
 
 
@@ -174,10 +178,8 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
         values = {n: v for n, v in shared.items() if not chosen or n not in clipping}
         values |= {**chosen, "learning_rate": rate, "seed": seed}
         recipe.options(**values)  # every cell is checked before the first one runs
-        name = f"{clipper}-lr{rate:g}-seed{seed}"
-        folder = output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
         key = {"recipe": recipe.name, "clipper": clipper, "learning_rate": rate, "seed": seed}
-        job = functools.partial(run_cell, recipe, values, folder)
+        job = functools.partial(run_cell, recipe, values, folder_of(output, key))
         cells.append(study.Cell(key, f"{clipper} at {rate:g}, seed {seed}", job))
     output.mkdir(parents=True, exist_ok=True)
     # What all cells share: rows made otherwise must not stand in one table.
@@ -190,10 +192,16 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     table.read()  # a damaged one is found before anything is written
     files.write_json(settings, common)
 
-    def picture(_: study.Row | None = None) -> None:
+    def picture() -> None:
         draw(table.read(), output / "compare.png", f"{recipe.name}: with and without clipping")
 
-    rows = table.run(cells, outcome, after=picture)
+    def after(row: study.Row) -> None:
+        # Hundreds of megabytes a cell; not before it has its row, or a kill would leave neither.
+        for name in ("backup.npz", "best.keras"):
+            (folder_of(output, row) / name).unlink(missing_ok=True)
+        picture()
+
+    rows = table.run(cells, outcome, after=after)
     picture()
     return rows
 

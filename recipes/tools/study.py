@@ -115,10 +115,11 @@ class StudyFile:
             The rows of these cells, as `read` has them.
         """
         known = [self.identity(row) for row in self.read().to_dict("records")]
-        left = [cell for cell in cells if self.identity(cell.key) not in known]
+        asked = {self.identity(cell.key): cell for cell in cells}  # one that is named twice once
+        left = [cell for key, cell in asked.items() if key not in known]
         if left:
             clock = _Clock(self._paces(cells), pace, sum(cell.cost for cell in left))
-            print(f"{len(left)} of {len(cells)} runs to do: {clock.estimate()}", flush=True)
+            print(f"{len(left)} of {len(asked)} runs to do: {clock.estimate()}", flush=True)
         for number, cell in enumerate(left, start=1):
             print(f"{number} of {len(left)}: {cell.name}", flush=True)
             row = {**dict.fromkeys(self.results, ""), **cell.key}
@@ -130,8 +131,7 @@ class StudyFile:
             print(f"  {outcome(row)}, {duration(seconds)}{more}", flush=True)
             after(row)
         rows = self.read()
-        wanted = {self.identity(cell.key) for cell in cells}
-        return rows[[self.identity(row) in wanted for row in rows.to_dict("records")]]
+        return rows[[self.identity(row) in asked for row in rows.to_dict("records")]]
 
     def _paces(self, cells: Sequence[Cell]) -> list[float]:
         """Seconds for each unit of cost, of the cells that have a row."""

@@ -10,6 +10,7 @@ from tiny_recipe import RECIPE as TINY
 
 from recipes import training
 from recipes.errors import RecipeError, TrainingDiverged
+from recipes.plugin import files
 from recipes.registry import find_recipe
 from recipes.tools import compare, study
 
@@ -104,6 +105,18 @@ def test_finished_cells_are_not_run_again(fast, tmp_path):
     assert after[: len(before)] == before and len(after) == 5
     assert compare.main(arguments(tmp_path, *more, *FLAGS)) == 0
     assert len(fast) == 4
+
+
+def test_a_model_stays_until_its_run_has_a_row(fast, tmp_path, monkeypatch):
+    """Else a kill in between leaves a finished run that cannot be tested again."""
+
+    def full_disk(*unused):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files, "append_csv", full_disk)
+    flags = ["--learning-rates", "0.01", "--seeds", "0", *FLAGS]
+    assert compare.main(arguments(tmp_path, *flags)) == 1
+    assert [path.parent.name for path in tmp_path.rglob("backup.npz")] == ["recipe-lr0.01-seed0"]
 
 
 def test_an_interrupted_cell_goes_on(fast, tmp_path, monkeypatch, capsys):

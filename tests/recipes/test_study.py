@@ -32,6 +32,13 @@ def test_cells_with_a_row_are_not_run_again(tmp_path, capsys):
     assert "1 of 2 runs to do: about 0 s\n1 of 1: c\n  learned, 0 s\n" in (capsys.readouterr().out)
 
 
+def test_a_cell_that_is_named_twice_runs_once(tmp_path, capsys):
+    jobs, file = [], file_of(tmp_path)
+    rows = file.run(cells(jobs, "a", "b", "a"), str)
+    assert jobs == ["a", "b"] and list(rows["name"]) == ["a", "b"]
+    assert "2 of 2 runs to do" in capsys.readouterr().out
+
+
 def test_numbers_are_the_same_however_they_are_written(tmp_path):
     """As the files of earlier versions have them."""
     (tmp_path / "study.csv").write_text("name,rate,status,seconds\na,0.10,learned,3.5\n")
