@@ -106,7 +106,7 @@ def image_folder_splits(
     The layout is SPLIT/CLASS/FILE where a folder `train` has folders in it, else CLASS/FILE.
     Without a `validation` (or `val`) folder every tenth training image of each class is held out,
     and without a `test` folder another tenth: the same ones each time, and one at least of a class
-    of three or more. Classes are in alphabetical order. Names that begin with a dot are left out.
+    of four or more. Classes are in alphabetical order. Names that begin with a dot are left out.
 
     Returns:
         The splits, the names of the classes, and what was held out, in words.

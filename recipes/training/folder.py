@@ -1,6 +1,7 @@
 """The folder of a run or a search: its name, its lock, its options and its tables."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -196,6 +197,9 @@ def locked(folder: Path, kind: str = "run") -> Iterator[None]:
         raise RecipeError(
             f"{folder} is in use by another {kind}: wait for it, or name another --output"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+            raise
     try:
         for scratch in folder.glob(".partial-*"):  # left by a killed process
             scratch.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """A folder belongs to one run at a time; a start that fails leaves none; names that cannot be."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -59,6 +61,15 @@ def test_a_killed_run_leaves_no_lock(held):
         assert (folder / folders.CONFIG).exists()
     with pytest.raises(RecipeError, match="holds a run already"), folders.claimed(folder, False):
         pytest.fail("overwritten")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def flock(*unused):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folders.claimed(tmp_path / "run", resume=False):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_a_start_that_fails_leaves_no_folder(tmp_path, monkeypatch):
