@@ -3,8 +3,8 @@
 import os
 import time
 
-#: When this process began, but for Python itself: TensorFlow's import alone takes seconds.
+#: Start time of this process, before TensorFlow's import, which takes seconds.
 STARTED = time.monotonic()
-# Before TensorFlow is imported: its start-up notes bury the one line that matters.
+# Set before TensorFlow is imported, to suppress its start-up notes.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")

@@ -1,4 +1,4 @@
-"""What every command here shares: its parser, its exit status, its error of one line."""
+"""Shared parts of all commands: the parser, exit status and one-line errors."""
 
 import os
 import sys
@@ -14,16 +14,15 @@ _LONGEST_LINE = 1_000
 
 
 class Parser(command_line.Parser):
-    """A command's flags; a mistake in them is a `RecipeError`."""
+    """A parser that raises `RecipeError` on mistakes."""
 
     mistake = RecipeError
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow and Keras without the notes that its C++ libraries print meanwhile.
+    """Imports TensorFlow and Keras without the messages of their C++ libraries.
 
-    TF_CPP_MIN_LOG_LEVEL does not reach them, and they would bury a one-line error. If the import
-    fails, they are shown.
+    TF_CPP_MIN_LOG_LEVEL does not affect these messages. They are shown if the import fails.
     """
     if "tensorflow" in sys.modules:
         return
@@ -53,13 +52,13 @@ def exit_status(
     interrupted: str | Callable[[], str] = "",
     hint: Callable[[], str] = lambda: "",
 ) -> int:
-    """Runs a command, every foreseeable failure of which ends in one line `error: ...`.
+    """Runs a command; every expected failure ends with one line `error: ...`.
 
     Args:
         work: the command; its result is the status, None is 0.
-        argv: of the command; with `--traceback` the traceback comes before the line.
-        interrupted: what to add to the line after Ctrl-C, or a function that says it.
-        hint: what to add where the surroundings failed and not the flags.
+        argv: its arguments; with `--traceback` a traceback precedes the line.
+        interrupted: text to add to the line after Ctrl-C, or a function that returns it.
+        hint: text to add to errors that do not come from the flags.
 
     Returns:
         The exit status: 0; 1 for a run that failed; 2 for a mistake in flags, config or data;
@@ -89,7 +88,7 @@ def exit_status(
 
 
 def _one_line(message: str) -> str:
-    """A message without line breaks and NULs, its middle left out where it is too long."""
+    """A message without line breaks and NULs; the middle of a long one is cut."""
     line = " ".join(message.split("\n")).replace("\0", "\\0").strip()
     half = _LONGEST_LINE // 2
     return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
@@ -104,7 +103,7 @@ def _is_tensorflow_error(error: Exception) -> bool:
 
 
 def _tensorflow_line(error: Exception) -> str:
-    """The line that says what happened, out of TensorFlow's report on its graph."""
+    """The line with the cause in TensorFlow's report about a graph."""
     noise = ("Graph execution error", "Detected at node", "File ", "[[", "<stack traces", "(")
     lines = [line.strip() for line in str(error).splitlines()]
     telling = [line for line in lines if line and not line.startswith(noise)]

@@ -3,8 +3,8 @@
 Command: `python recipes/driving_pilotnet.py`, or with a log of the Udacity simulator
 `python recipes/driving_pilotnet.py --data-dir DRIVE`
 
-The network that the driving task is known for, trained as `driving_resnet50.py` is: the same log,
-split, loss, clip and optimizer. docs/driving.md has the errors of both.
+The standard network for this task, trained like `driving_resnet50.py`: same log, split, loss, clip
+and optimizer. docs/driving.md compares the errors of both.
 """
 
 import dataclasses

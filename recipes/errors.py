@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class RecipeError(Exception):
-    """A mistake of the caller or of the surroundings: its message is all the user needs."""
+    """A mistake in the arguments or the environment; its message is all the user needs."""
 
 
 class DataError(RecipeError):
@@ -13,18 +13,18 @@ class DataError(RecipeError):
 
 
 class RunFailed(RecipeError):
-    """What was asked for made sense, and did not come about."""
+    """A valid request that failed."""
 
 
 class WorkerLost(RunFailed):
-    """A worker died, hangs, or never came."""
+    """A worker died, hangs, or never started."""
 
 
 class TrainingDiverged(RunFailed):
     """The loss or the weights became NaN or infinite.
 
     Attributes:
-        step: int, the zero-based step of the run at which it was seen.
+        step: int, the zero-based step of the run at which it was detected.
         layer: str or None, the layer where the first non-finite gradient appeared.
     """
 
@@ -35,14 +35,14 @@ class TrainingDiverged(RunFailed):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, else its kind."""
+    """The first non-empty line of an error's message, or its type."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """The ValueErrors and TypeErrors of libraries, raised over the user's values, in one line."""
+    """Turns a library's ValueErrors and TypeErrors about the user's values into a RecipeError."""
     try:
         yield
     except (ValueError, TypeError) as error:

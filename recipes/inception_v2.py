@@ -5,7 +5,7 @@ Command: `python recipes/inception_v2.py`
 Trains on the 5,000 embedded MNIST digits at 32x32: 115 seconds of processor time, 0.4 times
 ResNet-50's, on two CPU cores shared with other work. Reached here: 97.4 % validation and 95.4 %
 test accuracy (seed 0). Without the clip (`--clipper none`, seed 0), at the same learning rate:
-96.6 % and 94.0 %; one run each and batch normalisation throughout, so no more than a hint.
+96.6 % and 94.0 %; one run each, and a network with batch normalisation, so only a hint.
 """
 
 import sys

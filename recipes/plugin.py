@@ -1,7 +1,7 @@
-"""The modules of keras_gradclip that import no Keras, for what happens before it is imported.
+"""The modules of keras_gradclip that do not import Keras, for command lines.
 
 `import keras_gradclip` imports Keras, which takes seconds: too long for `--help` or a mistake in a
-flag. Its modules are loaded a second time here, as those of a package without an `__init__`.
+flag. Here these modules are loaded a second time, without the package's `__init__`.
 """
 
 import importlib

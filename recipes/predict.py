@@ -1,10 +1,11 @@
-"""The class of each image, by a model that a recipe has trained.
+"""Predicts the class of each image with a model that a recipe has trained.
 
     python recipes/predict.py runs/alexnet photo.jpg
     python recipes/predict.py birds.keras garden/*.jpg
 
-Prints the three likeliest classes with their probabilities, a line an image; of a driving recipe's
-model the steering angle. Images are decoded as in the run's evaluation, turned as EXIF says.
+Prints one line per image: the three likeliest classes with their probabilities, or the steering
+angle of a driving recipe's model. Images are decoded as in the run's evaluation and turned as EXIF
+says.
 """
 
 import os
@@ -18,7 +19,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
-_SHOWN = 3  # classes an image
+_SHOWN = 3  # classes per image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +53,7 @@ def _model_of(run: Path) -> Path:
     if run.is_dir():
         if not (run / "best.keras").is_file():
             raise RecipeError(
-                f"{run} has no best.keras: it is no folder of a run, or of one without an epoch "
-                "that was kept"
+                f"{run} has no best.keras: it is not the folder of a run, or the run kept no epoch"
             )
         return run / "best.keras"
     if not run.is_file() or run.suffix != ".keras":
@@ -65,13 +65,13 @@ def predict(model_path: Path, paths: Sequence[Path]) -> list[str]:
     """A line of text for each image: its likeliest classes, or the steering angle.
 
     Args:
-        model_path: of a `.keras` file that a run has left, with its class names beside it.
-        paths: of the images.
+        model_path: a `.keras` file of a run, with its class names beside it.
+        paths: the images.
 
     Raises:
-        RecipeError: a file is damaged, missing, or does not belong to the others.
+        RecipeError: a file is damaged or missing, or the model and the names do not match.
     """
-    import_tensorflow()  # which a mistake in the flags need not wait for
+    import_tensorflow()  # after the flags are checked
     import keras
     import numpy as np
     import tensorflow as tf

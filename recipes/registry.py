@@ -8,7 +8,7 @@ from recipes.errors import RecipeError
 if TYPE_CHECKING:
     from recipes.training import Recipe
 
-# Recipe: the module and the name in it.
+# Recipe name: module and variable.
 RECIPES = {
     "alexnet": ("recipes.alexnet", "RECIPE"),
     "vgg16": ("recipes.vgg16", "RECIPE"),
@@ -23,7 +23,7 @@ RECIPES = {
 
 
 def find_recipe(name: str) -> "Recipe":
-    """The `Recipe` of a name in `RECIPES`.
+    """The `Recipe` with a name in `RECIPES`.
 
     Raises:
         RecipeError: no such recipe.
@@ -35,5 +35,5 @@ def find_recipe(name: str) -> "Recipe":
 
 
 def script_of(name: str) -> str:
-    """The file that runs a recipe of `RECIPES`, from the folder above recipes/."""
+    """The script of a recipe in `RECIPES`, relative to the parent of recipes/."""
     return RECIPES[name][0].replace(".", "/") + ".py"

@@ -1,4 +1,4 @@
-"""Words that lines and tables share."""
+"""Wording shared by messages and tables."""
 
 
 def counted(number: int, noun: str) -> str:

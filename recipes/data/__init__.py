@@ -1,4 +1,4 @@
-"""Data: `load` finds a data set by its name, `train_stream` makes its batches."""
+"""Data: `load` returns a data set by name, `train_stream` its batches."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = [
     "steps_per_epoch",
     "train_stream",
 ]
-# Mirrored digits and signs change or lose their meaning.
+# Data sets not to mirror: digits and signs would change their meaning.
 _NEVER_FLIPPED = ("mnist", "svhn", "omniglot", "sign", "gtsrb", "emnist")
 
 
@@ -35,7 +35,7 @@ def load(
 ) -> Data:
     """A classification set, ready for `train_stream` and `eval_batches`.
 
-    Images leave as float32 [image_size, image_size, 3] in -1..1, labels as int64 scalars.
+    Images are float32 [image_size, image_size, 3] in -1..1, labels int64 scalars.
 
     Args:
         dataset: str, `mnist_embedded`, `image_folder` (then `data_dir` is laid out as class/file
@@ -46,11 +46,10 @@ def load(
             evaluation crop is the centre of an image resized to 256/224), "shift" (pad by an
             eighth and crop; evaluation on the whole image), "none", or "auto": imagenet where
             images may be 96 pixels or more a side, else shift.
-        flip: bool or None, mirror half of the training images; None: yes, but for digits and
-            signs or with augment "none".
+        flip: bool or None, mirror half of the training images; None: yes, except for digits,
+            signs and augment "none".
         splits: str or None, "train,validation,test" in TFDS's slicing language; None: the set's
-            own, with a tenth of the training split held out for each that there is not. Two that
-            share examples are refused.
+            own; a missing one gets a tenth of the training split. Splits must not share examples.
         download: bool, let TFDS download and prepare.
         on_bad_data: str, "refuse" or "skip", for unreadable files of an image folder.
 
@@ -71,7 +70,7 @@ def load(
         flip = augment != "none" and not any(word in dataset.lower() for word in _NEVER_FLIPPED)
     decoding: dict[str, Any] = {"image_size": image_size, "augment": augment}
 
-    # Elements are (image, label), and of an image folder (path, label, EXIF orientation).
+    # Elements are (image, label), or (path, label, EXIF orientation) from an image folder.
     def preprocess_train(element: Any, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         image, label, *turned = element
         pixels = images.decode_train(read(image), seed, image_size, augment, flip, *turned)

@@ -1,8 +1,8 @@
-"""Camera frames and steering angles out of a log of the Udacity simulator.
+"""Camera frames and steering angles from a log of the Udacity simulator.
 
-The format of `driving_log.csv`: a row an instant, in the order of time, `center, left, right,
-steering, throttle, brake, speed`, with or without that header; the first three are the files of
-the three cameras. Steering is in the log's units: the simulator writes -1..1 for -25..25 degrees,
+The format of `driving_log.csv`: one row per instant, in order of time, `center, left, right,
+steering, throttle, brake, speed`, with or without that header; the first three are the image files
+of the cameras. Steering is in the log's units: the simulator writes -1..1 for -25..25 degrees,
 positive to the right.
 """
 
@@ -50,19 +50,19 @@ class Frame:
 
 
 def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame]:
-    """The frames of a `driving_log.csv`, in the order of time.
+    """The frames of a `driving_log.csv`, in order of time.
 
     Image paths may be relative or absolute, with slashes or backslashes, and may come from another
-    machine: a file that is not where the log says is sought in `IMG/` and beside the log.
+    machine: a missing file is searched for in `IMG/` and beside the log.
 
     Args:
         path: the log, or the folder that holds `driving_log.csv`.
-        on_bad_data: "refuse" raises at rows with a missing column, a steering angle that is no
-            finite number, or an image that is absent or cannot be decoded to its end; "skip"
-            leaves these rows out and lists them.
+        on_bad_data: "refuse" raises at rows with a missing column, a non-finite steering angle, or
+            an image that is missing or cannot be decoded completely; "skip" lists these rows and
+            leaves them out.
 
     Raises:
-        DataError: bad rows (refused), or no rows at all; names the file and the row.
+        DataError: bad rows, or no rows at all; names the file and the row.
     """
     path = Path(path)
     path = path / "driving_log.csv" if path.is_dir() else path
@@ -88,7 +88,7 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
                 frames.append(_frame(cells, columns, path.parent, row))
         except DataError as error:
             problems.append((row, str(error)))
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
         found = list(pool.map(_image_problem, frames))
     problems += [(f.row, text) for f, text in zip(frames, found, strict=True) if text]
     lines = [f"{path}, row {row}: {text}" for row, text in sorted(problems)]
@@ -117,7 +117,7 @@ def _frame(cells: list[str], columns: dict[str, int], folder: Path, row: int) ->
 def _find_image(text: str, folder: Path) -> Path:
     if not text:
         raise DataError("an image path is empty")
-    name = PureWindowsPath(text).name  # splits at slashes and backslashes alike
+    name = PureWindowsPath(text).name  # splits at slashes and backslashes
     candidates = [folder / text.replace("\\", "/"), folder / "IMG" / name, folder / name]
     try:
         found = next((path for path in candidates if path.is_file()), None)
@@ -138,13 +138,13 @@ def _image_problem(frame: Frame) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drive(data.Data):
-    """A drive to train on, and what a report on it needs.
+    """A drive to train on, and the data for its report.
 
     Attributes:
-        parts: the frames of the training, validation and test split, in the order of time, before
-            any were left out.
-        correction: float, in the log's units, added to the left camera's angle and taken from
-            the right's.
+        parts: the frames of the training, validation and test split, in order of time, before any
+            were left out.
+        correction: float, in the log's units, added to the left camera's angle and subtracted
+            from the right's.
     """
 
     parts: tuple[list[Frame], list[Frame], list[Frame]]
@@ -152,7 +152,7 @@ class Drive(data.Data):
 
     @property
     def mean_angle(self) -> float:
-        """Of the training frames, none left out: the constant of least squared error."""
+        """The mean over all training frames: the best constant for the squared error."""
         return float(np.mean([frame.steering for frame in self.parts[0]]))
 
 
@@ -166,16 +166,16 @@ def load(
 ) -> Drive:
     """A drive as training data: x float32 [height, width, 3] in -1..1, y float32 [1].
 
-    Training sees all three cameras, the left one's angle raised and the right one's lowered by
-    `correction`, and mirrors half of the images with the angle's sign; validation and test see
-    every frame of the centre camera as it is.
+    Training uses all three cameras, with `correction` added to the left one's angle and subtracted
+    from the right one's, and mirrors half of the images together with the angle. Validation and
+    test use every frame of the centre camera unchanged.
 
     Args:
         data_dir: the log or its folder.
         image_shape: (height, width) in pixels, after the sky and the bonnet are cut off.
         correction: in the log's units; `None` fits it to the training part (`fit_correction`).
-        keep_straight: share of the training frames with an angle of exactly 0 that stay, in
-            0..1: of a log of key strokes they are two thirds or more.
+        keep_straight: share, in 0..1, of the training frames with an angle of exactly 0 to keep;
+            in a log driven by keyboard they are two thirds or more.
         stretches: see `split_by_time`.
         on_bad_data: "refuse" or "skip", see `read_log`.
 
@@ -230,7 +230,7 @@ def _training_example(
 
 
 def road(path: tf.Tensor, image_shape: Sequence[int]) -> tf.Tensor:
-    """float32 [height, width, 3] in -1..1: an image file without its sky and bonnet."""
+    """Returns an image file without sky and bonnet, float32 [height, width, 3] in -1..1."""
     pixels = images.decode(tf.io.read_file(path))
     rows = tf.cast(tf.shape(pixels)[0], tf.float32)
     top, bottom = tf.cast(rows * _CROP_TOP, tf.int32), tf.cast(rows * _CROP_BOTTOM, tf.int32)
@@ -239,18 +239,18 @@ def road(path: tf.Tensor, image_shape: Sequence[int]) -> tf.Tensor:
 
 
 def split_by_time(frames: list, stretches: int = 4) -> tuple[list, list, list]:
-    """Each stretch of the drive in turn: 80 % train, then 10 % validate, then 10 % test.
+    """Splits each stretch of the drive in time: 80 % training, 10 % validation, 10 % test.
 
-    Frames next to each other are nearly the same image, so a random split would test on what it
-    trained on. Between two parts up to `_GAP` frames belong to none, for the same reason. Several
-    stretches, because the last fifth of a drive is one piece of road in one direction.
+    Neighbouring frames are nearly identical, so a random split would test on training data. For
+    the same reason up to `_GAP` frames between two parts are left out. Several stretches are used
+    because the last fifth of a drive is one piece of road in one direction.
 
     Args:
-        frames: in the order of time.
-        stretches: pieces of equal length; as few as leave 30 frames to each, if these are more.
+        frames: in order of time.
+        stretches: pieces of equal length; fewer if a piece would have less than 30 frames.
 
     Returns:
-        The three parts, each in the order of time.
+        The three parts, each in order of time.
     """
     stretches = max(1, min(stretches, len(frames) // 30))
     parts: tuple[list, list, list] = ([], [], [])
@@ -266,23 +266,23 @@ def split_by_time(frames: list, stretches: int = 4) -> tuple[list, list, list]:
 
 
 def thin_straight(frames: list[Frame], keep: float) -> list[Frame]:
-    """The frames but a share of those with an angle of exactly 0, evenly left out over time."""
+    """The frames without a share of those with an angle of exactly 0, removed evenly in time."""
     straight = np.cumsum([frame.steering == 0 for frame in frames])
     kept = np.floor(straight * keep) > np.floor((straight - 1) * keep)
     return [f for f, stays in zip(frames, kept, strict=True) if f.steering != 0 or stays]
 
 
 def fit_correction(frames: Sequence[Frame]) -> float:
-    """What the log itself says that a side camera's view should add to the angle.
+    """Fits the angle to add for a side camera from the log itself.
 
     Ridge regression of the angle on small grey images of all three cameras. It is linear in its
-    targets, so its answer to a held-out centre image is p₀ + c·p₁ for every correction c at once:
-    p₁, learned from +1 for the left and -1 for the right camera, is how far aside the car stands,
-    and the best c is how much this driver steers for it, Σ p₁(y - p₀) / Σ p₁². Held out are blocks
-    in time.
+    targets, so its prediction for a held-out centre image is p₀ + c·p₁ for any correction c: p₁,
+    learned from +1 for the left and -1 for the right camera, estimates the car's offset, and the
+    best c is how much this driver steers per offset, Σ p₁(y - p₀) / Σ p₁². Blocks in time are held
+    out.
 
     Args:
-        frames: in the order of time.
+        frames: in order of time.
 
     Returns:
         c of 0 or more, in the log's units.
@@ -310,9 +310,9 @@ def fit_correction(frames: Sequence[Frame]) -> float:
 
 
 def _features(path: Path) -> np.ndarray:
-    """float64 [220]: the odd part of a small grey image of the road.
+    """The odd part of a small grey image of the road, float64 [220].
 
-    What a mirrored image turns round is all that an angle can depend on.
+    An angle changes sign when the image is mirrored, so it depends on the odd part only.
     """
     with Image.open(path) as image:
         height = image.height

@@ -1,7 +1,7 @@
 """Folders of images: files by class, or by split and class; a damaged file is named.
 
-Each image is decoded once before training, so that a truncated file costs a line at the start and
-not a crash in epoch 7.
+Each image is decoded once before training, so that a truncated file is reported at the start and
+does not end a run in epoch 7.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from recipes.data import images
 from recipes.data.sets import Split
 from recipes.errors import DataError, first_line
 
-IMAGE_FOLDER = "image_folder"  # the name of the set
+IMAGE_FOLDER = "image_folder"  # the data set's name
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}
 _UNREAD = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".tif", ".tiff", ".webp"}
 _VALIDATION, _TEST = ("validation", "val"), ("test",)  # names of their folders
 Row = tuple[bytes, int, int]  # path, label, EXIF orientation
-_SHOWN = 10  # problems listed one by one; the rest are counted
+_SHOWN = 10  # problems listed; the rest are counted
 
 
 def image_problem(path: str | Path) -> str | None:
-    """Why an image file cannot be trained on, or None where it can; all of its pixels are read.
+    """The problem of an image file, or None; decodes all of its pixels.
 
-    TensorFlow decodes it, as it does in training. PIL knows the format and has the better words.
+    TensorFlow decodes it as in training. PIL tells the format and has clearer messages.
     """
     try:
         with Image.open(path) as image:
-            if image.format not in (*_FORMATS, "MPO"):  # MPO: a JPEG with others behind it
+            if image.format not in (*_FORMATS, "MPO"):  # MPO: a JPEG followed by others
                 wanted = ", ".join(_FORMATS)
                 return f"is {image.format} by its content, and must be one of {wanted}"
             pixels = words = None
@@ -47,24 +47,26 @@ def image_problem(path: str | Path) -> str | None:
             except tf.errors.OpError as error:
                 words = re.sub(r"^\{\{.*?\}\} *| *\[Op:.*", "", first_line(error))
             same = pixels is not None and pixels.shape[:2] == (image.height, image.width)
-            if image.format in ("BMP", "GIF") or not same:  # PIL notices more damage in these
+            if image.format in ("BMP", "GIF") or not same:  # PIL detects more damage in these
                 image.load()
             if pixels is not None and image.format == "BMP":
-                # TensorFlow takes the numbers of a palette for grey levels.
+                # TensorFlow reads palette indices as grey levels.
                 same = np.array_equal(pixels, np.asarray(image.convert("RGB")))
     except FileNotFoundError:
         return "no such file"
     except UnidentifiedImageError:
         return "cannot identify image file"
-    except Exception as error:  # PIL's decoders raise whatever they stumble over
+    except Exception as error:  # PIL's decoders raise many types
         return first_line(error)
     if words:
-        return f"TensorFlow cannot decode it: {words}; save it anew, e.g. as PNG"
-    return None if same else "TensorFlow decodes it to another image; save it anew, e.g. as PNG"
+        return f"TensorFlow cannot decode it: {words}; save it again, e.g. as PNG"
+    return (
+        None if same else "TensorFlow decodes it to a different image; save it again, e.g. as PNG"
+    )
 
 
 def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
-    """Prints the problems and goes on ("skip"), or raises with the first of them ("refuse").
+    """Prints the problems ("skip"), or raises an error with the first of them ("refuse").
 
     Args:
         problems: one line each, starting with file and row.
@@ -72,7 +74,7 @@ def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
         what: str, the source, for the message.
 
     Raises:
-        DataError: `on_bad_data` is "refuse" and there is a problem, or an unknown word.
+        DataError: there is a problem under "refuse", or `on_bad_data` is an unknown word.
     """
     if on_bad_data not in ("skip", "refuse"):
         raise DataError(f"on-bad-data={on_bad_data!r} is neither 'skip' nor 'refuse'")
@@ -91,7 +93,7 @@ def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
 
 
 def exif_orientation(path: str | Path) -> int:
-    """How a readable image file is turned, 1 to 8: see `recipes.data.images.upright`."""
+    """The EXIF orientation of a readable image file, 1 to 8: see `recipes.data.images.upright`."""
     with Image.open(path) as image, contextlib.suppress(Exception):  # PIL's parser of EXIF
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in range(1, 9) else 1
@@ -103,13 +105,13 @@ def image_folder_splits(
 ) -> tuple[list[Split], tuple[str, ...], str]:
     """Train, validation and test splits of (path, label, EXIF orientation) from folders of files.
 
-    The layout is SPLIT/CLASS/FILE where a folder `train` has folders in it, else CLASS/FILE.
-    Without a `validation` (or `val`) folder every tenth training image of each class is held out,
-    and without a `test` folder another tenth: the same ones each time, and one at least of a class
-    of four or more. Classes are in alphabetical order. Names that begin with a dot are left out.
+    The layout is SPLIT/CLASS/FILE if a folder `train` contains folders, else CLASS/FILE. Without a
+    `validation` (or `val`) folder every tenth training image of each class is held out, and without
+    a `test` folder another tenth: always the same ones, and at least one of a class of four or
+    more. Classes are in alphabetical order. Names that begin with a dot are ignored.
 
     Returns:
-        The splits, the names of the classes, and what was held out, in words.
+        The splits, the class names, and a description of what was held out.
 
     Raises:
         DataError: no such folder, no classes, or an unreadable image under "refuse".
@@ -168,12 +170,12 @@ def image_folder_splits(
 
 
 def _folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; none where it is not there."""
+    """The names of the folders in a folder, sorted; empty if it does not exist."""
     return sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
 
 
 def _readable(folder: Path, classes: Sequence[str], on_bad_data: str) -> list[Row]:
-    """The images of CLASS/FILE that decode, by class and name; `report_bad` has the others."""
+    """The valid images of CLASS/FILE, sorted by class and name; reports the others."""
     files = [
         (path, label)
         for label, name in enumerate(classes)
@@ -192,14 +194,14 @@ def _readable(folder: Path, classes: Sequence[str], on_bad_data: str) -> list[Ro
         turned = 1 if problem else exif_orientation(path)
         return problem and f"{path}: {problem}", (os.fsencode(path), label, turned)
 
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
         rows = list(pool.map(checked, [f for f in files if f[0].suffix.lower() in _SUFFIXES]))
     report_bad([problem for problem, _ in rows if problem], on_bad_data, str(folder))
     return [row for problem, row in rows if not problem]
 
 
 def _tenth(rows: Sequence[Row], first: int) -> tuple[list[Row], list[Row]]:
-    """Every tenth row of each class from the `first` on, or the last of three, and the others."""
+    """Splits off every tenth row of each class from the `first` on, or the last of three."""
     taken: set[Row] = set()
     for _, group in itertools.groupby(rows, key=lambda row: row[1]):
         members = list(group)

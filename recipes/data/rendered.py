@@ -1,6 +1,6 @@
 """A rendered drive and rendered traffic signs: data for the driving recipes without a download.
 
-Each is drawn on the first call into the recipes' cache. Same arguments, same files.
+Each is drawn on the first call, into the recipes' cache. Same arguments, same files.
 """
 
 import contextlib
@@ -15,23 +15,23 @@ from PIL import Image, ImageDraw
 
 from recipes.data.driving_log import COLUMNS
 
-# Beside the runs, out of version control; safe to delete.
+# Not under version control; safe to delete.
 CACHE = Path(__file__).resolve().parents[2] / "runs" / "data"
-# What the driver adds for what a side camera sees, in the log's units.
+# The angle that the driver adds for a side camera's view, in the log's units.
 SIDE_CORRECTION = 0.2
 _WIDTH, _HEIGHT = 160, 80
 _FOCAL, _HORIZON, _CAMERA_HEIGHT = 80.0, 30, 1.4  # pixels, row, metres
 _HALF_ROAD = 3.5  # metres
 _SIDE_CAMERA = 0.8  # metres from the centre camera
 # The driver: steering = sum of these times curvature (1/m), offset (m) and heading (rad).
-# The gain on the offset makes SIDE_CORRECTION the right answer to _SIDE_CAMERA metres.
+# The gain of the offset makes SIDE_CORRECTION correct at _SIDE_CAMERA metres.
 _CURVATURE_GAIN, _OFFSET_GAIN, _HEADING_GAIN = 20.0, SIDE_CORRECTION / _SIDE_CAMERA, 1.0
 
 
 def made_once(target: Path, make: Callable[[Path], object]) -> Path:
-    """The folder `target`, which `make(folder)` fills on the first call.
+    """The folder `target`, filled by `make(folder)` on the first call.
 
-    Several processes may call this at once: the first to finish moves its own into place.
+    Several processes may call this at once: the first to finish moves its result into place.
     """
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -46,23 +46,23 @@ def made_once(target: Path, make: Callable[[Path], object]) -> Path:
 def render_drive(folder: str | os.PathLike, frames: int = 1000, seed: int = 0) -> Path:
     """Draws a drive on a winding road and writes it as the simulator would.
 
-    A flat road in perspective, of changing curvature, on which the car sways; the angle is a
-    driver's that steers with the bend and back to the middle. Same arguments, same files.
+    A flat road in perspective with changing curvature, on which the car sways; the driver follows
+    the bend and steers back to the middle. Same arguments, same files.
 
     Args:
         folder: gets `driving_log.csv` and `IMG/`, JPEG files of 160 x 80 pixels.
-        frames: instants, a metre of road each.
-        seed: of the road, the swaying, the light and the noise.
+        frames: the number of frames, one per metre of road.
+        seed: random seed of the road, the swaying, the light and the noise.
 
     Returns:
         The path of the log.
     """
     folder = Path(folder)
     (folder / "IMG").mkdir(parents=True, exist_ok=True)
-    rng = np.random.RandomState(seed)  # its stream is frozen, default_rng's is not
+    rng = np.random.RandomState(seed)  # its stream never changes, unlike default_rng's
     curvature = 0.012 * _wave(rng, frames, (60, 90, 140))
     offset = 1.0 * _wave(rng, frames, (35, 50, 80))
-    heading = np.gradient(offset)  # radians, as a frame is a metre
+    heading = np.gradient(offset)  # radians, one frame per metre
     light = 1 + 0.15 * _wave(rng, frames, (70, 200))
     steering = (_CURVATURE_GAIN * curvature - _OFFSET_GAIN * offset - _HEADING_GAIN * heading).clip(
         -1, 1
@@ -95,7 +95,7 @@ def _wave(rng, frames: int, periods: tuple[int, ...]) -> np.ndarray:
 
 
 def _scene(metres, curvature, offset, heading, light, rng) -> np.ndarray:
-    """uint8 [80, 160, 3]: what a camera `offset` metres right of the middle of the road sees."""
+    """The view of a camera `offset` metres right of the road's middle, uint8 [80, 160, 3]."""
     row = np.arange(_HORIZON + 1, _HEIGHT)[:, None]
     distance = _FOCAL * _CAMERA_HEIGHT / (row - _HORIZON)
     middle = curvature * distance**2 / 2 - heading * distance - offset
@@ -130,13 +130,13 @@ SIGNS = (
 
 
 def render_signs(folder: str | os.PathLike, per_class: int = 60, seed: int = 0) -> Path:
-    """Draws eight kinds of traffic sign before clutter, as an image folder.
+    """Draws eight kinds of traffic signs on cluttered backgrounds, as an image folder.
 
     Args:
-        folder: gets `train/`, `validation/` (a sixth) and `test/` (a sixth), each with a folder a
-            class, PNG files of 48 x 48 pixels.
-        per_class: images of each class.
-        seed: of the sizes, places, light and background.
+        folder: gets `train/`, `validation/` (a sixth) and `test/` (a sixth), each with one folder
+            per class of PNG files with 48 x 48 pixels.
+        per_class: the number of images of each class.
+        seed: random seed of sizes, places, light and background.
 
     Returns:
         `folder`.

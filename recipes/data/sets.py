@@ -1,4 +1,4 @@
-"""A split of a data set, and the three splits with what makes a batch of them."""
+"""A split of a data set, and a data set of three splits with its preprocessing."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,8 +15,8 @@ class Split:
     """One split in storage order.
 
     Attributes:
-        dataset: `tf.data.Dataset` of elements of any structure, finite, not batched, in the same
-            order at each iteration, cheap to skip (still encoded where possible).
+        dataset: a finite, unbatched `tf.data.Dataset` of elements of any structure, in the same
+            order at each iteration, cheap to skip (images still encoded if possible).
         size: int, the number of elements.
     """
 
@@ -26,20 +26,20 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a recipe trains on.
+    """The data that a recipe trains on.
 
     Attributes:
         train, validation, test: `Split`.
         preprocess_train: `(element, seed) -> (x, y)`; `seed` is an int64 [2] tensor, unique to
             this example and epoch, for stateless random ops.
         preprocess_eval: `(element) -> (x, y)`.
-        num_outputs: int, classes of a classifier, or values predicted.
-        name: str, for tables and file heads.
-        shuffle_buffer: int, examples held to shuffle from.
-        note: str, which parts the three splits are where the set itself has others.
-        class_names: tuple of str, one a class; empty where the outputs are no classes.
-        decoding: keyword arguments with which an image file is read for evaluation, as
-            `recipes/predict.py` does; JSON has to know them.
+        num_outputs: int, the number of classes or of predicted values.
+        name: str, for tables and titles.
+        shuffle_buffer: int, size of the shuffle buffer in examples.
+        note: str, a description of the three splits if they are not the set's own.
+        class_names: tuple of str, one per class; empty if not a classification.
+        decoding: JSON-able keyword arguments to decode an image file for evaluation, as
+            `recipes/predict.py` does.
     """
 
     train: Split
@@ -56,5 +56,5 @@ class Data:
 
 
 def normalise(image: tf.Tensor) -> tf.Tensor:
-    """Pixels 0..255 of any dtype to float32 in -1..1, the same for every data set."""
+    """Scales pixels 0..255 of any dtype to float32 in -1..1."""
     return tf.cast(image, tf.float32) / 127.5 - 1.0

@@ -1,8 +1,8 @@
-"""The stream of batches: shuffled, augmented, and shared by workers.
+"""The stream of batches: shuffled, augmented, and divided among workers.
 
 The training order is a pure function of (seed, epoch, step): `train_stream(..., start_step=k)`
-yields exactly the batches that an uninterrupted run sees from step k on, augmentation included.
-That is what makes a killed and resumed run end with the same weights.
+yields exactly the batches of an uninterrupted run from step k on, augmentation included. So a run
+that is killed and resumed ends with the same weights.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from recipes.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one worker of several takes of the data.
+    """One worker's part of the data.
 
     Attributes:
-        worker, workers: int, its place and their number.
+        worker, workers: int, its index and the number of workers.
         replicas: int, devices of all workers together, the same number on each.
     """
 
@@ -31,7 +31,7 @@ WHOLE = Part()
 
 
 def steps_per_epoch(split: Split, batch_size: int, limit: int | None = None) -> int:
-    """Full batches in one epoch (the remainder differs from epoch to epoch and is dropped)."""
+    """The number of full batches per epoch; the remainder, different in each epoch, is dropped."""
     steps = split.size // batch_size
     if steps == 0:
         raise DataError(
@@ -54,11 +54,10 @@ def train_stream(
     Args:
         data: `Data`.
         batch_size: int, the global batch, split over the replicas by the strategy.
-        seed: int, fixes the order and the augmentation.
+        seed: int, determines the order and the augmentation.
         start_step: int, steps (batches) of the run already done.
-        steps: int or None, steps an epoch; default `steps_per_epoch`.
-        part: `Part` of every batch that this worker computes; each batch then has the size of one
-            replica's.
+        steps: int or None, steps per epoch; default `steps_per_epoch`.
+        part: this worker's `Part` of every batch; each batch then has the size of one replica's.
     """
     steps = steps or steps_per_epoch(data.train, batch_size)
     first_epoch, first_step = divmod(start_step, steps)
@@ -66,8 +65,8 @@ def train_stream(
     buffer = max(1, min(data.shuffle_buffer, data.train.size))
 
     def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        # Sets the seed of this function's graph alone: the order depends on `seed`, not on the
-        # caller's global seed as well (and TensorFlow cannot combine a global 0 with a tensor).
+        # Sets only this graph's seed, so that the order does not depend on the global seed, too
+        # (and TensorFlow cannot combine a global 0 with a tensor).
         tf.random.set_seed(1)
         # Seeds of neighbouring epochs must not collide with those of a neighbouring `seed`.
         order = tf.random.stateless_uniform(
@@ -93,8 +92,8 @@ def train_stream(
 def eval_batches(data: Data, split: Split, batch_size: int, part: Part = WHOLE) -> tf.data.Dataset:
     """Batches of (x, y) of a whole split in storage order, the last one possibly smaller.
 
-    With a `part`, this worker's examples in batches for its replicas, as many on every worker and
-    none of them empty: some layers cannot compute nothing.
+    With a `part`, this worker's examples in batches for its replicas: the same number on every
+    worker, none of them empty, because some layers fail on empty batches.
     """
     examples = _share(split.dataset, part).map(
         data.preprocess_eval, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
@@ -108,11 +107,11 @@ def eval_batches(data: Data, split: Split, batch_size: int, part: Part = WHOLE) 
 
 
 def _part_sizes(size: int, batch_size: int, part: Part) -> list[int]:
-    """The sizes of the batches of one worker's devices in turn, as even as can be.
+    """The batch sizes of one worker's devices in turn, as even as possible.
 
     Args:
-        size: int, examples of all workers together.
-        batch_size: int, the global batch, which none of the steps exceeds.
+        size: int, the number of examples of all workers.
+        batch_size: int, the largest global batch.
         part: `Part`.
 
     Raises:
@@ -132,13 +131,13 @@ def _part_sizes(size: int, batch_size: int, part: Part) -> list[int]:
 
 
 def _share(dataset: tf.data.Dataset, part: Part) -> tf.data.Dataset:
-    """Every `workers`-th example, before anything costly is done to it."""
+    """Every `workers`-th example, selected before costly operations."""
     return dataset if part.workers == 1 else dataset.shard(part.workers, part.worker)
 
 
 def _options() -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
-    # By examples, not by files: small sets have fewer files than there are workers.
+    # Shard by examples, not by files: small sets have fewer files than workers.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return options

@@ -19,13 +19,13 @@ _SPLITS = {"imagenet2012": ("train[:99%]", "train[99%:]", "validation")}
 
 
 def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
-    """The TFDS builder of a name, its data prepared under `download`.
+    """The TFDS builder with this name; with `download` its data are prepared.
 
     Raises:
         DataError: no such set, or it could not be downloaded.
     """
     if dataset == EMBEDDED:
-        # A run of before may name the folder that it wrote the digits to.
+        # Runs of older versions may name the folder of the digits.
         if data_dir is not None and not (Path(data_dir) / EMBEDDED).is_dir():
             raise DataError(
                 f"data-dir={data_dir!r}: {EMBEDDED} needs no folder; to train on images of your "
@@ -58,7 +58,7 @@ def _hint(dataset: str) -> str:
 
 
 def features_of(builder: Any) -> tuple[str, str, tuple[str, ...], bool]:
-    """(image key, label key, names of the classes, images surely under 96 pixels)."""
+    """(image key, label key, class names, whether images are known to be under 96 pixels)."""
     features = builder.info.features
     images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
     labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
@@ -83,7 +83,7 @@ def splits_of(
     """Train, validation and test splits of (encoded image, label), and their names if unusual.
 
     Raises:
-        DataError: not prepared, or a split that is empty, not there, or shares examples.
+        DataError: the set is not prepared, or a split is empty, unknown, or shares examples.
     """
     names = _split_names(builder, splits)
     parts = []
@@ -103,7 +103,7 @@ def splits_of(
 
 
 def _share(builder: Any, one: str, other: str) -> bool:
-    """Whether two splits, in TFDS's slicing language, have an example in common."""
+    """True if two splits, in TFDS's slicing language, share an example."""
 
     def ranges(name: str) -> list[tuple[str, range]]:
         known = builder.info.splits
@@ -141,7 +141,7 @@ def _split_names(builder: Any, splits: str | None) -> tuple[str, ...]:
 
 
 def _split(builder: Any, name: str, image_key: str, label_key: str, data_dir: str | None) -> Split:
-    # One reader at a time: the order of the examples must not depend on timing.
+    # A single reader, so that the order of examples does not depend on timing.
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     try:
         dataset = builder.as_dataset(

@@ -1,4 +1,4 @@
-"""The task of the driving recipes: options, data, loss, and a report that a person can look at."""
+"""The task of the driving recipes: options, data, loss, and a report with pictures."""
 
 import argparse
 import sys
@@ -15,8 +15,8 @@ from recipes.training.options import Option
 if TYPE_CHECKING:  # --help need not wait for TensorFlow
     from recipes.data.driving_log import Drive
 
-RENDERED = "rendered"  # a drive that is drawn, or signs that are
-CURVE = 0.05  # an angle further from 0, in the log's units, is of a curve
+RENDERED = "rendered"  # the rendered drive or signs
+CURVE = 0.05  # angles beyond it, in the log's units, count as curves
 PARTS = ("train", "validation", "test")
 LOG_STYLE = {"color": "0.55", "linewidth": 0.8, "label": "log"}
 MODEL_STYLE = {"color": "tab:red", "linewidth": 1.0, "label": "model"}
@@ -34,10 +34,10 @@ SETTINGS = {
 
 
 def options(image_width: int) -> tuple[Option, ...]:
-    """The options of a driving recipe beside those of all recipes.
+    """The options that only driving recipes have.
 
     Args:
-        image_width: default, in pixels.
+        image_width: the default, in pixels.
     """
     return (
         Option(
@@ -88,7 +88,7 @@ def options(image_width: int) -> tuple[Option, ...]:
 
 
 def load(options: argparse.Namespace) -> "Drive":
-    """The frames and angles of a log, or of the rendered drive."""
+    """Loads the frames and angles of a log, or of the rendered drive."""
     from recipes.data import driving_log, rendered
 
     if options.dataset != RENDERED:
@@ -129,13 +129,13 @@ def metrics() -> list:
 
 
 def report(result) -> list[tuple[str, str]]:
-    """Rows for the closing table; writes what they come from beside the run's other results.
+    """Rows for the closing table; also writes files to the run's folder.
 
-    `steering.csv` holds the errors, `angles.csv` the angle and the answer at each frame; they are
-    drawn in `drive.png` and `frames.png`.
+    `steering.csv` has the errors, `angles.csv` the true and predicted angle at each frame;
+    `drive.png` and `frames.png` show them.
 
     Args:
-        result: of a run whose data are a `Drive`; the model that was kept is read from its folder.
+        result: the result of a run on a `Drive`; the kept model is read from its folder.
     """
     import keras
 
@@ -184,7 +184,7 @@ def _lines(row: dict) -> list[tuple[str, str]]:
 
 
 def predict(model, drive: "Drive", frames: Sequence) -> np.ndarray:
-    """The model's angles for the centre camera, float32 [frames]."""
+    """The model's predictions for the centre camera, float32 [frames]."""
     import tensorflow as tf
 
     paths = tf.data.Dataset.from_tensor_slices(
@@ -195,18 +195,18 @@ def predict(model, drive: "Drive", frames: Sequence) -> np.ndarray:
 
 
 def scores(angles: np.ndarray, answers: np.ndarray, mean_angle: float) -> dict[str, float]:
-    """Errors in the units of the log, beside those of a constant.
+    """Errors of the model and of constant predictions, in the units of the log.
 
     Args:
-        angles: float [frames], of the log.
-        answers: float [frames], of the model.
-        mean_angle: of the training frames.
+        angles: float [frames], the log's.
+        answers: float [frames], the model's.
+        mean_angle: the mean over the training frames.
 
     Returns:
-        `mae`, `mse`; both with `_mean`, of always answering `mean_angle`; `mae_zero`, of 0, the
-        median of many a log and so the constant of least absolute error; `r2`, 1 - mse / variance
-        of `angles`, NaN where that is 0; `curves`, a count; `curve_mae` and `straight_mae` on
-        either side of `CURVE`, NaN where there are none.
+        `mae`, `mse`; both with `_mean`, for the constant `mean_angle`; `mae_zero`, for the constant
+        0, the median of many logs and so the best constant for the absolute error; `r2`, 1 - mse /
+        variance of `angles`, NaN if that is 0; `curves`, a count; `curve_mae` and `straight_mae`
+        above and below `CURVE`, NaN without frames.
     """
     error, constant = np.abs(angles - answers), np.abs(angles - mean_angle)
     curve = np.abs(angles) > CURVE
@@ -239,11 +239,11 @@ def _angles(frames: Sequence) -> np.ndarray:
 
 
 def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title: str) -> None:
-    """The angle of the log and the model's answer over the drive, as a PNG file.
+    """Draws the log's and the model's angle over the drive as a PNG file.
 
     Args:
         rows: (row of the log, part, angle, answer), in the order of the rows.
-        path: of the picture.
+        path: the picture.
         title: str.
     """
     from matplotlib.figure import Figure
@@ -253,7 +253,7 @@ def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title
     figure.suptitle(f"{title}: the log's angle and the model's (test orange, validation blue)")
     for axis, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
         at, parts, angles, answers = zip(*(rows[i] for i in line), strict=True)
-        gap = np.diff(at, prepend=at[0]) > 1  # no line over frames that belong to no part
+        gap = np.diff(at, prepend=at[0]) > 1  # no line across frames outside the split
         for values, style in ((angles, LOG_STYLE), (answers, MODEL_STYLE)):
             axis.plot(at, np.where(gap, np.nan, values), **style)
         for part, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
@@ -268,10 +268,9 @@ def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title
 
 
 def draw_frames(frames: Sequence, answers: np.ndarray, path: Path, count: int = 12) -> None:
-    """A strip of frames with both angles as needles, as a PNG file.
+    """Draws frames with both angles as needles, as a PNG file.
 
-    Half of them are where the log steers most, each the sharpest of its stretch of time, half
-    evenly spaced.
+    Half of the frames are the sharpest turn of each time span, half are evenly spaced.
     """
     angles = np.abs(_angles(frames))
     groups = [g for g in np.array_split(np.arange(len(frames)), count // 2) if len(g)]
@@ -283,7 +282,7 @@ def draw_frames(frames: Sequence, answers: np.ndarray, path: Path, count: int = 
 
 
 def _needles(frame, answer: float) -> Image.Image:
-    """The centre image, 320 pixels wide: the log's angle in green, the answer in red."""
+    """The centre image, 320 pixels wide: the log's angle in green, the model's in red."""
     with Image.open(frame.center) as file:
         height = 320 * file.height // file.width
         image = file.convert("RGB").resize((320, height))

@@ -29,7 +29,7 @@ __all__ = ["NETWORKS", "auxiliary_model_class", "build", "inference_model", "opt
 
 
 def options(name):
-    """The options of the network `name` with their defaults, as a dict; ValueError if unknown."""
+    """The options of a network and their defaults, as a dict; ValueError if it is unknown."""
     if name not in NETWORKS:
         raise ValueError(f"name={name!r} is not a network: use one of {', '.join(NETWORKS)}")
     parameters = inspect.signature(NETWORKS[name]).parameters.values()
@@ -57,7 +57,7 @@ def build(
             `keras_gradclip.ClippedModel`. With GoogLeNet's auxiliary heads it is subclassed: see
             `recipes.models.googlenet.auxiliary_model_class`.
         batch_norm_momentum: momentum of the moving averages of every batch normalisation. The
-            default, 0.99, lags behind the weights in runs of a few hundred steps; 0.9 follows.
+            default, 0.99, lags behind the weights in runs of a few hundred steps; 0.9 does not.
         **network_options: as `options(name)` lists them; the function of each network in this
             package documents its own.
 
@@ -96,8 +96,8 @@ def build(
 def inference_model(model: Any) -> keras.Model:
     """The model to deploy: the same layers and weights, without auxiliary heads.
 
-    Loads by `keras.models.load_model` without this package: the layers of `recipes.models.layers`,
-    which hold no weights, are written out in operations of Keras.
+    Loads with `keras.models.load_model` without this package: the layers of
+    `recipes.models.layers`, which have no weights, are replaced by Keras operations.
 
     Args:
         model: built by `build`, or any functional model.

@@ -42,8 +42,8 @@ def alexnet(
         num_classes: length of the softmax output.
         dropout: rate before each of the two hidden dense layers.
         initializer: of the hidden kernels. The paper's N(0, 0.01) needs long training.
-        stem_stride: conv1's stride. `None`: the paper's 4 wherever the last feature map has a
-            pixel left (63 pixels or more), else the largest stride of 2 and 1 that leaves one.
+        stem_stride: conv1's stride. `None`: the paper's 4 if the last feature map is not empty
+            (63 pixels or more), else the larger of 2 and 1 for which it is not.
         pool_grid: side of the adaptive average pooling before the dense layers.
         dense_units: width of the hidden dense layers.
 

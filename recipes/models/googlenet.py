@@ -108,14 +108,14 @@ def auxiliary_model_class(model_class: Any) -> Any:
     metrics. In training, `compute_loss` adds the compiled loss of each auxiliary head at a weight
     of 0.3 (Szegedy et al. 2015, section 5). At inference the heads are not computed.
 
-    Use it wherever a model with heads has to be loaded from a `.keras` file in a new process:
-    calling it registers the class; `inference_model` gives a plain model that needs no such care.
+    Call it before a new process loads a model with heads from a `.keras` file, because the call
+    registers the class; `inference_model` returns a plain model that does not need this.
     """
 
     class AuxiliaryHeads(model_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            # Keras matches losses, metrics and targets with these: show it the main head only.
+            # Keras matches losses, metrics and targets with these: only the main head.
             self.output_names: list[str] = self.output_names[:1]
 
         def call(self, inputs, training=None, mask=None):
@@ -151,8 +151,8 @@ class _MeanLoss(keras.losses.Loss):
 
 
 def _as_loss(identifier):
-    # A name stands for a function of one value an example: the mean over the global batch, which
-    # compile() takes of it, is left to do.
+    # A name means a function with one value per example, without compile()'s mean over the global
+    # batch.
     loss = keras.losses.get(identifier)
     return loss if isinstance(loss, keras.losses.Loss) else _MeanLoss(loss)
 

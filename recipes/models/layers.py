@@ -1,4 +1,4 @@
-"""Building pieces which the networks share and Keras lacks."""
+"""Layers shared by the networks that Keras lacks."""
 
 import keras
 import numpy as np

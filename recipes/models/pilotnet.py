@@ -1,11 +1,11 @@
-"""PilotNet, which steers from a strip of road."""
+"""PilotNet, which predicts the steering angle from an image strip."""
 
 import keras
 from keras import layers
 
 from .layers import classifier
 
-IMAGE_SHAPE = (66, 200)  # height and width that the paper's layers end at 1 x 18 with
+IMAGE_SHAPE = (66, 200)  # height and width, for which the paper's layers end at 1 x 18
 
 
 def pilotnet(num_outputs=1, image_shape=IMAGE_SHAPE, model_class=keras.Model):
@@ -40,6 +40,6 @@ def pilotnet(num_outputs=1, image_shape=IMAGE_SHAPE, model_class=keras.Model):
     x = layers.Flatten(name="flatten")(x)
     for i, units in enumerate([100, 50, 10], start=1):
         x = layers.Dense(units, activation="relu", name=f"dense{i}")(x)
-    # Straight on, about the mean: angles of size 1 would have to be unlearned first.
+    # Zero kernel: initial predictions near the mean angle.
     outputs = classifier(x, num_outputs, activation="linear", initializer="zeros")
     return model_class(inputs, outputs, name="pilotnet")

@@ -9,7 +9,7 @@ APPLICATIONS = {16: keras.applications.VGG16, 19: keras.applications.VGG19}
 
 
 def _with_initializer(base, initializer):
-    # keras.applications takes no initialiser, and glorot's halves the signal at each ReLU: 16
+    # keras.applications accepts no initialiser, and glorot's halves the signal at each ReLU: 16
     # layers without batch normalisation then start at a loss of ln(classes) and stay there.
     def clone(layer):
         config = layer.get_config()

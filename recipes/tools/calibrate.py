@@ -4,25 +4,25 @@
     python recipes/tools/calibrate.py resnet50 --percentile 95 --epochs 4 --dataset cifar10
     python recipes/resnet50.py --clip-config runs/calibration-resnet50/clip-update_ratio.json
 
-Trains the recipe (options that this command does not know go to it) for as many updates as its run
-has, or `--steps`, watches each layer's gradient, and throws the weights away. It trains unclipped,
-because the clip that is going to be replaced changes the norms: under ResNet-50's own
-`AbsoluteClip` they end at a third, and thresholds taken there clip six norms in ten. A recipe that
-diverges unclipped is watched with a clip that holds it, such as `--clipper norm --max-norm 1`.
+Trains the recipe for all updates of its run, or `--steps`, measures each layer's gradients, and
+discards the weights. Other options are passed to the recipe. It trains without a clip, because a
+clip changes the norms: with ResNet-50's own `AbsoluteClip` they fall to a third, and thresholds
+measured there clip six norms in ten. If a recipe diverges without a clip, give one, such as
+`--clipper norm --max-norm 1`.
 
 Writes into `runs/calibration-RECIPE` (or `--output`):
 
-- `clip-KIND.json`, for each kind of clipper one threshold a layer, for `--clip-config`: the
+- `clip-KIND.json`, for `--clip-config`: one threshold per layer for each kind of clipper, the
   percentile over all updates;
-- `clip-KIND-schedule.json`, the same for each of `--segments` parts of the run, as a schedule, for
-  norms that drift;
-- `clip-percentile.json`, a `PercentileClip` that follows the last norms of each layer by itself;
-- `calibration.csv`, `calibration.png`, and `watched.npz`, from which the same command with another
-  percentile goes on without training again.
+- `clip-KIND-schedule.json`, the same as a schedule over `--segments` parts of the run, for norms
+  that drift;
+- `clip-percentile.json`, a `PercentileClip`, which adapts to the last norms of each layer;
+- `calibration.csv`, `calibration.png`, and `watched.npz`, the samples: a different percentile then
+  needs no new training.
 
-The table at the end says how often each would have clipped what was watched, in all and in each
-eighth of the run. Where norms fall a hundredfold in the first epoch, as in ResNet-50, a constant at
-the 90th percentile clips nearly every early update and none later: a guard for the warm-up. The
+The table at the end shows how many norms each would have clipped, in total and in each eighth of
+the run. If norms fall a hundredfold in the first epoch, as in ResNet-50, a constant at the 90th
+percentile clips nearly every early update and none later: it protects only the warm-up. The
 schedule and the percentile clipper clip about evenly throughout.
 """
 
@@ -55,14 +55,14 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
 SEGMENTS = 8
-#: Updates that a part of the run must have for a percentile of its own.
+#: Fewest updates in a segment of the run.
 LEAST = 20
 WATCHED = "watched.npz"
 _DAMAGED = (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError)
-#: What `PercentileClip` remembers: few enough to keep up with norms that fall in the first epoch.
+#: Window of `PercentileClip`, short enough for norms that fall in the first epoch.
 WINDOW = 20
 EIGHTHS = 8
-#: More or less than this share of an eighth of the run, and a clip is called uneven.
+#: Range of the clipped share in each eighth of the run within which a clip counts as even.
 FITS = (0.02, 0.3)
 
 
@@ -73,7 +73,7 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
     """A `keras_gradclip.Calibration` of the recipe's first `steps` updates; None: its whole run.
 
     Raises:
-        RecipeError: options that cannot be, more steps than the run has, or a run that diverges.
+        RecipeError: invalid options, more steps than the run has, or a run that diverges.
     """
     import_tensorflow()
     import keras_gradclip as kgc
@@ -113,7 +113,7 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
 
 
 def _progress(batches: int) -> Any:
-    """A Keras callback: a line every tenth of the way, with the time that is left."""
+    """A Keras callback that prints a line at every tenth of the steps, with the remaining time."""
     import keras
 
     numbers, begun = itertools.count(1), time.monotonic()
@@ -163,7 +163,7 @@ def load_watched(path: Path, percentile: float):
 
 
 def parts_of(found, segments: int) -> int:
-    """As many parts of the updates watched as have enough of them, at most `segments`."""
+    """The number of segments with enough updates each, at most `segments`."""
     return max(1, min(segments, found.updates // LEAST))
 
 
@@ -172,12 +172,12 @@ def parts_of(found, segments: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A file for `--clip-config`, and what it would have clipped of the updates watched.
+    """A file for `--clip-config`, and the share of norms that it would have clipped.
 
     Attributes:
         name: the file's name.
-        shares: share of (layer, update) pairs clipped, for each eighth of the run, in 0..1.
-        overall: the same over the whole run.
+        shares: the clipped share of (layer, update) pairs, in 0..1, for each eighth of the run.
+        overall: the same for the whole run.
     """
 
     name: str
@@ -186,18 +186,18 @@ class Choice:
 
     @classmethod
     def of(cls, name: str, hit: np.ndarray) -> Choice:
-        """The choice that would have clipped where `hit`, `[updates, layers]`, is 1."""
+        """The choice that would have clipped the pairs where `hit`, `[updates, layers]`, is 1."""
         parts = [part for part in np.array_split(hit, EIGHTHS) if len(part)]
         return cls(name, [float(np.nanmean(p)) for p in parts], float(np.nanmean(hit)))
 
     @property
     def fits(self) -> bool:
-        """Whether it clips at all times, and at no time too much."""
+        """True if it clips in all parts of the run, and in none too much."""
         return FITS[0] <= min(self.shares) and max(self.shares) <= FITS[1]
 
 
 def choices(found, segments: int, output: Path) -> list[Choice]:
-    """Writes the files for `--clip-config` and tells what each would have clipped."""
+    """Writes the files for `--clip-config`; returns a `Choice` for each."""
     import keras_gradclip as kgc
 
     result = []
@@ -215,13 +215,13 @@ def choices(found, segments: int, output: Path) -> list[Choice]:
 
 
 def clipped(found, kind: str, segments: int) -> np.ndarray:
-    """Which samples lie above their threshold: `[updates, layers]`; NaN where none applies."""
+    """A mask `[updates, layers]` of samples above their threshold; NaN without one."""
     samples, limits = found.samples[kind], found.limits(kind, segments)
     return np.where(np.isnan(samples) | np.isnan(limits), np.nan, samples > limits)
 
 
 def clipped_by_percentile(norms: np.ndarray, percentile: float, window: int = WINDOW):
-    """What `PercentileClip` would clip of norms `[updates, layers]`."""
+    """A mask of the norms `[updates, layers]` that `PercentileClip` would clip."""
     hit = np.zeros(norms.shape)
     for i, row in enumerate(norms):
         hit[i] = row > np.percentile(norms[max(0, i - window + 1) : i + 1], percentile, axis=0)
@@ -229,7 +229,7 @@ def clipped_by_percentile(norms: np.ndarray, percentile: float, window: int = WI
 
 
 def steady(found_choices: list[Choice]) -> Choice:
-    """The simplest of norm's three that clips at all times; else the percentile clipper."""
+    """The simplest of the norm clippers that clips evenly; else the percentile clipper."""
     by_name = {c.name: c for c in found_choices}
     for name in ("clip-norm.json", "clip-norm-schedule.json"):
         if name in by_name and by_name[name].fits:
@@ -238,7 +238,7 @@ def steady(found_choices: list[Choice]) -> Choice:
 
 
 def write_table(path: Path, found) -> None:
-    """A row a layer: the spread of its norm, the percentile for each clipper, and what is saved."""
+    """Writes one row per layer: its norms, each clipper's percentile, and the saved threshold."""
     import pandas as pd
 
     spread = {"norm_min": 0, "norm_p10": 10, "norm_median": 50, "norm_p90": 90, "norm_max": 100}
@@ -253,7 +253,7 @@ def write_table(path: Path, found) -> None:
 
 
 def draw(path: Path, found, segments: int, title: str) -> None:
-    """Each layer's spread and threshold; norms, and what is clipped, over the run."""
+    """Draws each layer's range and threshold, and norms and clipped share over the run."""
     from matplotlib.figure import Figure
 
     norms = found.samples["norm"]
@@ -297,7 +297,7 @@ def draw(path: Path, found, segments: int, title: str) -> None:
 
 
 def _draw_layers(axis, found, kind: str) -> None:
-    """Each layer's spread of what a kind of clipper bounds, and the threshold that is saved."""
+    """Draws, for a kind of clipper, each layer's range of figures and the saved threshold."""
     from keras_gradclip.diagnostics.calibration import kinds
 
     names = [n for i, n in enumerate(found.layers) if np.isfinite(found.samples[kind][:, i]).all()]
@@ -321,7 +321,7 @@ def _draw_layers(axis, found, kind: str) -> None:
 
 
 def show(found, found_choices: list[Choice], segments: int, output: Path, command: str) -> None:
-    """The tables on the terminal, and the command that trains with the result."""
+    """Prints the tables, and the command that trains with the result."""
     import pandas as pd
 
     print(found)
@@ -355,12 +355,14 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
             )
         )
     if found.updates < LEAST:
-        print(f"{found.updates} updates are few for a percentile: watch more (--steps, --epochs).")
+        print(
+            f"{found.updates} updates are few for a percentile: measure more (--steps, --epochs)."
+        )
     suggested = [bounded, constant, even if even.fits else None]
     by_name = {choice.name: choice for choice in suggested if choice is not None}
     for name, choice in by_name.items():
         if not choice.overall:
-            print(f"{name} would have clipped nothing of this: it is a guard alone.")
+            print(f"{name} would have clipped nothing in this run: it is only a guard.")
     print(f"results in {output}; train with")
     for name in by_name:
         print(f"  {command} --clip-config {output / name}")
@@ -375,13 +377,13 @@ def watched_options(recipe, rest: list[str]) -> Options:
 
 
 def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, output: Path):
-    """Watches the recipe, unless `output` holds it already, and writes the results.
+    """Measures the recipe, unless `output` has its samples, and writes the results.
 
     Returns:
         The `Calibration`, and a list of `Choice`.
 
     Raises:
-        RecipeError: wrong options, `output` was begun with others, or a run that diverges.
+        RecipeError: invalid or different options than in `output`, or a run that diverges.
     """
     if not 0 < percentile <= 100:
         raise RecipeError(f"--percentile {percentile:g}: must be above 0 and at most 100")
@@ -412,7 +414,7 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
 
 
 def training_command(name: str, rest: list[str]) -> str:
-    """The command that trains the recipe with the same options, but for the clipper's."""
+    """The command that trains the recipe with the same options, except the clipper's."""
     recipe = find_recipe(name)
     clipping = opts.clipping_names()
     given = {n: v for n, v in opts.parse(recipe, rest).given.items() if n not in clipping}
@@ -422,7 +424,7 @@ def training_command(name: str, rest: list[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 2 for a mistake in the flags or a run that fails, 130 after Ctrl-C."""
+    """Runs the command. Exit status: 0; 2 for an invalid flag or a failed run; 130 after Ctrl-C."""
     program = "python recipes/tools/calibrate.py"
     parser = Parser(program, __doc__, usage=f"{program} RECIPE [--FLAG VALUE ...]")
     parser.add_argument("recipe", choices=list(RECIPES))

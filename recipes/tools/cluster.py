@@ -4,10 +4,10 @@
     python recipes/tools/cluster.py --workers 2 recipes/resnet50.py --resume
     python recipes/tools/cluster.py --workers 2 --gpus 1 recipes/vgg16.py --batch-size 64
 
-Everything after the recipe goes to each worker, and `--strategy multiworker` with it. Their lines
-come out behind `[worker 1]`. When one fails, the others get a few seconds to say what they know of
-it and are ended; the exit status is that of the first to fail. On several machines, start the
-recipe itself on each: see docs/cluster.md.
+Everything after the recipe is passed to each worker, with `--strategy multiworker`. Their output is
+prefixed by `[worker 1]`. When one fails, the others get a few seconds to report and are then ended;
+the exit status is that of the first failure. On several machines, start the recipe itself on each:
+see docs/cluster.md.
 """
 
 import argparse
@@ -30,12 +30,12 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
-# From the loss of a worker until its heartbeat is missed, and a margin.
+# Time until a missing heartbeat is detected, and a margin.
 GRACE = 30.0
 
 
 def configs(count: int) -> list[str]:
-    """TF_CONFIG for each of `count` workers on this machine, at ports that nobody listens on."""
+    """TF_CONFIG for each of `count` workers on this machine, with free ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = ["127.0.0.1:{1}".format(*s.getsockname()) for s in sockets]
     for s in sockets:
@@ -59,9 +59,9 @@ def launch(
     Args:
         command: program and arguments, the same for each.
         count: int, workers.
-        environment: of each; TF_CONFIG and CUDA_VISIBLE_DEVICES are added.
-        gpus: int, GPUs of each worker; 0: all compute on the CPU.
-        grace: seconds that the others get to end by themselves when one has failed.
+        environment: environment variables; TF_CONFIG and CUDA_VISIBLE_DEVICES are added.
+        gpus: int, GPUs per worker; 0: all use the CPU.
+        grace: seconds for the others to end by themselves after one has failed.
         timeout: seconds after which all are ended.
 
     Returns:
@@ -79,7 +79,7 @@ def launch(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that what it starts ends with it
+                start_new_session=True,  # so that its child processes end with it
             )
         readers = {
             i: threading.Thread(target=_forward, args=(i, process), daemon=True)
@@ -92,7 +92,7 @@ def launch(
                 if (code := process.poll()) is None:
                     continue
                 del running[i]
-                readers[i].join(timeout=5)  # its last lines come before ours
+                readers[i].join(timeout=5)  # print its last lines first
                 if code:
                     _say(f"worker {i} {_ended(code)}")
                     deadline = min(deadline, time.monotonic() + grace)
@@ -103,7 +103,7 @@ def launch(
         return status or (124 if running else 0)
     finally:
         for process in running.values():
-            os.killpg(process.pid, signal.SIGKILL)  # TensorFlow ignores a polite signal
+            os.killpg(process.pid, signal.SIGKILL)  # TensorFlow ignores SIGTERM
             process.wait()
 
 
@@ -129,7 +129,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: of the first worker that failed, 0, 2 for a mistake, 130 after Ctrl-C."""
+    """Runs the command. Exit status: the first failed worker's; 0; 2 for a mistake; 130: Ctrl-C."""
     program = "python recipes/tools/cluster.py"
     usage = f"{program} [--workers N] [--gpus N] RECIPE.py [OPTIONS OF THE RECIPE]"
     parser = Parser(program, __doc__, usage=usage)

@@ -4,15 +4,15 @@
     python recipes/tools/compare.py alexnet --learning-rates 0.01 0.03 0.1 --seeds 0 1 --epochs 3
     python recipes/tools/compare.py vgg16 --clippers recipe none norm:max_norm=5 --optimizer sgd
 
-Options that it does not know go to the recipe, for all cells alike. A clipper is `recipe` (the
-recipe's own), `none`, or a registered clipper with its parameters: `absolute:threshold=0.05`,
-`exponential:beta=0.7,gamma=0.1`, `percentile:percentile=90,window=50,scope=layer`. Clippers of your
-own come from `--import MODULE`.
+Other options are passed to the recipe, the same for all runs. A clipper is `recipe` (the recipe's
+own), `none`, or a registered clipper with its parameters: `absolute:threshold=0.05`,
+`exponential:beta=0.7,gamma=0.1`, `percentile:percentile=90,window=50,scope=layer`. Custom clippers
+come from `--import MODULE`.
 
-Writes `compare.csv` (a row a run), `compare.png` and a table into `runs/compare-RECIPE` (or
-`--output`). The same command again goes on where it was interrupted. A run is `diverged` when its
-loss or weights became NaN or infinite, `at chance` when its best validation accuracy was about that
-of guessing, else `learned`.
+Writes `compare.csv` (one row per run), `compare.png` and a table into `runs/compare-RECIPE` (or
+`--output`). The same command resumes an interrupted comparison. A run is `diverged` if its loss or
+weights became NaN or infinite, `at chance` if its best validation accuracy was about that of
+guessing, else `learned`.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ OWN = "recipe"
 
 
 def clipper_values(text: str) -> dict:
-    """The options that a `--clippers` word stands for.
+    """The options of one value of `--clippers`.
 
     `"norm:max_norm=5,scope=global"` gives `{"clipper": "norm", "max_norm": 5.0, "scope":
     "global"}`, `"recipe"` gives `{}`.
 
     Raises:
-        RecipeError: an unknown clipper or parameter, or a value that is no number.
+        RecipeError: an unknown clipper or parameter, or a value that is not a number.
     """
     name, _, tail = text.partition(":")
     if name == OWN and not tail:
@@ -88,10 +88,7 @@ def folder_of(output: Path, row: study.Row) -> Path:
 
 
 def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> dict:
-    """One run; the part of its row that the run decides.
-
-    An interrupted run in `folder` is resumed.
-    """
+    """Trains one run and returns its results; resumes an interrupted run in `folder`."""
     import pandas as pd
 
     from recipes.training import run
@@ -110,7 +107,7 @@ def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> di
             "diverged_step": error.step,
         }
     else:
-        assert result is not None  # of one machine
+        assert result is not None  # None only on a worker
         guess = 1 / result.data.num_outputs
         row = {
             "status": "at chance" if at_chance(result.best, guess) else "learned",
@@ -124,26 +121,26 @@ def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> di
 
 
 def outcome(row: study.Row) -> str:
-    """What the log says of a run."""
+    """The text about a run in the log."""
     best = row["val_accuracy"]
     return row["status"] + ("" if math.isnan(best) else f", {100 * best:.1f} %")
 
 
 def scored(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with what table and picture show, in %; a run that diverged has no score."""
+    """The rows with the figures of table and picture, in %; NaN for a diverged run."""
     kept = rows["val_accuracy"].where(rows["status"] != "diverged")
     return rows.assign(score=100 * kept, clipped=100 * rows["clip_fraction"])
 
 
 def cell_text(runs: pd.DataFrame) -> str:
-    """A cell of the table: the accuracy, and where a clipper is at work what it clipped."""
-    share = runs["clipped"].mean()  # a run that diverged in its first epoch has none
+    """A cell of the table: the accuracy, and the clipped share if there is a clipper."""
+    share = runs["clipped"].mean()  # NaN if all diverged in their first epoch
     of_clipper = runs["clipper"].iloc[0] != "none" and not math.isnan(share)
     return study.summary(runs) + (f"; {share:.3g} % clipped" if of_clipper else "")
 
 
 def draw(rows: pd.DataFrame, path: Path, title: str) -> None:
-    """Accuracy and clip fraction over the learning rate."""
+    """Draws accuracy and clip fraction over the learning rate."""
     rows = scored(rows)
     rows["clipped"] = rows["clipped"].where(rows["clipper"] != "none")
     measures = {"score": "best validation accuracy, %", "clipped": "clipped, % (mean of epochs)"}
@@ -151,18 +148,18 @@ def draw(rows: pd.DataFrame, path: Path, title: str) -> None:
 
 
 def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Path) -> pd.DataFrame:
-    """Runs the cells that `output` has no row of yet; the rows of all.
+    """Runs the cells that have no row in `output`; returns all rows.
 
     Args:
         recipe: `Recipe`, a classifier.
-        rest: options for every cell, as on the recipe's command line.
-        clippers: words of `--clippers`.
+        rest: options for every run, as on the recipe's command line.
+        clippers: values of `--clippers`.
         learning_rates: floats.
         seeds: ints.
         output: the folder.
 
     Raises:
-        RecipeError: wrong options, or `output` was begun with others.
+        RecipeError: invalid options, or different ones than in `output`.
     """
     if recipe.monitor != "val_accuracy":
         raise RecipeError(f"{recipe.name} is not a classifier: there is no accuracy to compare")
@@ -177,19 +174,19 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
         chosen = clipper_values(clipper)
         values = {n: v for n, v in shared.items() if not chosen or n not in clipping}
         values |= {**chosen, "learning_rate": rate, "seed": seed}
-        recipe.options(**values)  # every cell is checked before the first one runs
+        recipe.options(**values)  # check every cell before the first run
         key = {"recipe": recipe.name, "clipper": clipper, "learning_rate": rate, "seed": seed}
         job = functools.partial(run_cell, recipe, values, folder_of(output, key))
         cells.append(study.Cell(key, f"{clipper} at {rate:g}, seed {seed}", job))
     output.mkdir(parents=True, exist_ok=True)
-    # What all cells share: rows made otherwise must not stand in one table.
+    # Options of all cells: rows with different ones must not share a table.
     common = opts.saved_options(recipe, recipe.options(**shared))
     for name in ("learning_rate", "seed"):
         common.pop(name)
     settings = output / "compare.json"
     check_options(settings, recipe, common)
     table = study.StudyFile(output / "compare.csv", KEY, RESULTS, _NUMBERS)
-    table.read()  # a damaged one is found before anything is written
+    table.read()  # detects damage before anything is written
     files.write_json(settings, common)
 
     def picture() -> None:
@@ -207,7 +204,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: see `recipes.command_line.exit_status`."""
+    """Runs the command; returns the status of `recipes.command_line.exit_status`."""
     program = "python recipes/tools/compare.py"
     parser = Parser(program, __doc__, usage=f"{program} RECIPE [--FLAG VALUE ...]")
     parser.add_argument("recipe", choices=list(RECIPES))

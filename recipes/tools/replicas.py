@@ -1,9 +1,9 @@
-"""What a clipping threshold means on 1, 2 and 4 replicas: stock Keras beside this library.
+"""Compares a clipping threshold on 1, 2 and 4 replicas in stock Keras and in this library.
 
     python recipes/tools/replicas.py
 
-One SGD step with learning rate 1 and a steep loss, under MirroredStrategy over logical CPU
-devices, the global batch the same. A threshold of 0.1 should move no weight by more than 0.1.
+One SGD step with learning rate 1 and a steep loss, under MirroredStrategy over logical CPU devices,
+with the same global batch. A threshold of 0.1 should move no weight by more than 0.1.
 """
 
 import multiprocessing
@@ -61,7 +61,7 @@ def measure(path: Path) -> None:
     """Prints the table and writes it to `path`."""
     import pandas as pd
 
-    # A process each: the collective operations of TensorFlow remember their group's size.
+    # Separate processes, because TensorFlow's collective operations fix their group's size.
     context = multiprocessing.get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         rows = [(n, *pool.apply(largest_changes, (n,))) for n in REPLICAS]
@@ -76,7 +76,7 @@ def measure(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 2 for a mistake in the flags, 130 after Ctrl-C."""
+    """Runs the command. Exit status: 0; 2 for an invalid flag; 130 after Ctrl-C."""
     parser = Parser("python recipes/tools/replicas.py", __doc__)
     parser.add_argument(
         "--output", default="runs/replicas.csv", help="the table's file (default: %(default)s)"

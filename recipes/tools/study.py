@@ -1,7 +1,7 @@
-"""A study: cells (runs to be made) become rows of a CSV file, then a table and a picture.
+"""A study: cells (planned runs) become rows of a CSV file, then a table and a picture.
 
-The file is the state of the study. The same cells again run those that have no row yet, so that a
-study that was interrupted goes on, and one with more cells than before adds theirs.
+The file is the state of the study. Only cells without a row are run, so that an interrupted study
+resumes, and cells can be added.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from typing import TYPE_CHECKING, Any
 from recipes.errors import RecipeError, plain_errors
 from recipes.plugin import files
 
-if TYPE_CHECKING:  # the flags of a command need not wait for them
+if TYPE_CHECKING:  # slow imports that flags do not need
     import keras
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-#: Called with the share of a run that is done, 0 to 1.
+#: A function called with the finished share of a run, 0 to 1.
 Progress = Callable[[float], None]
 
-MOST_LINES = 6  # in one axis; a picture of more clippers has a panel for each
-_COLOURS = [f"C{k}" for k in range(10) if k != 7]  # without the grey
-_FIRST_LOOK = 5.0  # seconds of the first run from which the time of all is estimated
+MOST_LINES = 6  # most clippers in one panel; more get a panel each
+_COLOURS = [f"C{k}" for k in range(10) if k != 7]  # without grey
+_FIRST_LOOK = 5.0  # seconds of the first run before the first time estimate
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A run to be made.
+    """A planned run.
 
     Attributes:
-        key: the columns that tell it from the others.
-        name: of the run, for the log.
-        job: makes the run; takes a `Progress` and returns the other columns, "seconds" left out.
-        cost: how long it takes, relative to the other cells.
+        key: the columns that identify it.
+        name: its name in the log.
+        job: runs it; takes a `Progress` and returns the other columns, except "seconds".
+        cost: its duration relative to the other cells.
     """
 
     key: Row
@@ -54,9 +54,9 @@ class StudyFile:
     """The file of a study.
 
     Attributes:
-        path: of the CSV file.
-        key: columns that tell a row from the others.
-        results: columns that a run fills in; "seconds" is one of them.
+        path: the CSV file.
+        key: columns that identify a row.
+        results: columns that a run fills in, "seconds" among them.
         numbers: columns that hold a number in every row.
     """
 
@@ -71,10 +71,10 @@ class StudyFile:
         return [*self.key, *self.results]
 
     def read(self) -> pd.DataFrame:
-        """The rows, `numbers` as floats and all else as text.
+        """The rows, with `numbers` as floats and everything else as text.
 
         Raises:
-            RecipeError: the file is another table, or damaged.
+            RecipeError: the file is a different table, or damaged.
         """
         import pandas as pd
 
@@ -84,15 +84,17 @@ class StudyFile:
             frame = pd.DataFrame(rows, columns=self.columns, dtype=str)
             return frame.astype(dict.fromkeys(self.numbers, float))
         except ValueError as error:
-            raise RecipeError(f"{self.path}: {error}; mend it, or name another --output") from None
+            raise RecipeError(
+                f"{self.path}: {error}; repair it, or name another --output"
+            ) from None
 
     def drop(self, unwanted: pd.Series) -> None:
-        """Removes the rows of `read` for which `unwanted` is true, to run them again."""
+        """Removes the rows for which `unwanted` is true, so that they run again."""
         if unwanted.any():
             files.write_csv(self.path, self.columns, self.read()[~unwanted].to_dict("records"))
 
     def identity(self, row: Row) -> tuple:
-        """What tells a row or a cell from the others: 0.10 is 0.1."""
+        """The values that identify a row or a cell; 0.10 equals 0.1."""
         return tuple(_plain(row[name]) for name in self.key)
 
     def run(
@@ -102,17 +104,17 @@ class StudyFile:
         pace: float | None = None,
         after: Callable[[Row], None] = lambda row: None,
     ) -> pd.DataFrame:
-        """Runs the cells that have no row yet, and says how long all of them will take.
+        """Runs the cells without a row, and prints how long they will take.
 
         Args:
-            cells: in the order in which they run.
-            outcome: what the log says of a row.
-            pace: seconds for each unit of `cost` on two CPU cores, said where no row in the
-                file tells; or None.
+            cells: the cells in order.
+            outcome: returns the text about a row in the log.
+            pace: seconds for each unit of `cost` on two CPU cores, for the first estimate if
+                the file has no rows; or None.
             after: called with each new row.
 
         Returns:
-            The rows of these cells, as `read` has them.
+            The rows of these cells, as `read` returns them.
         """
         known = [self.identity(row) for row in self.read().to_dict("records")]
         asked = {self.identity(cell.key): cell for cell in cells}  # one that is named twice once
@@ -134,14 +136,14 @@ class StudyFile:
         return rows[[self.identity(row) in asked for row in rows.to_dict("records")]]
 
     def _paces(self, cells: Sequence[Cell]) -> list[float]:
-        """Seconds for each unit of cost, of the cells that have a row."""
+        """Seconds per unit of cost of the cells that have a row."""
         import pandas as pd
 
         costs = {self.identity(cell.key): cell.cost for cell in cells}
         seconds = pd.to_numeric(self.read()["seconds"], errors="coerce")
         rows = zip(self.read().to_dict("records"), seconds, strict=True)
         paces = [s / costs[k] for row, s in rows if (k := self.identity(row)) in costs]
-        return [pace for pace in paces if pace >= 0]  # no NaN
+        return [pace for pace in paces if pace >= 0]  # drops NaN
 
 
 def _plain(value: object) -> object:
@@ -159,12 +161,12 @@ def duration(seconds: float) -> str:
 
 
 class _Clock:
-    """The time that is left, by the median pace of the runs so far.
+    """Estimates the remaining time by the median pace of the runs so far.
 
     Args:
-        paces: seconds for each unit of cost, of runs that were made before.
+        paces: seconds per unit of cost of earlier runs.
         usual: the pace on two CPU cores, or None.
-        cost: of all runs that are left.
+        cost: the cost of all remaining runs.
     """
 
     def __init__(self, paces: list[float], usual: float | None, cost: float):
@@ -172,7 +174,7 @@ class _Clock:
         self.begun = self.of_run = 0.0
 
     def estimate(self) -> str:
-        """How long the rest will take."""
+        """The remaining time as text."""
         if self.paces:
             return f"about {duration(statistics.median(self.paces) * self.cost)}"
         if self.usual is not None:
@@ -180,7 +182,7 @@ class _Clock:
         return "the first of them tells how long"
 
     def start(self, cost: float) -> Progress:
-        """A run begins; where none has ended yet, its first steps tell the pace."""
+        """Begins a run; the first run estimates the pace from its first steps."""
         self.begun, self.of_run = time.monotonic(), cost
         first: list[float] = []
         is_told = bool(self.paces)
@@ -199,7 +201,7 @@ class _Clock:
         return progress
 
     def stop(self) -> float:
-        """The run has ended; its seconds."""
+        """Ends the run; returns its seconds."""
         seconds = time.monotonic() - self.begun
         self.paces.append(seconds / self.of_run)
         self.cost -= self.of_run
@@ -207,7 +209,7 @@ class _Clock:
 
 
 def steps_to(progress: Progress) -> keras.callbacks.Callback:
-    """A callback of `fit` that tells `progress` after each step."""
+    """A Keras callback that calls `progress` after each step."""
     import keras
 
     class Steps(keras.callbacks.Callback):
@@ -236,9 +238,9 @@ def summary(runs: pd.DataFrame) -> str:
 
 
 def cross_table(rows: pd.DataFrame, lines: str, columns: str, cell=summary) -> pd.DataFrame:
-    """Text for each group of rows: a line and a column for each value of two columns.
+    """A table with one line and column per value of two columns, and text for each group of rows.
 
-    Numbers rise; words come in the order of the rows.
+    Numbers are sorted; words keep the order of the rows.
     """
     import pandas as pd
 
@@ -258,13 +260,13 @@ def _text(value: object) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table in Markdown, its first column to the left and the others to the right."""
+    """The table in Markdown; the first column is left-aligned, the others right-aligned."""
     head = "| " + " | ".join(table.columns) + " |\n|---|" + "---:|" * (len(table.columns) - 1)
     return "\n".join([head, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
 
 
 def show(table: pd.DataFrame, title: str) -> None:
-    """Prints the table on the terminal."""
+    """Prints the table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -289,17 +291,17 @@ def picture(
     guess: float | None = None,
     label: Callable[[str], str] = str,
 ) -> Figure:
-    """Measures over the learning rate: a line (the mean) and a dot a run for each clipper.
+    """Draws measures over the learning rate: for each clipper the mean as a line, runs as dots.
 
-    A learning rate at which a run diverged has a cross at the foot of the axis. More clippers than
-    `MOST_LINES` have a panel each, of the first measure, beside the first of the clippers.
+    A cross at the bottom marks a learning rate at which a run diverged. More than `MOST_LINES`
+    clippers get one panel each, with the first measure and the first clipper for comparison.
 
     Args:
         rows: with the columns clipper, learning_rate, status and the measures (in %, or NaN).
-        title: of the picture.
-        measures: column to what its axis is called.
-        guess: the first measure of a guess, in %; None where it is not known.
-        label: makes the name in the legend from a clipper.
+        title: the picture's title.
+        measures: a dict from column to axis label.
+        guess: the first measure of random guessing, in %; None if unknown.
+        label: returns the legend's name of a clipper.
     """
     from matplotlib.figure import Figure
 
@@ -340,10 +342,10 @@ def picture(
 def _line(
     axis: Axes, runs: pd.DataFrame, measure: str, colour: str, place: int, label: str
 ) -> None:
-    """One clipper: the mean of its runs at each learning rate, the runs, and what diverged."""
+    """Draws one clipper: its runs, their mean at each learning rate, and crosses for divergence."""
     lost = runs["status"] == "diverged"
     by_rate = runs.groupby("learning_rate")
-    # Where all runs diverged there is nothing to draw but the cross.
+    # If all runs diverged, only the cross is drawn.
     means = by_rate[measure].mean().where(by_rate["status"].agg(lambda s: set(s) != {"diverged"}))
     style = "--" if colour == "black" else "-"
     axis.plot(means.index, means, style, label=label, linewidth=1.6, color=colour)
@@ -355,12 +357,12 @@ def _line(
 
 
 def _finish(axis: Axes, rows: pd.DataFrame, measure: str, is_small: bool) -> None:
-    """The axis of the learning rates, each of those that were tried with its number."""
+    """Labels the axis with each learning rate that was tried."""
     rates = sorted(rows["learning_rate"].unique())
     axis.set_xscale("log")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8 if is_small else 9)
     axis.set_xticks([], minor=True)
     low, high = rows[measure].min(), rows[measure].max()
     span = high - low if high > low else 1.0
-    axis.set_ylim(low - 0.2 * span, high + 0.06 * span)  # the crosses have the foot to themselves
+    axis.set_ylim(low - 0.2 * span, high + 0.06 * span)  # room for the crosses
     axis.grid(alpha=0.3)

@@ -4,10 +4,10 @@
     python recipes/tools/zoo.py --only alexnet,resnet50 --epochs 2
     python recipes/tools/zoo.py --resume
 
-Options that it does not know go to every recipe. Results go to `runs/zoo` (or `--output`):
-`zoo.csv` and a folder a recipe. A recipe that fails is reported in the table, the others go on, and
-the exit status is 1. `--resume` keeps the finished rows of an earlier call, and goes on in the
-middle of the recipe that was interrupted.
+Other options are passed to every recipe. Results go to `runs/zoo` (or `--output`): `zoo.csv` and a
+folder for each recipe. If a recipe fails, the table says so, the others continue, and the exit
+status is 1. `--resume` keeps the finished rows of an earlier call and resumes the interrupted
+recipe.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RESULTS = (
     *("parameters", "monitor", "best", "best_epoch", "test", "clip_fraction"),
     *("seconds", "error"),
 )
-#: How long a recipe takes, relative to ResNet-50 (recipes/README.md).
+#: Duration of a recipe relative to ResNet-50 (recipes/README.md).
 COSTS = {
     **{"alexnet": 0.3, "vgg16": 0.8, "vgg19": 1.6, "googlenet": 0.6, "inception_v2": 0.4},
     **{"driving_resnet50": 0.3, "driving_pilotnet": 0.1, "driving_resnet50_signs": 0.3},
@@ -50,13 +50,13 @@ COSTS = {
 
 
 def train(name: str, folder: str, argv: list[str]) -> Row:
-    """Runs one recipe; the rest of its row. Errors of the recipe end up in the last column."""
+    """Runs one recipe and returns the rest of its row; the last column is for errors."""
     try:
         recipe = find_recipe(name)
         resume = (Path(folder) / "config.json").exists()
         options = dataclasses.replace(opts.parse(recipe, argv).options, resume=resume)
         result = run(recipe, options, folder)
-    # One recipe's failure, whatever it is, must not cost the others their turn.
+    # No failure of one recipe may stop the others.
     except Exception as error:
         return {"error": f"{type(error).__name__}: {first_line(error)}"}
     if result is None:
@@ -74,7 +74,7 @@ def train(name: str, folder: str, argv: list[str]) -> Row:
 
 
 def train_apart(name: str, folder: str, argv: list[str], _: study.Progress | None = None) -> Row:
-    """`train` in a process of its own, so that no recipe can take the others down with it."""
+    """Runs `train` in a separate process, so that a crash does not affect other recipes."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -84,7 +84,7 @@ def train_apart(name: str, folder: str, argv: list[str], _: study.Progress | Non
 
 
 def outcome(row: study.Row) -> str:
-    """What the log says of a run."""
+    """The text about a run in the log."""
     return f"failed: {row['error']}" if row["error"] else score(row, "best")
 
 
@@ -98,7 +98,7 @@ def score(row: study.Row, name: str) -> str:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """What is printed: a line a recipe."""
+    """The printed table: one line per recipe."""
     import pandas as pd
 
     def line(row: study.Row) -> Row:
@@ -119,7 +119,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 1 when a recipe failed; 2 for a mistake in the flags; 130 by Ctrl-C."""
+    """Runs the command. Exit status: 0; 1 if a recipe failed; 2: invalid flag; 130: Ctrl-C."""
     parser = Parser("python recipes/tools/zoo.py", __doc__)
     parser.add_argument("--only", default=",".join(RECIPES), help="recipes, comma between them")
     parser.add_argument("--output", default="runs/zoo", help="folder (default: runs/zoo)")
@@ -131,19 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_all(arguments: argparse.Namespace, rest: list[str], flags: list[str]) -> int:
-    """Trains the recipes that have no row yet; 1 where one failed."""
+    """Trains the recipes without a row; returns 1 if one failed."""
     output = folder_named(arguments.output)
     names = [name.strip() for name in arguments.only.split(",") if name.strip()]
     if not names:
         raise RecipeError(f"--only {arguments.only!r}: names no recipe")
     for name in names:
-        opts.parse(find_recipe(name), rest, flags)  # a misspelt flag must not fail each in turn
+        opts.parse(find_recipe(name), rest, flags)  # report a misspelt flag once
     if output.exists() and any(output.iterdir()) and not arguments.resume:
         raise RecipeError(
             f"--output {output} is not empty: name another folder, or keep what is finished "
             "there with --resume"
         )
-    import pandas as pd  # no flag is wrong any more
+    import pandas as pd  # after the flags are checked
 
     output.mkdir(parents=True, exist_ok=True)
     zoo = study.StudyFile(output / "zoo.csv", ("recipe",), RESULTS)

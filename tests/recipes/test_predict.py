@@ -86,7 +86,7 @@ def test_predict_tells_the_angle_of_a_driving_model(tmp_path, capsys):
 
 MISTAKES = {
     "no run": (["{tmp}/absent", "{image}"], "absent is neither the folder of a run nor a .keras"),
-    "another folder": (["{tmp}", "{image}"], "has no best.keras: it is no folder of a run"),
+    "another folder": (["{tmp}", "{image}"], "has no best.keras: it is not the folder of a run"),
     "no model": (["{image}", "{image}"], "a.png is neither the folder of a run nor a .keras file"),
     "no image named": (["{run}"], "the following arguments are required: IMAGE"),
     "absent": (["{run}", "{tmp}/absent.png"], "{tmp}/absent.png: no such file"),
