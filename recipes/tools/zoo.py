@@ -7,7 +7,7 @@
 Other options are passed to every recipe. Results go to `runs/zoo` (or `--output`): `zoo.csv` and a
 folder for each recipe. If a recipe fails, the table says so, the others continue, and the exit
 status is 1. `--resume` keeps the finished rows of an earlier call and resumes the interrupted
-recipe.
+recipe. `at chance`: the best validation accuracy is about that of guessing.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any
 try:
     from recipes.command_line import Parser, exit_status
     from recipes.errors import RecipeError, first_line
+    from recipes.plugin import files
     from recipes.registry import RECIPES, find_recipe
     from recipes.tools import study
     from recipes.training import options as opts
     from recipes.training import run
-    from recipes.training.folder import folder_named
+    from recipes.training.folder import CLASSES, folder_named
+    from recipes.training.recipe import at_chance
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
@@ -83,9 +85,19 @@ def train_apart(name: str, folder: str, argv: list[str], _: study.Progress | Non
         return {"error": "the process was killed (out of memory?)"}
 
 
-def outcome(row: study.Row) -> str:
-    """The text about a run in the log."""
-    return f"failed: {row['error']}" if row["error"] else score(row, "best")
+def outcome(row: study.Row, output: Path) -> str:
+    """The text about a run in a folder of `output`, for log and table."""
+    if row["error"]:
+        return f"failed: {row['error']}"
+    text = score(row, "best")
+    if row["monitor"] != "val_accuracy":
+        return text
+    try:
+        classes = len(files.read_json(output / row["recipe"] / CLASSES)["classes"])
+        is_guess = at_chance(float(row["best"]), 1 / classes)
+    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return text  # a run of an earlier version, or of data without names of classes
+    return f"{text}, at chance" if is_guess else text
 
 
 def score(row: study.Row, name: str) -> str:
@@ -97,25 +109,25 @@ def score(row: study.Row, name: str) -> str:
     return f"{100 * value:.2f} %" if metric == "accuracy" else f"{metric} {value:.4f}"
 
 
-def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The printed table: one line per recipe."""
+def table(rows: pd.DataFrame, output: Path) -> pd.DataFrame:
+    """The printed table: one line per recipe, whose run is in a folder of `output`."""
     import pandas as pd
 
     def line(row: study.Row) -> Row:
         if row["error"]:
-            return {"network": row["recipe"], "validation": outcome(row)}
+            return {"network": row["recipe"], "validation": outcome(row, output)}
         return {
             "network": row["recipe"],
             "parameters": f"{int(float(row['parameters'])):,}",
-            "validation": score(row, "best"),
+            "validation": outcome(row, output),
             "test": score(row, "test"),
             "clipped": f"{100 * float(row['clip_fraction']):.3g} %",
             "seconds": f"{float(row['seconds']):.0f}",
         }
 
     columns = ("network", "parameters", "validation", "test", "clipped", "seconds")
-    lines = [line(row) for row in rows.to_dict("records")]
-    return pd.DataFrame(lines, columns=columns).fillna("")
+    lines = [dict.fromkeys(columns, "") | line(row) for row in rows.to_dict("records")]
+    return pd.DataFrame(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,8 +167,8 @@ def train_all(arguments: argparse.Namespace, rest: list[str], flags: list[str]) 
     for name in names:
         job = functools.partial(train_apart, name, str(output / name), rest)
         cells.append(study.Cell({"recipe": name}, name, job, COSTS.get(name, 1.0)))
-    rows = zoo.run(cells, outcome)
-    study.show(table(rows), "the zoo on embedded data")
+    rows = zoo.run(cells, functools.partial(outcome, output=output))
+    study.show(table(rows, output), "the zoo on embedded data")
     print(f"results in {zoo.path}")
     return 1 if rows["error"].any() else 0
 

@@ -1,6 +1,7 @@
 """The zoo: every recipe is in it, failures do not stop it, and its table."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -97,9 +98,26 @@ def test_a_mistake_in_the_flags_costs_no_training(tmp_path, monkeypatch, capsys)
     assert zoo.main(["--output", str(tmp_path), "--only", "lenet"]) == 2
 
 
-def test_the_steering_row_is_in_its_own_metric():
+def test_a_run_at_chance_is_called_so(tmp_path):
+    for name in ("alexnet", "vgg16"):
+        (tmp_path / name).mkdir()
+        names = json.dumps({"classes": list("0123456789"), "decoding": {}})
+        (tmp_path / name / "best.classes.json").write_text(names)
+    # Of vgg19 the number of classes is not known.
+    rows = [row("alexnet", best=0.11), row("vgg16", best=0.3), row("vgg19", best=0.11)]
+    columns = zoo.table(pd.DataFrame(rows), tmp_path)["validation"]
+    assert list(columns) == ["11.00 %, at chance", "30.00 %", "11.00 %"]
+
+
+def test_an_error_in_brackets_is_printed_as_it_is(tmp_path, capsys):
+    failed = row("vgg16", error="DataError: [/data/a] and [b]")
+    zoo.study.show(zoo.table(pd.DataFrame([failed]), tmp_path), "title")
+    assert "[/data/a] and [b]" in capsys.readouterr().out
+
+
+def test_the_steering_row_is_in_its_own_metric(tmp_path):
     steering = row("driving_resnet50", monitor="val_mae", best=0.0351, test=0.0402)
-    [line] = zoo.table(pd.DataFrame([steering])).to_dict("records")
+    [line] = zoo.table(pd.DataFrame([steering]), tmp_path).to_dict("records")
     assert line["validation"] == "mae 0.0351" and line["test"] == "mae 0.0402"
 
 
