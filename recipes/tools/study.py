@@ -275,7 +275,7 @@ def show(table: pd.DataFrame, title: str) -> None:
         page.add_column(name.replace("_", " "), justify="right" if number else "left")
     for row in table.to_numpy():
         page.add_row(*row)
-    Console().print(page)
+    Console(markup=False).print(page)
 
 
 def draw(path: Path, *of_picture: Any, **options: Any) -> None:
@@ -363,6 +363,7 @@ def _finish(axis: Axes, rows: pd.DataFrame, measure: str, is_small: bool) -> Non
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8 if is_small else 9)
     axis.set_xticks([], minor=True)
     low, high = rows[measure].min(), rows[measure].max()
-    span = high - low if high > low else 1.0
-    axis.set_ylim(low - 0.2 * span, high + 0.06 * span)  # room for the crosses
+    if low <= high:  # not NaN, as the clip fraction is where nothing clips
+        span = high - low or 1.0
+        axis.set_ylim(low - 0.2 * span, high + 0.06 * span)  # room for the crosses
     axis.grid(alpha=0.3)

@@ -137,6 +137,12 @@ def test_the_picture_marks_what_diverged_and_labels_what_was_tried():
     assert "x: a run diverged" in figure.get_suptitle()
 
 
+def test_a_measure_that_no_run_has_yet_is_drawn_empty():
+    """As the clip fraction of a comparison whose first clipper is `none`."""
+    measures = {"score": "accuracy, %", "clipped": "clipped, %"}
+    assert len(study.picture(rows().assign(clipped=math.nan), "title", measures).axes) == 2
+
+
 def test_many_clippers_have_a_panel_each():
     many = pd.concat([rows().replace("norm", f"clip{n}") for n in range(study.MOST_LINES)])
     figure = study.picture(many, "title", {"score": "accuracy, %"})
