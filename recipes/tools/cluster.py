@@ -147,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "\0" in args.recipe or not Path(args.recipe).is_file():
             raise RecipeError(f"{args.recipe} is not a file")
         command = [sys.executable, args.recipe, *args.options]
-        if not any(o == "--strategy" or o.startswith("--strategy=") for o in args.options):
+        given = {option.partition("=")[0] for option in args.options}
+        if "--strategy" not in given:
             command += ["--strategy", "multiworker"]
-        if args.gpus and "--devices" not in args.options:
+        if args.gpus and "--devices" not in given:
             command += ["--devices", str(args.gpus)]
         signal.signal(signal.SIGTERM, _stop)
         return launch(command, args.workers, gpus=args.gpus)

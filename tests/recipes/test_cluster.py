@@ -279,10 +279,13 @@ def test_the_command_line_adds_the_strategy(tmp_path, capfd):
     script.write_text("import sys; print(*sys.argv[1:])")
     assert cluster.main(["--workers", "1", str(script), "--epochs", "2"]) == 0
     assert cluster.main(["--workers", "1", str(script), "--strategy", "none"]) == 0
+    flags = ["--devices=1", "--strategy=none"]
+    assert cluster.main(["--workers", "1", "--gpus", "2", str(script), *flags]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines == [
         "[worker 0] --epochs 2 --strategy multiworker",
         "[worker 0] --strategy none",
+        "[worker 0] --devices=1 --strategy=none",
     ]
 
 
