@@ -89,7 +89,8 @@ class ClipHyperModel(kt.HyperModel):
             _compat.replace_optimizer(model, wrapped)
         inner = cast(kgc.ClippedOptimizer, find(wrapped)).inner_optimizer
         if "learning_rate" in values:
-            _set_learning_rate(inner, values["learning_rate"], {n: hp.values[n] for n in theirs})
+            others = {n: value for n, value in hp.values.items() if n in theirs}
+            _set_learning_rate(inner, values["learning_rate"], others)
         gate = to_gate(values, float(keras.ops.convert_to_numpy(inner.learning_rate)))
         if gate is not None:
             if isinstance(model, kgc.ClippedTrainStep):
@@ -133,7 +134,7 @@ def _as_hypermodel(build_model) -> kt.HyperModel:
 
 
 def _set_learning_rate(optimizer, value: float, others: Mapping[str, Any]) -> None:
-    """Sets the learning rate; warns if the hypermodel's `others` set it, too."""
+    """Sets the learning rate; warns if one of the hypermodel's `others` may set it, too."""
     if not hasattr(optimizer.learning_rate, "assign"):
         raise ValueError(
             "ClipHyperModel: the optimizer's learning rate is a schedule, so that `learning_rate` "
@@ -144,8 +145,9 @@ def _set_learning_rate(optimizer, value: float, others: Mapping[str, Any]) -> No
     for name, other in others.items():
         if isinstance(other, float) and np.float32(other) == before:
             warnings.warn(
-                f"ClipHyperModel: `learning_rate=` replaces the learning rate that {name!r} of the "
-                "hypermodel sets. Leave one of the two out.",
+                f"ClipHyperModel: `learning_rate=` replaces the optimizer's learning rate, "
+                f"{other:g}, and so is {name!r} of the hypermodel. If that sets it, leave one of "
+                "the two out.",
                 stacklevel=4,
             )
     optimizer.learning_rate = value

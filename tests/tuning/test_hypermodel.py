@@ -357,8 +357,21 @@ def test_a_learning_rate_that_is_set_twice_is_warned_of():
         return build_model(hp, optimizer=keras.optimizers.SGD(hp.Float("lr", 0.1, 1.0)))
 
     hyper = ClipHyperModel(build, learning_rate=(0.01, 0.1))
-    with pytest.warns(UserWarning, match="replaces the learning rate that 'lr'"):
+    with pytest.warns(UserWarning, match="learning rate, 0.1, and so is 'lr'"):
         model = hyper.build(kt.HyperParameters())
+    assert float(model.optimizer.learning_rate) == pytest.approx(10**-1.5)
+
+
+def test_a_conditional_hyperparameter_that_is_not_in_use():
+    def build(hp):
+        hp.Choice("optimizer", ["sgd", "adam"])
+        with hp.conditional_scope("optimizer", ["adam"]):
+            hp.Float("beta_1", 0.5, 0.9)
+        return build_model(hp)
+
+    hp = kt.HyperParameters()
+    model = ClipHyperModel(build, learning_rate=(0.01, 0.1)).build(hp)
+    assert "beta_1" not in hp.values
     assert float(model.optimizer.learning_rate) == pytest.approx(10**-1.5)
 
 
