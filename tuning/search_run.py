@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from recipes.training import options as opts
 from recipes.training.folder import differences, locked
 from recipes.words import counted
 from tuning import plots, results, workers
-from tuning.flags import SMALL, folder_of, searched_options
-from tuning.space_flags import search_space
+from tuning.flags import SMALL, folder_of, search_space, searched_options
 from tuning.trial import TrialRunner, trial_settings
 
 SEARCH = "search.json"
@@ -84,7 +83,7 @@ class Search:
             RuntimeError: no trial completed, or all workers failed.
         """
         if self.role == "worker":
-            with workers.heartbeat(self.folder):
+            with workers.heartbeat(self.folder), _causes():
                 self._tuner(self._new_oracle()).search()
             return 0
         if (self.folder / SEARCH).exists():
@@ -93,33 +92,31 @@ class Search:
             self._check_folder()
             out = sys.stdout
             width = None if out.isatty() else 120
-            self.console = Console(file=out, highlight=False, soft_wrap=True, width=width)
+            plain: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+            self.console = Console(file=out, width=width, **plain)
             errors: contextlib.AbstractContextManager = contextlib.nullcontext()
             # KerasTuner's own output goes to a file.
             with open(self.folder / "kerastuner.log", "a") as log:
                 if not self.args.traceback:
                     errors = contextlib.redirect_stderr(log)
-                with contextlib.redirect_stdout(log), errors:
+                with contextlib.redirect_stdout(log), errors, _causes():
                     self._run_trials()
                     return self._report()
 
     def _run_trials(self) -> None:
         args = self.args
-        try:
-            with workers.started(args.workers, self.argv, self.folder) as processes:
-                self.oracle = self._new_oracle()
-                tuner = self._tuner(self.oracle)
-                self.oracle.on_change = self._on_change
-                self._introduce()
-                if processes or self.role == "chief":
-                    workers.lead(
-                        *(tuner.search, self.oracle, self.folder, args.worker_timeout),
-                        *(processes, self.say),
-                    )
-                else:
-                    tuner.search()
-        except kt.errors.FatalError as error:
-            raise error.__cause__ or error from None
+        with workers.started(args.workers, self.argv, self.folder) as processes:
+            self.oracle = self._new_oracle()
+            tuner = self._tuner(self.oracle)
+            self.oracle.on_change = self._on_change
+            self._introduce()
+            if processes or self.role == "chief":
+                workers.lead(
+                    *(tuner.search, self.oracle, self.folder, args.worker_timeout),
+                    *(processes, self.say),
+                )
+            else:
+                tuner.search()
 
     def _new_oracle(self) -> SearchOracle:
         args, options = self.args, self.recipe.options(**self.given)
@@ -166,15 +163,22 @@ class Search:
             return {}
         before = read_json(path)
         if not isinstance(before, dict):
-            raise RecipeError(f"{path}: is not the file of a search; give another --output")
+            raise self._damaged()
         return before
+
+    def _damaged(self) -> RecipeError:
+        path = self.folder / SEARCH
+        return RecipeError(f"{path}: is not the file of a search; give another --output")
 
     def _space_before(self) -> dict[str, Any]:
         """The range of `beta` in a search of an older version, which varied it by default."""
         for name, config in self._saved().items():
             if name.startswith(f"{_SPACE}exponential/beta"):
-                limits = config.get("values") or (config["min_value"], config["max_value"])
-                return {"exponential/beta": (min(limits), max(limits))}
+                try:
+                    limits = config.get("values") or (config["min_value"], config["max_value"])
+                    return {"exponential/beta": (min(limits), max(limits))}
+                except (AttributeError, KeyError, TypeError):
+                    raise self._damaged() from None
         return {}
 
     def _check_folder(self) -> None:
@@ -230,9 +234,7 @@ class Search:
             trials += f" of {counted(sum(1 for _ in grid), 'combination')}"
         if self.args.confirm_runs:
             trials += f", then 2 again with {counted(self.args.confirm_runs, 'other seed')}"
-        self.say(
-            f"[bold]{self.recipe.name}[/]: {self.args.tuner}, {trials}; results in {self.folder}"
-        )
+        self.say(f"{self.recipe.name}: {self.args.tuner}, {trials}; results in {self.folder}")
         if done:
             are = "is" if done == 1 else "are"
             self.say(f"resuming: {counted(done, 'trial')} {are} done and will not run again")
@@ -254,7 +256,7 @@ class Search:
             if row.status == "failed":
                 text += f": {_last_line(row.message)}"
             text += f"; best so far {show(best.score)} (trial {best.trial})" if best else ""
-        self.say(f"trial {trial.trial_id}: {text}", markup=False)
+        self.say(f"trial {trial.trial_id}: {text}")
 
     def _write(self, rows: Sequence[results.TrialRow]) -> dict[str, Any] | None:
         results.write_trials(rows, self.folder / "trials.csv")
@@ -274,13 +276,13 @@ class Search:
             number = sum(row.status == status for row in rows)
             if number:
                 self.say(f"{number} of {len(rows)} trials {what}")
-        self.say(answer.text, style="bold", markup=False)
+        self.say(answer.text, style="bold")
         self.say(f"picture: {picture}, table: {self.folder}/trials.csv")
         self.say(f"TensorBoard's HParams: tensorboard --logdir {self.folder}/tensorboard")
         if best is None:
             raise RuntimeError("no trial completed")
         if answer.learned:
-            self.say(f"train with it: {self._command(best['values'])}", markup=False)
+            self.say(f"train with it: {self._command(best['values'])}")
         return 0
 
     def _command(self, values: Mapping[str, Any]) -> str:
@@ -326,6 +328,15 @@ class RecipeTuner(SearchTuner):
         except (RecipeError, OSError) as error:
             # Every trial would fail alike: a full disk, a missing data set ...
             raise kt.errors.FatalError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _causes() -> Iterator[None]:
+    """KerasTuner's `FatalError`, as the error that `RecipeTuner.run_trial` raised it over."""
+    try:
+        yield
+    except kt.errors.FatalError as error:
+        raise error.__cause__ or error from None
 
 
 def _with_conditions(hp: Mapping[str, Any]) -> str:
