@@ -113,10 +113,18 @@ def check_strategy(strategy: Strategy | None) -> None:
         )
 
 
-def replica_count() -> int:
-    """The number of replicas that train together (1 without a strategy)."""
-    strategy = current_strategy()
-    return 1 if strategy is None else strategy.num_replicas_in_sync
+def check_scope(strategy: Strategy | None) -> None:
+    """Raise a ValueError on several replicas, if an optimizer's `strategy` is None."""
+    if strategy is not None or backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        raise ValueError(
+            "ClippedOptimizer: it was created outside the strategy that its model trains "
+            "under, and every replica would count its steps. Create it inside "
+            "`strategy.scope()`."
+        )
 
 
 def spans_workers(strategy: Strategy | None) -> bool:

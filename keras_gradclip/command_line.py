@@ -186,7 +186,8 @@ def _parse_describe(
     classes = {declaration.name: alias for alias, declaration in declarations.items()}
     given = early(arguments, "--clipper")["clipper"]
     chosen = classes.get(given[-1], given[-1]) if given else None
-    flags = flags_of(declarations, ("command", "model", "clipper", "modules", "import", "help"))
+    taken = ("model", "clipper", "modules", "import", "help", "help_clippers")
+    flags = flags_of(declarations, (*taken, "command", "clipping"))
     parser.add_clippers(declarations, flags, chosen, {})
     options = parser.parse_args(arguments, argparse.Namespace(command="describe", clipping={}))
     names = ["auto", *declarations]

@@ -131,6 +131,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, files, capsys):
 def test_doctor_trains_a_step(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
+    assert text.startswith(f"keras_gradclip {kgc.__version__}, Python ")  # of a checkout, too
     assert f"Keras {keras.__version__}, backend " in text and "\nmatplotlib " in text
     assert "ok: a gradient of 4, clipped to 0.1, moved a weight from 2 to 1.9" in text
     assert "inner update compiled: yes" in text or "inner update compiled: no" in text

@@ -29,8 +29,9 @@ from keras_gradclip.clippers.units import (
 from keras_gradclip.names import SCOPES, scope_numbers, size_of
 
 #: Keys of `hyper`: the optimizer's learning rate; whether it is a variable that is set, and no
-#: schedule; and what limits are divided by: the learning rate, where they limit SGD's update.
-LEARNING_RATE, RATE_IS_SET, DIVISOR = "learning_rate", "rate_is_set", "divisor"
+#: schedule; and what limits are divided by: the learning rate, where they limit SGD's update. Only
+#: the first is told to clippers: the others are names that no parameter can have.
+LEARNING_RATE, RATE_IS_SET, DIVISOR = "learning_rate", "rate is set", "divide by"
 
 
 class ClipStats(NamedTuple):
@@ -640,7 +641,8 @@ def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) ->
     Of a variable that several rules clip, the largest fraction counts. Where some rules count
     elements and others norms, a norm counts as all its elements.
     """
-    every, mixed = range(len(variables)), len({s.unit for s in stats}) > 1
+    units = list(dict.fromkeys(s.unit for s in stats if any(s.weights)))
+    every, mixed = range(len(variables)), len(units) > 1
     weights = [max((s.weights[i] for s in stats), default=0.0) for i in every]
     if mixed:
         weights = [float(size_of(variables[i])) if weights[i] > 0 else 0.0 for i in every]
@@ -651,6 +653,6 @@ def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) ->
         of_variables = [[f[i] for f in of_rules if f[i] is not None] for i in every]
         return [functools.reduce(ops.maximum, f) if f else None for f in of_variables]
 
-    unit = "elements" if mixed or not stats else stats[0].unit
+    unit = "elements" if mixed or not units else units[0]
     squares = [next((s[i] for s in known if s[i] is not None), None) for i in every]
     return ClipStats(fractions, weights, unit, squares)

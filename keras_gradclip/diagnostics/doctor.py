@@ -9,11 +9,12 @@ import platform
 import keras
 import numpy as np
 
+from keras_gradclip import __version__
 from keras_gradclip.clippers import AbsoluteClip
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
 PACKAGES = (
-    *("keras-gradclip", "tensorflow", "jax", "torch", "numpy"),
+    *("tensorflow", "jax", "torch", "numpy"),
     *(
         "jinja2",
         "matplotlib",
@@ -29,8 +30,8 @@ def diagnose() -> str:
     """A text about the installation, for bug reports."""
     return "\n".join(
         [
-            f"Python {platform.python_version()}, Keras {keras.__version__}, "
-            f"backend {keras.backend.backend()}",
+            f"keras_gradclip {__version__}, Python {platform.python_version()}, "
+            f"Keras {keras.__version__}, backend {keras.backend.backend()}",
             *(f"{package} {_version(package)}" for package in PACKAGES),
             f"devices: {', '.join(keras.distribution.list_devices()) or 'none found'}",
             f"dtype policy {keras.config.dtype_policy().name}",

@@ -140,12 +140,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        if self._strategy is None and aggregation.replica_count() > 1:
-            raise ValueError(
-                "ClippedOptimizer: it was created outside the strategy that its model trains "
-                "under, and every replica would count its steps. Create it inside "
-                "`strategy.scope()`."
-            )
+        aggregation.check_scope(self._strategy)
         with aggregation.outside_of_traces(variables), one_scan():
             self._inner_update.build(variables)
             if self._is_auto:
@@ -233,6 +228,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self, grads: Sequence[Gradient], trainable_variables: Sequence[keras.Variable] | None
     ) -> tuple[list[Gradient], list[int]]:
         """A gradient for each variable that the optimizer was built with; which were named."""
+        aggregation.check_scope(self._strategy)
         if self._strategy is not None:
             aggregation.check_replica_context()
         if trainable_variables is None and not self.built:

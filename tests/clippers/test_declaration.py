@@ -41,6 +41,17 @@ def test_a_clipper_written_for_0_1_still_works():
         Old(-1.0)
 
 
+@pytest.mark.parametrize("name", ["divisor", "rate_is_set"])
+def test_a_parameter_may_have_any_name(name):
+    fields = [(name, float, kgc.parameter(4.0, help="4", live=True))]
+    methods = {"scope": "global", "limit": lambda self, weight, hyper: hyper[name]}
+    own = dataclasses.make_dataclass("Own", fields, bases=(kgc.Clipper,), frozen=True)
+    for attribute, value in methods.items():
+        setattr(own, attribute, value)
+    (clipped,) = own()([keras.ops.convert_to_tensor([6.0, 8.0])], [keras.Variable([1.0, 1.0])])
+    np.testing.assert_allclose(clipped, [2.4, 3.2], rtol=1e-6)
+
+
 def test_hints():
     with pytest.raises(dataclasses.FrozenInstanceError, match=r'clip_hyperparameters\["threshold"'):
         kgc.AbsoluteClip().threshold = 0.2

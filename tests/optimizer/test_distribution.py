@@ -265,6 +265,17 @@ def test_apply_outside_strategy_run_says_what_to_do():
             optimizer.apply(grads, model.trainable_variables)
 
 
+def test_an_optimizer_made_and_built_outside_the_strategy_is_refused():
+    """It would add up no gradients, and every replica would go its own way."""
+    mirrored = strategy(2)
+    with mirrored.scope():
+        weight = keras.Variable(np.zeros(2, "float32"))
+    optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), kgc.AbsoluteClip(0.1))
+    optimizer.build([weight])
+    with pytest.raises(ValueError, match="created outside the strategy"):
+        mirrored.run(lambda: optimizer.apply([tf.ones(2)], [weight]))
+
+
 # One all-reduce ------------------------------------------------------------------------------
 
 

@@ -203,3 +203,18 @@ def test_a_bias_is_bounded_by_its_kernel_of_before_the_update(units, inner):
         step = tf.function(optimizer.apply)
         step([tf.fill((rows, units), -1.0), tf.ones(units)])
         np.testing.assert_allclose(bias.numpy(), -kappa * 1e-3 * rows**0.5, rtol=1e-4)
+
+
+def test_a_limit_counts_the_same_on_gradients_and_on_weight_updates():
+    """One kernel of two is clipped, whatever its size."""
+    fractions = []
+    for inner in (keras.optimizers.SGD(1.0), keras.optimizers.Adam(1.0)):
+        kernels = [
+            keras.Variable(np.full(shape, size, "float32"), name=f"kernel{k}")
+            for k, (shape, size) in enumerate([((100, 2), 1.0), ((2, 2), 1e6)])
+        ]
+        clipper = kgc.UpdateRatioClip(1e-3, scope="variable", biases=None)
+        optimizer = kgc.ClippedOptimizer(inner, clipper, telemetry=True)
+        optimizer.apply([np.ones(v.shape, "float32") for v in kernels], kernels)
+        fractions.append(optimizer.read_telemetry()["clip_fraction"])
+    assert fractions == [0.5, 0.5]
