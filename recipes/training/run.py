@@ -14,6 +14,7 @@ from recipes import STARTED
 from recipes.command_line import exit_status, import_tensorflow
 from recipes.errors import TrainingDiverged
 from recipes.training import folder as folders
+from recipes.training import multiworker
 from recipes.training import options as opts
 from recipes.training.options import Options
 from recipes.training.recipe import Recipe, Result
@@ -82,11 +83,13 @@ def run(
         WorkerLost: another worker died or hangs.
         OSError: a full disk, a folder that cannot be written.
     """
-    import_tensorflow()  # which flags need not wait for
-    from recipes.training import trainer
+    folder, started = Path(folder), time.monotonic() if started is None else started
+    writes = options.strategy != "multiworker" or multiworker.read_cluster().is_chief
+    with folders.claimed(folder, options.resume) if writes else contextlib.nullcontext():
+        import_tensorflow()  # which flags need not wait for
+        from recipes.training import trainer
 
-    started = time.monotonic() if started is None else started
-    return trainer.train(recipe, options, Path(folder), callbacks=callbacks, started=started)
+        return trainer.train(recipe, options, folder, callbacks=callbacks, started=started)
 
 
 def print_result(recipe: Recipe, result: Result) -> None:

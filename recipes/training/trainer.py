@@ -1,6 +1,5 @@
 """A run, from its first step or its backup to its result."""
 
-import contextlib
 import dataclasses
 import math
 import sys
@@ -13,7 +12,7 @@ import keras
 import keras_gradclip as kgc
 from keras_gradclip.files import write_json
 from recipes.training import callbacks as cb
-from recipes.training import checkpoint, multiworker, plots
+from recipes.training import checkpoint, plots
 from recipes.training import folder as folders
 from recipes.training import options as opts
 from recipes.training.build import Setup, prepared, warnings
@@ -31,11 +30,8 @@ def train(
     started: float,
 ) -> Result | None:
     """Trains as `recipes.training.run` says; `started` is `time.monotonic()` at the beginning."""
-    writes = options.strategy != "multiworker" or multiworker.read_cluster().is_chief
-    with (
-        folders.claimed(folder, options.resume) if writes else contextlib.nullcontext(),
-        prepared(recipe, options) as setup,
-    ):
+    with prepared(recipe, options) as setup:
+        writes = setup.writes
         shows = writes and options.verbose != "quiet"
         for line in warnings(options):
             print(f"warning: {line}", file=sys.stderr)

@@ -83,6 +83,16 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
 
 
+def test_a_start_interrupted_at_an_import_leaves_no_folder(tmp_path, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["recipes.training.run"], "import_tensorflow", interrupted)
+    assert main(RECIPE, []) == 130
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_kill_left_is_no_run(tmp_path):
     (tmp_path / folders.LOCK).touch()
     (tmp_path / ".partial-1-config.json").touch()
