@@ -120,6 +120,8 @@ class StudyFile:
         asked = {self.identity(cell.key): cell for cell in cells}  # one that is named twice once
         left = [cell for key, cell in asked.items() if key not in known]
         if left:
+            before = files.read_csv(self.path, numbers=False)
+            columns = list(before[0]) if before else self.columns  # the user may have added some
             clock = _Clock(self._paces(cells), pace, sum(cell.cost for cell in left))
             print(f"{len(left)} of {len(asked)} runs to do: {clock.estimate()}", flush=True)
         for number, cell in enumerate(left, start=1):
@@ -128,7 +130,7 @@ class StudyFile:
             row |= cell.job(clock.start(cell.cost))
             seconds = clock.stop()
             row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
-            files.append_csv(self.path, self.columns, [[row[column] for column in self.columns]])
+            files.append_csv(self.path, columns, [[row.get(column, "") for column in columns]])
             more = f"; {clock.estimate()} left" if number < len(left) else ""
             print(f"  {outcome(row)}, {duration(seconds)}{more}", flush=True)
             after(row)

@@ -47,6 +47,16 @@ def test_numbers_are_the_same_however_they_are_written(tmp_path):
     assert not jobs
 
 
+def test_a_file_may_have_its_columns_in_another_order_and_more_of_them(tmp_path):
+    """As a spreadsheet leaves it."""
+    path, jobs = tmp_path / "study.csv", []
+    path.write_text("status,name,note,rate,seconds\nlearned,a,good,0.1,3.5\n")
+    rows = file_of(tmp_path).run(cells(jobs, "a", "b"), str)
+    assert jobs == ["b"] and list(rows["name"]) == ["a", "b"]
+    assert list(rows["status"]) == ["learned"] * 2
+    assert path.read_text().splitlines()[1:] == ["learned,a,good,0.1,3.5", "learned,b,,0.1,0.0"]
+
+
 def test_a_last_line_that_was_cut_off_is_run_again(tmp_path):
     (tmp_path / "study.csv").write_text("name,rate,status,seconds\na,0.1,learned,3.5\nb,0.")
     jobs = []

@@ -395,6 +395,33 @@ def test_half_of_kerastuners_variables(monkeypatch, capsys, tmp_path):
     assert "KERASTUNER_ORACLE_IP" in capsys.readouterr().err
 
 
+def test_a_worker_whose_data_are_missing_ends_in_one_line(monkeypatch, capsys, tmp_path):
+    import keras_tuner as kt
+
+    from recipes.errors import DataError
+    from tuning.search_run import RecipeTuner, Search
+
+    class Worker:
+        """Ends as the loop of KerasTuner does."""
+
+        def run(self, *_, **__):
+            raise DataError("no such data")
+
+        def get_trial_dir(self, _):
+            return str(tmp_path)
+
+        def search(self):
+            self.runner = self
+            trial = kt.engine.trial.Trial(kt.HyperParameters())
+            RecipeTuner.run_trial(self, trial)
+
+    for name, value in (("TUNER_ID", "worker-0"), ("ORACLE_IP", "x"), ("ORACLE_PORT", "1")):
+        monkeypatch.setenv(f"KERASTUNER_{name}", value)
+    monkeypatch.setattr(Search, "_tuner", lambda self, oracle: Worker())
+    assert search(tmp_path) == 2
+    assert capsys.readouterr().err == "error: no such data\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["workers", "variables"])
 def test_a_worker_is_killed_and_every_trial_is_accounted_for(launch, tmp_path):
