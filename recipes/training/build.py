@@ -341,19 +341,12 @@ def load_data(recipe: Recipe, options: Options) -> Data:
 
 
 def build_loss(recipe: Recipe, options: Options) -> Any:
-    """The recipe's loss; by default `cross_entropy`."""
-    return recipe.loss(options) if recipe.loss else cross_entropy(options.label_smoothing)
-
-
-def cross_entropy(label_smoothing: float = 0.0) -> Any:
-    """Cross-entropy between integer labels [n] and class probabilities [n, classes].
-
-    Args:
-        label_smoothing: ε; the target becomes (1 − ε)·one-hot + ε/classes (Szegedy et al. 2016).
-    """
-    if not label_smoothing:
-        return keras.losses.SparseCategoricalCrossentropy()
-    return SmoothedCrossentropy(label_smoothing)
+    """The recipe's loss, else the cross-entropy of integer labels [n] and probabilities."""
+    if recipe.loss:
+        return recipe.loss(options)
+    if options.label_smoothing:
+        return SmoothedCrossentropy(options.label_smoothing)
+    return keras.losses.SparseCategoricalCrossentropy()
 
 
 def build_metrics(recipe: Recipe) -> list[Any]:

@@ -396,7 +396,7 @@ def test_smoothed_loss_is_that_of_keras_on_one_hot_labels():
     expected = keras.losses.CategoricalCrossentropy(label_smoothing=0.2)(
         keras.ops.one_hot(labels, 5), probabilities
     )
-    loss = build.cross_entropy(0.2)
+    loss = build.build_loss(RECIPE, RECIPE.options(label_smoothing=0.2))
     assert float(loss(labels, probabilities)) == pytest.approx(float(expected), rel=1e-6)
     copy = keras.losses.deserialize(keras.losses.serialize(loss))
     assert copy.label_smoothing == 0.2
