@@ -1,11 +1,11 @@
 """The base class of all clippers, and the registry that finds them by name.
 
-A clipper is a frozen dataclass that says what its limit is. `enforce` does the rest: it takes
-norms, clips, rescales, counts.
+A clipper is a frozen dataclass that defines its limit. `enforce` does the rest: it takes norms,
+clips, rescales and counts.
 
-To write one, subclass `Clipper` under `@register("its_name")`, declare the fields by `parameter`,
-set `scope`, and return the largest norm (or element) that is allowed from `limit(weight, hyper)`.
-Flags, search spaces and the table in the docs then have it; `measures` gives it to `calibrate`.
+To write one, subclass `Clipper` under `@register("its_name")`, declare the fields with `parameter`,
+set `scope`, and return the largest allowed norm (or element) from `limit(weight, hyper)`. Flags,
+search spaces and the table in the docs then include it; set `measures` for `calibrate`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from keras_gradclip.names import path_of
 class Clipper(Limit):
     """Base class of all clippers: see the module's docstring for how to write one.
 
-    A clipper with memory implements `memory` and `limits` instead of `limit`. One that is no limit
-    overrides `apply` (and `init`).
+    A clipper with memory implements `memory` and `limits` instead of `limit`. One that is not a
+    limit overrides `apply` (and `init`).
     """
 
-    #: Live fields of a clipper that declares none by `parameter`.
+    #: Live fields of a clipper that does not use `parameter`.
     live: ClassVar[tuple[str, ...]] = ()
     #: The row in the table of the docs.
     card: ClassVar[Card | None] = None
-    #: What `calibrate` measures to suggest the threshold, a key of `MEASURES`; None: nothing.
+    #: The figure that `calibrate` measures for the threshold, a key of `MEASURES`; or None.
     measures: ClassVar[str | None] = None
-    #: Whether flags and search spaces can make one: False for what is made of other clippers.
+    #: Whether flags and search spaces can create it: False for composites.
     selectable: ClassVar[bool] = True
-    #: Whether it has rules by path, of which each must match a variable.
+    #: Whether it has rules by path, each of which must match a variable.
     has_rules: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Clipper(Limit):
             value = declared.check(type(self).__name__, getattr(self, declared.name))
             object.__setattr__(self, declared.name, value)
 
-    # What is asked of a clipper ----------------------------------------------------------------
+    # Interface ---------------------------------------------------------------------------------
 
     def hyperparameters(self) -> dict[str, Threshold]:
         """The live hyper-parameters: name to float or LearningRateSchedule."""
@@ -63,7 +63,7 @@ class Clipper(Limit):
         return dataclasses.replace(self, **dict(values))
 
     def check_variables(self, variables: Sequence[keras.Variable]) -> None:
-        """Raise a ValueError if this clipper cannot serve these variables."""
+        """Raises a ValueError if this clipper cannot be used with these variables."""
         for variable in variables:
             is_trained = getattr(variable, "trainable", True)
             if is_trained and "complex" in str(getattr(variable, "dtype", "")):
@@ -74,12 +74,12 @@ class Clipper(Limit):
                 )
 
     def assignments(self, variables: Sequence[keras.Variable]) -> list[Assignment]:
-        """Which clipper limits which variables, in the order in which they clip."""
+        """The clippers and the variables that each limits, in the order of clipping."""
         has_own = type(self).apply is not Clipper.apply
         return [Assignment("", self, tuple(range(len(variables))), has_own)]
 
     def _enforcer(self, variables: Sequence[keras.Variable]) -> Enforcer:
-        # An `apply` that calls `super().apply` gets the limit that it inherits.
+        # `super().apply` in an override enforces the inherited limit.
         assignments = [
             a._replace(calls_apply=a.calls_apply and a.clipper is not self)
             for a in self.assignments(variables)
@@ -97,18 +97,18 @@ class Clipper(Limit):
         state: State,
         hyper: Hyper,
     ) -> tuple[list[Gradient], State, ClipStats]:
-        """Clip; for loops that keep the state themselves.
+        """Clips gradients, for loops that keep the state themselves.
 
         Args:
-            grads: one gradient a variable, of the variable's shape, any float dtype; None and
+            grads: one gradient per variable, of the variable's shape, any float dtype; None and
                 `tf.IndexedSlices` without duplicate rows are allowed.
-            variables: the variables, in the order in which `init` saw them.
-            state: what `init`, or the last `apply`, returned.
+            variables: the variables, in the order of `init`.
+            state: the state from `init` or the last `apply`.
             hyper: the values of `hyperparameters()` at this update, as float32 scalars, and
-                "learning_rate" (taken for 1 if it is missing: the gradient is the update).
+                "learning_rate" (1 if missing: the gradient is the update).
 
         Returns:
-            The clipped gradients (dtypes as they came), the new state, and a `ClipStats`.
+            The clipped gradients (same dtypes), the new state, and a `ClipStats`.
         """
         values = {name: ops.convert_to_tensor(value, "float32") for name, value in hyper.items()}
         return self._enforcer(variables).clip(grads, state, values)
@@ -119,7 +119,7 @@ class Clipper(Limit):
         """The clipped gradients, from a fresh state and with schedules at step 0.
 
         Args:
-            grads: one gradient a variable (None and `tf.IndexedSlices` allowed).
+            grads: one gradient per variable (None and `tf.IndexedSlices` allowed).
             variables: the variables, in the same order.
 
         Returns:
@@ -145,7 +145,7 @@ class Clipper(Limit):
         return self.apply(merged, variables, self.init(variables), hyper)[0]
 
     def get_config(self) -> Config:
-        """The fields, JSON-able; `from_config` is its inverse."""
+        """The JSON-able fields; `from_config` is the inverse."""
         return {
             f.name: serialize_value(getattr(self, f.name))
             for f in dataclasses.fields(self)
@@ -154,23 +154,23 @@ class Clipper(Limit):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Threshold]) -> Clipper:
-        """The clipper that `get_config` described."""
+        """The clipper of a config."""
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         config = validation.config(cls.__name__, config, known)
         return cls(**{k: deserialize_value(v, cls.__name__, k) for k, v in config.items()})
 
     def rule_of(self, variables: Sequence[keras.Variable]) -> list[tuple[str, Clipper | None]]:
-        """For each variable, the name of the rule that applies to it and the clipper."""
+        """The name of the rule and the clipper that apply to each variable."""
         return [("*", self)] * len(variables)
 
     def describe(self, model: keras.Model | Sequence[keras.Variable]) -> str:
-        """A table of which rule hits which variable, and of what is unexpected.
+        """A table of the rule and clipper of each variable, with remarks on unexpected ones.
 
         Args:
             model: a built `keras.Model`, or a list of variables.
 
         Returns:
-            Text: a line a trainable variable, with its path, shape, rule and clipper.
+            Text: one line per trainable variable, with its path, shape, rule and clipper.
         """
         variables = getattr(model, "trainable_variables", model)
         if not isinstance(variables, (list, tuple)):
@@ -207,24 +207,24 @@ class Clipper(Limit):
 
 
 def shown(value: object) -> str:
-    """A hyper-parameter for people: `0.1`, `ExponentialDecay(0.1, 1000, 0.9)`."""
+    """A hyper-parameter as text: `0.1`, `ExponentialDecay(0.1, 1000, 0.9)`."""
     if validation.is_schedule(value):
         return _shown_schedule(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _shown_schedule(schedule: keras.optimizers.schedules.LearningRateSchedule) -> str:
-    """A schedule's class and its arguments, less those that are at their defaults."""
+    """A schedule's class and its arguments, without defaults."""
     owner = type(schedule)
     try:
         config = schedule.get_config()
-    except NotImplementedError:  # somebody's own, without a config: its class must do
+    except NotImplementedError:  # a custom schedule without a config
         return owner.__name__
     parts = []
     in_order = True
     for name, parameter in inspect.signature(owner).parameters.items():
         if name not in config or name == "name" or config[name] == parameter.default:
-            in_order = False  # from here on by name
+            in_order = False  # further arguments by name
             continue
         value = shown(config[name])
         by_place = in_order and parameter.default is parameter.empty
@@ -233,10 +233,10 @@ def _shown_schedule(schedule: keras.optimizers.schedules.LearningRateSchedule) -
 
 
 def current_value(value: object, iterations: keras.Variable | int) -> Tensor:
-    """A hyper-parameter at a step: a number stays, a schedule is called; a float32 scalar.
+    """The value of a hyper-parameter (a number or a schedule) at a step, a float32 scalar.
 
-    A schedule that falls to 0 or below counts as the smallest threshold there is: negative, the
-    clip would turn gradients around. One that grows out of float32 counts as the largest.
+    Values of a schedule are limited to positive float32 numbers, because a negative threshold would
+    reverse gradients.
     """
     if callable(value):
         value = ops.cast(value(iterations), "float32")
@@ -256,12 +256,12 @@ def deserialize_value(value: object, owner: str, name: str) -> object:
     return value
 
 
-#: What `get` finds by name: alias to class. Filled by `register`.
+#: Alias to class, filled by `register`, read by `get`.
 ALIASES: dict[str, type[Clipper]] = {}
 
 
 def register(alias: str) -> Callable[[type[Clipper]], type[Clipper]]:
-    """Class decorator: makes a clipper known to `get` and to Keras's serialisation."""
+    """Class decorator: registers a clipper for `get` and for Keras's serialisation."""
 
     def decorate(cls: type[Clipper]) -> type[Clipper]:
         if cls.measures is not None:
@@ -282,28 +282,28 @@ def _refuse_assignment(self: Clipper, name: str, value: object) -> None:
 
 
 def selectable() -> dict[str, type[Clipper]]:
-    """The registered clippers that flags and search spaces can make: alias to class."""
+    """The registered clippers that flags and search spaces can create: alias to class."""
     return {alias: cls for alias, cls in ALIASES.items() if cls.selectable}
 
 
 def threshold_of(cls: type[Clipper]) -> str | None:
-    """The name of the parameter that decides how much a clipper clips."""
+    """The name of a clipper's threshold parameter."""
     return next((p.name for p in parameters(cls) if p.threshold), None)
 
 
 def get(identifier: object) -> Clipper | None:
-    """A clipper from whatever names one, as `keras.optimizers.get`.
+    """A clipper from a name, a config or a clipper, as in `keras.optimizers.get`.
 
     Args:
         identifier: None (off), a clipper, a name ("absolute", "exponential", "norm", or a class
-            name), or a config dict as `serialize` gives it; `{"class_name": "absolute",
-            "config": {"threshold": 0.05}}` will do.
+            name), or a config dict of `serialize`, such as `{"class_name": "absolute",
+            "config": {"threshold": 0.05}}`.
 
     Returns:
         The clipper, or None.
 
     Raises:
-        ValueError: nothing is known under that name, or the config does not fit.
+        ValueError: an unknown name, or an invalid config.
     """
     if identifier is None or isinstance(identifier, Clipper):
         return identifier
@@ -322,7 +322,7 @@ def get(identifier: object) -> Clipper | None:
         if not isinstance(config, Mapping):
             raise ValueError(f"get: the 'config' of {name!r} must be a dict, but is {config!r}.")
         known = _find(name)
-        if known is None:  # registered by somebody else, through Keras
+        if known is None:  # registered through Keras by other code
             try:
                 result = keras.saving.deserialize_keras_object(dict(identifier))
             except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
@@ -341,12 +341,12 @@ def get(identifier: object) -> Clipper | None:
 
 
 def serialize(clipper: Clipper | None) -> Config | None:
-    """A JSON-able dict that `get` turns back into the clipper; None for None."""
+    """A JSON-able dict from which `get` restores the clipper; None for None."""
     if clipper is None:
         return None
     if not isinstance(clipper, Clipper):
         raise ValueError(f"serialize: a clipper was expected, but {clipper!r} came.")
-    # Through JSON once, so that what cannot be saved is found here and not at the end of a run.
+    # Try JSON now, so that an unsavable value is reported before a run.
     return json.loads(json.dumps(keras.saving.serialize_keras_object(clipper)))
 
 
@@ -372,10 +372,10 @@ def _unknown(name: str) -> str:
 
 
 def as_clipper(owner: str, name: str, value: object, *, optional: bool) -> Clipper | None:
-    """`value`, which may be anything that `get` takes, as a clipper (None if that means off).
+    """A clipper from any `value` that `get` accepts; None for off.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `get` does not accept the value.
     """
     if value is None and not optional:
         raise ValueError(

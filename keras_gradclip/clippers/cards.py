@@ -1,4 +1,4 @@
-"""Tables made from the clippers: that of the docs, and the one that command lines read.
+"""Generated tables of clippers: for the docs, and `declarations.json` for command lines.
 
 `python -m keras_gradclip.clippers.cards` writes the latter.
 """
@@ -10,12 +10,12 @@ from keras_gradclip.declarations import TABLE, Declaration, as_json, parameters
 
 
 def declarations() -> dict[str, Declaration]:
-    """The registered clippers that flags can make, by alias."""
+    """The registered clippers that flags can create, by alias."""
     return {alias: Declaration.of(cls) for alias, cls in selectable().items()}
 
 
 def table() -> str:
-    """Markdown: a row for each registered clipper that has a card, composites last."""
+    """A Markdown table of the registered clippers with a card, composites last."""
     rows = [
         "| clipper | `--clipper` | what it does | when to use it | suggested | source |",
         "|---|---|---|---|---|---|",
@@ -29,7 +29,7 @@ def table() -> str:
 
 
 def _arguments(cls: type[Clipper]) -> str:
-    """What a user sets most: the live parameters, or a composite's clippers."""
+    """The main arguments: live parameters, or a composite's clippers."""
     return ", ".join(p.name for p in parameters(cls) if p.live or not p.help)
 
 

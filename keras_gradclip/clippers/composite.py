@@ -1,4 +1,4 @@
-"""Clippers made of clippers: several in a row, and another one for each group of variables."""
+"""Composite clippers: a chain of clippers, and a map from variables to clippers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT = "default"
 
 
 class Composite(Clipper):
-    """A clipper made of named clippers; names prefix the hyper-parameters and the state."""
+    """A clipper made of named parts; the names prefix hyper-parameters and state."""
 
     selectable: ClassVar[bool] = False
 
@@ -34,12 +34,12 @@ class Composite(Clipper):
 
     @property
     def needs_learning_rate(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts does."""
+        """Whether any part does."""
         return any(clipper.needs_learning_rate for _, clipper in self._parts())
 
     @property
     def has_rules(self) -> bool:  # type: ignore[override]
-        """Whether one of the parts does."""
+        """Whether any part does."""
         return any(clipper.has_rules for _, clipper in self._parts())
 
     def hyperparameters(self) -> dict[str, Threshold]:
@@ -51,7 +51,7 @@ class Composite(Clipper):
         }
 
     def _check_names(self) -> None:
-        """Raise a ValueError if the name of a part begins like a nested one's."""
+        """Raises a ValueError if the name of a part collides with a nested one's."""
         names = [name for name, _ in self._parts()]
         for name, clipper in self._parts():
             for nested in _prefixes(clipper):
@@ -78,14 +78,14 @@ class Composite(Clipper):
 
 
 def _inside(name: str, assignment: Assignment, members: Sequence[int]) -> Assignment:
-    """A part's rule as one of the composite's, whose variables are at `members`."""
+    """A part's assignment as one of the composite, whose variables are at `members`."""
     return assignment._replace(
         name=f"{name}/{assignment.name}", members=tuple(members[k] for k in assignment.members)
     )
 
 
 def _prefixes(clipper: Clipper) -> list[str]:
-    """What the names of a clipper's hyper-parameters and state begin with."""
+    """The prefixes of a clipper's hyper-parameters and state."""
     if not isinstance(clipper, Composite):
         return [""]
     return [f"{name}/{rest}" for name, part in clipper._parts() for rest in _prefixes(part)]
@@ -93,7 +93,7 @@ def _prefixes(clipper: Clipper) -> list[str]:
 
 @functools.lru_cache(maxsize=64)
 def _matches(patterns: tuple[str, ...], paths: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """For each path the patterns that match it in full; once for a set of variables."""
+    """The patterns that match each path in full; cached per set of variables."""
     compiled = [(pattern, re.compile(pattern)) for pattern in patterns]
     return tuple(tuple(p for p, rule in compiled if rule.fullmatch(path)) for path in paths)
 
@@ -107,22 +107,22 @@ class ClipMap(Composite):
     ClipMap({"conv1/.*": AbsoluteClip(0.01), ".*/bias": None}, default=NormClip(1.0))
     ```
 
-    Where two layers have one path (two networks), the second's is `head#2/kernel`, as reports have
-    it: a rule that matches this name comes first, and one for the plain path has both.
+    If two layers have the same path (in two networks), the second one's is `head#2/kernel`, as in
+    reports: a rule that matches this name has precedence; a rule for the plain path matches both.
 
-    In a dict, no rule comes before another, so that two rules that match one variable are an
-    error. In a list of `(regex, clipper)` pairs the first match wins. Live hyper-parameters are
-    named by rule: `clip_hyperparameters["conv1/.*/threshold"]`, `["default/threshold"]`.
+    Rules in a dict have no order, so two rules that match one variable are an error. In a list of
+    `(regex, clipper)` pairs the first match wins. Live hyper-parameters are named
+    by rule: `clip_hyperparameters["conv1/.*/threshold"]`, `["default/threshold"]`.
 
     Args:
         rules: a dict, or a list of pairs, from regular expression to clipper; None as the
             clipper excludes the variables.
-        default: the clipper of all other variables; None leaves them alone.
-        allow_unmatched: let a rule match nothing (say, because its layer is frozen for now).
+        default: the clipper of all other variables; None excludes them.
+        allow_unmatched: allow rules that match nothing (for example, of a frozen layer).
 
     Raises:
-        ValueError: no rules, a broken regular expression, a rule that is no clipper; and, once
-            the variables are known, a rule that matches none of them or a collision.
+        ValueError: no rules, an invalid regular expression, a rule that is not a clipper; once
+            the variables are known, a rule that matches none of them, or two that match one.
     """
 
     card: ClassVar[Card | None] = Card(
@@ -194,11 +194,11 @@ class ClipMap(Composite):
         )
 
     def _assign(self, variables: Sequence[keras.Variable], check: bool = False) -> list[str]:
-        """The name of the rule of each variable.
+        """The name of each variable's rule.
 
         Raises:
-            ValueError: two rules of a dict match one variable; with `check`, also a rule that
-                matches nothing.
+            ValueError: two rules of a dict match one variable; with `check`, also a rule
+                without a match.
         """
         hits = dict.fromkeys((name for name, _ in self.rules), 0)
         names = []
@@ -227,7 +227,7 @@ class ClipMap(Composite):
         return names
 
     def check_variables(self, variables: Sequence[keras.Variable]) -> None:
-        """Raise a ValueError on collisions and on rules that match nothing."""
+        """Raises a ValueError on collisions and on rules that match nothing."""
         self._assign(variables, check=True)
         for _, clipper, members in self._groups(variables):
             clipper.check_variables([variables[i] for i in members])
@@ -242,7 +242,7 @@ class ClipMap(Composite):
         return groups
 
     def rule_of(self, variables: Sequence[keras.Variable]) -> list[tuple[str, Clipper | None]]:
-        """For each variable, the rule that applies to it and the clipper, if any."""
+        """The rule and the clipper, if any, that apply to each variable."""
         clippers = dict(self._all())
         return [(name, clippers[name]) for name in self._assign(variables)]
 
@@ -255,7 +255,7 @@ class ClipMap(Composite):
         ]
 
     def get_config(self) -> Config:
-        """The rules, JSON-able; the order of a list is kept."""
+        """The JSON-able rules; keeps the order of a list."""
         return {
             "rules": [[name, serialize_value(clipper)] for name, clipper in self.rules],
             "default": serialize_value(self.default),
@@ -265,11 +265,11 @@ class ClipMap(Composite):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Clipper:
-        """The map that `get_config` described."""
+        """The map of a config."""
         known = ("rules", "default", "allow_unmatched", "ordered")
         config = validation.config(cls.__name__, config, known, needed=("rules",))
         rules = config["rules"]
-        # Whatever is no list of pairs, which a dict written by hand is not, the constructor checks.
+        # Anything but a list of pairs, such as a hand-written dict, is checked by the constructor.
         if isinstance(rules, Sequence) and all(
             _is_pair(rule) and isinstance(rule[0], str) for rule in rules
         ):
@@ -290,9 +290,9 @@ def _is_pair(rule: object) -> bool:
 class Chain(Composite):
     """Several clippers in a row, each clipping what the one before let through.
 
-    Its live hyper-parameters are named by position: `clip_hyperparameters["0/threshold"]`. Its
-    clip fraction is, for each variable, the largest among its clippers; where some count
-    elements and others norms, a clipped norm counts as all its elements.
+    Live hyper-parameters are named by position: `clip_hyperparameters["0/threshold"]`. The clip
+    fraction of a variable is the largest among the clippers; if some count elements and others
+    norms, a clipped norm counts as all its elements.
 
     Args:
         clippers: a list of clippers, at least one.
@@ -309,7 +309,7 @@ class Chain(Composite):
     clippers: Sequence[Clipper] = ()
 
     def __new__(cls, clippers: Sequence[object] = (), *more: object) -> Chain:
-        """Refuse `Chain(first, second)` in better words than Python's."""
+        """Rejects `Chain(first, second)` with a clear message."""
         del clippers
         if more:
             raise ValueError(
@@ -342,7 +342,7 @@ class Chain(Composite):
         return Chain([parts[str(i)] for i in range(len(self.clippers))])
 
     def check_variables(self, variables: Sequence[keras.Variable]) -> None:
-        """Raise a ValueError if one of the clippers cannot serve these variables."""
+        """Raises a ValueError if one of the clippers cannot be used with these variables."""
         for clipper in self.clippers:
             clipper.check_variables(variables)
 
@@ -356,12 +356,12 @@ class Chain(Composite):
         ]
 
     def get_config(self) -> Config:
-        """The clippers, JSON-able."""
+        """The JSON-able clippers."""
         return {"clippers": [serialize_value(c) for c in self.clippers]}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Clipper:
-        """The chain that `get_config` described."""
+        """The chain of a config."""
         config = validation.config(cls.__name__, config, ("clippers",), needed=("clippers",))
         return cls(config["clippers"])
 

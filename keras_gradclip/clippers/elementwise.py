@@ -14,7 +14,7 @@ from keras_gradclip.clippers.enforce import Weight
 from keras_gradclip.declarations import Card, parameter
 
 ALPHA_NOTE = "'alpha' multiplies by exp(β·W) and belongs to ExponentialClip."
-#: Which attribute of a `Weight` is W.
+#: The attribute of `Weight` that is W.
 WEIGHTS = {"elementwise": "values", "rms": "rms"}
 
 
@@ -25,8 +25,8 @@ class AbsoluteClip(Clipper):
 
     Args:
         threshold: c, a positive number or a LearningRateSchedule. Useful from 0.01 to 0.1.
-        rescale: None, "norm" (the L2 norm of each variable's gradient comes back) or "max" (its
-            largest element comes back).
+        rescale: None, "norm" (restores the L2 norm of each variable's gradient) or "max"
+            (restores its largest element).
 
     Raises:
         ValueError: a threshold that is not above 0, or an unknown rescale.
@@ -68,7 +68,7 @@ class ExponentialClip(Clipper):
         beta: β, positive number or LearningRateSchedule. Useful from 0.5 to 1, larger for
             deeper networks.
         gamma: γ, positive number or LearningRateSchedule.
-        weight: "elementwise" (W is the weight itself), "rms" (one α a variable, from the root
+        weight: "elementwise" (W is the weight itself), "rms" (one α per variable, from the root
             mean square of its weights) or "none" (the fixed coefficient α = γ·exp(β)).
         rescale: None, "norm", "max" (see `AbsoluteClip`) or "alpha": g'·exp(β·W), the exp of α
             without γ.

@@ -1,7 +1,7 @@
-"""Enforcement of limits: the one place of the library that clips.
+"""Enforcement of limits: the only module of the library that clips.
 
-For each clipper: take norms over its scope, ask it for the limit, clip, rescale, and count what was
-clipped. Gradients may be dense, sparse or None, of any float dtype, and hold infinities.
+For each clipper it takes norms over the scope, gets the limit, clips, rescales, and counts what was
+clipped. Gradients may be dense, sparse or None, of any float dtype, and may contain infinities.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from keras_gradclip.clippers.units import (
 )
 from keras_gradclip.names import SCOPES, scope_numbers, size_of
 
-#: Keys of `hyper`: the optimizer's learning rate; whether it is a variable that is set, and no
-#: schedule; and what limits are divided by: the learning rate, where they limit SGD's update. Only
-#: the first is told to clippers: the others are names that no parameter can have.
+#: Keys of `hyper`: the optimizer's learning rate; whether it is a variable instead of a schedule;
+#: and the divisor of limits, which is the learning rate for limits on SGD's update. Clippers get
+#: only the first: the others are names that no parameter can have.
 LEARNING_RATE, RATE_IS_SET, DIVISOR = "learning_rate", "rate is set", "divide by"
 
 
 class ClipStats(NamedTuple):
-    """What a clip did, one entry a variable, in the order of the variables.
+    """Statistics of a clip, one entry per variable, in the order of the variables.
 
     Attributes:
         fractions: a function that returns a list of float32 scalars in 0..1, the share of the
             variable's elements (or norms) that were clipped; None where no rule applies. A
             function, because it costs operations that most updates do not need.
-        weights: a list of floats, how much each variable counts in the overall fraction: its
-            number of elements, or its share of a norm.
-        unit: "elements" or "norms", what was counted.
-        square_norms: a list of float32 scalars, the squared L2 norm before the clip, where it
-            was computed anyway; else None.
+        weights: a list of floats, the weight of each variable in the overall fraction: its number
+            of elements, or its share of a norm.
+        unit: the counted unit, "elements" or "norms".
+        square_norms: a list of float32 scalars, the squared L2 norms before the clip if they
+            were computed anyway; else None.
     """
 
     fractions: Callable[[], list[Tensor | None]]
@@ -56,14 +56,14 @@ class ClipStats(NamedTuple):
 
 @dataclasses.dataclass
 class Weight:
-    """The weights that one limit is about: those of a unit, a variable, a layer, or the model.
+    """The weights of one scope: of a unit, a variable, a layer, or the model.
 
     Attributes:
         read: for each variable in the scope a function that returns its weight.
         size: the number of elements.
-        axes: of units, the axes that one unit spans; None: all.
-        rows: of a sparse gradient, a function that returns the rows that the gradient has.
-        known_norm: the norms, where they are known.
+        axes: for units, the axes that one unit spans; None: all.
+        rows: for a sparse gradient, a function that returns the weight's rows in the gradient.
+        known_norm: the norms, if already computed.
     """
 
     read: Sequence[Callable[[], Tensor]] = ()
@@ -74,12 +74,12 @@ class Weight:
 
     @property
     def values(self) -> Tensor:
-        """The weight itself; of a sparse gradient, the rows that the gradient has."""
+        """The weight; for a sparse gradient, only the rows in the gradient."""
         return (self.rows or self.read[0])()
 
     @functools.cached_property
     def norm(self) -> Tensor:
-        """The L2 norm, a float32 scalar; of units, one each, broadcastable to `values`."""
+        """The L2 norm, a float32 scalar; for units one norm each, broadcastable to `values`."""
         if self.known_norm is not None:
             return self.known_norm
         squares = [arithmetic.unit_squares(read(), self.axes) for read in self.read]
@@ -96,12 +96,10 @@ class Assignment(NamedTuple):
     """One clipper and the variables that it limits.
 
     Attributes:
-        name: what its hyper-parameters and its state are prefixed with, ending in "/"; "" of a
-            clipper by itself.
+        name: prefix of its hyper-parameters and state, ending in "/"; "" for a clipper by itself.
         clipper: the clipper; not a `ClipMap` or a `Chain`.
         members: positions of the variables.
-        calls_apply: the clipper has an `apply` of its own, which is called instead of a limit
-            being enforced.
+        calls_apply: the clipper overrides `apply`, which is called instead of enforcing a limit.
     """
 
     name: str
@@ -111,23 +109,23 @@ class Assignment(NamedTuple):
 
 
 class Limit:
-    """A limit on the size of gradients, or of weight updates; without a limit, an `apply`.
+    """A limit on the size of gradients or weight updates; base class of `Clipper`.
 
-    The class attributes may be fields of a dataclass as well.
+    The class attributes may also be dataclass fields.
     """
 
-    #: What one limit is about: "element", "unit" (what makes one output of a kernel), "variable",
-    #: "layer" or "global". A field or a class attribute.
+    #: The scope of one limit: "element", "unit" (the weights of one output), "variable", "layer" or
+    #: "global".
     scope: str = "element"
-    #: "gradient", or "update": the limit holds for the change of the weights that the inner
-    #: optimizer computes. For SGD, whose update is η·g, that is a limit of limit/η on the gradient.
+    #: "gradient", or "update": the limit applies to the weight update of the inner optimizer. For
+    #: SGD, whose update is η·g, it is enforced as limit/η on the gradient.
     stage: str = "gradient"
-    #: What biases and scales are limited by: "own", like any other variable; "unit", each element
-    #: by the norm of its unit in the layer's kernel; None, nothing.
+    #: The limit of biases and scales: "own", like any other variable; "unit", each element by the
+    #: norm of its unit in the layer's kernel; None, no limit.
     biases: str | None = "own"
-    #: What is given back after the clip: None, "norm", "max" or "alpha". A field or an attribute.
+    #: The rescaling after the clip: None, "norm", "max" or "alpha".
     rescale: str | None = None
-    #: The axes of units, by path of the variable; () to ask the layers.
+    #: The axes of units, by path of the variable; () for those of the layers.
     axes: Sequence[tuple[str, tuple[int, ...]]] | None = None
     #: Whether it needs `hyper["learning_rate"]`.
     needs_learning_rate: bool = False
@@ -141,7 +139,7 @@ class Limit:
     apply: Callable[..., tuple[list[Gradient], State, ClipStats]]
 
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
-        """The largest element (or L2 norm) that is allowed.
+        """The largest allowed element (or L2 norm).
 
         Args:
             weight: the weights of the scope.
@@ -154,20 +152,20 @@ class Limit:
         raise NotImplementedError(f"{type(self).__name__} has neither `limit` nor `limits`")
 
     def growth(self, weight: Weight, hyper: Hyper) -> Tensor:
-        """What `rescale="alpha"` multiplies by."""
+        """The factor of `rescale="alpha"`."""
         raise NotImplementedError(f"{type(self).__name__} has no rescale='alpha'")
 
     def memory(self, scopes: int) -> dict[str, object]:
-        """The state before the first update, for this number of scopes: name to NumPy array."""
+        """The initial state for a number of scopes: name to NumPy array."""
         del scopes
         return {}
 
     def advance(self, state: State, hyper: Hyper) -> tuple[State, Hyper]:
-        """The new state, and the values that `limit` gets: once an update, if there is a state."""
+        """The new state, and the values for `limit`; called once per update if there is a state."""
         return state, hyper
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
-        """The state after a schedule, or a new one, has set the learning rate to `rate`."""
+        """The state after a schedule has set the learning rate to `rate`."""
         del rate, is_new
         return state
 
@@ -178,9 +176,9 @@ class Limit:
 
         Args:
             norms: float32 `[scopes]`, before the clip; 0 where `usable` is false.
-            usable: boolean `[scopes]`: the norm is finite and above 0, so that it may be
-                remembered. No gradient, and a gradient of zero, are no evidence.
-            state: what `memory` or the last `limits` returned.
+            usable: boolean `[scopes]`: the norm is finite and above 0, so that it may be stored. A
+                missing or zero gradient is no evidence.
+            state: the state from `memory` or the last `limits`.
             hyper: as in `limit`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no memory")
@@ -190,14 +188,14 @@ class Enforcer:
     """Enforces limits on gradients, or on the weight updates of an inner optimizer.
 
     Args:
-        assignments: who limits what, in the order in which they clip.
+        assignments: the clippers and their variables, in the order of clipping.
         variables: the variables, in the order of the gradients.
-        update_is_scaled_gradient: the inner optimizer's update is η·g (SGD), so that a limit on
-            the update is enforced on the gradient; otherwise on the updates themselves.
+        update_is_scaled_gradient: whether the inner optimizer's update is η·g (SGD), so that a
+            limit on the update can be enforced on the gradient.
 
     Attributes:
         on_gradients: the rules for gradients, in order.
-        on_updates: those for weight updates.
+        on_updates: the rules for weight updates.
         state: the state before the first update, name to NumPy array.
     """
 
@@ -225,7 +223,7 @@ class Enforcer:
         return {i for r in self.on_updates for i in (r.members if r.calls_apply else r.limited)}
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
-        """The state after a schedule, or a new one, has set the learning rate to `rate`."""
+        """The state after a schedule has set the learning rate to `rate`."""
         new = dict(state)
         for rule in [*self.on_gradients, *self.on_updates]:
             if not rule.calls_apply:
@@ -235,7 +233,7 @@ class Enforcer:
         return new
 
     def remarks(self) -> list[str]:
-        """For each variable what is unexpected about its clip, in a few words; else ""."""
+        """A remark on each variable if its clip is unexpected; else ""."""
         every = [rule.remarks() for rule in [*self.on_gradients, *self.on_updates]]
         return [
             "; ".join(remarks[i] for remarks in every if i in remarks)
@@ -249,13 +247,13 @@ class Enforcer:
         hyper: Hyper,
         weights: Sequence[Tensor | None] | None = None,
     ) -> tuple[list[Gradient], State, ClipStats]:
-        """The clipped gradients, the state that changed, and what was clipped.
+        """The clipped gradients, the changed state, and a `ClipStats`.
 
         Args:
-            grads: one a variable, without duplicate rows; None where there is none.
-            state: of all clippers.
-            hyper: of all clippers, and "learning_rate" (1 if it is missing).
-            weights: None; or `grads` are weight updates, and these the weights from before them.
+            grads: one per variable, without duplicate rows; may be None.
+            state: the state of all clippers.
+            hyper: the values of all clippers, and "learning_rate" (1 if missing).
+            weights: None; or, if `grads` are weight updates, the weights before them.
         """
         clipped, new_state, stats = list(grads), {}, []
         for rule in self.on_gradients if weights is None else self.on_updates:
@@ -267,13 +265,13 @@ class Enforcer:
 
 
 class _Rule:
-    """One clipper, with what is known of its variables before the first update.
+    """One clipper with its variables, prepared before the first update.
 
     Args:
-        assignment: the clipper, and its variables.
+        assignment: the clipper and its variables.
         variables: all variables.
         programs: compiled functions of one gradient.
-        first: positions of the variables whose gradient no other rule has clipped before.
+        first: positions of the variables that no earlier rule clips.
     """
 
     def __init__(
@@ -311,7 +309,7 @@ class _Rule:
         self.state = self.clipper.memory(max(self.scopes.values(), default=-1) + 1)
 
     def remarks(self) -> dict[int, str]:
-        """What is unexpected about the clip of a variable, by position."""
+        """Remarks on unexpected clips of variables, by position."""
         result: dict[int, str] = {}
         for i in self.members if self.units else ():
             unit, shape = self.units[i], self.variables[i].shape
@@ -328,7 +326,7 @@ class _Rule:
         state: State,
         hyper: Hyper,
     ) -> tuple[list[Gradient], State, ClipStats]:
-        """The clipped gradients, the clipper's new state, and what was clipped."""
+        """The clipped gradients, the clipper's new state, and a `ClipStats`."""
         rate = hyper.get(LEARNING_RATE, 1.0)
         own_state = {name: state[self.name + name] for name in self.state}
         own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
@@ -355,7 +353,7 @@ class _Rule:
     def _apply(
         self, grads: Sequence[Gradient], state: State, hyper: Hyper
     ) -> tuple[list[Gradient], State, ClipStats]:
-        """`clip` by the `apply` that the clipper has of its own."""
+        """`clip` with the clipper's own `apply`."""
         clipped, state, stats = self.clipper.apply(
             [grads[i] for i in self.members],
             [self.variables[i] for i in self.members],
@@ -389,12 +387,12 @@ class _Clip:
         clipper: the clipper.
         before: the gradients, or weight updates, one entry a variable.
         clipped: the same after the clip.
-        weights: the weights from before weight updates; None: those of now.
+        weights: the weights before weight updates; None: the present ones.
         hyper: the values of the clipper's hyper-parameters, and `DIVISOR`.
-        counts: number of elements, or norms, by position.
-        squares: squared norms from before the clip, by position.
-        weight_norms: those of the kernels' units, by position.
-        fractions: functions that return what was clipped, by position.
+        counts: the number of elements, or norms, by position.
+        squares: squared norms before the clip, by position.
+        weight_norms: norms of the kernels' units, by position.
+        fractions: functions that return the clipped fraction, by position.
     """
 
     rule: _Rule
@@ -427,7 +425,7 @@ class _Clip:
         """|g'| at most L for each element of a bias, by its unit's norm in the layer's kernel."""
         members = [i for i in self.rule.by_kernel if self.before[i] is not None]
         norms = {i: self._norm_for_bias(i) for i in members}
-        alike: dict[object, list[int]] = {}  # those of one dtype share their operations
+        alike: dict[object, list[int]] = {}  # variables of one dtype share operations
         for i in members:
             x = self.before[i]
             is_alone = arithmetic.is_sparse(x) or None in tuple(x.shape) or self.clipper.rescale
@@ -447,7 +445,7 @@ class _Clip:
         )
 
     def _count_elements(self, members: Sequence[int], limit_of: Callable[[int], Tensor]) -> None:
-        """Note that elements were clipped, and how to find out how many."""
+        """Records the count of elements, and a function for the clipped fraction."""
         sizes = {i: self.rule.sizes[i] for i in members}
         self.counts.update({i: float(size) for i, size in sizes.items()})
 
@@ -462,7 +460,7 @@ class _Clip:
     def units(self) -> None:
         """g'_u = g_u·min(1, L_u/‖g_u‖) for each unit u."""
         members = [i for i in self.rule.in_scope if self.before[i] is not None]
-        single: dict[int, Tensor] = {}  # small ones of one unit share their operations
+        single: dict[int, Tensor] = {}  # small variables of one unit share operations
         for i in members:
             x, axes = arithmetic.values(self.before[i]), self.rule.units[i].axes
             shape = self.rule.variables[i].shape
@@ -545,19 +543,19 @@ class _Clip:
     def _factors_from_memory(
         self, squares: Mapping[int, Tensor], state: State
     ) -> tuple[list[Tensor], State]:
-        """Factors by a clipper with memory, which sees all scopes at once, and the new state."""
+        """Factors of a clipper with memory, for all scopes at once, and the new state."""
         zero = ops.zeros((), "float32")
         number = max(self.rule.scopes.values()) + 1
         norms = ops.sqrt(ops.stack([squares.get(s, zero) for s in range(number)]))
         usable = ops.logical_and(ops.isfinite(norms), norms > 0)
-        # What is not usable must not get near the arithmetic of the memory: 0·inf is NaN.
+        # Keep unusable norms out of the memory's arithmetic: 0·inf is NaN.
         safe = ops.where(usable, norms, ops.zeros_like(norms))
         limits, state = self.clipper.limits(safe, usable, state, self.hyper)
         every = ops.unstack(arithmetic.clip_factor(norms, limits), num=number)
         return [every[s] for s in squares], state
 
     def stats(self) -> ClipStats:
-        """What was clipped."""
+        """The statistics of the clip."""
         every = range(len(self.before))
 
         def fractions() -> list[Tensor | None]:
@@ -570,7 +568,7 @@ class _Clip:
         return ClipStats(fractions, counts, unit, squares)
 
     def _compiled(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The clip of one gradient as one program of XLA; and by units, the weight's norms."""
+        """The clip of one gradient as an XLA program; by units, also the weight's norms."""
         clipper, size = self.clipper, self.rule.sizes[i]
         axes = self.rule.units[i].axes if clipper.scope == "unit" else None
 
@@ -585,12 +583,12 @@ class _Clip:
         return self.rule.programs.run((self.rule.name, axes), clip, *arguments)
 
     def _read(self, i: int) -> Tensor:
-        """The weight of a variable."""
+        """The value of a variable's weight."""
         given = None if self.weights is None else self.weights[i]
         return arithmetic.read(self.rule.variables[i]) if given is None else given
 
     def _weight_of(self, i: int) -> Weight:
-        """The weight of a variable, or of its units."""
+        """The `Weight` of a variable, or of its units."""
         whole, size = functools.partial(self._read, i), self.rule.sizes[i]
         rows: Callable[[], Tensor] = whole
         if arithmetic.is_sparse(self.before[i]):
@@ -601,7 +599,7 @@ class _Clip:
         return Weight([whole if 0 in axes else rows], size, axes)
 
     def _norm_for_bias(self, i: int) -> Tensor:
-        """For each element of a bias the norm of its unit in the layer's kernel."""
+        """The norm of each bias element's unit in the layer's kernel."""
         norms = []
         for k in self.rule.by_kernel[i]:
             if k not in self.weight_norms:
@@ -613,7 +611,7 @@ class _Clip:
 
 
 def _limit(clipper: Limit, weight: Weight, hyper: Hyper) -> Tensor:
-    """What the clipper allows; per learning rate, where it limits the update of SGD."""
+    """The clipper's limit; divided by the learning rate if it limits SGD's update."""
     limit = ops.convert_to_tensor(clipper.limit(weight, hyper))
     return limit / ops.maximum(hyper[DIVISOR], arithmetic.TINY) if DIVISOR in hyper else limit
 
@@ -636,10 +634,10 @@ def _clip_units(axes: Sequence[int], x: Tensor, limit: Tensor) -> Tensor:
 
 
 def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) -> ClipStats:
-    """What several rules did together.
+    """The combined statistics of several rules.
 
-    Of a variable that several rules clip, the largest fraction counts. Where some rules count
-    elements and others norms, a norm counts as all its elements.
+    If several rules clip a variable, the largest fraction counts. If some rules count elements and
+    others norms, a norm counts as all its elements.
     """
     units = list(dict.fromkeys(s.unit for s in stats if any(s.weights)))
     every, mixed = range(len(variables)), len(units) > 1

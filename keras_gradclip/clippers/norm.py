@@ -27,8 +27,8 @@ class NormClip(Clipper):
         max_norm: positive number or LearningRateSchedule.
         scope: "layer" (all variables of a layer together), "variable" (as Keras's `clipnorm`) or
             "global" (as Keras's `global_clipnorm` and PyTorch's `clip_grad_norm_`).
-        rescale: None, "norm" or "max". Both undo a norm clip, which changes nothing but the
-            size; they are here for symmetry and warn.
+        rescale: None, "norm" or "max". Both undo a norm clip, which changes only the size;
+            they exist for symmetry and warn.
 
     Raises:
         ValueError: max_norm not above 0, an unknown scope or rescale.
@@ -74,7 +74,7 @@ class RMSClip(Clipper):
     One threshold means the same for a bias of 10 elements and a kernel of a million, where that of
     `NormClip(scope="variable")` depends on the size of the variable. Suggested: c = 1 on normalised
     updates (Shazeer and Stern, "Adafactor", arXiv 1804.04235, section 6); on raw gradients a
-    percentile of what `calibrate` sees. The same as `optax.clip_by_block_rms`.
+    percentile from `calibrate`. The same as `optax.clip_by_block_rms`.
 
     Args:
         threshold: c, a positive number or a LearningRateSchedule.

@@ -1,4 +1,4 @@
-"""Clippers whose limit follows from the weights: AGC and the update ratio."""
+"""Clippers whose limit is proportional to the weights' norm: AGC and the update ratio."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Axes: TypeAlias = Sequence[tuple[str, tuple[int, ...]]] | None
 
 
 class ByUnit(Clipper):
-    """A clipper that goes by units, with `axes` for those that no layer knows."""
+    """Base of clippers by unit, with `axes` for variables of unknown layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +38,7 @@ class ByUnit(Clipper):
             object.__setattr__(self, "axes", known)
 
     def check_variables(self, variables: Sequence[keras.Variable]) -> None:
-        """Raise a ValueError if `axes` names an axis that a variable does not have."""
+        """Raises a ValueError if `axes` names an axis that a variable does not have."""
         super().check_variables(variables)
         given = dict(self.axes or ())
         for variable in variables:
@@ -51,7 +51,7 @@ class ByUnit(Clipper):
                 )
 
     def get_config(self) -> Config:
-        """The arguments, JSON-able."""
+        """The JSON-able arguments."""
         config = super().get_config()
         if self.axes is not None:
             config["axes"] = {path: list(axes) for path, axes in self.axes}
@@ -78,8 +78,8 @@ class AdaptiveClip(ByUnit):
     Recognition Without Normalization", arXiv 2102.06171, equation 3; the same as
     `optax.adaptive_grad_clip` and timm's `adaptive_clip_grad` where they agree on the axes.
 
-    What a unit is, the layer of a variable says, whatever its name: Keras's layers, subclasses of
-    them and recurrent cells are known. Of other variables it is guessed, by path and shape:
+    The layer of a variable determines its units: Keras's layers, their subclasses and recurrent
+    cells are known. For other variables they are guessed from path and shape:
 
     | rank | variable | axes |
     |---|---|---|
@@ -93,12 +93,12 @@ class AdaptiveClip(ByUnit):
     | 3, 4 | `...depthwise...` layers, variables (..., in, multiplier) | all but the last two |
     | other | | all but the last |
 
-    Of more than two axes a guess may be wrong: it is warned of once, and `axes` puts it right.
+    With more than two axes a guess may be wrong: then a warning is given, and `axes` corrects it.
 
     Args:
         clip_factor: λ, a positive number or a LearningRateSchedule.
         eps: ε, the floor of a unit's weight norm, so that zero-initialised units can move.
-        axes: a dict from variable path to the axes that a unit spans, before what layers say.
+        axes: a dict from variable path to the axes that a unit spans; overrides the layers.
 
     Raises:
         ValueError: λ or ε not above 0, or axes that a variable does not have.
@@ -128,7 +128,7 @@ class AdaptiveClip(ByUnit):
         return hyper["clip_factor"] * ops.maximum(weight.norm, self.eps)
 
 
-#: Relative; a learning rate that was set differs by more from the one before.
+#: Relative tolerance: a larger change of the learning rate means that it was set.
 SAME_RATE = 1e-5
 
 
@@ -138,13 +138,13 @@ class UpdateRatioClip(ByUnit):
     """No step moves a unit by more than a share of its own norm, at any learning rate.
 
     g' = g · min(1, κ·max(‖W‖, ε)/(η·‖g‖)), η the optimizer's learning rate at this step. A bias
-    b_u may move by what its unit may: |g'_u| at most κ·max(‖W_u‖, ε)/η (see `biases`). Around any
-    optimizer but SGD, which all ignore a gradient's scale, the gradient passes as it is, and the
-    change of the weights, ΔW before decoupled weight decay, becomes ΔW·min(1, κ·max(‖W‖, ε)/‖ΔW‖).
+    b_u has the limit of its unit: |g'_u| at most κ·max(‖W_u‖, ε)/η (see `biases`). With any
+    optimizer but SGD, which ignores the gradient's scale, the gradient is not clipped; instead the
+    weight update ΔW, before decoupled weight decay, becomes ΔW·min(1, κ·max(‖W‖, ε)/‖ΔW‖).
 
-    When to use it: where the learning rate is not known well or the network has no batch
-    normalisation: κ has no dimension and stays as it is when η changes. SGD's momentum may add up
-    steps of one direction to 1/(1 − μ) of one: κ does not know μ. Called without an optimizer,
+    When to use it: if a good learning rate is not known, or the network has no batch
+    normalisation: κ is dimensionless and independent of η. SGD's momentum μ may add up steps of
+    one direction to 1/(1 − μ) of one; κ does not account for μ. Called without an optimizer,
     `clipper(grads, variables)`, η is 1. Source: this library; the clip of LARC applied by the unit,
     with LARS's ratio as a bound (You et al., arXiv 1708.03888), or AGC (arXiv 2102.06171) with
     λ = κ/η.
@@ -152,17 +152,17 @@ class UpdateRatioClip(ByUnit):
     Args:
         max_ratio: κ, a positive number or a LearningRateSchedule.
         eps: ε, the floor of the weight's norm, so that zero-initialised weights can move.
-        scope: what one norm is taken over: "unit", what makes one output, as `AdaptiveClip` has
-            it; "variable", a kernel; "layer", all kernels of a layer.
-        biases: "unit" limits each by its unit in the layer's kernel (of recurrent layers the
-            recurrent kernel, of a GRU's bias of two rows either kernel), and warns of those whose
-            kernel is not trained with them, which stay free; None leaves all alone. γ and β of a
-            normalisation are left alone in any case.
-        anneal: None leaves κ as it is; "learning_rate" makes it κ·η/η_max, so that a schedule
-            comes to rest: η_max is the largest learning rate since one was last set in any way but
-            by a schedule, LearningRateScheduler or ReduceLROnPlateau, or since
+        scope: the scope of one norm: "unit", the weights of one output, as in `AdaptiveClip`;
+            "variable", a kernel; "layer", all kernels of a layer.
+        biases: "unit" limits each by its unit in the layer's kernel (in recurrent layers the
+            recurrent kernel; for a GRU's bias of two rows either kernel), and warns of biases
+            without a limit because their kernel is not trained; None does not limit biases. γ and
+            β of a normalisation are never limited.
+        anneal: None keeps κ; "learning_rate" uses κ·η/η_max, so that updates vanish at the end of
+            a schedule. η_max is the largest learning rate since it was last set (except by a
+            schedule, LearningRateScheduler or ReduceLROnPlateau) or since
             `optimizer.reset_clip_state()`.
-        axes: as of `AdaptiveClip`.
+        axes: as in `AdaptiveClip`.
 
     Raises:
         ValueError: κ or ε not above 0, an unknown word, or axes that a variable does not have.
@@ -204,14 +204,14 @@ class UpdateRatioClip(ByUnit):
     )
 
     def memory(self, scopes: int) -> dict[str, object]:
-        """The largest learning rate so far, and the present one's share of it."""
+        """The largest learning rate so far, and the present rate as a share of it."""
         del scopes
         if self.anneal is None:
             return {}
         return {"largest_rate": np.zeros((), "float32"), "share": np.ones((), "float32")}
 
     def advance(self, state: State, hyper: Hyper) -> tuple[State, Hyper]:
-        """κ·η/η_max for κ, if the limit falls with the learning rate."""
+        """Replaces κ by κ·η/η_max if the limit is annealed."""
         if self.anneal is None:
             return state, hyper
         rate, largest = hyper["learning_rate"], state["largest_rate"]
@@ -223,13 +223,13 @@ class UpdateRatioClip(ByUnit):
         return state, {**hyper, "max_ratio": hyper["max_ratio"] * state["share"]}
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
-        """See `Limit`: a new phase begins with a new schedule alone."""
+        """See `Limit`; only a new schedule begins a new phase."""
         if self.anneal is None:
             return state
         return _annealed(ops.zeros(()) if is_new else state["largest_rate"], rate)
 
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
-        """κ·max(‖W‖, ε), of the weight update."""
+        """The limit κ·max(‖W‖, ε) of the weight update."""
         return hyper["max_ratio"] * ops.maximum(weight.norm, self.eps)
 
 

@@ -1,13 +1,12 @@
-"""Clippers that remember the norms of past gradients and set their own thresholds.
+"""Clippers that store past gradient norms and set their own thresholds.
 
-What they remember is a handful of numbers for each scope (a layer, a variable, or the whole
-model), kept in the optimizer's variables: the same on every replica, since every replica sees the
-same reduced gradients; saved and resumed with the optimizer. Norms that are not finite are never
-remembered, nor are norms of 0: they come of a masked batch, an expert or a head that had no
-example, and say nothing about its next gradient. Called as a function, `clipper(grads, variables)`,
-each starts from an empty memory; loops that want the memory use `init` and `apply`, or
-`ClippedOptimizer`. Counters are float32 and bounded: TensorFlow keeps int32 variables off the GPU,
-where a compiled step cannot reach them.
+Their state is a few numbers for each scope (a layer, a variable, or the whole model), stored in the
+optimizer's variables: the same on every replica, because every replica gets the same reduced
+gradients; saved and restored with the optimizer. Non-finite norms are never stored, nor are norms
+of 0, as from a masked batch or an expert without examples. A call `clipper(grads, variables)`
+starts from an empty state; loops that need the state use `init` and `apply`, or `ClippedOptimizer`.
+Counters are float32 and bounded, because TensorFlow places int32 variables on the CPU, out of reach
+of a compiled step on the GPU.
 
 Departures from the papers:
 
@@ -38,10 +37,10 @@ from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.declarations import Card, parameter
 from keras_gradclip.names import SCOPES
 
-#: Stands for "no limit" and "no norm yet": an infinity would turn into NaN when divided.
+#: Means "no limit" and "no norm yet"; an infinity would become NaN in divisions.
 NO_LIMIT = 1e38
-#: The least deviation of `ZScoreClip`, as a share of the mean: where all norms of the warm-up are
-#: nearly the same, the next one that differs is no spike.
+#: Smallest deviation in `ZScoreClip`, as a share of the mean, so that after nearly equal norms a
+#: slightly different one is no spike.
 LEAST_DEVIATION = 0.1
 _MOMENTS = ("mean", "variance", "count")
 
@@ -51,15 +50,15 @@ _MOMENTS = ("mean", "variance", "count")
 class PercentileClip(Clipper):
     """AutoClip: the threshold is a percentile of the norms seen so far.
 
-    g' = g·min(1, c/‖g‖), c the p-th percentile of the last `window` norms, the present one
-    included. Where the scale of the gradients is unknown or drifts: it clips about 1 − p/100 of
-    the steps, p = 10 as in the paper nine in ten; p = 90 is a guard against spikes. Where norms
-    fall a hundredfold within an epoch, a window of 1000 clips nothing for the rest of a short run.
+    g' = g·min(1, c/‖g‖), c the p-th percentile of the last `window` norms, including the present
+    one. For gradients of unknown or drifting scale: it clips about 1 − p/100 of the steps, nine in
+    ten with the paper's p = 10; p = 90 protects against spikes. If norms fall a hundredfold within
+    an epoch, a window of 1000 clips nothing for the rest of a short run.
     Source: Seetharaman et al., arXiv 2007.14469.
 
     Args:
         percentile: p in 0..100, or a LearningRateSchedule.
-        window: the number of norms to remember.
+        window: the number of norms to store.
         scope: "global" (as in the paper), "layer" or "variable".
 
     Raises:
@@ -117,7 +116,7 @@ class PercentileClip(Clipper):
 
 
 def _percentile(history: Tensor, filled: Tensor, share: Tensor) -> Tensor:
-    """Of each row's filled slots, as `numpy.percentile`; the unused hold `NO_LIMIT`, the end."""
+    """The percentile of each row's filled slots, as `numpy.percentile`; others are `NO_LIMIT`."""
     ordered = ops.sort(history, axis=1)
     last = ops.maximum(filled - 1.0, 0.0)
     position = last * share

@@ -1,4 +1,4 @@
-"""Units: what makes one output of a layer, asked of the layers; the one rule for all clippers."""
+"""Units: the weights of one output of a layer, as the layers define them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keras_gradclip.names import layers_of, path_of
 
 
 def number_of_units(variable: keras.Variable, axes: Sequence[int]) -> float:
-    """How many units a variable has that span `axes`."""
+    """The number of a variable's units that span `axes`."""
     return float(math.prod(int(d) for axis, d in enumerate(variable.shape) if axis not in axes))
 
 
@@ -24,16 +24,16 @@ KERNEL, TABLE, BIAS, OTHER = "kernel", "table", "bias", "other"
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What a variable is to its layer, and what one unit of it is.
+    """The role of a variable in its layer, and its units.
 
     Attributes:
-        kind: `KERNEL`; `TABLE`, whose rows are looked up; `BIAS`; or `OTHER`, such as a scale.
+        kind: `KERNEL`; `TABLE`, an embedding table; `BIAS`; or `OTHER`, such as a scale.
         axes: the axes that one unit spans.
-        kernels: of a bias, the names of the kernels in its layer whose units it belongs to: of one,
-            or, row by row, of several.
-        letters: of a bias of EinsumDense, a letter an axis of its kernel's and of its own; a dot
-            where an axis is summed over or is 1.
-        is_known: whether the layer said so; else it is guessed from name and shape.
+        kernels: for a bias, the names of the kernels in its layer whose units it is added to: one,
+            or one for each row of the bias.
+        letters: for a bias of EinsumDense, one letter per axis of its kernel and of itself; a dot
+            for an axis that is summed over or is 1.
+        is_known: whether the layer defines it; else it is a guess from name and shape.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Unit:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether its own norm bounds it: a kernel or a table."""
+        """Whether it is limited by its own norm: a kernel or a table."""
         return self.kind in (KERNEL, TABLE)
 
 
@@ -52,12 +52,12 @@ _UNITS: ByVariable[Unit] = ByVariable()
 
 
 def unit_of(variable: keras.Variable) -> Unit:
-    """What the layer of a variable says of it; where no layer is known, a guess."""
+    """The `Unit` of a variable by its layer; a guess if the layer is unknown."""
     return units_of([variable])[0]
 
 
 def units_of(variables: Sequence[keras.Variable]) -> list[Unit]:
-    """`unit_of` each; layers are looked up for all together, once."""
+    """`unit_of` for each variable, with one lookup of all layers."""
     for v, owner in zip(variables, owners_of(variables), strict=True):
         if v not in _UNITS:
             layer = None if owner is None else owner()
@@ -66,7 +66,7 @@ def units_of(variables: Sequence[keras.Variable]) -> list[Unit]:
 
 
 def unit_axes(model: keras.Model) -> dict[str, tuple[int, ...]]:
-    """For each kernel of a model, the axes that one unit spans, asked of the layers.
+    """The axes that one unit spans, for each kernel of a model, as its layer defines them.
 
     Args:
         model: a built `keras.Model` or layer.
@@ -104,8 +104,8 @@ def _rows(rank: int) -> tuple[int, ...]:
 
 
 L = keras.layers
-#: For each kind of layer its kernels, as a function from their rank to a unit's axes, and the
-#: kernel that its bias is added to the outputs of. The first that fits; subclasses do.
+#: For each layer class its kernels (a function from rank to a unit's axes), and the kernel to whose
+#: outputs its bias is added. The first match counts; subclasses match.
 _LAYERS: tuple[tuple[tuple[type, ...], dict[str, Callable[[int], tuple[int, ...]]], str], ...] = (
     (
         (L.Dense, L.EinsumDense, L.Conv1D, L.Conv2D, L.Conv3D),
@@ -133,7 +133,7 @@ _LAYERS: tuple[tuple[tuple[type, ...], dict[str, Callable[[int], tuple[int, ...]
 
 
 def _of_layer(layer: keras.layers.Layer, variable: keras.Variable) -> Unit | None:
-    """What `layer` says of its own variable; None of a class that is not known."""
+    """The `Unit` of a variable of `layer`; None for an unknown class."""
     name, shape = str(variable.name), tuple(int(d) for d in variable.shape)
     rank = len(shape)
     whole = tuple(range(rank))
@@ -142,9 +142,7 @@ def _of_layer(layer: keras.layers.Layer, variable: keras.Variable) -> Unit | Non
     if isinstance(layer, L.EinsumDense) and name in ("kernel", "bias"):
         return _of_einsum(layer, name, shape)
     if hasattr(layer, "recurrent_kernel"):  # any cell: the gates' units are columns
-        if (
-            name == "bias"
-        ):  # of a GRU by rows: what is added to the inputs' part, and to the states'
+        if name == "bias":  # GRU: one row is added to the inputs' part, one to the states'
             both = ("kernel", "recurrent_kernel")
             return Unit(BIAS, whole, both if rank == 2 and shape[0] == 2 else both[1:])
         return Unit(KERNEL, _spread(shape, _columns(rank))) if "kernel" in name else None
@@ -159,7 +157,7 @@ def _of_layer(layer: keras.layers.Layer, variable: keras.Variable) -> Unit | Non
 
 
 def _spread(shape: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """`axes`; all of them where all dimensions but one are 1, as in AGC: one unit."""
+    """`axes`, or all axes if all dimensions but one are 1, which makes one unit, as in AGC."""
     return axes if sum(d != 1 for d in shape) > 1 else tuple(range(len(shape)))
 
 
@@ -170,7 +168,7 @@ def _of_einsum(layer: keras.layers.Layer, name: str, shape: Sequence[int]) -> Un
         summed = tuple(i for i, letter in enumerate(kernel) if letter not in output)
         return Unit(KERNEL, _spread(shape, summed))
     units = "".join(letter if letter in output else "." for letter in kernel)
-    # Keras gives a bias the output's axes from its first one on; those it does not have are 1.
+    # A Keras bias has the output's axes from its first one on; missing ones are 1.
     own = output[min(output.find(letter) for letter in layer.bias_axes) :]
     own = "".join(letter if letter in layer.bias_axes else "." for letter in own)
     return Unit(BIAS, tuple(range(len(shape))), ("kernel",), (units, own.ljust(len(shape), ".")))
@@ -184,7 +182,7 @@ def _guess(variable: keras.Variable) -> Unit:
 
 
 def default_unit_axes(variable: keras.Variable) -> tuple[int, ...]:
-    """A guess of the axes that a unit of `variable` spans, as `AdaptiveClip`'s table says."""
+    """A guess of the axes that a unit of `variable` spans, by `AdaptiveClip`'s table."""
     shape = tuple(int(d) for d in variable.shape)
     rank = len(shape)
     layer, _, name = path_of(variable).rpartition("/")
@@ -207,7 +205,7 @@ def with_axes(
     variables: Sequence[keras.Variable],
     axes: Sequence[tuple[str, tuple[int, ...]]] | None,
 ) -> list[Unit]:
-    """`units`, with other axes for the variables whose paths `axes` names."""
+    """`units`, with the axes of the variables in `axes` replaced."""
     given, result = dict(axes or ()), list(units)
     for i, variable in enumerate(variables if given else ()):
         own = given.get(path_of(variable))
@@ -220,10 +218,10 @@ def with_axes(
 def kernels_of_biases(
     variables: Sequence[keras.Variable], units: Sequence[Unit]
 ) -> dict[int, list[int]]:
-    """Position of each bias to those of the kernels whose units it belongs to.
+    """The position of each bias, and those of the kernels whose units it belongs to.
 
-    A bias of which no layer is known, or any other vector, belongs to the last kernel in its layer
-    of as many units; one of n rows to n kernels, if there are n of as many units as a row has.
+    A bias of an unknown layer, or another vector, belongs to the last kernel in its layer with as
+    many units; one of n rows to n kernels with as many units as a row.
     """
     counts = {
         i: number_of_units(variables[i], unit.axes)
@@ -254,17 +252,16 @@ def kernels_of_biases(
 
 
 def norms_for_bias(unit: Unit, shape: Sequence[int], of_kernels: Sequence[Tensor]) -> Tensor:
-    """For each element of a bias the norm of its unit.
+    """The norm of the unit of each element of a bias.
 
     Args:
-        unit: of the bias.
-        shape: of the bias.
-        of_kernels: the norms of its kernels' units, one tensor a kernel; axes that a unit spans
-            are 1.
+        unit: the bias's unit.
+        shape: the bias's shape.
+        of_kernels: the norms of its kernels' units, one tensor per kernel; axes that a unit spans
+            have size 1.
 
     Returns:
-        A tensor of `shape`. An element that is added to several units has the least of their
-        norms.
+        A tensor of `shape`. An element that is added to several units gets their smallest norm.
     """
     shape = tuple(int(d) for d in shape)
     if len(of_kernels) > 1:

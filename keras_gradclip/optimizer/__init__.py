@@ -1,4 +1,4 @@
-"""The `ClippedOptimizer`: everything between `apply` and the inner optimizer."""
+"""`ClippedOptimizer` and its parts."""
 
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find
 

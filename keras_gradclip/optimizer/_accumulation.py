@@ -1,4 +1,4 @@
-"""Micro-batches: gradients are added up where they arise, and averaged once an update."""
+"""Accumulation: gradients of micro-batches are summed per replica, and averaged at an update."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from keras_gradclip._types import Gradients, Scalar, Tensor
 
 
 class Accumulation:
-    """Sums of gradients since the last update, one a variable, each replica its own.
+    """Sums of gradients since the last update, one per variable and replica.
 
-    An update is about the variables that had a gradient since the last one: what is frozen, or
-    not named by a call, stays where it is, momentum and weight decay or not.
+    An update covers only variables that had a gradient since the last one: frozen variables, and
+    those that no call named, do not move, not even by momentum or weight decay.
 
     Attributes:
         steps: the number of calls that make an update.
         sums: the variables that hold them.
-        flags: float32 `[2, variables]`, above 0 in the second row: has had a gradient since the
-            last update. The first row is that of files of 0.2.
+        flags: float32 `[2, variables]`; above 0 in the second row: had a gradient since the last
+            update. The first row exists for files of version 0.2.
     """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.sums: list[keras.Variable] = []
-        self._touched: set[int] = set()  # had a gradient in a call of this process
+        self._touched: set[int] = set()  # positions that had a gradient in this process
 
     def build(
         self,
@@ -37,7 +37,7 @@ class Accumulation:
         flags: keras.Variable,
         track: Callable[[keras.Variable], None],
     ) -> None:
-        """Create the sums for `variables`; `track` makes each one known to the optimizer."""
+        """Creates the sums for `variables`; `track` registers each with the optimizer."""
         self._variables = list(variables)
         self.flags = flags
         for i, variable in enumerate(variables):
@@ -50,11 +50,11 @@ class Accumulation:
         return {f"accumulator:{i}": v for i, v in enumerate(self.sums)} | {"touched": self.flags}
 
     def is_due(self, calls: keras.Variable) -> Scalar:
-        """Whether the call after `calls` others completes an update."""
+        """True if the call after `calls` earlier ones completes an update."""
         return ops.equal((calls + 1) % self.steps, 0)
 
     def add(self, gradients: Gradients) -> None:
-        """Add one micro-batch; sparse gradients become dense."""
+        """Adds one micro-batch; sparse gradients become dense."""
         marks = np.zeros(self.flags.shape, "float32")
         for i, gradient in enumerate(gradients):
             if gradient is None:
@@ -70,7 +70,7 @@ class Accumulation:
         self.flags.assign(ops.maximum(arithmetic.read(self.flags), marks))
 
     def mark_from_sums(self) -> None:
-        """Set the flags where there is a sum, if none are set: files of 0.1 and 0.2 lack them."""
+        """Sets the flags from the sums if none is set, since files of 0.1 and 0.2 lack them."""
         if aggregation.to_numpy(self.flags)[1].any():
             return
         marks = np.zeros(self.flags.shape, "float32")
@@ -81,16 +81,17 @@ class Accumulation:
         self.flags.assign(marks)
 
     def others(self, named: Sequence[int], gradients: Gradients) -> dict[int, Tensor]:
-        """Variables that other calls may have added to: position to whether one did.
+        """Variables to which only other calls may have added: position to a boolean scalar.
 
-        A boolean scalar each, known when the update runs: a traced call does not know the others.
+        The scalar is true if one did; it is a tensor because a traced call does not know the other
+        calls.
 
         Args:
-            named: the positions of the variables that this call is about.
-            gradients: what came for them, one entry a variable.
+            named: the positions of the variables of this call.
+            gradients: their gradients, one entry per variable.
         """
         flags = arithmetic.read(self.flags)[1]
-        known = aggregation.concrete_value(self.flags)  # also of another process, from a file
+        known = aggregation.concrete_value(self.flags)  # may come from a file
         touched = self._touched if known is None else {*self._touched, *np.flatnonzero(known[1])}
         return {
             i: flags[i] > 0
@@ -108,7 +109,7 @@ class Accumulation:
         ]
 
     def clear(self, positions: Iterable[int]) -> None:
-        """Begin the next update: these sums, and what was left for variables since frozen."""
+        """Clears these sums, and those of variables frozen since."""
         flags = aggregation.concrete_value(self.flags)
         left = range(len(self.sums)) if flags is None else np.flatnonzero(flags[1]).tolist()
         for i in sorted({*positions, *left}):
@@ -117,5 +118,5 @@ class Accumulation:
 
 
 def is_overwritten(variable: keras.Variable) -> bool:
-    """Whether what comes for `variable` is its new value and no gradient: float8 scales."""
+    """True if the gradient of `variable` is really its new value (float8 scales)."""
     return getattr(variable, "overwrite_with_gradient", False)

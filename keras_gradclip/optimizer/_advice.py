@@ -1,4 +1,4 @@
-"""Which clipper suits an inner optimizer and a network: the rule behind `clipper="auto"`."""
+"""The choice of `clipper="auto"` for an inner optimizer and a network."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from keras_gradclip.names import SCOPES, layers_of, names_of, path_of
 
 AUTO = "auto"
 LOG = logging.getLogger("keras_gradclip")
-#: κ of a network of `SHALLOW` kernels and of one of `DEEP`, under SGD's momentum and where nothing
-#: adds up steps (docs/evidence.md, docs/choosing.md). How far a network's function moves adds up
-#: over its layers (arXiv 2002.03432): the share is smaller the deeper it is.
+#: κ for `SHALLOW` and for `DEEP` kernels, with SGD's momentum and without (docs/evidence.md,
+#: docs/choosing.md). The change of a network's function adds up over its layers (arXiv 2002.03432),
+#: so κ falls with depth.
 WITH_MOMENTUM = (2e-3, 1e-3)
 WITHOUT_MOMENTUM = (5e-3, 2e-3)
 SHALLOW, DEEP = 8, 16
 
 
 def _ratio(shares: tuple[float, float], kernels: int) -> float:
-    """κ of so many kernels: between the two by a power of their number, beyond them constant."""
+    """κ for a number of kernels: a power law between the two values, constant outside."""
     depth = math.log(max(kernels, 1) / SHALLOW) / math.log(DEEP / SHALLOW)
     return round(shares[0] * (shares[1] / shares[0]) ** min(max(depth, 0.0), 1.0), 5)
 
@@ -43,10 +43,10 @@ def choose(
     variables: Sequence[keras.Variable],
     strategy: Strategy | None = None,
 ) -> Clipper | None:
-    """The clipper of `clipper="auto"`; the chief tells the user, by one line of log, why.
+    """The clipper of `clipper="auto"`; the chief logs the choice and its reason.
 
-    At the level that Python shows where nobody has set up logging, since the choice is news to the
-    user; `logging.getLogger("keras_gradclip").setLevel("ERROR")` turns it off.
+    It logs a warning, so that Python shows it by default;
+    `logging.getLogger("keras_gradclip").setLevel("ERROR")` turns it off.
     """
     chosen, reason = advice(inner, variables)
     if aggregation.is_chief(strategy):
@@ -57,7 +57,7 @@ def choose(
 def advice(
     inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> tuple[Clipper | None, str]:
-    """The clipper, and why; docs/choosing.md has the rule as a table.
+    """The clipper and the reason; docs/choosing.md has the rule as a table.
 
     Args:
         inner: the inner optimizer, built.
@@ -103,13 +103,13 @@ _FREE = (
     "tables, LoRA, kernels that begin near zero and biases of frozen ones, which must move by more "
     "than a share of a norm"
 )
-#: The norm of a unit that begins near zero: Glorot's and He's begin at about 1, and at κ of its
-#: norm a step, a unit takes a thousand steps from here to there.
+#: A unit with a smaller initial norm begins near zero. Glorot and He units begin at about 1; at a
+#: growth of κ per step a unit would need a thousand steps to get there.
 NEAR_ZERO = 0.1
 
 
 def _layers_to_leave_free(variables: Sequence[keras.Variable]) -> list[str]:
-    """Layers with a kernel whose norm is no measure of a step, or with a bias and no kernel."""
+    """Layers whose kernel norm is no measure for a step, or that have a bias but no kernel."""
     units, layers = units_of(variables), layers_of(variables)
     free = dict.fromkeys(layer for layer, u in zip(layers, units, strict=True) if u.kind == BIAS)
     for layer, unit in zip(layers, units, strict=True):
@@ -122,7 +122,7 @@ def _layers_to_leave_free(variables: Sequence[keras.Variable]) -> list[str]:
 
 
 def _begins_near_zero(variable: keras.Variable, unit: Unit) -> bool:
-    """Of LoRA the one factor begins at zero, and their product moves by both."""
+    """True if most units begin near zero, or in LoRA, where one of two factors does."""
     if "lora" in path_of(variable).rpartition("/")[2]:
         return True
     values = np.asarray(aggregation.to_numpy(variable), "float64")
@@ -132,7 +132,7 @@ def _begins_near_zero(variable: keras.Variable, unit: Unit) -> bool:
 def step_bound(
     inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> UpdateRatioClip:
-    """What bounds this optimizer's steps in a network of so many kernels.
+    """The `UpdateRatioClip` for this optimizer and the network's number of kernels.
 
     Args:
         inner: the inner optimizer.
@@ -146,17 +146,17 @@ def step_bound(
 
 
 def count_kernels(variables: Sequence[keras.Variable]) -> int:
-    """How many of them are kernels: no vectors, biases or tables."""
+    """The number of kernels, which excludes vectors, biases and tables."""
     return sum(unit.kind == KERNEL for unit in units_of(variables))
 
 
 def muon_matrices(
     inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> list[str]:
-    """The paths of the variables that `keras.optimizers.Muon` updates by its own rule.
+    """The paths of the variables that `keras.optimizers.Muon` updates by Muon's rule.
 
     Args:
-        inner: an optimizer, built with `variables`.
+        inner: an optimizer built with `variables`.
         variables: the trainable variables.
     """
     muon = getattr(keras.optimizers, "Muon", None)
@@ -168,9 +168,9 @@ def muon_matrices(
 def warn_of_muon(
     inner: keras.optimizers.Optimizer, clipper: Clipper, variables: Sequence[keras.Variable]
 ) -> None:
-    """Warn of a clip in front of Muon's matrices, with the ClipMap that leaves them alone.
+    """Warns of a clip of Muon's matrices, and shows the ClipMap that excludes them.
 
-    Of one that multiplies a matrix by a number: any other changes the direction of Muon's step.
+    Only for a clip that scales the whole matrix, which has no effect on Muon's step.
     """
     by_position: dict[int, list[bool]] = {}
     for assignment in clipper.assignments(variables):
@@ -191,7 +191,7 @@ def warn_of_muon(
 
 
 def warn_of_remarks(enforcer: Enforcer) -> None:
-    """Warn of what is unexpected about the clip of some variables, as `describe` shows it."""
+    """Warns of the remarks on variables that `describe` shows."""
     remarks = enforcer.remarks()
     if not any(remarks):
         return

@@ -23,19 +23,19 @@ from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 
 class Clip:
-    """Clips the gradients of an optimizer, or the changes of weights that it computes.
+    """Clips the gradients of an optimizer, or its weight updates.
 
     Args:
         clipper: the clipper; None clips nothing.
         inner: the inner optimizer.
-        add_variable: `add_variable` of the optimizer that keeps the variables.
+        add_variable: the method of the optimizer that creates variables.
 
     Attributes:
-        clipper: as given: with the thresholds it was made with.
+        clipper: the given clipper, with its initial thresholds.
         thresholds: live thresholds by name: a variable, or a schedule.
-        state: what the clipper remembers, by name; empty before `build`.
-        enforcer: enforces the clipper's limits, from `resolve` on.
-        limited: `id` to position of the variables whose change may be limited.
+        state: the clipper's running state by name; empty before `build`.
+        enforcer: enforces the clipper's limits; set by `resolve`.
+        limited: `id` to position of the variables whose weight update may be limited.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class Clip:
         self.state: dict[str, keras.Variable] = {}
 
     def resolve(self, variables: Sequence[keras.Variable]) -> None:
-        """Find out who limits what; warn of what is unexpected about it.
+        """Assigns clippers to variables, and warns of unexpected assignments.
 
         Raises:
             ValueError: a ClipMap's rule matches none of the variables, or two rules collide.
         """
         if self.clipper is not None:
             every = list(variables)
-            if self.clipper.has_rules:  # one may match a frozen variable of the network
+            if self.clipper.has_rules:  # rules may match frozen variables of the network
                 own = {id(v) for v in variables}
                 beside = (v for network in networks_of(variables) for v in network.variables)
                 every += {id(v): v for v in beside if id(v) not in own}.values()
@@ -81,7 +81,7 @@ class Clip:
         warn_of_remarks(self.enforcer)
 
     def build(self) -> None:
-        """Create the state; every replica writes the same into its own copy."""
+        """Creates the state; every replica writes the same values to its copy."""
         for i, (key, value) in enumerate(self.enforcer.state.items()):
             array = np.asarray(value)
             self.state[key] = self._add_variable(
@@ -93,14 +93,14 @@ class Clip:
             )
 
     def saved(self) -> dict[str, keras.Variable]:
-        """The variables by the names that files have for them."""
+        """The variables by their names in files."""
         live = {k: v for k, v in self.thresholds.items() if isinstance(v, keras.Variable)}
         named = {f"hyper:{k}": v for k, v in live.items()}
         return named | {f"state:{k}": v for k, v in self.state.items()}
 
     @property
     def now(self) -> Clipper | None:
-        """The clipper with the thresholds that are in force now."""
+        """The clipper with the present thresholds."""
         if self.clipper is None:
             return None
         current = ClipHyperparameters(self.thresholds, self._inner.iterations)
@@ -108,11 +108,11 @@ class Clip:
         for key, given in values.items():
             now = given if validation.is_schedule(given) else current[key]
             if now is not given and np.float32(given) != np.float32(now):
-                values[key] = now  # set since; otherwise keep the number as it was written
+                values[key] = now  # changed since; otherwise keep the given number
         return self.clipper.with_hyperparameters(values)
 
     def clip(self, gradients: list[Gradient]) -> ClippedUpdate:
-        """Clip gradients, rescale, and count what was clipped."""
+        """Clips and rescales gradients, and counts what was clipped."""
         state = {key: arithmetic.read(v) for key, v in self.state.items()}
         calls = self._inner.iterations
         hyper = {name: current_value(v, calls) for name, v in self.thresholds.items()}
@@ -130,16 +130,16 @@ class Clip:
         changes: Sequence[Tensor],
         before: Sequence[Tensor],
     ) -> tuple[list[Tensor], ClippedUpdate]:
-        """Clip what the inner optimizer wants to add to the weights.
+        """Clips the weight updates of the inner optimizer.
 
         Args:
-            update: what `clip` returned.
+            update: the result of `clip`.
             variables: the variables.
-            changes: what is to be added, one a variable.
-            before: the weights from before the change.
+            changes: the weight updates, one per variable.
+            before: the weights before the update.
 
         Returns:
-            The clipped changes, and the update with what was clipped.
+            The clipped changes, and `update` with the new statistics.
         """
         assert update.stats is not None
         every = self.enforcer.variables
@@ -159,17 +159,17 @@ class Clip:
         return [c if x is None else x for c, x in zip(changes, limited, strict=True)], update
 
     def keep(self, state: State) -> None:
-        """Remember `state`."""
+        """Stores `state`."""
         for key, variable in self.state.items():
             variable.assign(state[key])
 
     def reset(self) -> None:
-        """Forget: norms seen, the largest learning rate."""
+        """Resets the running state: past norms, the largest learning rate."""
         if self.state:
             self.keep(self.enforcer.state)
 
     def note_schedule(self, is_new: bool) -> None:
-        """A schedule, or a new one, has set the learning rate."""
+        """Notes that a schedule has set the learning rate."""
         if self.state and self._needs_rate:
             state = {key: aggregation.to_numpy(v) for key, v in self.state.items()}
             rate = np.float32(aggregation.to_numpy(self._inner.learning_rate))

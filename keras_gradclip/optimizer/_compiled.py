@@ -1,9 +1,9 @@
-"""How the inner optimizer's update is run: by one kernel a variable, by XLA, or as Keras wrote it.
+"""Fast updates of the inner optimizer: one TensorFlow op per variable, XLA, or Keras's own code.
 
-Keras writes an update as many operations, each a pass over the memory (Adam: about 15 a variable).
-TensorFlow has the same equations as single kernels, on CPU and GPU, for the common optimizers:
-they need no compilation and serve every strategy, for each replica updates its own copy. What has
-no such kernel is compiled by XLA where that pays: the large variables alone.
+Keras implements an update as many operations, each a pass over memory (Adam: about 15 for each
+variable). For the common optimizers TensorFlow has the same equations as single ops, on CPU and
+GPU: they need no compilation and work with every strategy, as each replica updates its own copy.
+Updates without such an op are compiled by XLA where that is faster: for large variables only.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from keras_gradclip.names import path_of
 if TYPE_CHECKING:
     import tensorflow as tf
 
-#: One update of one variable: (variable, gradient, *slots), each of them native.
+#: Updates one variable: (variable, gradient, *slots), all native.
 Kernel = Callable[..., Tensor]
-#: (optimizer, learning rate, number of the step from 1 on): scalars of the variables' dtype.
+#: (optimizer, learning rate, number of the step from 1) to scalars of the variables' dtype.
 MakeKernel = Callable[[keras.optimizers.Optimizer, Tensor, Tensor], Kernel]
 
 
@@ -65,8 +65,8 @@ def _adam(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel
 def _rounding_of_beta_2(beta_2: float, step: Tensor) -> Tensor:
     """Correction factor for TensorFlow's rounding of 1 - β2.
 
-    The kernel takes 1 - β2 from a rounded β2, Keras rounds the difference: for 0.999 in float32
-    they are 1.3e-5 apart. After t steps so are the second moments, until (1 - β2)·t outgrows 1.
+    The op computes 1 - β2 from a rounded β2, Keras rounds the difference: for 0.999 in float32 they
+    differ by 1.3e-5, and so do the second moments until (1 - β2)·t exceeds 1.
     """
     import tensorflow as tf
 
@@ -96,7 +96,7 @@ def _adadelta(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Ke
     )
 
 
-#: Those whose equations are exactly those of a TensorFlow kernel, in Keras's own formulation.
+#: Optimizers whose equations are exactly those of a TensorFlow op.
 _KERNELS: dict[type, MakeKernel] = {
     keras.optimizers.SGD: _sgd,
     keras.optimizers.Adam: _adam,
@@ -130,17 +130,16 @@ def _adam_change(
     return -(first * alpha / (tf.sqrt(second) + epsilon)), new
 
 
-#: Keras's own equations, of a list of constants and of (gradient, slots, constants), which return
-#: the change of the weight and the new slots: where a clipper limits the change, and for variables
-#: too small for an operation of their own.
+#: Keras's equations as two functions: the first computes constants, the second the weight update
+#: and slots from (gradient, slots, constants). For limited updates, and for very small variables.
 _EQUATIONS = dict.fromkeys(
     (keras.optimizers.Adam, keras.optimizers.AdamW), (_adam_constants, _adam_change)
 )
-#: Elements. Below, TensorFlow's operation takes longer than those of the equation.
+#: In elements. For smaller variables the plain equation is faster than TensorFlow's op.
 WORTH_AN_OPERATION = 1 << 13
 
-# Element by element, in many operations. The others take norms or products of matrices, which XLA
-# computes more slowly on a CPU than TensorFlow; of somebody's own optimizer nothing is known.
+# Optimizers with many element-wise operations. Others use norms or matrix products, which XLA
+# computes more slowly than TensorFlow on a CPU; custom optimizers are unknown.
 _GAIN_BY_XLA = (
     keras.optimizers.Adagrad,
     keras.optimizers.Ftrl,
@@ -150,30 +149,30 @@ _GAIN_BY_XLA = (
 )
 
 
-# The methods that a kernel does not call. Set on an object (on a class, it is another), they count.
+# Methods that an op does not call. If set on an object, the update is left to Keras.
 _REPLACED = ("apply", "apply_gradients", "update_step", "assign", "assign_add", "assign_sub")
 
 
 class CompiledUpdate:
-    """Runs the updates of one inner optimizer; what it refuses is left to Keras.
+    """Runs the updates of one inner optimizer, or leaves them to Keras.
 
     Args:
         inner: a Keras optimizer.
-        mode: "auto" compiles what is legal and pays, True insists, False changes nothing.
+        mode: "auto" compiles where possible and faster, True insists, False leaves all to Keras.
 
     Attributes:
         mode: as given.
 
     Raises:
         ValueError: `mode` is True and nothing can be compiled; or, at the first update, one of
-            the variables cannot.
+            the variables cannot be.
     """
 
     def __init__(self, inner: keras.optimizers.Optimizer, mode: bool | str) -> None:
         self._inner = inner
         self.mode = mode
         self._make_kernel = _KERNELS.get(type(inner))
-        #: Path of a variable to the reason why Keras updates it.
+        #: Path of a variable to the reason why it is left to Keras.
         self._refused: dict[str, str] = {}
         self._impossible = self._why_not()
         self.methods()
@@ -181,7 +180,7 @@ class CompiledUpdate:
             raise ValueError(_cannot(self._reason))
 
     def methods(self) -> dict[str, Callable[..., None]]:
-        """What takes the place of the inner optimizer's methods: see `_compat.changed`."""
+        """The replacements of the inner optimizer's methods: see `_compat.changed`."""
         own = next((method for method in _REPLACED if method in vars(self._inner)), None)
         kind = type(self._inner).__name__
         self._reason = f"{own} was set on this {kind}" if own else self._impossible
@@ -191,7 +190,7 @@ class CompiledUpdate:
         return {_compat.UPDATE_NATIVES: self._update, _compat.DECAY: decay}
 
     def _why_not(self) -> str | None:
-        """Why nothing can be compiled, whatever the variables."""
+        """The reason why no variable can be compiled, or None."""
         name = type(self._inner).__name__
         if self.mode is False:
             return "compiled=False"
@@ -205,7 +204,7 @@ class CompiledUpdate:
         return None
 
     def __str__(self) -> str:
-        """As `ClippedOptimizer.compiled` says."""
+        """The text of `ClippedOptimizer.compiled`."""
         if self._reason:
             return f"no: {self._reason}"
         if not self._refused:
@@ -221,8 +220,8 @@ class CompiledUpdate:
         pairs: Sequence[tuple[Gradient, Tensor]],
         learning_rate: Scalar,
     ) -> None:
-        """Update native variables in place of `default`, Keras's own function for it."""
-        if _compat.is_traced_for_xla():  # the whole step is compiled, and this with it
+        """Updates native variables, instead of `default`, Keras's own function."""
+        if _compat.is_traced_for_xla():  # the whole step is compiled already
             default(strategy, pairs, learning_rate)
             return
         chosen: list[tuple[Gradient, Tensor]] = []
@@ -242,9 +241,9 @@ class CompiledUpdate:
     def steps(
         self, gradients: Gradients, variables: Sequence[keras.Variable], learning_rate: Scalar
     ) -> list[Tensor] | None:
-        """The changes of the weights, which stay; the slots are updated. In replica context.
+        """The weight updates, not yet applied, with the slots updated; in replica context.
 
-        None where this is not known: update the weights, and look at the difference.
+        None if there is no such function: then update the weights and take the difference.
         """
         if type(self._inner) not in _EQUATIONS or self._reason:
             return None
@@ -309,7 +308,7 @@ class CompiledUpdate:
         if variable.dtype.name not in ("float32", "float64"):
             return f"{variable.dtype.name}"
         if self._make_kernel is not None and _compat.slots(self._inner, variable) is None:
-            return "setting changed after the build"  # Keras says what it lacks
+            return "setting changed after the build"  # Keras raises the error
         return None
 
     def _refuse(self, variable: Tensor, reason: str) -> None:
@@ -327,7 +326,7 @@ class CompiledUpdate:
     ) -> None:
         import tensorflow as tf
 
-        # The scalars are computed once on each device.
+        # Compute the scalars once per device.
         made: dict[tuple[str, str], tuple[Kernel, list[Tensor]]] = {}
         constants_of, change_of = _EQUATIONS.get(type(self._inner), (None, None))
         is_open = self.mode == "auto" and not tf.executing_eagerly()
@@ -358,7 +357,7 @@ class CompiledUpdate:
     def _update_by_xla(
         self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], learning_rate: Scalar
     ) -> list[tuple[Gradient, Tensor]]:
-        """Update the pairs that are worth compiling; return the others."""
+        """Updates the pairs that are worth compiling; returns the others."""
         import tensorflow as tf
 
         least = 0 if self.mode is True else arithmetic.SMALL
@@ -366,7 +365,7 @@ class CompiledUpdate:
         size = sum(variable.shape.num_elements() for _, variable in large)
         several = strategy.num_replicas_in_sync > 1
         copies = [strategy.experimental_local_results(variable) for _, variable in large[:1]]
-        compilations = len(copies[0]) if copies else 1  # XLA's, one a device
+        compilations = len(copies[0]) if copies else 1  # one per device
         reason = None
         if tf.executing_eagerly():
             reason = "eager execution"
@@ -374,7 +373,7 @@ class CompiledUpdate:
             reason = f"{size} elements in large variables are too few to pay for XLA"
         elif not several and len({variable.device for _, variable in large}) > 1:
             reason = "variables on several devices"
-        rate = arithmetic.read(learning_rate)  # of a schedule on replicas: one each
+        rate = arithmetic.read(learning_rate)  # one per replica, with a schedule
         if not several:
             rate = tf.convert_to_tensor(rate)
         if reason is None and not type(self._inner).__module__.startswith("keras."):
@@ -390,7 +389,7 @@ class CompiledUpdate:
                 raise ValueError(_cannot(reason))
             self._reason = reason
             return list(pairs)
-        self._reason = None  # an eager step before this one may have had one
+        self._reason = None  # from an earlier eager step
 
         def of_one(
             _: Tensor, gradients: list[Tensor], variables: list[Tensor], rate: Tensor
@@ -408,7 +407,7 @@ class CompiledUpdate:
     def _xla_function(
         self, variables: Sequence[Tensor]
     ) -> tf.types.experimental.PolymorphicFunction:
-        """A tf.function of (gradients, learning rate): one program for variables of a device."""
+        """A tf.function of (gradients, learning rate) for the variables of one device."""
         import tensorflow as tf
 
         def run(gradients: list[Tensor], rate: Scalar) -> None:

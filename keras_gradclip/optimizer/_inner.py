@@ -1,8 +1,8 @@
-"""The inner optimizer: which one can be wrapped, and how it applies what was clipped.
+"""The inner optimizer: its checks, and how it applies clipped gradients.
 
-Adam and its kin divide by the gradient's size: no clip of a gradient limits their updates. A
-clipper whose `stage` is "update" then gets the change of the weights itself: after decoupled weight
-decay, before moving averages and constraints.
+Adam and similar optimizers divide by the gradient's size, so clipping a gradient does not limit
+their updates. A clipper whose `stage` is "update" then limits the weight update itself: after
+decoupled weight decay, before moving averages and constraints.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
 from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._compiled import CompiledUpdate
 
-#: A function of (variables, the changes that the inner optimizer wants to make of them, the weights
-#: from before) that returns the changes to make.
+#: A function of (variables, their weight updates, the weights before) that returns limited updates.
 Limit = Callable[[Sequence[keras.Variable], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 def check_inner(inner: object, wrapper: type) -> keras.optimizers.Optimizer:
-    """The inner optimizer, if `wrapper` can wrap it.
+    """Returns the inner optimizer if `wrapper` can wrap it.
 
     Raises:
-        ValueError: it clips, accumulates or scales by itself, or is no optimizer.
+        ValueError: it clips, accumulates or scales by itself, or is not an optimizer.
     """
     if isinstance(inner, (str, dict)):
         inner = validation.made_of(wrapper.__name__, "inner_optimizer", inner, keras.optimizers.get)
@@ -94,7 +93,7 @@ def ignores_scale(inner: keras.optimizers.Optimizer) -> bool:
 
 
 class Conditionally:
-    """Updates some variables only where a flag says so, whatever the optimizer.
+    """Updates some variables only if a flag is true, with any optimizer.
 
     Args:
         inner: a Keras optimizer.
@@ -150,7 +149,7 @@ class Conditionally:
         pairs: Sequence[tuple[Gradient | tuple[Gradient, Tensor], Tensor]],
         learning_rate: Scalar,
     ) -> None:
-        """On TensorFlow, in cross-replica context: the gradient of some is a pair with its flag."""
+        """Updates on TensorFlow in cross-replica context; a gradient may be a pair with a flag."""
         sure = [pair for pair in pairs if not isinstance(pair[0], tuple)]
         if sure:
             default(strategy, sure, learning_rate)
@@ -178,15 +177,15 @@ class Conditionally:
 
 
 class InnerUpdate:
-    """Applies clipped gradients by an inner optimizer, which is changed only meanwhile.
+    """Applies clipped gradients with an inner optimizer, which is modified only meanwhile.
 
-    Its own reduction is off and its updates go through `compiled`, also where it was entered by a
-    method that its class overrides.
+    Meanwhile its own reduction is off and its updates use `compiled`, even if its class overrides
+    the methods that are called.
 
     Attributes:
         compiled: how the inner optimizer's variables are updated.
-        limited: `id` of the variables whose change may be limited.
-        is_held: whether it is inside `held`.
+        limited: `id` of the variables whose weight update may be limited.
+        is_held: whether a `held` context is active.
     """
 
     def __init__(
@@ -200,11 +199,11 @@ class InnerUpdate:
         self._overwrites_every: int | None = None
         self._entered = 0
         self._changes = contextlib.ExitStack()
-        self._limits: dict[int, Limit] = {}  # of each replica, which is a thread
+        self._limits: dict[int, Limit] = {}  # per replica, each a thread
         self._may_split = _compat.updates_are_separable(inner)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Build the inner optimizer; raise a ValueError if it was built without one of these."""
+        """Builds the inner optimizer; raises a ValueError if it was built without one of these."""
         if not self._inner.built:
             _compat.build_with_all_tracked(self._inner, list(variables))
             return
@@ -225,22 +224,22 @@ class InnerUpdate:
         limit: Limit | None = None,
         if_present: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Apply.
+        """Applies clipped gradients.
 
         Args:
-            gradients: clipped, or new values of variables that are overwritten by them.
+            gradients: clipped gradients, or new values of variables that are overwritten.
             variables: the variables, in the same order.
-            limit: what the changes of the weights go through before they stay.
-            if_present: `id` of a variable to a boolean scalar, without which it stays as it is.
+            limit: limits the weight updates before they are applied.
+            if_present: `id` of a variable to a boolean scalar; if false, the variable stays.
         """
         if self.is_held:
             return
         factor = self._inner.loss_scale_factor
-        if factor:  # Keras will divide by it once more, and cannot divide a sparse gradient
+        if factor:  # Keras will divide again, and cannot divide a sparse gradient
             gradients = [None if g is None else arithmetic.dense(g) for g in gradients]
             gradients = arithmetic.divided(gradients, 1.0 / factor)
         with self._changed(limit, if_present or {}):
-            # Keras's own calls `apply`; either may be overridden.
+            # Keras's `apply_gradients` calls `apply`; either may be overridden.
             self._inner.apply_gradients(list(zip(gradients, variables, strict=True)))
         if self._overwrites_every:
             aggregation.cond(
@@ -252,16 +251,18 @@ class InnerUpdate:
 
     @contextlib.contextmanager
     def _changed(self, limit: Limit | None, if_present: Mapping[int, Tensor]) -> Iterator[None]:
-        """Inside, the inner optimizer is changed for this update.
+        """Modifies the inner optimizer within the context.
 
-        Replicas are threads that take turns: the first that enters changes it, and the last that
-        leaves puts it back.
+        Replicas are threads that take turns: the first one to enter modifies it, and the last one
+        to leave restores it.
         """
         inner, replica = self._inner, threading.get_ident()
         if limit is not None:
             self._limits[replica] = limit
         if self._entered == 0:
-            attributes: dict[str, object] = {_compat.REDUCE: list}  # it was done before the clip
+            attributes: dict[str, object] = {
+                _compat.REDUCE: list
+            }  # already reduced before the clip
             if self._is_distributed:
                 # Keras overwrites weights with their averages inside a cond in replica context,
                 # which fails, also where there is one replica alone; `__call__` does it.
@@ -272,7 +273,7 @@ class InnerUpdate:
                 self.compiled.methods(),
                 Conditionally(inner, if_present).methods() if if_present else {},
                 {_compat.UPDATE: self._update_limited} if limit else {},
-            ):  # each finds what the one before it has changed
+            ):  # each builds on the previous change
                 self._changes.enter_context(_compat.changed(inner, methods=methods))
         self._entered += 1
         try:
@@ -290,7 +291,7 @@ class InnerUpdate:
         variables: Sequence[keras.Variable],
         learning_rate: Scalar,
     ) -> None:
-        """Update by `default` those without a limit, and the others by no more than theirs."""
+        """Updates variables by `default`, and limits the updates of those with a limit."""
         limit = self._limits[threading.get_ident()]
         limited: list[tuple[Gradient, keras.Variable]] = []
         free: list[tuple[Gradient, keras.Variable]] = []
@@ -323,7 +324,7 @@ class InnerUpdate:
         before = [ops.copy(arithmetic.read(v)) for v in variables]
         default(gradients, variables, learning_rate)
         after = [arithmetic.read(v) for v in variables]
-        if keras.backend.backend() == "torch":  # which writes into the tensor that was read
+        if keras.backend.backend() == "torch":  # PyTorch updates in place
             after = [ops.copy(x) for x in after]
         aggregation.assign_each(variables, before)
         changes = [b - a for a, b in zip(before, after, strict=True)]
@@ -331,7 +332,7 @@ class InnerUpdate:
         aggregation.assign_each(
             variables,
             [
-                # To the last bit what the optimizer wanted, where nothing was clipped.
+                # Without a clip, exactly the optimizer's own result.
                 ops.where(ops.equal(wanted, change), new, old + change)
                 for old, new, wanted, change in zip(before, after, changes, limited, strict=True)
             ],
@@ -339,7 +340,7 @@ class InnerUpdate:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, what is traced leaves the weights as they are."""
+        """A context in which traced updates do not change the weights."""
         self.is_held = True
         try:
             yield

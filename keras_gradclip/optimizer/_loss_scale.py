@@ -1,4 +1,4 @@
-"""Who scales the loss, and what an overflow does to the scale."""
+"""The loss scale of an optimizer: fixed, dynamic or unknown."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from keras_gradclip._types import Gradient, Scalar, Tensor
 class LossScale(Protocol):
     """The loss scale of an update; adjusted after it was applied or skipped."""
 
-    #: Whether an update that is not finite is left out whatever `skip_nonfinite` says.
+    #: Whether a non-finite update is skipped regardless of `skip_nonfinite`.
     checks_finite: bool
 
     def factor(self) -> Scalar:
-        """The factor in the loss, and so in the gradients."""
+        """The factor of the loss and the gradients."""
 
     def on_finite(self) -> None:
-        """The update was applied."""
+        """Called after an applied update."""
 
     def on_skip(self, was_finite: Tensor) -> None:
-        """The update was left out: an overflow, or if `was_finite` a spike."""
+        """Called after a skipped update: an overflow, or a spike if `was_finite`."""
 
 
 class FixedLossScale:
-    """The inner optimizer's `loss_scale_factor`; 1 without one."""
+    """The inner optimizer's `loss_scale_factor`; 1 if it has none."""
 
     checks_finite = False
 
@@ -42,7 +42,7 @@ class FixedLossScale:
         """The factor that the user set."""
         return self._inner.loss_scale_factor or 1.0
 
-    # AutoGraph, around a loop of one's own, warns of a body that is but a docstring.
+    # AutoGraph in a custom loop warns of a body with only a docstring.
 
     def on_finite(self) -> None:
         """A fixed scale stays."""
@@ -54,7 +54,7 @@ class FixedLossScale:
 
 
 class UnknownLossScale(FixedLossScale):
-    """Somebody scales the loss and we cannot tell who: at least never apply an infinity."""
+    """An unknown loss scale: non-finite updates are always skipped."""
 
     checks_finite = True
 
@@ -72,7 +72,7 @@ class DynamicLossScale:
         return arithmetic.read(self._outer.dynamic_scale)
 
     def on_finite(self) -> None:
-        """Double the scale every `dynamic_growth_steps` finite updates."""
+        """Doubles the scale every `dynamic_growth_steps` finite updates."""
         outer = self._outer
         full = ops.equal(outer.step_counter, outer.dynamic_growth_steps - 1)
         counter, scale = arithmetic.read(outer.step_counter), arithmetic.read(outer.dynamic_scale)
@@ -80,7 +80,7 @@ class DynamicLossScale:
         outer.dynamic_scale.assign(ops.where(full, scale * 2.0, scale))
 
     def on_skip(self, was_finite: Tensor) -> None:
-        """Halve the scale after an overflow; a spike says nothing of it."""
+        """Halves the scale after an overflow, not after a spike."""
         outer = self._outer
         counter, scale = arithmetic.read(outer.step_counter), arithmetic.read(outer.dynamic_scale)
         outer.step_counter.assign(ops.where(was_finite, counter, ops.zeros_like(counter)))
@@ -93,15 +93,15 @@ def wrapping_loss_scale(
     factor: object,
     own: LossScale,
 ) -> LossScale:
-    """The loss scale of `optimizer`, to whose `loss_scale_factor` something is assigned.
+    """The loss scale of `optimizer` after an assignment to its `loss_scale_factor`.
 
-    `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps, which is the only
-    sign of it; its `apply` is replaced by one that asks for finiteness after the reduction.
+    `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps, its only trace. Its
+    `apply` is replaced by one that checks for finite gradients after the reduction.
 
     Args:
         kind: `ClippedOptimizer`, whose `apply` takes a `LossScale`.
-        optimizer: one of them.
-        factor: what is assigned.
+        optimizer: an instance.
+        factor: the assigned value.
         own: the optimizer's loss scale so far.
 
     Raises:
@@ -117,21 +117,21 @@ def wrapping_loss_scale(
     outer = _compat.find_wrapping_loss_scale(optimizer)
     if outer is None:
         return UnknownLossScale(optimizer.inner_optimizer)
-    # Its own `apply` asks the first replica alone whether the gradients are finite.
+    # Keras's `apply` checks only the first replica's gradients.
     name = _compat.method_that_applies(outer)
     ours = (outer, kind, getattr(outer, name))
     setattr(outer, name, functools.partial(_apply_scaled, *ours))
-    if type(outer) is keras.optimizers.LossScaleOptimizer:  # no other way to build
+    if type(outer) is keras.optimizers.LossScaleOptimizer:  # a subclass builds in its own way
         outer.build = functools.partial(_build_scaled, outer)
         outer.scale_loss = functools.partial(_scale_loss, outer)
     return own
 
 
 def _scale_loss(outer: keras.optimizers.Optimizer, loss: Scalar) -> Scalar:
-    """`LossScaleOptimizer.scale_loss` that makes the scale where the first step is traced.
+    """`LossScaleOptimizer.scale_loss` that creates the scale when the first step is traced.
 
-    Keras's multiplies by a constant as long as the optimizer is not built, which the same trace
-    does later: there would have to be another.
+    Before the optimizer is built, Keras's multiplies by a constant; as the same trace builds the
+    optimizer later, a second trace would be needed.
     """
     if not _has_scale(outer) and aggregation.can_leave_the_trace():
         _make_scale(outer)
@@ -140,7 +140,7 @@ def _scale_loss(outer: keras.optimizers.Optimizer, loss: Scalar) -> Scalar:
 
 
 def _build_scaled(outer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]) -> None:
-    """`LossScaleOptimizer.build` whose scale may be there before it knows the variables."""
+    """`LossScaleOptimizer.build` whose scale may exist already."""
     if not _has_scale(outer):
         _make_scale(outer)
     outer.inner_optimizer.build(variables)
@@ -152,7 +152,7 @@ def _has_scale(outer: keras.optimizers.Optimizer) -> bool:
 
 
 def _make_scale(outer: keras.optimizers.Optimizer) -> None:
-    """The two variables of a `LossScaleOptimizer`, as it makes them."""
+    """Creates the two variables of a `LossScaleOptimizer`, as it does itself."""
     with aggregation.outside_of_traces():
         for name, dtype, initializer in (
             ("step_counter", "int", "zeros"),
@@ -161,7 +161,7 @@ def _make_scale(outer: keras.optimizers.Optimizer) -> None:
             variable = outer.add_variable(
                 (), initializer=initializer, dtype=dtype, aggregation="none", name=name
             )
-            object.__setattr__(outer, name, variable)  # Keras does not track it by name, either
+            object.__setattr__(outer, name, variable)  # untracked, as in Keras
 
 
 def _apply_scaled(
@@ -171,9 +171,9 @@ def _apply_scaled(
     grads: Sequence[Gradient],
     trainable_variables: Sequence[keras.Variable] | None = None,
 ) -> None:
-    """`LossScaleOptimizer.apply` that reduces first and asks for finiteness afterwards.
+    """`LossScaleOptimizer.apply` that reduces first and then checks for finite gradients.
 
-    `own` is Keras's, for an optimizer that was put in the place of ours since.
+    `own` is Keras's method, used if the wrapped optimizer has been replaced since.
     """
     if not isinstance(outer.inner_optimizer, kind):
         own(grads, trainable_variables)

@@ -17,7 +17,7 @@ from keras_gradclip.clippers.base import deserialize_value
 
 
 def load_named(own: Mapping[str, keras.Variable], store: Mapping[str, Tensor]) -> set[str]:
-    """Load the variables that are in `store`; the names that are in one of the two alone."""
+    """Loads the variables in `store`; returns the names that only one side has."""
     saved = {name: store[name] for name in store.keys()}  # noqa: SIM118 (HDF5)
     fitting = {
         name
@@ -32,19 +32,19 @@ def load_named(own: Mapping[str, keras.Variable], store: Mapping[str, Tensor]) -
 def warn_of_missing(
     missing: set[str], own: Iterable[str], was_built: bool, built: bool, is_auto: bool
 ) -> None:
-    """Warn of variables that were not loaded, where that is a loss.
+    """Warns of variables that were not loaded, if state is lost.
 
     Args:
-        missing: what `load_named` returned.
+        missing: the result of `load_named`.
         own: the names of this optimizer's variables.
-        was_built: whether the saved optimizer had its state.
-        built: whether this one has.
-        is_auto: whether its clipper is yet to be chosen.
+        was_built: whether the saved optimizer was built.
+        built: whether this optimizer is built.
+        is_auto: whether its clipper is still to be chosen.
     """
-    if not built:  # a counter, and what "auto" chooses anew, are no loss
+    if not built:  # a counter, or a clipper that "auto" chooses again
         chosen_anew = {name for name in missing if is_auto and name.startswith("hyper:")}
         missing = missing - {"skipped"} - chosen_anew
-    elif not was_built:  # there was no state yet
+    elif not was_built:  # nothing was saved
         missing = missing - {*own}
     if missing:
         remedy = (
@@ -60,7 +60,7 @@ def warn_of_missing(
 
 
 def set_all(variables: Sequence[keras.Variable] | None, weights: Sequence[Tensor]) -> None:
-    """Set `variables` (None: the optimizer is not built) to `weights`.
+    """Sets `variables` (None: the optimizer is not built) to `weights`.
 
     Raises:
         ValueError: not built, or weights of other shapes.

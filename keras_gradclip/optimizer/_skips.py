@@ -1,4 +1,4 @@
-"""Updates that are left out: gradients that are not finite, and finite spikes."""
+"""Skipped updates: non-finite gradients, and finite spikes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import aggregation
 from keras_gradclip._types import Gradients, Tensor
 
-#: The number of norms to compare with; before half of them were seen, no finite norm is a spike.
+#: Window length; no finite norm is a spike before half of it is filled.
 WINDOW = 128
-#: The least standard deviation, as a share of the mean: among equal norms, rounding is no spike.
+#: Smallest standard deviation, as a share of the mean, so that rounding is no spike.
 LEAST_DEVIATION = 0.01
 
 
 class SpikeWindow:
-    """The last global norms before the clip; a spike is far above them.
+    """A window of global norms before the clip; detects spikes.
 
     ‖g‖ > mean + σ·std of the last `WINDOW` norms, the rule of OLMo (arXiv 2501.00656) and MaxText.
-    A spike is remembered as the limit that it exceeded: one spike does not hide the next, and
-    norms that have risen for good are normal before long. A norm of 0 says nothing about the
-    others (a masked batch, a reward that did not come) and is not remembered.
+    A spike is stored as the limit that it exceeded: one spike does not hide the next, and a
+    lasting rise of the norms is soon accepted. A norm of 0 (a masked batch, a missing reward) is
+    not stored.
 
     Args:
         sigmas: σ.
@@ -34,18 +34,18 @@ class SpikeWindow:
         self.sigmas = sigmas
 
     def build(self, add_variable: Callable[..., keras.Variable]) -> None:
-        """Create the state; every replica writes the same into its own copy."""
+        """Creates the state; every replica writes the same values to its copy."""
         self.norms = add_variable((WINDOW,), "zeros", "float32", "none", name="spike_norms")
         self.seen = add_variable((), "zeros", "int32", "none", name="spike_norms_seen")
 
     def saved(self) -> dict[str, keras.Variable]:
-        """The variables by the names that files have for them."""
+        """The variables by their names in files."""
         return {"spikes:norms": self.norms, "spikes:seen": self.seen}
 
     def is_spike(self, gradients: Gradients) -> Tensor:
-        """Whether to skip these gradients, a boolean scalar; remembers their norm.
+        """Whether to skip these gradients, a boolean scalar; stores their norm.
 
-        A norm that is not finite, though its elements may be, is a spike and not remembered.
+        A non-finite norm (its elements may be finite) is a spike and is not stored.
         """
         present = [arithmetic.values(g) for g in gradients if g is not None]
         norm = ops.sqrt(ops.sum(ops.stack(arithmetic.sums_of_squares(present))))
@@ -66,13 +66,13 @@ class SpikeWindow:
 
 
 class FirstNonfinite:
-    """Remembers the variable in whose gradient the first infinity or NaN appeared."""
+    """Records the variable whose gradient first had an infinity or NaN."""
 
     def __init__(self) -> None:
-        self.number = aggregation.zeros((), "first_nonfinite", "int32")  # from 1 on; 0: none yet
+        self.number = aggregation.zeros((), "first_nonfinite", "int32")  # from 1; 0: none yet
 
     def look(self, gradients: Gradients, squares: Tensor) -> None:
-        """Look for it where one of the squared norms is not finite, until it was found."""
+        """Searches these gradients if a squared norm is not finite, until one was found."""
         is_due = ops.logical_and(
             ops.equal(arithmetic.read(self.number), 0),
             ops.logical_not(ops.all(ops.isfinite(squares))),
@@ -80,9 +80,9 @@ class FirstNonfinite:
         aggregation.local_cond(is_due, functools.partial(self.note, gradients), [self.number])
 
     def note(self, gradients: Gradients) -> None:
-        """Look for it in these gradients."""
+        """Searches these gradients."""
         none = float(len(gradients) + 1)
-        # A minimum of floats, since a GPU has no kernel for an argmax of integers.
+        # A minimum of floats, because GPUs have no op for an argmax of integers.
         numbers = [
             ops.where(arithmetic.all_finite([g]), none, float(i))
             for i, g in enumerate(gradients, start=1)

@@ -1,4 +1,4 @@
-"""Telemetry: how large the gradients were and how much of them was clipped, by layer."""
+"""Telemetry: gradient norms and clip fractions by layer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ONE_UPDATE, _ONE_SKIPPED = np.eye(4, dtype="float32")[2:]
 
 
 class Telemetry:
-    """A `Watcher` that adds up, since the last reset, on the device.
+    """A `Watcher` that sums figures on the device since the last reset.
 
     Args:
-        variables: those that the optimizer was built with.
+        variables: the optimizer's variables.
         every: measure one update in this many, from the first after a reset on.
-        first_nonfinite: notes where a measured norm is not finite (`FirstNonfinite`); or None.
+        first_nonfinite: a `FirstNonfinite` that gets the measured norms; or None.
     """
 
     def __init__(
@@ -36,25 +36,25 @@ class Telemetry:
         self._variables = list(variables)
         self._layers = layers_of(variables)
         count = len(self._variables)
-        # Few variables: in a small model each of them shows in the time of a step.
-        # For each variable the squared norm before the clip, and what was clipped and what there
-        # was, as shares of all that the clipper counts.
+        # Few variables, because each one costs time in a small model's step.
+        # For each variable the squared norm before the clip, and the clipped and total counts as
+        # shares of all that the clipper counts.
         self.sums = aggregation.zeros((3, count), "telemetry_sums")
-        # The global norms before the clip, and how many; updates, and updates left out.
+        # The global norm before the clip, its count, updates, and skipped updates.
         self.totals = aggregation.zeros((4,), "telemetry_totals")
 
     @property
     def state(self) -> list[keras.Variable]:
-        """All of it."""
+        """The variables of the state."""
         return [self.sums, self.totals]
 
     def on_skip(self, gradients: Gradients) -> None:
-        """Count it."""
+        """Counts a skipped update."""
         del gradients
         self.totals.assign(self.totals + _ONE_SKIPPED)
 
     def on_update(self, update: ClippedUpdate) -> None:
-        """Measure, if it is this update's turn; before any weight changes."""
+        """Measures if this update is due, before weights change."""
         if self.every == 1:
             self._measure(update)
         else:
@@ -92,12 +92,12 @@ class Telemetry:
         return ops.where(counted > 0, clipped / ops.maximum(counted, arithmetic.TINY), nothing)
 
     def read(self) -> Config:
-        """What happened since the last reset, fetched to the host.
+        """The figures since the last reset, fetched to the host.
 
-        The means are over the updates that were measured.
+        Means are over the measured updates.
 
         Returns:
-            A dict: `layers` (list of layer paths), `layer_grad_norm` (array, one a layer: the
+            A dict: `layers` (list of layer paths), `layer_grad_norm` (array `[layers]`: the
             root mean square over the updates of the layer's L2 norm before the clip),
             `layer_clip_fraction` (array, 0..1), `grad_norm` (float, the mean global norm before
             the clip), `clip_fraction` (float), `updates` and `skipped` (ints). NaN where nothing
@@ -128,13 +128,13 @@ class Telemetry:
         }
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Resets all figures."""
         for variable in self.state:
             variable.assign(np.zeros(variable.shape, "float32"))
 
 
 def square_norms(update: ClippedUpdate) -> list[Tensor]:
-    """The squared L2 norm of each gradient before the clip; 0 where there is none."""
+    """The squared L2 norm of each gradient before the clip; 0 without a gradient."""
     gradients, stats = update.gradients, update.stats
     squares = list(stats.square_norms) if stats and stats.square_norms else [None] * len(gradients)
     missing = [i for i, g in enumerate(gradients) if g is not None and squares[i] is None]

@@ -1,4 +1,4 @@
-"""What looks at an update while it happens: telemetry, `ClipMonitor`, `calibrate`."""
+"""The interface of watchers of an update: telemetry, `ClipMonitor`, `calibrate`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from keras_gradclip.clippers.base import ClipStats
 
 @dataclasses.dataclass(frozen=True)
 class ClippedUpdate:
-    """An update between the clip and the inner optimizer, one entry a variable in each list.
+    """An update after the clip and before the inner optimizer; lists have an entry per variable.
 
     Attributes:
         gradients: before the clip; reduced over replicas and micro-batches, unscaled.
-        clipped: after it.
-        stats: what the clipper counted; None without a clipper.
+        clipped: after the clip.
+        stats: the clipper's statistics; None without a clipper.
         hyper: the thresholds in force.
         state: the clippers' state after the clip.
     """
@@ -32,14 +32,14 @@ class ClippedUpdate:
 
 
 class Watcher(Protocol):
-    """Sees every update, in replica context; must change nothing but its own state."""
+    """Base class: called at every update in replica context; may change only its own state."""
 
     @property
     def state(self) -> Sequence[keras.Variable]:
-        """The variables that the two methods write: on JAX they travel with the optimizer's."""
+        """The variables that the two methods write; on JAX, part of the optimizer's state."""
 
     def on_update(self, update: ClippedUpdate) -> None:
-        """An update that is about to be applied."""
+        """Called before an update is applied."""
 
     def on_skip(self, gradients: Gradients) -> None:
-        """An update that is left out, because something in it is not finite."""
+        """Called for a skipped update."""

@@ -1,4 +1,4 @@
-"""`ClippedOptimizer`: clips, around any Keras optimizer, what that optimizer applies."""
+"""`ClippedOptimizer`: wraps any Keras optimizer and clips its gradients or updates."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from keras_gradclip.optimizer._watcher import ClippedUpdate, Watcher
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What one update is about.
+    """The scope of one update.
 
     Attributes:
         indices: positions of the variables.
-        scale: who scaled the loss.
-        if_present: positions of those that are updated only if a boolean scalar is true.
+        scale: the loss scale.
+        if_present: position to a boolean scalar; if it is false, the variable is not updated.
     """
 
     indices: Sequence[int]
@@ -52,9 +52,8 @@ class Call:
 class ClippedOptimizer(keras.optimizers.Optimizer):
     """Wraps an optimizer so that it applies clipped gradients.
 
-    The clip sees the gradient that will be applied: accumulated, summed over all replicas,
-    unscaled. It works in any `keras.Model` and in custom loops, and behaves as the inner
-    optimizer does to everything around it.
+    The gradient is clipped after accumulation, the sum over all replicas, and unscaling. Works in
+    any `keras.Model` and in custom loops, and has the interface of the inner optimizer.
 
     ```python
     optimizer = ClippedOptimizer(keras.optimizers.AdamW(1e-3), AbsoluteClip(0.1))
@@ -64,24 +63,24 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     Args:
         inner_optimizer: a Keras optimizer, or its name. It must not clip or accumulate by
             itself.
-        clipper: a clipper, anything that `keras_gradclip.get` takes, None (clip nothing), or
-            "auto": what suits this optimizer and network, chosen when the variables are known. A
-            line of log, of the logger "keras_gradclip", says what and why.
+        clipper: a clipper, anything that `keras_gradclip.get` accepts, None (clip nothing), or
+            "auto": chosen for this optimizer and network once the variables are known; the
+            logger "keras_gradclip" reports the choice and the reason.
         gradient_accumulation_steps: None, or the number of calls whose gradients are averaged
-            into one update. The clip sees the average. Learning-rate schedules count updates.
+            into one update. The average is clipped. Learning-rate schedules count updates.
         skip_nonfinite: skip an update if its gradient has an infinity or a NaN on any replica,
             and count it in `skipped_steps`. Under mixed_float16 this always happens, and the
             loss scale falls.
         skip_spikes: σ, a number such as 6: skip an update, on every replica, whose global norm
             is above mean + σ·std of the last 128 norms (once 64 of them are known), and count it
             in `skipped_steps`. Gradients that are not finite are then skipped as well.
-        telemetry: keep the figures that `read_telemetry` returns; True takes them at every
-            update, which costs two or three more passes over the gradients, an int n at every
-            n-th, from the first after a reset on. `ClippedModel` turns it on, with n = 8.
+        telemetry: record the figures of `read_telemetry`: True at every update, which costs two
+            or three more passes over the gradients; an int n at every n-th, from the first after
+            a reset. `ClippedModel` turns it on with n = 8.
         name: the optimizer's name.
-        compiled: "auto" runs the inner optimizer's update by one operation a variable, or by
-            XLA, where this is legal and pays; True insists, and False leaves it to Keras. The
-            results are the same to rounding. The property `compiled` says what happens.
+        compiled: "auto" runs the inner optimizer's update as one operation per variable, or by
+            XLA, where possible and faster; True insists, and False leaves it to Keras. Results
+            differ only by rounding. The property `compiled` reports what is done.
 
     Raises:
         ValueError: an inner optimizer with its own clipping or accumulation, a
@@ -132,7 +131,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     # The state --------------------------------------------------------------------------------
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Create the state for `variables`, here and in the inner optimizer.
+        """Creates the state for `variables`, here and in the inner optimizer.
 
         Raises:
             ValueError: a ClipMap's rule matches none of the variables, or two rules collide.
@@ -154,7 +153,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             self._build_state(variables)
 
     def use(self, clipper: Clipper | None) -> None:
-        """Take another clipper; before the optimizer is built."""
+        """Sets the clipper of an optimizer that is not built yet."""
         self._clip = Clip(clipper, self.inner_optimizer, self.add_variable)
         self._is_auto = False
 
@@ -163,7 +162,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._overwritten = [i for i, v in enumerate(variables) if is_overwritten(v)]
         self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
         if self._accumulation is not None:
-            # A checkpoint names variables by their place: 0.1 had its telemetry before the sums.
+            # Checkpoints number the variables: telemetry comes before the sums since 0.1.
             flags = self.add_variable((2, len(variables)), "zeros", "float32", "none", name="flags")
             self.add_variable((4,), "zeros", "float32", "none", name="reserved")
             self._accumulation.build(variables, flags, self._track_variable)
@@ -174,7 +173,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """All that a step may write: the wrapper's, the inner optimizer's, the watchers'."""
+        """All variables that a step may write: the wrapper's, inner optimizer's and watchers'."""
         own = [*self._variables, *self.inner_optimizer.variables]
         if self.built:
             own.append(self._first_nonfinite.number)
@@ -185,7 +184,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return own
 
     def keep_for(self, others: Callable[[], Sequence[keras.Variable]] | None) -> None:
-        """Let other variables, which `others()` returns, travel with ours on JAX."""
+        """Adds variables, which `others()` returns, to the optimizer's state on JAX."""
         self._others = others
 
     # One update -------------------------------------------------------------------------------
@@ -197,12 +196,12 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         trainable_variables: Sequence[keras.Variable] | None = None,
         scale: LossScale | None = None,
     ) -> None:
-        """Clip and apply gradients; to be called in replica context.
+        """Clips and applies gradients; to be called in replica context.
 
         Args:
-            grads: one gradient a variable; None, and `tf.IndexedSlices`, are allowed.
+            grads: one gradient per variable; None and `tf.IndexedSlices` are allowed.
             trainable_variables: the variables; None for those that the optimizer was built with.
-            scale: what the gradients are to be divided by, where a `LossScaleOptimizer` calls.
+            scale: the loss scale, if a `LossScaleOptimizer` calls.
 
         Raises:
             ValueError: unknown variables, no gradient at all, or cross-replica context.
@@ -227,7 +226,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def _collect(
         self, grads: Sequence[Gradient], trainable_variables: Sequence[keras.Variable] | None
     ) -> tuple[list[Gradient], list[int]]:
-        """A gradient for each variable that the optimizer was built with; which were named."""
+        """A gradient for each of the optimizer's variables, and the positions of the given ones."""
         aggregation.check_scope(self._strategy)
         if self._strategy is not None:
             aggregation.check_replica_context()
@@ -261,13 +260,13 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return gradients, named
 
     def _written(self) -> list[keras.Variable]:
-        """Every variable that an update may write."""
+        """All variables that an update may write."""
         return [*self._trainable_variables, *self.variables]
 
     def _update_accumulated(
         self, named: Sequence[int], scale: LossScale, gradients: list[Gradient]
     ) -> None:
-        """The update of the sums; variables that only other calls named are in it if one did."""
+        """Applies the sums, including those of variables named only by earlier calls."""
         assert self._accumulation is not None
         others = self._accumulation.others(named, gradients)
         indices = sorted({*(i for i, g in enumerate(gradients) if g is not None), *others})
@@ -275,8 +274,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self._accumulation.clear(indices)
 
     def _update(self, call: Call, gradients: list[Gradient]) -> None:
-        """Sum over replicas, merge duplicate rows, unscale; then step or skip."""
-        new_values = {i: gradients[i] for i in self._overwritten}  # what comes is no gradient
+        """Sums over replicas, merges duplicate rows, unscales; then steps or skips."""
+        new_values = {i: gradients[i] for i in self._overwritten}  # new values, not gradients
         gradients = [None if i in new_values else g for i, g in enumerate(gradients)]
         gradients = aggregation.all_reduce_sum(gradients, self._strategy)
         gradients = [arithmetic.merge_duplicate_rows(g) for g in gradients]
@@ -304,7 +303,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         new_values: Mapping[int, Tensor],
         if_present: Mapping[int, Tensor],
     ) -> None:
-        """Clip and rescale; the inner optimizer's update, limited where a clipper asks for it."""
+        """Clips and rescales; applies the inner optimizer's update, limited by some clippers."""
         update = self._clip.clip(gradients)
         limit = None
         if self._clip.enforcer.on_updates and not self._inner_update.is_held:
@@ -327,19 +326,19 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         changes: Sequence[Tensor],
         before: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Clip the changes of weights that the inner optimizer computed: see `Clip`."""
+        """Clips the weight updates of the inner optimizer: see `Clip.clip_changes`."""
         limited, update = self._clip.clip_changes(update, variables, changes, before)
         self._finish(update)
         return limited
 
     def _finish(self, update: ClippedUpdate) -> None:
-        """Keep what the clipper remembers and show the update, before any weight changes."""
+        """Stores the clipper's state and calls the watchers, before weights change."""
         self._clip.keep(update.state)
         for watcher in (*self._watchers, *self._telemetry):
             watcher.on_update(update)
 
     def _skip(self, call: Call, gradients: list[Gradient]) -> None:
-        """Skip the update on every replica: not finite, or a spike."""
+        """Skips the update on every replica: not finite, or a spike."""
         self._skipped.assign(self._skipped + 1)
         self._first_nonfinite.note(gradients)
         for watcher in (*self._watchers, *self._telemetry):
@@ -350,7 +349,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def clipper(self) -> Clipper | None:
-        """The clipper, with the thresholds that are in force now."""
+        """The clipper with the present thresholds."""
         return self._clip.now
 
     @property
@@ -358,7 +357,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """The live thresholds, to read and to set: `["threshold"] = 0.05`."""
         return ClipHyperparameters(self._clip.thresholds, self.iterations)
 
-    # What the inner optimizer answers ---------------------------------------------------------
+    # The inner optimizer ----------------------------------------------------------------------
 
     @property
     def learning_rate(self) -> Scalar:
@@ -375,7 +374,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             self._clip.note_schedule(is_new=not goes_on)
 
     def reset_clip_state(self) -> None:
-        """Let the clipper forget what it remembers: norms seen, the largest learning rate."""
+        """Resets the clipper's running state: past norms, the largest learning rate."""
         self._clip.reset()
 
     @property
@@ -389,14 +388,14 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return str(self._inner_update.compiled)
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
-        """What the inner optimizer does at the end of training (moving averages)."""
+        """Finalises the weights as the inner optimizer does (moving averages)."""
         inner = self.inner_optimizer
         with _compat.changed(inner, _compat.averages_of(inner, var_list)):
             inner.finalize_variable_values(var_list)
 
     @property
     def _model_variables_moving_average(self) -> list[keras.Variable]:
-        """What `SwapEMAWeights` looks for in the optimizer that it finds under a loss scale."""
+        """The moving averages, as `SwapEMAWeights` expects them under a loss scale."""
         return self.inner_optimizer._model_variables_moving_average
 
     def exclude_from_weight_decay(
@@ -404,7 +403,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         var_list: Sequence[keras.Variable] | None = None,
         var_names: Sequence[str] | None = None,
     ) -> None:
-        """As the inner optimizer's."""
+        """Excludes variables from the inner optimizer's weight decay."""
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def scale_loss(self, loss: Scalar) -> Scalar:
@@ -412,36 +411,36 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return self.inner_optimizer.scale_loss(loss)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Notices that a `LossScaleOptimizer` wraps this optimizer, by what that one assigns."""
+        """Detects, by its assignment, a `LossScaleOptimizer` that wraps this optimizer."""
         if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
             own = self._static_scale
             self._static_scale = wrapping_loss_scale(ClippedOptimizer, self, value, own)
         else:
             super().__setattr__(name, value)
 
-    # What it did ------------------------------------------------------------------------------
+    # Figures ----------------------------------------------------------------------------------
 
     @property
     def skipped_steps(self) -> int:
         """The number of updates skipped since the start: not finite, or spikes.
 
-        What a LossScaleOptimizer skips is counted on TensorFlow alone.
+        Updates skipped by a LossScaleOptimizer are counted only on TensorFlow.
         """
         return int(aggregation.to_numpy(self._skipped)) if self.built else 0
 
     @property
     def first_nonfinite_variable(self) -> str | None:
-        """The path of the variable whose gradient was the first that was not finite; or None.
+        """The path of the variable with the first non-finite gradient; or None.
 
-        The first in the optimizer's order, in the first update that was skipped for it, or that
-        telemetry measured. With `telemetry=True`, or `skip_nonfinite=True`, none is missed.
+        It is the first in the optimizer's order, in the first such update that was skipped or
+        measured by telemetry. `telemetry=True` or `skip_nonfinite=True` covers every update.
         """
         number = int(aggregation.to_numpy(self._first_nonfinite.number)) if self.built else 0
         return path_of(self._trainable_variables[number - 1]) if number else None
 
     @property
     def telemetry(self) -> bool | int:
-        """Whether figures are kept, or at every how many updates."""
+        """Whether figures are recorded, or the interval in updates."""
         return self._every
 
     @telemetry.setter
@@ -458,20 +457,20 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def mean_grad_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured.
+        NaN before the first measurement.
         """
         return self._telemetry[0].mean_norm() if self._telemetry else ops.full((), float("nan"))
 
     def mean_clip_fraction(self) -> Scalar:
         """Elements (or norms) clipped / all, averaged since the last reset: a scalar tensor.
 
-        NaN while nothing was measured.
+        NaN before the first measurement.
         """
         figures = self._telemetry
         return figures[0].mean_clip_fraction() if figures else ops.full((), float("nan"))
 
     def read_telemetry(self) -> Config:
-        """What happened since the last `reset_telemetry`: see `Telemetry.read`.
+        """The figures since the last `reset_telemetry`: see `Telemetry.read`.
 
         Raises:
             ValueError: telemetry is off.
@@ -483,20 +482,20 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return (self._telemetry or (Telemetry([], 1),))[0].read()
 
     def reset_telemetry(self) -> None:
-        """Start the averages of `read_telemetry` anew."""
+        """Resets the averages of `read_telemetry`."""
         for telemetry in self._telemetry:
             telemetry.reset()
 
     def watch(self, watcher: Watcher) -> None:
-        """Show every update, from the next trace on, to `watcher`, beside those that watch."""
+        """Adds a watcher, called at every update from the next trace on."""
         self._watchers = (*self._watchers, watcher)
 
     def unwatch(self, watcher: Watcher) -> None:
-        """End what `watch` began."""
+        """Removes a watcher."""
         self._watchers = tuple(w for w in self._watchers if w is not watcher)
 
     def end_watches(self) -> bool:
-        """End all watches; whether there were any."""
+        """Removes all watchers; returns whether there were any."""
         if not self._watchers:
             return False
         self._watchers = ()
@@ -504,24 +503,24 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def strategy(self) -> Strategy | None:
-        """The `tf.distribute.Strategy` that the optimizer was made under."""
+        """The `tf.distribute.Strategy` under which the optimizer was created."""
         return self._strategy
 
     def held(self) -> AbstractContextManager[None]:
-        """A context in which an update does all but change the weights."""
+        """A context in which an update does everything except change the weights."""
         return self._inner_update.held()
 
     @property
     def remembers(self) -> bool:
-        """Whether the clipper has a memory of past gradients."""
+        """Whether the clipper has a running state."""
         return bool(self._clip.state)
 
     # Files ------------------------------------------------------------------------------------
 
     def _saved(self) -> dict[str, keras.Variable]:
-        """The wrapper's own variables by the names that files have for them.
+        """The wrapper's own variables by their names in files.
 
-        Telemetry, and which gradient was first not finite, are not saved.
+        Telemetry and the first non-finite gradient are not saved.
         """
         named = {"calls": self._iterations, **self._clip.saved()}
         if self.built:
@@ -531,12 +530,12 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return {name.replace("/", "|"): v for name, v in named.items()}
 
     def save_own_variables(self, store: dict[str, object]) -> None:
-        """Save the wrapper's variables; Keras saves the inner optimizer by itself."""
+        """Saves the wrapper's variables; Keras saves the inner optimizer itself."""
         for name, variable in self._saved().items():
             store[name] = aggregation.to_numpy(variable)
 
     def load_own_variables(self, store: Mapping[str, Tensor]) -> None:
-        """Load what `save_own_variables` saved; what does not fit stays, with a warning."""
+        """Loads the saved variables; those that do not match stay, with a warning."""
         own = self._saved()
         missing = load_named(own, store)
         if self.built and self._accumulation is not None:
@@ -545,7 +544,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         warn_of_missing(missing, own, "skipped" in store, self.built, self._is_auto)
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
-        """Set all variables, the inner optimizer's as well, in the order of `variables`."""
+        """Sets all variables, including the inner optimizer's, in the order of `variables`."""
         set_all(self.variables if self.built else None, weights)
 
     def __repr__(self) -> str:
@@ -553,7 +552,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return f"<{type(self).__name__} of {type(self.inner_optimizer).__name__}, {clipper}>"
 
     def get_config(self) -> Config:
-        """The arguments, JSON-able, with the thresholds that are in force now."""
+        """The JSON-able arguments, with the present thresholds."""
         return {
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "clipper": AUTO if self._is_auto else serialize(self.clipper),
@@ -569,19 +568,19 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def from_config(
         cls, config: Config, custom_objects: Config | None = None
     ) -> keras.optimizers.Optimizer:
-        """The optimizer that `get_config` described, without its state."""
+        """The optimizer of a config, without its state."""
         return cls(**arguments_of(cls, config, custom_objects))
 
 
 def find(optimizer: keras.optimizers.Optimizer | None) -> ClippedOptimizer | None:
-    """The ClippedOptimizer that `optimizer` is, or wraps; None if there is none."""
+    """The ClippedOptimizer that `optimizer` is or wraps, or None."""
     while optimizer is not None and not isinstance(optimizer, ClippedOptimizer):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
 
 
 def find_all(optimizer: keras.optimizers.Optimizer | None) -> list[ClippedOptimizer]:
-    """What `find` finds, or each that a `keras.optimizers.MultiOptimizer` gives variables to."""
+    """The ClippedOptimizers of an optimizer: one as in `find`, or those of a `MultiOptimizer`."""
     wrapper = find(optimizer)
     if wrapper is not None:
         return [wrapper]
@@ -591,5 +590,5 @@ def find_all(optimizer: keras.optimizers.Optimizer | None) -> list[ClippedOptimi
 
 
 def _delegated() -> float:
-    """Stands for the wrapper's own learning rate, which nobody reads: see `learning_rate`."""
+    """A placeholder for the wrapper's own learning rate, which is never read."""
     return 0.0
