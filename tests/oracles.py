@@ -284,6 +284,12 @@ class Clip:
         if key is not None:
             self._set(self.clipper.with_hyperparameters({**known, key: factor * known[key]}))
 
+    def forget_rate(self):
+        """Somebody has set the learning rate, not a schedule: an annealed limit begins anew."""
+        self.largest_rate = 0.0
+        for part in self.parts.values():
+            part.forget_rate()
+
     def _set(self, clipper):
         self.clipper = clipper
         if isinstance(clipper, kgc.Chain):

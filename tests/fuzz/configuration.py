@@ -206,10 +206,7 @@ def configurations(draw):
     if calls > 1 and draw(st.integers(0, 2)) == 2:
         # A function that TensorFlow has traced does not see a number of Python's that changes.
         name = draw(st.sampled_from(CHANGES if IS_TENSORFLOW and not graph else LIVE))
-        if name != "learning_rate" or "anneal=learning_rate" not in str(clipper):
-            changes.append(
-                (draw(st.integers(1, calls - 1)), name, draw(st.sampled_from((0.5, 0.8))))
-            )
+        changes.append((draw(st.integers(1, calls - 1)), name, draw(st.sampled_from((0.5, 0.8)))))
     return Configuration(
         seed=draw(st.integers(0, 2**16)),
         shapes=shapes,

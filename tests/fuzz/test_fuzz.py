@@ -91,7 +91,7 @@ def make_reference(c, weights):
         growth_steps=GROWTH_STEPS,
         spikes=(c.spikes, WINDOW) if c.spikes else None,
     )
-    reference.rate_factors = factors
+    reference.rate_factors, reference.rate_falls = factors, c.rate_falls
     return reference
 
 
@@ -259,12 +259,15 @@ def change(optimizer, name, factor):
 
 def change_reference(reference, name, factor):
     """`change` of the reference."""
+    clips = [clip for clip in (reference.clip, reference.bound) if clip is not None]
     if name == "threshold":
-        for clip in filter(None, (reference.clip, reference.bound)):
+        for clip in clips:
             clip.change(factor)
         return
-    if name == "learning_rate":
+    if name == "learning_rate" and not reference.rate_falls:
         reference.rate_factors.append(factor)
+        for clip in clips:
+            clip.forget_rate()
     if isinstance(reference, KerasUpdate):
         inner = reference.optimizer or reference.inner
         change(types.SimpleNamespace(inner_optimizer=inner), name, factor)
