@@ -295,6 +295,11 @@ def _last_learning_rate(optimizer: Any) -> float:
     return float(keras.ops.convert_to_numpy(rate))
 
 
+def percent(share: float) -> str:
+    """A share of 0 to 1 as percent, in at most 9 characters."""
+    return "<0.001 %" if 0 < share < 1e-5 else f"{100 * share:.3g} %"
+
+
 class Progress(keras.callbacks.Callback):
     """Prints a progress bar during each epoch, and one line at its end.
 
@@ -344,7 +349,7 @@ class Progress(keras.callbacks.Callback):
             f"{logs['loss']:.4g}",
             f"{logs[self.metric]:.4f}",
             f"{logs['val_' + self.metric]:.4f}",
-            f"{100 * logs['clip_fraction']:.3g} %",
+            percent(logs["clip_fraction"]),
             f"{logs['learning_rate']:.2g}",
             f"{time.monotonic() - self._started:.0f}",
         )

@@ -9,7 +9,7 @@ from tiny_recipe import RECIPE
 
 import recipes
 from recipes.training import main
-from recipes.training.callbacks import Progress
+from recipes.training.callbacks import Progress, percent
 
 LOGS = {"loss": 1.2345e-05, "accuracy": 0.97123, "grad_norm": 3.0, "clip_fraction": 0.98765}
 ENDS = {**LOGS, "val_accuracy": 0.5, "val_loss": 2.0, "learning_rate": 1.8e-05}
@@ -39,6 +39,14 @@ def test_progress_fits_80_columns(capsys, monkeypatch, bar):
     last = out.rstrip("\n").split("\n")[-1].split("\r")[-1]
     assert " ".join(last.split()) == "100/100 1.234e-05 0.9712 0.5000 98.8 % 1.8e-05 0"
     assert " ".join(lines[0].split()) == "epoch loss accuracy validation clipped rate seconds"
+
+
+@pytest.mark.parametrize(
+    "share, text",
+    [(0, "0 %"), (2.34e-9, "<0.001 %"), (1.234e-5, "0.00123 %"), (0.0465, "4.65 %"), (1, "100 %")],
+)
+def test_shares_leave_room_between_columns(share, text):
+    assert percent(share) == text and len(text) < 10
 
 
 def walk_to_the_first_step(argv):
