@@ -242,7 +242,7 @@ def test_a_file_that_clips_nothing_is_called_a_guard(tmp_path, capsys):
     choices = calibrate.choices(found, 1, tmp_path)
     calibrate.show(found, choices, 1, tmp_path, "python recipes/tiny.py")
     printed = capsys.readouterr().out
-    assert "clip-update_ratio.json would have clipped nothing of this" in printed
+    assert "clip-update_ratio.json would have clipped nothing in this run" in printed
     assert printed.count("would have clipped nothing") == 1
 
 

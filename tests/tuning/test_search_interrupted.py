@@ -135,7 +135,7 @@ def test_broken_flags_are_one_line(argv, message, search, capsys, tmp_path, monk
         ("RECIPE = (", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError"),
         ("", "defines no RECIPE"),
-        ("RECIPE = 3", "is no Recipe"),
+        ("RECIPE = 3", "is not a Recipe"),
     ],
 )
 def test_a_broken_recipe_file_is_one_line(text, message, tmp_path, capsys):
