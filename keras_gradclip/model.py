@@ -43,7 +43,7 @@ class _Runtime:
 
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
-        self.told: set[str] = set()  # figures whose name a metric of the user's takes: warned of
+        self.warned: set[str] = set()  # our metrics that a user's metric of the same name replaces
         self.gate: gate.ActivationGate | None = None
         self.hidden = False
         self.undo: Undo | None = None
@@ -206,8 +206,8 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         if runtime.hidden:
             return []
         for taken in [m.name for m in runtime.metrics if m.name in names]:
-            if taken not in runtime.told:
-                runtime.told.add(taken)
+            if taken not in runtime.warned:
+                runtime.warned.add(taken)
                 warnings.warn(
                     f"ClippedModel: a metric of yours is called {taken!r} and keeps the name, so "
                     "that the figure of the clip is not logged. Rename yours to have both; "
