@@ -8,10 +8,9 @@ The first takes minutes: AlexNet on the embedded MNIST digits. Options of the re
 too. Results go to the output folder; the same command resumes an interrupted search.
 """
 
-import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 try:
     from recipes.command_line import exit_status, import_tensorflow
@@ -54,27 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             raise RunFailed(first_line(error)) from error
 
-    with _ended_by_sigterm():
-        return exit_status(work, argv, interrupted="; the same command resumes the search")
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM end the workers as Ctrl-C does."""
-
-    def interrupt(*details):
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return exit_status(work, argv, interrupted="; the same command resumes the search")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers as Ctrl-C does
     sys.exit(main())

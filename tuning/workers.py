@@ -7,22 +7,20 @@ every two seconds; if it stops, the chief gives its trial to another worker.
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from recipes import processes
 
 BEAT_SECONDS = 2.0
 LOOPBACK = "127.0.0.1"
 _PARENT = "TUNING_PARENT_PID"
 _NAMES = ("KERASTUNER_TUNER_ID", "KERASTUNER_ORACLE_IP", "KERASTUNER_ORACLE_PORT")
-
-Processes = Mapping[str, subprocess.Popen]
 
 
 def role() -> str:
@@ -43,7 +41,7 @@ def role() -> str:
 
 
 @contextlib.contextmanager
-def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[Processes]:
+def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[processes.Processes]:
     """Makes this process the chief and starts workers; they end with the context.
 
     Args:
@@ -52,31 +50,23 @@ def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[Processe
         argv: this program's arguments, for the workers.
         folder: the search's folder; worker K's output goes to `worker-K.log` there.
     """
-    processes: dict[str, subprocess.Popen] = {}
-    if number:
-        _become_chief()
-    gpus = _gpus()
-    try:
-        for k in range(number):
-            name = f"worker-{k}"
-            own = {**os.environ, "KERASTUNER_TUNER_ID": name, _PARENT: str(os.getpid())}
-            own.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # workers may share a GPU
-            if gpus:
-                own["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
-            with open(folder / f"{name}.log", "a") as log:
-                processes[name] = subprocess.Popen(
-                    [*_program(), *argv],
-                    env=own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C reaches only the chief, which ends them
-                )
-        if number:
-            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
-        yield processes
-    finally:
-        _stop(processes)
+    if not number:
+        yield {}
+        return
+    _become_chief()
+    gpus, environments = _gpus(), {}
+    for k in range(number):
+        own = {"KERASTUNER_TUNER_ID": f"worker-{k}", _PARENT: str(os.getpid())}
+        if gpus:
+            own["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
+        # Workers may share a GPU.
+        growth = {"TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+        environments[f"worker-{k}"] = {**growth, **os.environ, **own}
+    with processes.started(
+        [*_program(), *argv], environments, lambda name: open(folder / f"{name}.log", "a")
+    ) as workers:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
+        yield workers
 
 
 def _become_chief() -> None:
@@ -99,18 +89,6 @@ def _gpus() -> list[str]:
         return [name for name in chosen.split(",") if name]
     number = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     return [str(i) for i in range(number)]
-
-
-def _stop(processes: Processes) -> None:
-    for process in processes.values():
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    for process in processes.values():
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _heartbeat_file(folder: Path, name: str) -> Path:
@@ -149,7 +127,7 @@ def lead(
     oracle: Any,
     folder: Path,
     timeout: float,
-    processes: Processes,
+    local: processes.Processes,
     report: Callable[[str], object],
 ) -> None:
     """Serves workers until no trial is left, and reassigns the trials of lost workers.
@@ -163,7 +141,7 @@ def lead(
         oracle: `SearchOracle`.
         folder: the search's folder.
         timeout: seconds without a heartbeat after which a worker is lost.
-        processes: the workers on this machine, by id.
+        local: the workers on this machine, by id.
         report: called with a line of text.
 
     Raises:
@@ -183,7 +161,7 @@ def lead(
     while server.is_alive():
         server.join(1.0)
         for name in {*oracle.running, *oracle.workers}:
-            process = processes.get(name)
+            process = local.get(name)
             if process is None:
                 lost = _is_silent(_heartbeat_file(folder, name), beats, timeout)
             else:
@@ -191,7 +169,7 @@ def lead(
             trial = oracle.lose_worker(name) if lost else None
             if trial is not None:
                 report(f"{name} is lost; its trial {trial} goes to another worker")
-        codes = [process.poll() for process in processes.values()]
+        codes = [process.poll() for process in local.values()]
         if codes and None not in codes:
             if 0 in codes:  # it was sent "stop": no trial is left
                 return

@@ -22,9 +22,9 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 try:
+    from recipes import processes
     from recipes.command_line import Parser, exit_status
     from recipes.errors import RecipeError
 except ModuleNotFoundError as error:
@@ -68,48 +68,42 @@ def launch(
         0, or the exit status of the first worker that failed (128 + n if killed by signal n), or
         124 after `timeout`.
     """
-    deadline, status, running = time.monotonic() + timeout, 0, {}
-    try:
-        for i, config in enumerate(configs(count)):
-            devices = ",".join(str(n) for n in range(i * gpus, (i + 1) * gpus))
-            own = {"PYTHONUNBUFFERED": "1", "TF_CONFIG": config, "CUDA_VISIBLE_DEVICES": devices}
-            running[i] = subprocess.Popen(
-                list(command),
-                env={**environment, **own},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its child processes end with it
-            )
-        readers = {
-            i: threading.Thread(target=_forward, args=(i, process), daemon=True)
-            for i, process in running.items()
+    environments = {
+        str(i): {
+            **environment,
+            "PYTHONUNBUFFERED": "1",
+            "TF_CONFIG": config,
+            "CUDA_VISIBLE_DEVICES": ",".join(str(i * gpus + n) for n in range(gpus)),
         }
-        for reader in readers.values():
-            reader.start()
-        while running and time.monotonic() < deadline:
-            for i, process in list(running.items()):
-                if (code := process.poll()) is None:
-                    continue
-                del running[i]
-                readers[i].join(timeout=5)  # print its last lines first
-                if code:
-                    _say(f"worker {i} {_ended(code)}")
-                    deadline = min(deadline, time.monotonic() + grace)
-                    status = status or (128 - code if code < 0 else code)
-            time.sleep(0.1)
-        if running:
-            _say(f"worker {', '.join(map(str, running))} did not end by itself and is ended")
+        for i, config in enumerate(configs(count))
+    }
+    deadline, status, readers = time.monotonic() + timeout, 0, {}
+    try:
+        with processes.started(command, environments) as workers:
+            for name, worker in workers.items():
+                readers[name] = threading.Thread(target=_forward, args=(name, worker), daemon=True)
+                readers[name].start()
+            running = dict(workers)
+            while running and time.monotonic() < deadline:
+                time.sleep(0.1)
+                for name in [name for name, worker in running.items() if worker.poll() is not None]:
+                    code = running.pop(name).returncode
+                    readers[name].join(timeout=5)  # print its last lines first
+                    if code:
+                        _say(f"worker {name} {_ended(code)}")
+                        deadline = min(deadline, time.monotonic() + grace)
+                        status = status or (128 - code if code < 0 else code)
+            if running:
+                _say(f"worker {', '.join(running)} did not end by itself and is ended")
         return status or (124 if running else 0)
     finally:
-        for process in running.values():
-            os.killpg(process.pid, signal.SIGKILL)  # TensorFlow ignores SIGTERM
-            process.wait()
+        for reader in readers.values():
+            reader.join(timeout=5)
 
 
-def _forward(number: int, process: subprocess.Popen) -> None:
-    for line in process.stdout or ():
-        sys.stdout.buffer.write(f"[worker {number}] ".encode() + line.rstrip(b"\n") + b"\n")
+def _forward(name: str, worker: subprocess.Popen) -> None:
+    for line in worker.stdout or ():
+        sys.stdout.buffer.write(f"[worker {name}] ".encode() + line.rstrip(b"\n") + b"\n")
         sys.stdout.buffer.flush()
 
 
@@ -122,10 +116,6 @@ def _ended(code: int) -> str:
 def _say(line: str) -> None:
     sys.stdout.flush()
     print(f"[cluster] {line}", file=sys.stderr, flush=True)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command += ["--strategy", "multiworker"]
         if args.gpus and "--devices" not in given:
             command += ["--devices", str(args.gpus)]
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         return launch(command, args.workers, gpus=args.gpus)
 
     return exit_status(

@@ -245,6 +245,19 @@ def test_one_fails_and_the_rest_is_ended(capfd):
     assert "worker 0, 2 did not end by itself" in error
 
 
+def test_the_last_lines_of_a_worker_that_is_ended(capfd):
+    code = """
+        import json, os, signal, sys, time
+        if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+            time.sleep(1)  # until the other one waits for its signal
+            sys.exit(7)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("the last line"))
+        time.sleep(600)
+    """
+    assert cluster.launch(python(code), 2, grace=0.2) == 7
+    assert "[worker 0] the last line\n" in capfd.readouterr().out
+
+
 def test_killed_workers_are_told_by_their_signal(capfd):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert cluster.launch(python(code), 1) == 128 + signal.SIGKILL
