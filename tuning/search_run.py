@@ -7,7 +7,6 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras_tuner as kt
@@ -15,13 +14,7 @@ from rich.console import Console
 
 from keras_gradclip.files import read_json, write_json
 from keras_gradclip.tuning.hypermodel import as_objective
-from keras_gradclip.tuning.oracles import (
-    CONFIRMS,
-    SearchOracle,
-    SearchTuner,
-    combinations,
-    make_oracle,
-)
+from keras_gradclip.tuning.oracles import CONFIRMS, SearchOracle, combinations, make_oracle
 from keras_gradclip.tuning.space import clip_hyperparameters, ranges
 from recipes.errors import RecipeError, first_line
 from recipes.registry import script_of
@@ -31,11 +24,9 @@ from recipes.training.folder import differences, locked
 from recipes.words import counted
 from tuning import plots, results, workers
 from tuning.flags import SMALL, folder_of, search_space, searched_options
-from tuning.trial import TrialRunner, trial_settings
+from tuning.trial import PROJECT, RecipeTuner, trial_settings
 
 SEARCH = "search.json"
-#: The folder of the trials inside that of a search.
-PROJECT = "trials"
 TRIALS = 10  # of a random or Bayesian search
 _SEED = 1_000  # KerasTuner reads a seed of 0 as None
 _SPACE = "search space: "  # prefix of hyper-parameter names in search.json
@@ -135,20 +126,10 @@ class Search:
         oracle.verbose = 0
         return oracle
 
-    def _tuner(self, oracle: SearchOracle) -> "RecipeTuner":
-        runner = TrialRunner(
-            self.recipe,
-            self.given,
-            self.space,
-            self.objective,
-            executions=self.args.executions,
-            confirm_executions=self.args.confirm_runs,
-            keep_weights=self.args.keep_weights,
-            keep_backups=self.args.tuner == "hyperband",
-            report=self.say,
-        )
+    def _tuner(self, oracle: SearchOracle) -> RecipeTuner:
+        options = (self.recipe, self.given, self.space, self.objective, self.args)
         try:
-            return RecipeTuner(runner, oracle, self.folder)
+            return RecipeTuner(*options, self.say, oracle, self.folder)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RecipeError(
                 f"{self.folder / PROJECT}: the saved search is damaged "
@@ -172,7 +153,8 @@ class Search:
 
     def _space_before(self) -> dict[str, Any]:
         """The range of `beta` in a search of an older version, which varied it by default."""
-        for name, config in self._saved().items():
+        before = self._saved()
+        for name, config in before.items() if "engine" in before else ():
             if name.startswith(f"{_SPACE}exponential/beta"):
                 try:
                     limits = config.get("values") or (config["min_value"], config["max_value"])
@@ -298,41 +280,9 @@ class Search:
         return shlex.join([*words, *opts.as_words(self.recipe, settings)])
 
 
-class RecipeTuner(SearchTuner):
-    """Runs trials of a recipe.
-
-    Hyperband's later rounds resume a copy of the previous round, with its optimizer state.
-
-    Args:
-        runner: `TrialRunner`.
-        oracle: `SearchOracle`, or KerasTuner's client of the chief's.
-        folder: the search's folder.
-    """
-
-    def __init__(self, runner: TrialRunner, oracle: SearchOracle, folder: Path):
-        self.runner = runner
-        super().__init__(oracle, folder, PROJECT)
-
-    def run_trial(self, trial, *args, **kwargs):
-        """Trains the trial's runs; returns a list with the metrics of each."""
-        values = trial.hyperparameters.values
-        parent = values.get("tuner/trial_id")
-        try:
-            return self.runner.run(
-                values,
-                Path(self.get_trial_dir(trial.trial_id)),
-                confirms=CONFIRMS in values,
-                last=values.get("tuner/epochs"),
-                parent=Path(self.get_trial_dir(parent)) if parent else None,
-            )
-        except (RecipeError, OSError) as error:
-            # Every trial would fail alike: a full disk, a missing data set ...
-            raise kt.errors.FatalError(str(error)) from error
-
-
 @contextlib.contextmanager
 def _causes() -> Iterator[None]:
-    """KerasTuner's `FatalError`, as the error that `RecipeTuner.run_trial` raised it over."""
+    """KerasTuner's `FatalError`, as the error that `RecipeTuner.run_trial` raised it for."""
     try:
         yield
     except kt.errors.FatalError as error:

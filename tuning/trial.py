@@ -1,110 +1,109 @@
-"""One trial of a search: runs of a recipe that differ only in their seeds."""
+"""The tuner of recipes: a trial is a number of runs that differ only in their seeds."""
 
-import contextlib
 import math
 import os
 import shutil
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
+import keras_tuner as kt
 
 import keras_gradclip as kgc
 from keras_gradclip.files import write_json
 from keras_gradclip.tuning.divergence import DIVERGED, LARGEST_WEIGHT, exploded, worst_score
+from keras_gradclip.tuning.oracles import CONFIRMS, SearchOracle, SearchTuner
 from keras_gradclip.tuning.space import to_clipper, to_gate
 from recipes.errors import RecipeError, TrainingDiverged
 from recipes.training import Recipe, run
 from recipes.training.folder import BACKUP, BEST, CONFIG, HISTORY, read_history
 
+#: The folder of the trials inside that of a search.
+PROJECT = "trials"
 CHANCE = "chance"  # a metric: the accuracy of random guessing
 
 
-@dataclass(frozen=True)
-class TrialRunner:
-    """Trains the runs of a trial, each in its own folder; resumes a run that was killed.
+class RecipeTuner(SearchTuner):
+    """Trains the runs of each trial in folders of their own; resumes a run that was killed.
 
-    Attributes:
+    Hyperband's later rounds resume a copy of the previous round, with its optimizer state.
+
+    Args:
         recipe: the recipe to search.
         given: the options that the user fixed, by name.
         space: arguments of `clip_hyperparameters`.
         objective: with `name`, a column of a run's `history.csv`, and `direction`.
-        executions: runs of each trial, with consecutive seeds.
-        confirm_executions: runs of a trial that repeats another, with the seeds after those.
-        keep_weights: keep each run's `best.keras`.
-        keep_backups: keep each run's backup, which Hyperband resumes from.
+        args: the search's own flags.
         report: called with a line of text at the end of each epoch.
+        oracle: `SearchOracle`, or KerasTuner's client of the chief's.
+        folder: the search's folder.
     """
 
-    recipe: Recipe
-    given: Mapping[str, Any]
-    space: Mapping[str, Any]
-    objective: Any
-    executions: int = 1
-    confirm_executions: int = 5
-    keep_weights: bool = False
-    keep_backups: bool = False
-    report: Callable[[str], object] = print
-
-    def run(
+    def __init__(
         self,
-        values: Mapping[str, Any],
+        recipe: Recipe,
+        given: Mapping[str, Any],
+        space: Mapping[str, Any],
+        objective: Any,
+        args: Namespace,
+        report: Callable[[str], object],
+        oracle: SearchOracle,
         folder: Path,
-        confirms: bool = False,
-        last: int | None = None,
-        parent: Path | None = None,
-    ) -> list[dict[str, float]]:
-        """Trains the runs of a trial.
+    ):
+        self.recipe, self.given, self.space, self.objective = recipe, given, space, objective
+        self.args, self.report = args, report
+        super().__init__(oracle, folder, PROJECT)
 
-        Args:
-            values: its hyper-parameters by name.
-            folder: the trial's folder.
-            confirms: whether it repeats another trial.
-            last: the epoch after which runs end; None for the recipe's own.
-            parent: folder of the trial whose runs these continue.
+    def run_trial(self, trial, *args, **kwargs):
+        """Trains the trial's runs.
 
         Returns:
-            The metrics of each run at its best epoch, with "diverged", "epochs" and "seconds".
+            The metrics of each at its best epoch, with "diverged", "epochs" and "seconds".
 
         Raises:
-            RecipeError, OSError: a failure that every other trial would share.
+            keras_tuner.errors.FatalError: a failure that every other trial would share: a full
+                disk, a missing data set ...
         """
-        first, number = 0, self.executions
-        if confirms:
-            first, number = self.executions, self.confirm_executions
-        results = []
-        for execution in range(first, first + number):
-            run_folder = folder / f"run-{execution}"
-            if parent is not None and not (run_folder / CONFIG).exists():
-                _copy(parent / run_folder.name, run_folder)
-            settings = trial_settings(self.given, self.space, values)
-            settings["seed"] = self.recipe.options(**settings).seed + execution
-            settings["resume"] = (run_folder / CONFIG).exists()
-            options = self.recipe.options(**settings)
-            results.append(self._train(options, run_folder, last or options.epochs))
-        return results
+        values, first, number = trial.hyperparameters.values, 0, self.args.executions
+        if CONFIRMS in values:  # the next seeds
+            first, number = number, self.args.confirm_runs
+        try:
+            return [self._run(trial, first + k) for k in range(number)]
+        except (RecipeError, OSError) as error:
+            raise kt.errors.FatalError(str(error)) from error
 
-    def _train(self, options, folder: Path, last: int) -> dict[str, float]:
-        note = folder / "diverged.json"
-        started = time.monotonic()
+    def _run(self, trial, execution: int) -> dict[str, float]:
+        """Trains one run of a trial."""
+        started, values = time.monotonic(), trial.hyperparameters.values
+        folder = Path(self.get_trial_dir(trial.trial_id), f"run-{execution}")
+        parent = values.get("tuner/trial_id")
+        if parent and not (folder / CONFIG).exists():
+            _copy(Path(self.get_trial_dir(parent), folder.name), folder)
+        settings = trial_settings(self.given, self.space, values)
+        settings["seed"] = self.recipe.options(**settings).seed + execution
+        settings["resume"] = (folder / CONFIG).exists()
+        options = self.recipe.options(**settings)
+        last = values.get("tuner/epochs") or options.epochs
+        note, metrics = folder / "diverged.json", {}
         rows = read_history(folder / HISTORY)
-        epochs = _Epochs(last, self.objective.name, f"  seed {options.seed}, epoch", self.report)
         if not note.exists() and len(rows) < last:
+            say = f"  seed {options.seed}, epoch"
+            epochs = _Epochs(last, self.objective.name, say, self.report)
             try:
-                run(self.recipe, options, folder, [epochs])
+                result = run(self.recipe, options, folder, [epochs])
+                if result is not None and "accuracy" in self.objective.name:
+                    metrics[CHANCE] = 1 / result.data.num_outputs
             except TrainingDiverged as error:
                 write_json(note, {"message": str(error)})
             rows = read_history(folder / HISTORY)
-        if not self.keep_weights:
+        if not self.args.keep_weights:
             (folder / BEST).unlink(missing_ok=True)
-        if not self.keep_backups:
+        if self.args.tuner != "hyperband":  # which resumes from it
             (folder / BACKUP).unlink(missing_ok=True)
-        metrics = self._metrics(rows[:last], note.exists())
-        if epochs.classes and "accuracy" in self.objective.name:
-            metrics[CHANCE] = 1 / epochs.classes
+        metrics |= self._metrics(rows[:last], note.exists())
         return {**metrics, "seconds": time.monotonic() - started}
 
     def _metrics(self, rows: Sequence[Mapping], diverged: bool) -> dict[str, float]:
@@ -120,15 +119,12 @@ class TrialRunner:
 
 
 def trial_settings(given: Mapping, space: Mapping, values: Mapping) -> dict[str, Any]:
-    """The recipe options of a trial: the user's fixed ones, and those that the trial sets.
+    """The recipe options of a trial, for `recipe.options(**settings)`.
 
     Args:
-        given: the user's options by name.
+        given: the options that the user fixed, by name.
         space: arguments of `clip_hyperparameters`.
         values: the trial's hyper-parameters.
-
-    Returns:
-        A dict for `recipe.options(**settings)`.
     """
     settings = dict(given)
     if "learning_rate" in values:
@@ -151,14 +147,11 @@ class _Epochs(keras.callbacks.Callback):
     def __init__(self, last: int, metric: str, prefix: str, report: Callable[[str], object]):
         super().__init__()
         self.last, self.metric, self.prefix, self.report = last, metric, prefix, report
-        self.classes = 0
 
     def on_epoch_end(self, epoch, logs=None):
         logs = logs or {}
         if self.metric not in logs:
             raise RecipeError(f"--objective {self.metric}: not among {', '.join(sorted(logs))}")
-        shape = self.model.output_shape
-        self.classes = max(shape[-1], 2) if isinstance(shape, tuple) else 0
         figure = f"{self.metric} {logs[self.metric]:.4f}"
         self.report(f"{self.prefix} {epoch + 1} of {self.last}: {figure}")
         if exploded(self.model):
@@ -175,9 +168,7 @@ def _copy(source: Path, target: Path) -> None:
             "workers must share --output"
         )
     scratch = target.with_name(f".partial-{target.name}")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(scratch)
+    for folder in (scratch, target):  # left by a killed process
+        shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, scratch)
-    if target.exists():
-        shutil.rmtree(target)
     os.replace(scratch, target)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -246,13 +247,17 @@ def searched(folder):
     return [n.split()[2] for n in names if n.startswith("search space: ")]
 
 
-def test_five_dimensions_by_default_and_a_search_of_six_is_resumed(tmp_path, fake_run):
+def test_five_dimensions_by_default_and_a_search_of_six_is_resumed(tmp_path, fake_run, capsys):
     """The exponential clip's β was searched, too, when version 0.2 began."""
     argv = ["--recipe", RECIPE, "--confirm-runs", "0", "--output"]
     assert main([*argv, str(tmp_path / "new"), "--max-trials", "2"]) == 0
     assert len(searched(tmp_path / "new")) == 5
     old = str(tmp_path / "old")
     assert main([*argv, old, "--max-trials", "2", "--beta-range", "0.5", "1"]) == 0
+    assert main([*argv, old, "--max-trials", "3"]) == 2
+    assert "exponential/beta" in capsys.readouterr().err
+    saved = tmp_path / "old" / "search.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"engine": "kerastuner"}))
     assert main([*argv, old, "--max-trials", "3"]) == 0
     assert "exponential/beta" in searched(tmp_path / "old")
     assert len(trials_of(tmp_path / "old")) == 3
@@ -401,23 +406,21 @@ def test_a_worker_whose_data_are_missing_ends_in_one_line(monkeypatch, capsys, t
     from recipes.errors import DataError
     from tuning.search_run import RecipeTuner, Search
 
-    class Worker:
-        """Ends as the loop of KerasTuner does."""
+    def run(*args):
+        raise DataError("no such data")
 
-        def run(self, *_, **__):
-            raise DataError("no such data")
+    def worker(search, oracle):
+        """Its loop does what KerasTuner's does."""
+        tuner = RecipeTuner.__new__(RecipeTuner)
+        vars(tuner).update(vars(search), report=print, get_trial_dir=lambda _: str(tmp_path))
+        trial = kt.engine.trial.Trial(kt.HyperParameters())
+        trial.hyperparameters.values = {"clipper": "none"}
+        return types.SimpleNamespace(search=lambda: tuner.run_trial(trial))
 
-        def get_trial_dir(self, _):
-            return str(tmp_path)
-
-        def search(self):
-            self.runner = self
-            trial = kt.engine.trial.Trial(kt.HyperParameters())
-            RecipeTuner.run_trial(self, trial)
-
+    monkeypatch.setattr("tuning.trial.run", run)
     for name, value in (("TUNER_ID", "worker-0"), ("ORACLE_IP", "x"), ("ORACLE_PORT", "1")):
         monkeypatch.setenv(f"KERASTUNER_{name}", value)
-    monkeypatch.setattr(Search, "_tuner", lambda self, oracle: Worker())
+    monkeypatch.setattr(Search, "_tuner", worker)
     assert search(tmp_path) == 2
     assert capsys.readouterr().err == "error: no such data\n"
 

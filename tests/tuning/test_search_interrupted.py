@@ -90,7 +90,11 @@ def test_a_second_search_in_a_folder_is_refused(search, fake_run, capsys):
     [
         ("search.json", "{", "search.json, line 1: not JSON"),
         ("search.json", "[]", "is not the file of a search"),
-        ("search.json", '{"search space: exponential/beta": {}}', "is not the file of a search"),
+        (
+            "search.json",
+            '{"engine": "", "search space: exponential/beta": {}}',
+            "is not the file of a search",
+        ),
         ("search.json", "\0", "search.json, line 1: not JSON"),
         ("trials/oracle.json", "{}", "Error reloading `Oracle`"),
         ("trials/oracle.json", "", "oracle.json, line 1: not JSON"),
