@@ -420,6 +420,11 @@ def zeros(
     )
 
 
+def counter(shape: Sequence[int], name: str) -> keras.Variable:
+    """Whole numbers that begin at 0: a count in float32 would stay at 2^24."""
+    return zeros(shape, name, "int32" if backend.backend() == "jax" else "int64")
+
+
 def to_numpy(value: Tensor) -> Tensor:
     """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises.
 

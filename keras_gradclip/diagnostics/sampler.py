@@ -154,16 +154,21 @@ class Sampler:
         self._thresholds = list(self.optimizer.clip_hyperparameters)
         count = len(self.variables)
         with strategy_scope(self.optimizer):
-            # A record: figures and `nonfinite`; then `updates`, learning rate, thresholds.
-            shapes = [(len(self.figures) + 1, count), (2 + len(self._thresholds),)]
-            self._buffer = RingBuffer(self._owner, self._capacity, shapes)
+            # Updates so far, skipped ones included; for each variable those of the skipped ones
+            # in which its gradient was not finite.
+            self._counts = aggregation.counter((1 + count,), "sampler_counts")
             self._has_sample = aggregation.zeros((), "has_sample")  # any since the last `force`
-            self._updates = _counter("updates")  # so far, skipped ones included
-            self._nonfinite = aggregation.zeros(
-                (count,), "nonfinite"
-            )  # counts over skipped updates
-        self._fetched_updates, self._fetched_nonfinite = 0.0, np.zeros(count)
-        self.state = [*self._buffer.state, self._has_sample, self._updates, self._nonfinite]
+            self._buffer = RingBuffer(
+                self._owner,
+                self._capacity,
+                step=aggregation.counter((self._capacity,), "steps"),
+                counts=aggregation.counter((self._capacity, 1 + count), "counts"),
+                figures=aggregation.zeros((self._capacity, len(self.figures), count), "figures"),
+                # The learning rate and the thresholds.
+                scalars=aggregation.zeros((self._capacity, 1 + len(self._thresholds)), "scalars"),
+            )
+        self._fetched_counts = np.zeros(1 + count, "int64")
+        self.state = [*self._buffer.state, self._has_sample, self._counts]
 
     def _build_where_traced(self) -> None:
         if not self.state:
@@ -180,19 +185,17 @@ class Sampler:
     def on_skip(self, gradients: Sequence[Gradient | None]) -> None:
         """Counts the update and its non-finite gradients."""
         self._build_where_traced()
-        bad = [
-            ops.zeros((), "float32")
-            if g is None
-            else 1.0 - arithmetic.float32(arithmetic.all_finite([g]))
-            for g in gradients
-        ]
-        self._updates.assign(self._updates + 1)
-        self._nonfinite.assign(self._nonfinite + ops.stack(bad))
+        is_finite = [g is None or arithmetic.all_finite([g]) for g in gradients]
+        self._count(ops.stack([True, *map(ops.logical_not, is_finite)]))
+
+    def _count(self, what: Tensor | np.ndarray) -> None:
+        """Adds booleans `[1 + variables]` to the counts."""
+        self._counts.assign(self._counts + ops.cast(what, self._counts.dtype))
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Takes a sample if this update is due."""
         self._build_where_traced()
-        self._updates.assign(self._updates + 1)
+        self._count(np.arange(1 + len(self.variables)) == 0)
         if self.every == 1:
             self._sample(update)
             return
@@ -209,15 +212,18 @@ class Sampler:
         fractions = update.stats.fractions() if update.stats else [None] * len(self.variables)
         parts = zip(self.variables, update.gradients, update.clipped, fractions, strict=True)
         figures = ops.stack([self._column(*part) for part in parts], axis=1)
-        figures = ops.concatenate([figures, arithmetic.read(self._nonfinite)[None]])
         inner = self.optimizer.inner_optimizer
         rate = getattr(inner, "learning_rate", None)
         scalars = [
-            arithmetic.float32(arithmetic.read(self._updates)),
             arithmetic.float32(0.0 if rate is None else arithmetic.read(rate)),
             *(update.hyper[name] for name in self._thresholds),
         ]
-        self._buffer.write(arithmetic.read(inner.iterations), figures, ops.stack(scalars))
+        self._buffer.write(
+            step=arithmetic.read(inner.iterations),
+            counts=arithmetic.read(self._counts),
+            figures=figures,
+            scalars=ops.stack(scalars),
+        )
         self._has_sample.assign(ops.ones(()))
 
     def _column(
@@ -233,13 +239,13 @@ class Sampler:
     def fetch(self) -> list[Sample]:
         """The samples since the last fetch."""
         samples = []
-        for step, (rows, scalars) in self._buffer.fetch() if self.state else ():
-            updates, rate, *thresholds = map(float, scalars)
+        for record in self._buffer.fetch() if self.state else ():
+            rate, *thresholds = record["scalars"].tolist()
             samples.append(
                 Sample(
-                    step,
-                    dict(zip(self.figures, rows[:-1], strict=True)),
-                    self._skipped_since(updates, rows[-1]),
+                    int(record["step"]),
+                    dict(zip(self.figures, record["figures"].astype("float64"), strict=True)),
+                    self._skipped_since(record["counts"]),
                     rate,
                     dict(zip(self._thresholds, thresholds, strict=True)),
                 )
@@ -248,19 +254,17 @@ class Sampler:
 
     def fetch_skipped(self) -> np.ndarray:
         """`Sample.skipped` after the last sample."""
-        updates, bad = map(aggregation.to_numpy, (self._updates, self._nonfinite))
-        return self._skipped_since(float(updates), np.array(bad, "float64"))
+        return self._skipped_since(np.array(aggregation.to_numpy(self._counts)))
 
-    def _skipped_since(self, updates: float, nonfinite: np.ndarray) -> np.ndarray:
-        count = max(updates - self._fetched_updates, 1.0)
-        share = (nonfinite - self._fetched_nonfinite) / count
-        self._fetched_updates, self._fetched_nonfinite = updates, nonfinite
-        return share
+    def _skipped_since(self, counts: np.ndarray) -> np.ndarray:
+        updates, *nonfinite = counts - self._fetched_counts
+        self._fetched_counts = counts
+        return np.array(nonfinite) / max(updates, 1)
 
     @property
     def updates(self) -> int:
         """The number of updates so far, skipped ones included."""
-        return int(aggregation.to_numpy(self._updates))
+        return int(aggregation.to_numpy(self._counts)[0])
 
     @property
     def samples(self) -> int:
@@ -274,35 +278,32 @@ class RingBuffer:
     Args:
         owner: name of the caller, for the warning.
         capacity: the number of records that the buffer holds.
-        shapes: the shapes of a record's float32 arrays.
+        **arrays: for each array of a record a variable of shape `[capacity, ...]`.
     """
 
-    def __init__(self, owner: str, capacity: int, shapes: Sequence[Sequence[int]]) -> None:
-        self._owner, self._capacity = owner, capacity
+    def __init__(self, owner: str, capacity: int, **arrays: keras.Variable) -> None:
+        self._owner, self._capacity, self._arrays = owner, capacity, arrays
         self._fetched, self._is_warned = 0, False
-        self._written = _counter("written")
-        self._steps = aggregation.zeros((capacity,), "steps", str(self._written.dtype))
-        self._arrays = [aggregation.zeros((capacity, *shape), "samples") for shape in shapes]
-        self.state = [self._written, self._steps, *self._arrays]
+        self._written = aggregation.counter((), "written")
+        self.state = [self._written, *arrays.values()]
 
     @property
     def written(self) -> int:
         """The number of records so far."""
         return int(aggregation.to_numpy(self._written))
 
-    def write(self, step: Tensor, *arrays: Tensor) -> None:
+    def write(self, **arrays: Tensor) -> None:
         """Adds a record; called in replica context."""
-        slots = ops.arange(self._capacity, dtype=self._steps.dtype)
+        slots = ops.arange(self._capacity, dtype=self._written.dtype)
         mask = ops.equal(slots, arithmetic.read(self._written) % self._capacity)
-        step = ops.cast(step, self._steps.dtype)
-        self._steps.assign(ops.where(mask, step, arithmetic.read(self._steps)))
-        for variable, value in zip(self._arrays, arrays, strict=True):
-            wide = ops.reshape(mask, (-1, *(1 for _ in value.shape)))
-            variable.assign(ops.where(wide, value[None], arithmetic.read(variable)))
+        for name, variable in self._arrays.items():
+            value = ops.cast(arrays[name], variable.dtype)[None]
+            wide = ops.reshape(mask, (-1, *(1 for _ in variable.shape[1:])))
+            variable.assign(ops.where(wide, value, arithmetic.read(variable)))
         self._written.assign(self._written + 1)
 
-    def fetch(self) -> list[tuple[int, list[np.ndarray]]]:
-        """The records since the last fetch, oldest first: (step, float64 arrays)."""
+    def fetch(self) -> list[dict[str, np.ndarray]]:
+        """The records since the last fetch, oldest first."""
         written = self.written
         first = max(self._fetched, written - self._capacity)
         lost, new = first - self._fetched, written - self._fetched
@@ -316,15 +317,9 @@ class RingBuffer:
         self._fetched = written
         if not new:
             return []
-        steps = aggregation.to_numpy(self._steps)
-        arrays = [np.asarray(aggregation.to_numpy(v), "float64") for v in self._arrays]
+        arrays = {name: np.array(aggregation.to_numpy(v)) for name, v in self._arrays.items()}
         slots = [i % self._capacity for i in range(first, written)]
-        return [(int(steps[i]), [a[i] for a in arrays]) for i in slots]
-
-
-def _counter(name: str) -> keras.Variable:
-    """A counter on the device, starting at 0."""
-    return aggregation.zeros((), name, "int32" if backend.backend() == "jax" else "int64")
+        return [{name: array[i] for name, array in arrays.items()} for i in slots]
 
 
 # Finding the optimizers to watch -----------------------------------------------------------------

@@ -16,11 +16,11 @@ from keras_gradclip._types import Config, Gradients, Scalar, Tensor
 from keras_gradclip.names import layers_of
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
-_ONE_UPDATE, _ONE_SKIPPED = np.eye(4, dtype="float32")[2:]
+_ONE_UPDATE, _ONE_SKIPPED = np.eye(2, dtype="int64")
 
 
 class Telemetry:
-    """A `Watcher` that sums figures on the device since the last reset.
+    """A `Watcher` that averages figures on the device since the last reset.
 
     Args:
         variables: the optimizer's variables.
@@ -36,22 +36,22 @@ class Telemetry:
         self._variables = list(variables)
         self._layers = layers_of(variables)
         count = len(self._variables)
-        # Few variables, because each one costs time in a small model's step.
-        # For each variable the squared norm before the clip, and the clipped and total counts as
-        # shares of all that the clipper counts.
-        self.sums = aggregation.zeros((3, count), "telemetry_sums")
-        # The global norm before the clip, its count, updates, and skipped updates.
-        self.totals = aggregation.zeros((4,), "telemetry_totals")
+        # Few variables, because each one costs time in a small model's step. For each variable the
+        # means of its squared norm before the clip and of its clipped and total counts, as shares
+        # of all that the clipper counts; in the last column that of the global norm.
+        self.means = aggregation.zeros((3, count + 1), "telemetry_means")
+        # Updates, and skipped ones.
+        self.counts = aggregation.counter((2,), "telemetry_counts")
 
     @property
     def state(self) -> list[keras.Variable]:
         """The variables of the state."""
-        return [self.sums, self.totals]
+        return [self.means, self.counts]
 
     def on_skip(self, gradients: Gradients) -> None:
         """Counts a skipped update."""
         del gradients
-        self.totals.assign(self.totals + _ONE_SKIPPED)
+        self._count(_ONE_SKIPPED)
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Measures if this update is due, before weights change."""
@@ -59,36 +59,42 @@ class Telemetry:
             self._measure(update)
         else:
             aggregation.local_cond(
-                ops.equal(arithmetic.read(self.totals)[2] % float(self.every), 0.0),
+                ops.equal(arithmetic.read(self.counts)[0] % self.every, 0),
                 functools.partial(self._measure, update),
                 self.state + ([self._first_nonfinite.number] if self._first_nonfinite else []),
                 self._variables,
             )
-        self.totals.assign(self.totals + _ONE_UPDATE)
+        self._count(_ONE_UPDATE)
+
+    def _count(self, what: np.ndarray) -> None:
+        self.counts.assign(self.counts + what.astype(str(self.counts.dtype)))
 
     def _measure(self, update: ClippedUpdate) -> None:
         squares = ops.stack(square_norms(update))
         if self._first_nonfinite is not None:
             self._first_nonfinite.look(update.gradients, squares)
-        norm, zero = ops.sqrt(ops.sum(squares)), ops.zeros((), "float32")
-        self.totals.assign(self.totals + ops.stack([norm, zero + 1.0, zero, zero]))
+        zero = ops.zeros((), "float32")
         stats = update.stats
         clipped = counted = ops.zeros_like(squares)
         if stats is not None and any(stats.weights):
             shares = np.asarray(stats.weights, "float64") / float(np.sum(stats.weights))
             counted = ops.convert_to_tensor(shares.astype("float32"))
             clipped = counted * ops.stack([zero if f is None else f for f in stats.fractions()])
-        self.sums.assign(self.sums + ops.stack([squares, clipped, counted]))
+        whole = ops.stack([ops.sqrt(ops.sum(squares)), zero, zero])
+        now = ops.concatenate([ops.stack([squares, clipped, counted]), whole[:, None]], axis=1)
+        measured = arithmetic.float32(arithmetic.read(self.counts)[0]) / self.every + 1.0
+        before = arithmetic.read(self.means)
+        self.means.assign(before + (now - before) / measured)
 
     def mean_norm(self) -> Scalar:
         """The global L2 norm before the clip, averaged; NaN before the first measurement."""
-        norms, measured, *_ = ops.unstack(arithmetic.read(self.totals), num=4)
-        return ops.where(measured > 0, norms / ops.maximum(measured, 1.0), float("nan"))
+        is_measured = arithmetic.read(self.counts)[0] > 0
+        return ops.where(is_measured, arithmetic.read(self.means)[0, -1], float("nan"))
 
     def mean_clip_fraction(self) -> Scalar:
         """Clipped / all, averaged; NaN before the first measurement, 0 without a clipper."""
-        _, clipped, counted = ops.unstack(ops.sum(arithmetic.read(self.sums), axis=1), num=3)
-        nothing = ops.where(arithmetic.read(self.totals)[1] > 0, 0.0, float("nan"))
+        _, clipped, counted = ops.unstack(ops.sum(arithmetic.read(self.means), axis=1), num=3)
+        nothing = ops.where(arithmetic.read(self.counts)[0] > 0, 0.0, float("nan"))
         return ops.where(counted > 0, clipped / ops.maximum(counted, arithmetic.TINY), nothing)
 
     def read(self) -> Config:
@@ -107,30 +113,27 @@ class Telemetry:
         position = {layer: i for i, layer in enumerate(layers)}
         number = np.array([position[layer] for layer in self._layers], int)
 
-        norms, measured, updates, skipped = (
-            aggregation.to_numpy(self.totals).astype("float64").tolist()
-        )
-        squares, clipped, counted = (
-            np.bincount(number, row, minlength=len(layers))
-            for row in aggregation.to_numpy(self.sums).astype("float64")
+        updates, skipped = map(int, aggregation.to_numpy(self.counts))
+        means = aggregation.to_numpy(self.means).astype("float64")
+        mean_squares, clipped, counted = (
+            np.bincount(number, row[:-1], minlength=len(layers)) for row in means
         )
         fractions = np.divide(clipped, counted, out=np.zeros_like(counted), where=counted > 0)
-        mean_squares = squares / max(measured, 1.0)
-        nothing = 0.0 if measured else float("nan")
+        nothing = 0.0 if updates else float("nan")
         return {
             "layers": layers,
             "layer_grad_norm": np.sqrt(mean_squares).astype("float32"),
             "layer_clip_fraction": fractions.astype("float32"),
-            "grad_norm": norms / measured if measured else nothing,
+            "grad_norm": float(means[0, -1]) if updates else nothing,
             "clip_fraction": clipped.sum() / counted.sum() if counted.any() else nothing,
-            "updates": int(updates),
-            "skipped": int(skipped),
+            "updates": updates,
+            "skipped": skipped,
         }
 
     def reset(self) -> None:
         """Resets all figures."""
         for variable in self.state:
-            variable.assign(np.zeros(variable.shape, "float32"))
+            variable.assign(np.zeros(variable.shape, str(variable.dtype)))
 
 
 def square_norms(update: ClippedUpdate) -> list[Tensor]:

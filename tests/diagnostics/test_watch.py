@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import keras_gradclip as kgc
+from keras_gradclip import aggregation
+from keras_gradclip.diagnostics.sampler import RingBuffer
 
 tf = pytest.importorskip("tensorflow")
 
@@ -116,13 +118,54 @@ def test_an_interrupted_fit_leaves_no_monitor(model_class):
 
 
 def test_overrun_is_told():
-    from keras_gradclip.diagnostics.sampler import RingBuffer
-
-    buffer = RingBuffer("toy", 3, [(1,)])
+    buffer = RingBuffer(
+        "toy", 3, step=aggregation.counter((3,), "steps"), value=aggregation.zeros((3, 1), "values")
+    )
     for step in range(5):
-        buffer.write(step, keras.ops.ones((1,)) * step)
+        buffer.write(step=step, value=keras.ops.ones((1,)) * step)
     with pytest.warns(UserWarning, match="toy: 2 of 5 updates"):
         records = buffer.fetch()
-    assert [step for step, _ in records] == [2, 3, 4]
-    assert [float(values[0]) for _, (values,) in records] == [2, 3, 4]
+    assert [int(record["step"]) for record in records] == [2, 3, 4]
+    assert [record["value"].tolist() for record in records] == [[2], [3], [4]]
     assert buffer.fetch() == []
+
+
+LONG = 2**24 + 6  # no float32 has its successor
+
+
+class _After(keras.callbacks.Callback):
+    """Sets the counters of a watcher as after a long run."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 2:  # the watchers are built
+            optimizer = self.model.optimizer
+            watchers = [*optimizer._watchers, *optimizer._telemetry]
+            [counts] = [v for w in watchers for v in w.state if v.name == self.name]
+            counts.assign(counts + np.full(counts.shape, LONG))
+
+
+def test_shares_of_skipped_updates_after_a_long_run():
+    """Two of four updates are not finite; 2^24 went before, as many of them not finite."""
+    x = X.copy()
+    x[4:] = np.nan
+    model = stacked()
+    inner = kgc.ClippedOptimizer("sgd", kgc.NormClip(0.5), skip_nonfinite=True)
+    model.compile(inner, "mse")
+    monitor = kgc.ClipMonitor(every=100)
+    after = _After("sampler_counts")
+    model.fit(x, Y, batch_size=2, shuffle=False, verbose=0, callbacks=[monitor, after])
+    last = monitor.history["nonfinite"][-1]
+    np.testing.assert_allclose(last, (LONG + 2) / (LONG + 3), rtol=1e-9)
+
+
+def test_telemetry_after_a_long_run():
+    model = stacked()
+    after = _After("telemetry_counts")
+    model.fit(X, Y, batch_size=2, verbose=0, callbacks=[after])
+    figures = model.optimizer.read_telemetry()
+    assert (figures["updates"], figures["skipped"]) == (LONG + 4, LONG)
+    assert 0 < figures["grad_norm"] < 1e3
