@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # slow imports that flags do not need
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 Row = Mapping[str, Any]
 #: A function called with the finished share of a run, 0 to 1.
@@ -80,8 +81,9 @@ class StudyFile:
 
         with plain_errors():
             rows = files.read_csv(self.path, numbers=False, needs=self.columns)
+        columns = list(rows[0]) if rows else self.columns  # the user may have added some
         try:
-            frame = pd.DataFrame(rows, columns=self.columns, dtype=str)
+            frame = pd.DataFrame(rows, columns=columns, dtype=str)
             return frame.astype(dict.fromkeys(self.numbers, float))
         except ValueError as error:
             raise RecipeError(
@@ -90,8 +92,11 @@ class StudyFile:
 
     def drop(self, unwanted: pd.Series) -> None:
         """Removes the rows for which `unwanted` is true, so that they run again."""
-        if unwanted.any():
-            files.write_csv(self.path, self.columns, self.read()[~unwanted].to_dict("records"))
+        rows = self.read()
+        if unwanted.all():  # the next row writes the first line
+            self.path.unlink(missing_ok=True)
+        elif unwanted.any():
+            files.write_csv(self.path, list(rows), rows[~unwanted].to_numpy().tolist())
 
     def identity(self, row: Row) -> tuple:
         """The values that identify a row or a cell; 0.10 equals 0.1."""
@@ -116,36 +121,31 @@ class StudyFile:
         Returns:
             The rows of these cells, as `read` returns them.
         """
-        known = [self.identity(row) for row in self.read().to_dict("records")]
+        import pandas as pd
+
+        before = self.read()
+        known = [self.identity(row) for row in before.to_dict("records")]
         asked = {self.identity(cell.key): cell for cell in cells}  # one that is named twice once
         left = [cell for key, cell in asked.items() if key not in known]
+        took = zip(known, pd.to_numeric(before["seconds"], errors="coerce"), strict=True)
+        paces = [s / asked[key].cost for key, s in took if key in asked and s >= 0]  # no NaN
+        cost = sum(cell.cost for cell in left)
         if left:
-            before = files.read_csv(self.path, numbers=False)
-            columns = list(before[0]) if before else self.columns  # the user may have added some
-            clock = _Clock(self._paces(cells), pace, sum(cell.cost for cell in left))
-            print(f"{len(left)} of {len(asked)} runs to do: {clock.estimate()}", flush=True)
+            print(f"{len(left)} of {len(asked)} runs to do: {_estimate(paces, pace, cost)}")
         for number, cell in enumerate(left, start=1):
             print(f"{number} of {len(left)}: {cell.name}", flush=True)
+            begun, cost = time.monotonic(), cost - cell.cost
             row = {**dict.fromkeys(self.results, ""), **cell.key}
-            row |= cell.job(clock.start(cell.cost))
-            seconds = clock.stop()
+            row |= cell.job(_first_look(cost / cell.cost, is_needed=not paces))
+            seconds = time.monotonic() - begun
             row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
-            files.append_csv(self.path, columns, [[row.get(column, "") for column in columns]])
-            more = f"; {clock.estimate()} left" if number < len(left) else ""
+            paces.append(float(row["seconds"]) / cell.cost)
+            files.append_csv(self.path, list(before), [[row.get(name, "") for name in before]])
+            more = f"; {_estimate(paces, pace, cost)} left" if number < len(left) else ""
             print(f"  {outcome(row)}, {duration(seconds)}{more}", flush=True)
             after(row)
         rows = self.read()
         return rows[[self.identity(row) in asked for row in rows.to_dict("records")]]
-
-    def _paces(self, cells: Sequence[Cell]) -> list[float]:
-        """Seconds per unit of cost of the cells that have a row."""
-        import pandas as pd
-
-        costs = {self.identity(cell.key): cell.cost for cell in cells}
-        seconds = pd.to_numeric(self.read()["seconds"], errors="coerce")
-        rows = zip(self.read().to_dict("records"), seconds, strict=True)
-        paces = [s / costs[k] for row, s in rows if (k := self.identity(row)) in costs]
-        return [pace for pace in paces if pace >= 0]  # drops NaN
 
 
 def _plain(value: object) -> object:
@@ -162,52 +162,39 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-class _Clock:
-    """Estimates the remaining time by the median pace of the runs so far.
+def _estimate(paces: Sequence[float], usual: float | None, cost: float) -> str:
+    """How long runs of this `cost` will take.
 
     Args:
         paces: seconds per unit of cost of earlier runs.
         usual: the pace on two CPU cores, or None.
         cost: the cost of all remaining runs.
     """
+    if paces:
+        return f"about {duration(statistics.median(paces) * cost)}"
+    if usual is not None:
+        return f"about {duration(usual * cost)} on two CPU cores"
+    return "the first of them tells how long"
 
-    def __init__(self, paces: list[float], usual: float | None, cost: float):
-        self.paces, self.usual, self.cost = paces, usual, cost
-        self.begun = self.of_run = 0.0
 
-    def estimate(self) -> str:
-        """The remaining time as text."""
-        if self.paces:
-            return f"about {duration(statistics.median(self.paces) * self.cost)}"
-        if self.usual is not None:
-            return f"about {duration(self.usual * self.cost)} on two CPU cores"
-        return "the first of them tells how long"
+def _first_look(others: float, is_needed: bool) -> Progress:
+    """Prints once, after the first steps of a run, how long it and as many `others` will take."""
+    begun, is_told = time.monotonic(), not is_needed
+    first: list[float] = []
 
-    def start(self, cost: float) -> Progress:
-        """Begins a run; the first run estimates the pace from its first steps."""
-        self.begun, self.of_run = time.monotonic(), cost
-        first: list[float] = []
-        is_told = bool(self.paces)
+    def progress(share: float) -> None:
+        nonlocal is_told
+        now = time.monotonic()
+        if not first:
+            first[:] = now, share
+        elif not is_told and now - first[0] > _FIRST_LOOK:
+            is_told = True
+            start, pace = first[0] - begun, (now - first[0]) / (share - first[1])
+            left = (1 - first[1]) * pace  # of a resumed run less than the whole
+            text = duration(start + left + (start + pace) * others)
+            print(f"  about {text} in all, by its first steps", flush=True)
 
-        def progress(share: float) -> None:
-            nonlocal is_told
-            now = time.monotonic()
-            if not first:
-                first[:] = now, share
-            elif not is_told and now - first[0] > _FIRST_LOOK:
-                is_told = True
-                whole = (now - first[0]) / (share - first[1]) + first[0] - self.begun
-                text = duration(whole / cost * self.cost)
-                print(f"  about {text} in all, by its first steps", flush=True)
-
-        return progress
-
-    def stop(self) -> float:
-        """Ends the run; returns its seconds."""
-        seconds = time.monotonic() - self.begun
-        self.paces.append(seconds / self.of_run)
-        self.cost -= self.of_run
-        return seconds
+    return progress
 
 
 def steps_to(progress: Progress) -> keras.callbacks.Callback:
@@ -215,11 +202,12 @@ def steps_to(progress: Progress) -> keras.callbacks.Callback:
     import keras
 
     class Steps(keras.callbacks.Callback):
-        done = 0
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
 
         def on_train_batch_end(self, batch, logs=None):
-            self.done += 1
-            progress(self.done / (self.params["epochs"] * self.params["steps"]))
+            of_epoch = (batch + 1) / self.params["steps"]
+            progress((self.epoch + of_epoch) / self.params["epochs"])
 
     return Steps()
 
@@ -267,8 +255,8 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([head, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
 
 
-def show(table: pd.DataFrame, title: str) -> None:
-    """Prints the table."""
+def show(table: pd.DataFrame, title: str, console: Console | None = None) -> None:
+    """Prints the table; the first column is left-aligned, the others right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -277,7 +265,7 @@ def show(table: pd.DataFrame, title: str) -> None:
         page.add_column(name.replace("_", " "), justify="right" if number else "left")
     for row in table.to_numpy():
         page.add_row(*row)
-    Console(markup=False).print(page)
+    (console or Console(markup=False)).print(page)
 
 
 def draw(path: Path, *of_picture: Any, **options: Any) -> None:

@@ -85,7 +85,7 @@ def test_every_cell_has_a_row_and_the_verdicts_are_right(fast, tmp_path, capsys)
     assert {(o.epochs, o.limit_steps, o.tensorboard) for o in fast} == {(1, 2, False)}
     out = capsys.readouterr().out
     assert "8 of 8 runs to do: the first of them tells how long" in out
-    assert "recipe at 0.01, seed 3\n  learned, 90.0 %, " in out and "; about 0 s left" in out
+    assert "recipe at 0.01, seed 3\n  learned, 90.0 %, " in out and "; about 1 s left" in out
     assert "2 of 2 diverged" in out and "11.0 (11.0–11.0), 2 of 2 at chance; 50 % clipped" in out
     with Image.open(tmp_path / "compare.png") as picture:
         assert min(picture.size) > 400

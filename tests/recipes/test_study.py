@@ -100,12 +100,42 @@ def test_the_first_run_tells_the_time_of_all_by_its_steps(tmp_path, capsys, monk
     file_of(tmp_path).run([study.Cell({"name": n, "rate": 0.1}, n, job) for n in names], str)
     out = capsys.readouterr().out
     assert (
-        "3 of 3 runs to do: the first of them tells how long\n1 of 3: a\n  about 6 min in all"
+        "3 of 3 runs to do: the first of them tells how long\n1 of 3: a\n  about 5 min in all"
         in out
     )
     assert out.count("first steps") == 1
     assert "100 s; about 3 min left" in out.replace("2 min; ", "100 s; ")
     assert float(file_of(tmp_path).read()["seconds"].iloc[0]) == 100
+
+
+def test_of_a_resumed_run_only_the_rest_is_to_come(tmp_path, capsys, monkeypatch):
+    """Ten seconds of start, then a tenth of the run in every ten seconds; eight are there."""
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+
+    def job(progress):
+        steps = study.steps_to(progress)
+        steps.set_params({"epochs": 10, "steps": 1})
+        for epoch in (8, 9):
+            steps.on_epoch_begin(epoch)
+            now[0] += 10
+            steps.on_train_batch_end(0)
+        return {"status": "learned"}
+
+    file_of(tmp_path).run([study.Cell({"name": "a", "rate": 0.1}, "a", job)], str)
+    assert "  about 20 s in all, by its first steps" in capsys.readouterr().out
+
+
+def test_rows_that_are_dropped_leave_the_columns_of_the_user(tmp_path):
+    path, file = tmp_path / "study.csv", file_of(tmp_path)
+    path.write_text("status,name,note,rate,seconds\nlearned,a,good,0.1,3.5\nfailed,b,bad,0.1,1\n")
+    file.drop(file.read()["status"] == "failed")
+    assert path.read_text().split() == [
+        "status,name,note,rate,seconds",
+        "learned,a,good,0.1,3.5",
+    ]
+    file.drop(file.read()["status"] == "learned")
+    assert list(file.run(cells([], "b"), str)["name"]) == ["b"]
 
 
 def test_duration():
