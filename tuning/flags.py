@@ -5,7 +5,6 @@ The flags of the search space are made from the clippers' declarations.
 
 import argparse
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from recipes.training.folder import folder_named
 
 Owners = list[tuple[str, declarations.Parameter]]
 
-TUNERS = ("random", "bayesian", "hyperband", "grid")
 #: Long enough to compare thresholds, and done in minutes on two cores.
 SMALL = {"epochs": 2, "limit_steps": 100}
 # Recipe options set by the search, besides the clippers' parameters; and the flags to use instead.
@@ -34,46 +32,78 @@ _SEARCHED = {
 }
 
 
+def _option(name: str, default: Any, help: str, kind: type = str, **more: Any) -> opts.Option:
+    return opts.Option(name, kind, default, help, **more)
+
+
+OPTIONS = {
+    "search": (
+        _option("recipe", "alexnet", "name, or a file that defines RECIPE"),
+        _option(
+            "tuner",
+            "random",
+            "what chooses the next trial",
+            choices=("random", "bayesian", "hyperband", "grid"),
+        ),
+        _option("max_trials", None, "baseline included (10; a grid: all)", int, low=2),
+        _option("objective", None, "any logged metric (the recipe's: val_accuracy ...)"),
+        _option("direction", None, "if the objective does not imply it", choices=("max", "min")),
+        _option(
+            "budget",
+            "small",
+            "small: 2 epochs of 100 steps unless given; full: the recipe's own",
+            choices=("small", "full"),
+        ),
+        _option("executions", 1, "runs of each trial", int, low=1),
+        _option(
+            "confirm_runs",
+            5,
+            "at the end, runs with other seeds of the best clipped and of the best unclipped "
+            "trial: 4 or more test whether clipping matters",
+            int,
+            low=0,
+        ),
+        _option("output", None, "folder of the search (runs/search-RECIPE)"),
+        _option("keep_weights", False, "keep best.keras of each run", bool),
+        _option("workers", 0, "processes on this machine", int, low=0),
+        _option(
+            "worker_timeout",
+            60.0,
+            "seconds after which the trial of a silent worker goes to another",
+            float,
+            above=0,
+        ),
+        _option("traceback", False, "errors with their traceback", bool),
+    ),
+    "search space": (
+        _option("calibration", None, "centre the thresholds' ranges on this file of `calibrate`"),
+        _option("search_gate", False, "also search the activation gate", bool),
+        _option("groups", False, "a separate threshold for stem, stages and head", bool),
+        _option("fix_learning_rate", False, "search at the recipe's own learning rate", bool),
+        _option("points", 4, "grid: values of each number", int, low=2),
+    ),
+}
+
+
 def build_parser(description: str, argv: Sequence[str] = ()) -> Parser:
-    """The parser of the search's own flags; all others are left to the recipe."""
+    """The parser of the search's own flags; all others are left to the recipe.
+
+    Args:
+        description: the head and the foot of the help.
+        argv: the command's arguments: the help shows the ranges of their `--clippers` only;
+            `--help-clippers` shows those of all clippers.
+    """
     parser = Parser(
         "python tuning/search.py",
         description,
         epilog=f"Recipes: {', '.join(RECIPES)}. Their options: python recipes/NAME.py --help",
     )
-    add = parser.add_argument_group("search").add_argument
-    add("--recipe", default="alexnet", help="name, or a file that defines RECIPE (%(default)s)")
-    add("--tuner", choices=TUNERS, default="random", help="(%(default)s)")
-    add("--max-trials", type=int, metavar="N", help="baseline included (10; a grid: all)")
-    add("--objective", metavar="METRIC", help="any logged metric (the recipe's: val_accuracy ...)")
-    add("--direction", choices=("max", "min"), help="if the objective's name does not imply it")
-    add(
-        "--budget",
-        choices=("small", "full"),
-        default="small",
-        help="small: 2 epochs of 100 steps unless given; full: the recipe's own (%(default)s)",
-    )
-    add("--executions", type=int, default=1, metavar="N", help="runs of each trial (%(default)s)")
-    add(
-        "--confirm-runs",
-        type=int,
-        default=5,
-        metavar="N",
-        help="at the end, the best clipped and unclipped trial with N other seeds: "
-        "4 or more test whether clipping matters (%(default)s)",
-    )
-    add("--output", metavar="DIR", help="folder of the search (runs/search-RECIPE)")
-    add("--keep-weights", action="store_true", help="keep best.keras of each run")
-    add("--workers", type=int, default=0, metavar="N", help="processes on this machine")
-    add(
-        "--worker-timeout",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="after which the trial of a silent worker goes to another (%(default)s)",
-    )
-    add("--traceback", action="store_true", help="errors with their traceback")
-    _add_space(parser, argv)
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            option.add_to(group, option.default)
+            parser.set_defaults(**{option.name: option.default})
+    _add_ranges(parser, group, argv)
     return parser
 
 
@@ -83,19 +113,30 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         RecipeError: one is out of its range, or contradicts another.
     """
-    _check_space(args)
-    for name, least in (("workers", 0), ("executions", 1), ("confirm_runs", 0)):
-        if getattr(args, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            raise RecipeError(f"{flag} {getattr(args, name)}: must be {least} or more")
-    if not 0 < args.worker_timeout < math.inf:
-        raise RecipeError(
-            f"--worker-timeout {args.worker_timeout:g}: must be a finite number above 0"
-        )
-    if args.max_trials is not None and args.max_trials < 2:
-        raise RecipeError(
-            f"--max-trials {args.max_trials}: at least 2, one of which is the baseline"
-        )
+    for options in OPTIONS.values():
+        for option in options:
+            option.check(getattr(args, option.name))
+    _check_words("--clippers", args.clippers, [opts.NONE, *opts.clippers()])
+    for flag, owners in _by_flag().items():
+        value, name = getattr(args, flag), opts.flag_of(flag)
+        if value is None:
+            continue
+        aliases = [alias for alias, _ in owners]
+        if not set(aliases) & set(args.clippers):
+            raise RecipeError(f"{name} belongs to {' or '.join(aliases)}, not among --clippers")
+        if owners[0][1].kind == "word":
+            _check_words(name, value, _words(owners))
+        elif not 0 <= value[0] < value[1] < float("inf"):
+            low, high = value
+            raise RecipeError(f"{name}: must be 0 <= low < high, but is {low:g} to {high:g}")
+    if args.fix_learning_rate and args.learning_rate_range:
+        raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
+
+
+def _check_words(flag: str, words: Sequence[str], known: Sequence[str]) -> None:
+    if len(set(words)) < len(words) or not set(words) <= set(known):
+        some = " ".join(words)
+        raise RecipeError(f"{flag} {some}: must be some of {', '.join(known)}, each at most once")
 
 
 def load_recipe(name: str) -> Any:
@@ -190,42 +231,23 @@ def _by_flag() -> dict[str, Owners]:
     return result
 
 
-def _add_space(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> None:
-    """Adds the flags of the search space; clippers may share a flag.
-
-    Args:
-        parser: the command's parser.
-        argv: its arguments: the help shows the flags of their `--clippers` only;
-            `--help-clippers` shows those of all clippers.
-    """
-    group = parser.add_argument_group("search space")
-    add = group.add_argument
-    add(
-        "--clippers",
-        nargs="+",
-        metavar="NAME",
-        default=["absolute", "exponential", "norm"],
-        help=f"of {', '.join(opts.clippers())}; none is always included (%(default)s)",
-    )
-    add(
-        "--calibration",
-        metavar="FILE",
-        help="centre the thresholds' ranges on those that keras_gradclip.calibrate saved",
-    )
-    add("--search-gate", action="store_true", help="also search the activation gate")
-    add("--groups", action="store_true", help="a separate threshold for stem, stages and head")
-    add(
+def _add_ranges(parser: Parser, group: argparse._ArgumentGroup, argv: Sequence[str]) -> None:
+    """Adds the clippers, the learning rates, and the ranges; clippers may share a flag."""
+    usual = ["absolute", "exponential", "norm"]
+    known = ", ".join(opts.clippers())
+    clippers: dict[str, Any] = {"nargs": "+", "metavar": "NAME", "default": usual}
+    early = Parser("", add_help=False)
+    for place in (early, group):
+        text = f"of {known}; none is always included (%(default)s)"
+        place.add_argument("--clippers", help=text, **clippers)
+    chosen = early.parse_known_args(argv)[0].clippers
+    group.add_argument(
         "--learning-rate-range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="log (a third to three times the recipe's)",
     )
-    add("--fix-learning-rate", action="store_true", help="search at the recipe's own learning rate")
-    add("--points", type=int, default=4, help="grid: values of each number (%(default)s)")
-    early = Parser("", add_help=False)
-    early.add_argument("--clippers", nargs="+", default=parser.get_default("clippers"))
-    chosen = early.parse_known_args(argv)[0].clippers
     page = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     every = page.add_argument_group("ranges and words to search")
     for owners in _by_flag().values():
@@ -240,60 +262,19 @@ def _add_space(parser: argparse.ArgumentParser, argv: Sequence[str] = ()) -> Non
     )
 
 
+def _words(owners: Owners) -> list[str]:
+    return list(dict.fromkeys(word or opts.NONE for _, p in owners for word in p.choices))
+
+
 def _help(owners: Owners) -> str:
     first = owners[0][1]
     text = f"{', '.join(alias for alias, _ in owners)}: {first.help}"
     if first.kind == "word":
-        words = dict.fromkeys(word or opts.NONE for _, p in owners for word in p.choices)
-        return f"{text}; of {' '.join(words)} ({first.default or opts.NONE})"
+        return f"{text}; of {' '.join(_words(owners))} ({first.default or opts.NONE})"
     suggested = "; ".join(
         f"{a} {p.range[0]:g} {p.range[1]:g}" for a, p in owners if p.threshold and p.range
     )
     return f"{text}, {'log' if first.log else 'linear'} ({suggested or 'searched if given'})"
-
-
-def _check_space(args: argparse.Namespace) -> None:
-    """Checks the flags of the search space.
-
-    Raises:
-        RecipeError: one is out of its range, or contradicts another.
-    """
-    known = [opts.NONE, *opts.clippers()]
-    _check_words("--clippers", args.clippers, known)
-    for flag, owners in _by_flag().items():
-        value, name = getattr(args, flag), opts.flag_of(flag)
-        if value is None:
-            continue
-        aliases = [alias for alias, _ in owners]
-        if not set(aliases) & set(args.clippers):
-            raise RecipeError(f"{name} belongs to {' or '.join(aliases)}, not among --clippers")
-        if owners[0][1].kind == "word":
-            words = [word or opts.NONE for _, p in owners for word in p.choices]
-            _check_words(name, value, list(dict.fromkeys(words)))
-        elif not 0 <= value[0] < value[1] < float("inf"):
-            low, high = value
-            raise RecipeError(f"{name}: must be 0 <= low < high, but is {low:g} to {high:g}")
-    if args.points < 2:
-        raise RecipeError(f"--points {args.points}: must be 2 or more")
-    if args.fix_learning_rate and args.learning_rate_range:
-        raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
-
-
-def _check_words(flag: str, words: Sequence[str], known: Sequence[str]) -> None:
-    if len(set(words)) < len(words) or not set(words) <= set(known):
-        some = " ".join(words)
-        raise RecipeError(f"{flag} {some}: must be some of {', '.join(known)}, each at most once")
-
-
-def _varied(args: argparse.Namespace, clippers: list[str]) -> dict[str, Any]:
-    """The given ranges and words, by clipper and parameter."""
-    return {
-        f"{alias}/{parameter.name}": value
-        for flag, owners in _by_flag().items()
-        if (value := getattr(args, flag)) is not None
-        for alias, parameter in owners
-        if alias in clippers
-    }
 
 
 def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +296,13 @@ def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]
     space = {
         "clippers": clippers,
         **(calibrated_ranges(args.calibration) if args.calibration else {}),
-        **_varied(args, clippers),
+        **{
+            f"{alias}/{parameter.name}": value
+            for flag, owners in _by_flag().items()
+            if (value := getattr(args, flag)) is not None
+            for alias, parameter in owners
+            if alias in clippers
+        },
         "activation_gate": args.search_gate,
         "points": args.points if args.tuner == "grid" else None,
         "groups": layer_groups(build_network(recipe, options, 10)) if args.groups else None,

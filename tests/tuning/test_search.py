@@ -368,7 +368,7 @@ def test_mirrored(tmp_path):
     [
         (["--recipe", "lenet"], "'lenet' is not a recipe: choose from alexnet"),
         (["--recipe", "nowhere.py"], "--recipe nowhere.py: no such file"),
-        (["--max-trials", "1"], "at least 2"),
+        (["--max-trials", "1"], "--max-trials 1: must be 2 or more"),
         (["--tuner", "genetic"], "invalid choice: 'genetic'"),
         (["--clippers", "agc"], "must be some of none"),
         (["--threshold-range", "1", "0.1"], "must be 0 <= low < high"),
