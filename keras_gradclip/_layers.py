@@ -127,7 +127,12 @@ def networks_of(variables: Sequence[keras.Variable]) -> list[keras.layers.Layer]
         reached.update((id(p), p) for p in around)
     result: list[keras.layers.Layer] = []
     inside: set[int] = set()
-    for layer in sorted(outermost.values(), key=lambda x: -len(_compat.all_layers(x))):
+
+    def order(layer: keras.layers.Layer) -> tuple[int, bool]:
+        # A Sequential comes before its own functional view of the same layers.
+        return -len(_compat.all_layers(layer)), not getattr(layer, "compiled", False)
+
+    for layer in sorted(outermost.values(), key=order):
         own = _compat.own_layers(layer)
         if not own or any(id(part) not in inside for part in own):  # else a view of the others
             result.append(layer)

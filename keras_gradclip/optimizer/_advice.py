@@ -71,12 +71,19 @@ def advice(
             "Muon's steps have one size whatever the gradient's, so its matrices are left alone; "
             "for the others a guard that clips a tenth of the updates"
         )
-    layers = [layer for network in networks_of(variables) for layer in _compat.all_layers(network)]
+    networks = networks_of(variables)
+    layers = [layer for network in networks for layer in _compat.all_layers(network)]
     normalisation = next(filter(is_normalisation, layers), None)
     if normalisation is not None:
         return guard, (
             f"the model has normalisation ({type(normalisation).__name__}), with which high "
             "learning rates are survived: a guard that clips a tenth of the updates"
+        )
+    unscaled = [x for n in networks for x in _losses_of(n) if not _has_one_scale(x)]
+    if unscaled:
+        return guard, (
+            f"the outputs have the scale of the targets (the loss is {_name_of(unscaled[0])}), "
+            "which the initial weights are no measure of: a guard that clips a tenth of the updates"
         )
     free = _layers_to_leave_free(variables)
     names = dict.fromkeys(layers_of(variables))
@@ -97,6 +104,43 @@ def advice(
     return ClipMap([(pattern, guard)], bound, allow_unmatched=True), (
         f"{why}; but a guard that clips a tenth of the updates for {_FREE} (here {shown})"
     )
+
+
+def _losses_of(network: keras.layers.Layer) -> list[object]:
+    """The losses that a network was compiled with; none in a loop of one's own."""
+    losses = getattr(network, "loss", None)
+    return [loss for loss in keras.tree.flatten(losses) if loss is not None]
+
+
+#: Losses of logits, probabilities or directions, which have the one scale of initial weights.
+_OF_ONE_SCALE = (
+    "binary_crossentropy",
+    "binary_focal_crossentropy",
+    "categorical_crossentropy",
+    "categorical_focal_crossentropy",
+    "categorical_generalized_cross_entropy",
+    "categorical_hinge",
+    "circle",
+    "cosine_similarity",
+    "ctc",
+    "dice",
+    "hinge",
+    "kl_divergence",
+    "sparse_categorical_crossentropy",
+    "squared_hinge",
+    "tversky",
+)
+
+
+def _has_one_scale(loss: object) -> bool:
+    """Whether a loss is one of `_OF_ONE_SCALE`: a name, a function, or an object that wraps one."""
+    loss = keras.losses.get(loss) if isinstance(loss, str) else loss
+    function = getattr(loss, "fn", loss)
+    return any(function is getattr(keras.losses, name, ...) for name in _OF_ONE_SCALE)
+
+
+def _name_of(loss: object) -> str:
+    return str(loss) if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
 
 
 _FREE = (

@@ -215,6 +215,15 @@ def ratings():
     return keras.Model([a, b], h), [u, i], y, 15
 
 
+def far_targets(*hidden):
+    """A regression whose targets are further away than the initial weights are long."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(192, 4)).astype("float32")
+    y = x @ [[1.0], [2.0], [3.0], [4.0]] + 30 + rng.normal(size=(192, 1))
+    layers = [L.Dense(units, "relu") for units in hidden]
+    return keras.Sequential([keras.Input((4,)), *layers, L.Dense(1)]), x, y, 20
+
+
 def adapted(is_normalised):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(192, 6)).astype("float32")
@@ -238,6 +247,9 @@ TASKS = {
     "a head of zeros": (lambda: convolutional("zeros"), keras.optimizers.Adam, 3e-3),
     "transformer": (transformer, keras.optimizers.Adam, 3e-3),
     "recurrent": (sums, keras.optimizers.Adam, 3e-3),
+    "linear regression": (far_targets, keras.optimizers.SGD, 1e-2),
+    "regression": (lambda: far_targets(16), keras.optimizers.SGD, 1e-2),
+    "regression with Adam": (lambda: far_targets(16), keras.optimizers.Adam, 1e-1),
     "recommender": (ratings, keras.optimizers.Adam, 1e-2),
     "LoRA": (lambda: adapted(False), keras.optimizers.Adam, 3e-3),
     "LoRA, normalised": (lambda: adapted(True), keras.optimizers.Adam, 3e-3),
@@ -362,3 +374,25 @@ def test_muon_is_warned_of_with_a_remedy_that_works():
     )
     assert rules["head/kernel"][1] is None
     assert rules["stem/kernel"][1] == GUARD
+
+
+@pytest.mark.parametrize(
+    "losses, is_bounded",
+    [
+        ("categorical_crossentropy", True),
+        (keras.losses.SparseCategoricalCrossentropy(from_logits=True), True),
+        ([keras.losses.Hinge(), "kl_divergence"], True),
+        (None, True),  # a loop of one's own
+        ("mse", False),
+        ({"a": keras.losses.BinaryCrossentropy(), "b": keras.losses.Huber()}, False),
+        (lambda y, x: x, False),
+    ],
+)
+def test_auto_bounds_updates_by_weights_where_outputs_have_their_scale(losses, is_bounded):
+    inputs = keras.Input((2,))
+    h = L.Dense(4)(inputs)
+    model = keras.Model(inputs, {"a": L.Dense(3)(h), "b": L.Dense(3)(h)})
+    optimizer = kgc.ClippedOptimizer("sgd", "auto")
+    model.compile(optimizer, losses)
+    optimizer.build(model.trainable_variables)
+    assert isinstance(optimizer.clipper, kgc.UpdateRatioClip) == is_bounded
