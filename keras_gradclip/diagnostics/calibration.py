@@ -8,8 +8,7 @@ import html
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
@@ -68,6 +67,17 @@ class Calibration:
 
     Attributes:
         layers: the layers, in the model's order.
+        kernels: for each layer the names of its variables with more than one unit.
+        samples: what the thresholds are percentiles of: for each clipper a float64 array
+            `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
+            `[updates]`; not in the JSON of `save`.
+        percentile: the percentile, in 0..100.
+        nonfinite: the number of updates excluded because a gradient was not finite.
+        beta: β of the exponential clipper.
+        eps: ε of the adaptive clipper.
+        max_ratio: the largest suggested κ: that of `clipper="auto"` for this optimizer and
+            number of kernels.
+        anneal: as `clipper="auto"` sets it for this optimizer.
         thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "update_ratio",
             "rms") and layer the percentile; None for a layer whose gradient is zero or missing.
             `clip_map` does not clip such a layer, but "update_ratio" limits it by the smallest
@@ -76,102 +86,71 @@ class Calibration:
             kernels, at the measured learning rate, or the largest so far with `anneal` (for an
             optimizer that ignores the gradient's scale: for steps of η per element). Its map
             keeps within half of `max_ratio` to all of it, and limits biases with their units.
-        kernels: for each layer the names of its variables with more than one unit.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
         updates: the number of updates measured.
-        nonfinite: the number of updates excluded because a gradient was not finite.
-        percentile: the percentile, 0..100.
-        beta: β of the exponential clipper.
-        eps: ε of the adaptive clipper.
-        max_ratio: the largest suggested κ: that of `clipper="auto"` for this optimizer and
-            number of kernels.
-        anneal: as `clipper="auto"` sets it for this optimizer.
-        samples: what the thresholds are percentiles of: for each clipper a float64 array
-            `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
-            `[updates]`; not in the JSON of `save`.
+
+    Raises:
+        ValueError: a percentile outside 0..100.
     """
 
     layers: list[str]
-    thresholds: dict[str, dict[str, float | None]]
     kernels: dict[str, list[str]]
-    global_norm: float | None
-    updates: int
-    nonfinite: int
-    percentile: float
-    beta: float
-    eps: float
+    samples: Mapping[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
+    percentile: float = 90.0
+    nonfinite: int = 0
+    beta: float = 0.7
+    eps: float = 1e-3
     max_ratio: float = UpdateRatioClip().max_ratio
     anneal: str | None = None
-    samples: Mapping[str, np.ndarray] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
-    )
+    thresholds: dict[str, dict[str, float | None]] = dataclasses.field(init=False)
+    global_norm: float | None = dataclasses.field(init=False)
+    updates: int = dataclasses.field(init=False)
 
-    @classmethod
-    def of_samples(
-        cls,
-        layers: Sequence[str],
-        kernels: Mapping[str, Sequence[str]],
-        samples: Mapping[str, np.ndarray],
-        *,
-        percentile: float,
-        **settings: Any,
-    ) -> Calibration:
-        """A `Calibration` from samples.
-
-        Args:
-            layers: as the attribute.
-            kernels: as the attribute.
-            samples: as the attribute.
-            percentile: as the attribute.
-            **settings: attributes named in `SETTINGS`; the defaults are those of `calibrate`.
-
-        Raises:
-            ValueError: a percentile outside 0..100.
-        """
-        percentile = _percentile(percentile)
+    def __post_init__(self) -> None:
+        percentile = _percentile(self.percentile)
 
         def suggestion(values: np.ndarray) -> float | None:
             value = float(np.percentile(values, percentile))
             return value if value > 0 else None
 
-        return cls(
-            list(layers),
-            {
-                kind: {layer: suggestion(samples[kind][:, i]) for i, layer in enumerate(layers)}
+        derived: dict[str, object] = {
+            "percentile": percentile,
+            "thresholds": {
+                kind: {
+                    layer: suggestion(self.samples[kind][:, i])
+                    for i, layer in enumerate(self.layers)
+                }
                 for kind in kinds()
-                if kind in samples
+                if kind in self.samples
             },
-            {layer: list(names) for layer, names in kernels.items()},
-            suggestion(samples["global"]),
-            len(samples["global"]),
-            percentile=percentile,
-            samples=dict(samples),
-            **{"nonfinite": 0, "beta": 0.7, "eps": 1e-3, **settings},
-        )
+            "global_norm": suggestion(self.samples["global"]),
+            "updates": len(self.samples["global"]),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def at(self, percentile: float) -> Calibration:
         """The same samples at a different percentile."""
-        same = {name: getattr(self, name) for name in SETTINGS}
-        return Calibration.of_samples(
-            self.layers, self.kernels, self.samples, percentile=percentile, **same
-        )
-
-    def clipper(self, kind: str, layer: str) -> Clipper | None:
-        """The clipper suggested for a layer; None if there is nothing to clip."""
-        validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
-        return self._clipper(kind, [layer], 1)
+        return dataclasses.replace(self, percentile=percentile)
 
     def saved_threshold(self, kind: str, layer: str) -> float | None:
         """The layer's threshold in `clip_map` and `save`; None if it is not clipped.
 
         It is `thresholds[kind][layer]`, except for "update_ratio", whose figures are capped.
         """
-        path = _path(layer, self.layers)
-        levels = self._levels(kind, [n for n in self.layers if _path(n, self.layers) == path], 1)
+        alike = [name for name in self.layers if self._path(name) == self._path(layer)]
+        levels = self._levels(kind, alike, 1)
         return levels[0] if levels else None
 
-    def _clipper(self, kind: str, layers: Sequence[str], segments: int) -> Clipper | None:
-        """The clipper with the largest threshold of some layers: a number or a schedule."""
+    def clipper(self, kind: str, *layers: str, segments: int = 1) -> Clipper | None:
+        """The clipper with the largest threshold of some layers; None if there is nothing to clip.
+
+        Args:
+            kind: as in `clip_map`.
+            *layers: names of layers.
+            segments: as in `clip_map`.
+        """
+        validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
         levels = self._levels(kind, layers, segments)
         if levels is None:
             return None
@@ -187,6 +166,11 @@ class Calibration:
         needs = {p.name for p in parameters(cls)} & {*_measure(kind).needs}
         same = {name: getattr(self, name) for name in needs}
         return cls(**{threshold_of(cls) or "": threshold, **same})
+
+    def _path(self, layer: str) -> str:
+        """The path of a layer: its name without the `#2` of a second layer with that path."""
+        path = re.sub(r"#\d+$", "", layer)
+        return path if path in self.layers else layer
 
     def clip_map(self, kind: str = "update_ratio", segments: int = 1) -> ClipMap:
         """A `ClipMap` with a rule for each layer.
@@ -211,14 +195,14 @@ class Calibration:
         measure = selectable()[kind].measures
         together: dict[str, list[str]] = {}
         for layer in self.kernels if _counts_units(measure) else self.layers:
-            together.setdefault(_path(layer, self.layers), []).append(layer)
+            together.setdefault(self._path(layer), []).append(layer)
         rules = []
         for path, layers in together.items():
             pattern = re.escape(path) + "(/[^/]+)?"
             if measure == "unit_ratio":  # "sign_step" skips vectors by itself
                 names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
                 pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
-            rules.append((pattern, self._clipper(kind, layers, number)))
+            rules.append((pattern, self.clipper(kind, *layers, segments=number)))
         return ClipMap(rules)
 
     def limits(self, kind: str = "update_ratio", segments: int = 1) -> np.ndarray:
@@ -237,11 +221,10 @@ class Calibration:
         """
         number = self._checked(kind, segments)
         lengths = [len(part) for part in np.array_split(np.arange(self.updates), number)]
-        columns = []
-        for layer in self.layers:
-            levels = self._levels(kind, [layer], number) or [math.nan] * number
-            columns.append(np.repeat(levels, lengths))
-        return np.array(columns, "float64").T
+        levels = [
+            self._levels(kind, [layer], number) or [math.nan] * number for layer in self.layers
+        ]
+        return np.repeat(np.array(levels, "float64"), lengths, axis=1).T
 
     def _checked(self, kind: str, segments: int) -> int:
         """The number of segments, after a check of the kind and of it."""
@@ -262,7 +245,7 @@ class Calibration:
 
     def _levels(self, kind: str, layers: Sequence[str], segments: int) -> list[float] | None:
         """The largest threshold of some layers in each segment; None if none has one."""
-        known = [t for t in (self.thresholds[kind][layer] for layer in layers) if t is not None]
+        known = [t for layer in layers if (t := self.thresholds[kind][layer]) is not None]
         at_most = _measure(kind).at_most
         most = getattr(self, at_most) if at_most else math.inf
         # After divergence gradients are near 0, and the threshold must not be.
@@ -280,48 +263,34 @@ class Calibration:
 
     def table(self) -> str:
         """A text table: one line per layer with each clipper's threshold, as `save` writes it."""
-        rows, capped = [["layer", *self.thresholds]], []
+        rows = [["layer", *self.thresholds]]
         for layer in self.layers:
             rows.append([layer])
             for kind, of_layer in self.thresholds.items():
-                saved, watched = self.saved_threshold(kind, layer), of_layer[layer]
-                is_capped = _measure(kind).at_most and saved is not None and saved != watched
-                capped += [watched or 0.0] if is_capped else []
-                rows[-1].append("–" if saved is None else f"{saved:.3g}" + "*" * bool(is_capped))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        has_gaps = any("–" in row for row in rows)
-        return "\n".join(
-            [lines[0], "-" * len(lines[0]), *lines[1:], *self._notes(has_gaps, capped)]
-        )
-
-    def _notes(self, has_gaps: bool, capped: Sequence[float]) -> Iterator[str]:
-        """Notes under the table; `capped` are the measured values where it shows a `*`."""
+                saved = self.saved_threshold(kind, layer)
+                is_capped = bool(_measure(kind).at_most) and saved != of_layer[layer]
+                rows[-1].append("–" if saved is None else f"{saved:.3g}" + "*" * is_capped)
+        first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = "  ".join([f"{{:{first}}}", *(f"{{:>{width}}}" for width in widths)])
+        head, *lines = [line.format(*row) for row in rows]
         total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
         left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
-        yield (
+        lines.append(
             f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
             f"{left_out}; exponential: gamma at beta={self.beta:g}"
         )
-        if has_gaps:
-            yield (
+        if any("–" in row for row in rows):
+            lines.append(
                 "–: no threshold, the layer is left alone: its gradient is zero or missing, or it "
                 "has no kernel, which adaptive and update_ratio are about"
             )
-        if capped:
-            watched = " to ".join(dict.fromkeys(f"{f(capped):.3g}" for f in (min, max)))
-            yield (
-                f"*: capped, of {watched} watched: update_ratio is from "
-                f"{LEAST_SHARE * self.max_ratio:g} to {self.max_ratio:g}. A larger one says that "
-                "the learning rate is too high, not that steps should be so large; a smaller one, "
-                "or none, that the run had no gradients left"
+        if any(cell.endswith("*") for row in rows for cell in row):
+            lines.append(
+                f"*: capped, to {LEAST_SHARE * self.max_ratio:g} to {self.max_ratio:g}. A larger "
+                "one was measured where the learning rate is too high, a smaller one, or none, "
+                "where the run had no gradients left"
             )
+        return "\n".join([head, "-" * len(head), *lines])
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
@@ -346,15 +315,9 @@ class Calibration:
         write_json(path, content)
 
 
-def _path(layer: str, layers: Sequence[str]) -> str:
-    """The path of a layer: its name without the `#2` of a second layer with that path."""
-    path = re.sub(r"#\d+$", "", layer)
-    return path if path in layers else layer
-
-
 def calibrate(
     model: keras.Model,
-    data: Any,
+    data: object,
     steps: int = 100,
     percentile: float = 90.0,
     *,
@@ -364,7 +327,7 @@ def calibrate(
     eps: float = 1e-3,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
-) -> Any:
+) -> Calibration | Calibrations:
     """Suggests a threshold for each layer and each clipper, from the model's own gradients.
 
     Measures `steps` updates of `fit` and takes, for each layer, a percentile of what each clipper
@@ -453,11 +416,13 @@ def calibrate(
     for label, sampler, samples, left_out in zip(
         labels, samplers, watch.samples, skipped, strict=True
     ):
-        found[label] = _suggest(sampler, samples[:count], left_out, percentile, beta, eps)
+        found[label] = _suggest(
+            sampler, samples[:count], left_out, percentile=percentile, beta=beta, eps=eps
+        )
     return found if len(found) > 1 else found[""]
 
 
-class Calibrations(dict):
+class Calibrations(dict[str, Calibration]):
     """A `Calibration` for each of several optimizers; print it for their tables."""
 
     def __str__(self) -> str:
@@ -499,7 +464,7 @@ def _percentile(value: object) -> float:
     return percentile
 
 
-def _unpack(data: Any) -> tuple[Any, Any, Any]:
+def _unpack(data: object) -> tuple[object, object, object]:
     """x, y and sample_weight for `fit`."""
     if not isinstance(data, tuple):
         return data, None, None
@@ -524,12 +489,7 @@ def _figures(beta: float, eps: float) -> dict[str, Figure]:
 
 
 def _suggest(
-    sampler: Sampler,
-    samples: Sequence[Sample],
-    skipped: int,
-    percentile: float,
-    beta: float,
-    eps: float,
+    sampler: Sampler, samples: Sequence[Sample], skipped: int, **settings: float
 ) -> Calibration:
     """A `Calibration`: percentiles of the sampler's figures over the updates, by layer."""
     variables, inner = sampler.variables, sampler.optimizer.inner_optimizer
@@ -553,33 +513,29 @@ def _suggest(
 
     owners = np.array(layers_of(variables))
     layers = list(dict.fromkeys(owners.tolist()))
-    units = units_of(variables)
     is_kernel = np.array(
-        [len(u.axes) < len(v.shape) for u, v in zip(units, variables, strict=True)]
+        [len(u.axes) < len(v.shape) for u, v in zip(units_of(variables), variables, strict=True)]
     )
-    of_layers = {}
-    for measure, values in figures.items():
+
+    def by_layer(measure: str) -> np.ndarray:
         counted = is_kernel if _counts_units(measure) else np.ones_like(is_kernel)
         combine = np.linalg.norm if measure == "layer_norm" else np.max
-        columns = np.full((len(layers), len(kept)), np.nan)
+        result = np.full((len(kept), len(layers)), np.nan)
         for k, layer in enumerate(layers):
             if (own := (owners == layer) & counted).any():
-                columns[k] = combine(values[:, own], axis=1)
-        of_layers[measure] = columns.T
+                result[:, k] = combine(figures[measure][:, own], axis=1)
+        return result
+
     kernels: dict[str, list[str]] = {}
     for i in np.flatnonzero(is_kernel):
         kernels.setdefault(owners[i].item(), []).append(path_of(variables[i]).rpartition("/")[2])
-    return Calibration.of_samples(
+    of_layers = {kind: by_layer(selectable()[kind].measures or "") for kind in kinds()}
+    return Calibration(
         layers,
         kernels,
-        {
-            **{kind: of_layers[selectable()[kind].measures or ""] for kind in kinds()},
-            "global": np.linalg.norm(norms, axis=1),
-        },
-        percentile=percentile,
+        {**of_layers, "global": np.linalg.norm(norms, axis=1)},
         nonfinite=len(samples) - len(kept) + skipped,
-        beta=beta,
-        eps=eps,
         max_ratio=bound.max_ratio,
         anneal=bound.anneal,
+        **settings,
     )

@@ -155,7 +155,7 @@ def load_watched(path: Path, percentile: float):
             arrays = {name: file[name] for name in file.files}
         rest = json.loads(str(arrays.pop("rest")))
         samples = {kind: values.astype("float64") for kind, values in arrays.items()}
-        return kgc.Calibration.of_samples(
+        return kgc.Calibration(
             rest.pop("layers"), rest.pop("kernels"), samples, percentile=percentile, **rest
         )
     except (*_DAMAGED, zipfile.BadZipFile) as error:

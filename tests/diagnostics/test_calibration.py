@@ -218,7 +218,7 @@ def test_the_limits_are_what_the_map_clips_by():
 def test_a_kind_without_any_threshold():
     samples = {"norm": np.ones((4, 1)), "update_ratio": np.full((4, 1), np.nan)}
     samples["global"] = np.ones(4)
-    vectors = kgc.Calibration.of_samples(["scale"], {}, samples, percentile=90.0)
+    vectors = kgc.Calibration(["scale"], {}, samples, percentile=90.0)
     with pytest.raises(ValueError, match=r"no layer has a kernel. Others: norm"):
         vectors.clip_map()
     assert vectors.clip_map("norm").rules
@@ -410,7 +410,7 @@ def drifting(updates=40):
     samples["global"] = np.sqrt((norms**2).sum(axis=1))
     layers = ["stem", "body", "dead"]
     kernels = {layer: ["kernel"] for layer in layers}
-    return kgc.Calibration.of_samples(layers, kernels, samples, percentile=90.0), norms
+    return kgc.Calibration(layers, kernels, samples, percentile=90.0), norms
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def made_up(norms):
     samples = dict.fromkeys(("norm", "absolute", "exponential", "adaptive", "rms"), norms)
     samples["global"] = np.sqrt((norms**2).sum(axis=1))
     kernels = {layer: ["kernel"] for layer in layers}
-    return kgc.Calibration.of_samples(layers, kernels, samples, percentile=90.0)
+    return kgc.Calibration(layers, kernels, samples, percentile=90.0)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_file_that_clips_nothing_is_called_a_guard(tmp_path, capsys):
     rng = np.random.default_rng(0)
     found = made_up(rng.lognormal(sigma=0.2, size=(80, 3)))
     samples = {**found.samples, "update_ratio": np.full((80, 3), 1e-5)}
-    found = kgc.Calibration.of_samples(found.layers, found.kernels, samples, percentile=90.0)
+    found = kgc.Calibration(found.layers, found.kernels, samples, percentile=90.0)
     choices = calibrate.choices(found, 1, tmp_path)
     calibrate.show(found, choices, 1, tmp_path, "python recipes/tiny.py")
     printed = capsys.readouterr().out

@@ -72,7 +72,7 @@ def test_flags_help_config_compare_search_calibration_and_docs(toy, tmp_path, ca
     assert to_clipper(values).ceiling == pytest.approx(0.3)
 
     samples = {kind: np.ones((4, 1)) for kind in ("norm", "absolute", "toy")}
-    watched = kgc.Calibration.of_samples(
+    watched = kgc.Calibration(
         ["dense"], {"dense": ["kernel"]}, {**samples, "global": np.ones(4)}, percentile=50
     )
     assert watched.clipper("toy", "dense").threshold == 1.0
