@@ -38,7 +38,7 @@ class Finding:
     Attributes:
         level: "bad", "note" or "good".
         text: one or two sentences.
-        details: one line for each of many layers; else empty.
+        details: a line for each of several damaged parts of the files; else empty.
     """
 
     level: str
@@ -134,26 +134,33 @@ def _how_often(run: Run, is_finite: np.ndarray) -> list[Finding]:
     if not run.clipped[is_finite].any():
         return [_never(run, is_finite, bool(limits_updates.all()))]
     samples = np.flatnonzero(is_finite)
-    whole = Clipping.of(run, samples)
-    late = Clipping.of(run, samples[len(samples) // 2 :])
-    too_often = whole.too_often(run.partial) & ~limits_updates
+    whole, late = (Clipping.of(run, part) for part in (samples, samples[len(samples) // 2 :]))
     # The warm-up's large gradients say nothing about the threshold to use later.
-    at_the_start = too_often & ~late.too_often(run.partial)
-    result = _too_low(run, is_finite, whole, too_often & ~at_the_start)
-    result += _uneven(run, is_finite) or _at_the_start(run, samples, at_the_start)
+    too_often = whole.too_often(run.partial) & late.too_often(run.partial) & ~limits_updates
+    result = _too_low(run, is_finite, whole, too_often)
+    result += _uneven(run, is_finite)
     result += _turned(run, np.where(limits_updates, 0.0, whole.angle))
-    result += _limited(run, whole.share, limits_updates)
-    if not too_often.any() and not limits_updates.all():
-        share = np.where(limits_updates, np.nan, whole.share)
-        most = int(np.nanargmax(share))
-        result.append(
-            Finding(
-                "good",
-                f"On average a layer was clipped on {percent(float(np.nanmean(share)))} of steps, "
-                f"at most on {percent(share[most])} ({run.layers[most]}).",
-            )
+    if limits_updates.any() and whole.share[limits_updates].any():
+        # Most steps may reach such a limit by design.
+        is_usual = whole.share[limits_updates].mean() > TOO_OFTEN
+        works = " That is how such a limit works: it sets how far a step may move the weights."
+        text = (
+            f"Weight updates of {int(limits_updates.sum())} of {len(run.layers)} layers are "
+            f"limited, {_on_steps(run, whole.share, limits_updates)}.{works if is_usual else ''}"
         )
+        result.append(Finding("note", text))
+    if not too_often.any() and not limits_updates.all():
+        text = f"A layer was clipped {_on_steps(run, whole.share, ~limits_updates)}."
+        result.append(Finding("good", text))
     return result
+
+
+def _on_steps(run: Run, share: np.ndarray, mask: np.ndarray) -> str:
+    most = worst(share, mask)[0]
+    return (
+        f"on {percent(share[mask].mean())} of steps on average, at most on {percent(share[most])} "
+        f"({run.layers[most]})"
+    )
 
 
 def _never(run: Run, is_finite: np.ndarray, limits_updates: bool) -> Finding:
@@ -168,26 +175,6 @@ def _never(run: Run, is_finite: np.ndarray, limits_updates: bool) -> Finding:
     return Finding("bad", f"No layer was ever clipped: {reason}")
 
 
-def _limited(run: Run, share: np.ndarray, limits_updates: np.ndarray) -> list[Finding]:
-    """Reports how often a limit on weight updates acts; most steps may reach it by design."""
-    indices = worst(share, limits_updates & (share > 0))
-    if not indices:
-        return []
-    average, most = float(share[limits_updates].mean()), indices[0]
-    works = " That is how such a limit works: it sets how far a step may move the weights."
-    return [
-        Finding(
-            "note",
-            f"Weight updates of {int(limits_updates.sum())} of {len(run.layers)} layers are "
-            f"limited, on {percent(average)} of steps on average, at most on "
-            f"{percent(share[most])} ({run.layers[most]}).{works if average > TOO_OFTEN else ''}",
-            tuple(f"{run.layers[i]}: on {percent(share[i])} of steps" for i in indices)
-            if len(indices) > SINGLY
-            else (),
-        )
-    ]
-
-
 def _too_low(
     run: Run, is_finite: np.ndarray, clipping: Clipping, too_often: np.ndarray
 ) -> list[Finding]:
@@ -195,64 +182,33 @@ def _too_low(
 
     def describe(i: int) -> str:
         elements = f" ({percent(clipping.fraction[i])} of its elements)" if run.partial[i] else ""
+        hint = ""
+        if run.limits_norms[i] and not run.partial[i]:
+            hint = f" The 90th percentile of its norm is {np.nanpercentile(norms[:, i], 90):.3g}."
         return (
             f"{run.layers[i]}: clipped on {percent(clipping.share[i])} of steps{elements}, and "
-            f"{percent(clipping.left[i])} of its norm is left"
+            f"{percent(clipping.left[i])} of its norm is left: the threshold is too low.{hint}"
         )
-
-    def hint(i: int, text: str) -> str:
-        is_norm = run.limits_norms[i] and not run.partial[i]
-        return text.format(np.nanpercentile(norms[:, i], 90)) if is_norm else ""
 
     indices = worst(clipping.share * (1 - clipping.left), too_often)
     if len(indices) <= SINGLY:
-        return [
-            Finding(
-                "bad",
-                f"{describe(i)}: the threshold is too low."
-                + hint(i, " The 90th percentile of its norm is {:.3g}."),
-            )
-            for i in indices
-        ]
+        return [Finding("bad", describe(i)) for i in indices]
     names = some([f"{run.layers[i]} ({percent(clipping.share[i])})" for i in indices], SINGLY)
     return [
         Finding(
             "bad",
             f"{len(indices)} of {len(run.layers)} layers are clipped on more than "
             f"{percent(TOO_OFTEN)} of steps, and {percent(clipping.left[indices].mean())} of their "
-            f"norm is left on average: their thresholds are too low. Worst: {names}.",
-            tuple(describe(i) + hint(i, "; 90th percentile of the norm: {:.3g}") for i in indices),
-        )
-    ]
-
-
-def _at_the_start(run: Run, samples: np.ndarray, mask: np.ndarray) -> list[Finding]:
-    half = len(samples) // 2
-    early, late = (Clipping.of(run, part).share for part in (samples[:half], samples[half:]))
-    indices = worst(early - late, mask)
-    if not indices:
-        return []
-
-    def describe(of: int | list[int]) -> str:
-        first, second = percent(np.mean(early[of])), percent(np.mean(late[of]))
-        return f"on {first} of steps in the first half of the run, on {second} in the second"
-
-    lines = tuple(f"{run.layers[i]}: {describe(i)}" for i in indices)
-    return [
-        Finding(
-            "note",
-            f"Clipped at the start above all, {describe(indices)}: "
-            f"{some([run.layers[i] for i in indices], SINGLY)}. A warm-up or the first large "
-            "gradients do this; the thresholds need not be too low.",
-            lines if len(lines) > SINGLY else (),
+            f"norm is left on average: their thresholds are too low. Worst: {names}; the table of "
+            "layers has them all.",
         )
     ]
 
 
 def _uneven(run: Run, is_finite: np.ndarray) -> list[Finding]:
-    """Reports a clip that acts in only one part of the run, because the norms drift."""
+    """Reports a clip that acts at one end of the run: in a warm-up, or because norms drift."""
     clipped = run.clipped[is_finite][:, ~run.limits_updates]
-    if len(clipped) < 20 or not clipped.size:
+    if len(clipped) < 10 or not clipped.size:
         return []
     fifths = np.array_split(clipped.mean(axis=1), 5)
     first, last = (float(part.mean()) for part in (fifths[0], fifths[-1]))
@@ -276,26 +232,11 @@ def _uneven(run: Run, is_finite: np.ndarray) -> list[Finding]:
 
 def _turned(run: Run, angle: np.ndarray) -> list[Finding]:
     indices = worst(angle, angle > TOO_FAR)
-    advice = "A norm clip keeps the direction."
-    if len(indices) <= SINGLY:
-        return [
-            Finding(
-                "note",
-                f"{run.layers[i]}: the clip turns the gradient by {angle[i]:.0f}° on average. "
-                f"{advice}",
-            )
-            for i in indices
-        ]
-    most = indices[0]
-    return [
-        Finding(
-            "note",
-            f"In {len(indices)} of {len(run.layers)} layers the clip turns the gradient by more "
-            f"than {TOO_FAR:.0f}° on average, most in {run.layers[most]} ({angle[most]:.0f}°). "
-            f"{advice}",
-            tuple(f"{run.layers[i]}: {angle[i]:.0f}°" for i in indices),
-        )
-    ]
+    if not indices:
+        return []
+    names = some([f"{run.layers[i]} ({angle[i]:.0f}°)" for i in indices], SINGLY)
+    text = f"The clip turns the gradient by more than {TOO_FAR:.0f}° on average: {names}."
+    return [Finding("note", f"{text} A norm clip keeps the direction.")]
 
 
 def _spikes(run: Run, is_finite: np.ndarray, is_off: bool) -> list[Finding]:

@@ -116,15 +116,12 @@ def _context(run: Run, folder: Path) -> Config:
         (v["path"], "×".join(map(str, v["shape"])) or "scalar", v["rule"], v["clipper"])
         for v in variables
     ]
-    measured = ("clipped on", "norm left", "median norm", "90 % below", "largest", "angle")
+    norms = ("norm left", "median norm", "90 % below", "largest")
+    layers = ("layer", "clipped on", "elements clipped", *norms, "angle")
+    hits = f"which rule hits what: {len(variables)} variables"
     tables = [
-        ("every layer in numbers", ("layer", *measured), _layer_rows(run), 12),
-        (
-            f"which rule hits what: {len(variables)} variables",
-            ("variable", "shape", "rule", "clipper"),
-            rules,
-            20,
-        ),
+        ("every layer in numbers", layers, _layer_rows(run), 12),
+        (hits, ("variable", "shape", "rule", "clipper"), rules, 20),
     ]
     return {
         "name": folder.parent.name if is_in_a_run else folder.name,
@@ -175,15 +172,14 @@ def _layer_rows(run: Run) -> list[tuple[str, ...]]:
         return []
     clipping = Clipping.of(run, is_finite)
     norms = run.figures["norm_before"][is_finite]
-    quantiles = [
-        over_samples(functools.partial(np.nanpercentile, q=q), norms) for q in (50, 90, 100)
-    ]
+    quantiles = over_samples(functools.partial(np.nanpercentile, q=(50, 90, 100)), norms).T
     return [
         (
             layer,
             percent(clipping.share[i]),
+            percent(clipping.fraction[i]),
             percent(clipping.left[i]),
-            *("–" if np.isnan(q[i]) else f"{q[i]:.3g}" for q in quantiles),
+            *("–" if np.isnan(norm) else f"{norm:.3g}" for norm in quantiles[i]),
             f"{clipping.angle[i]:.1f}°",
         )
         for i, layer in enumerate(run.layers)
@@ -237,19 +233,17 @@ def _draw_lines(axes: Axes, title: str, lines: Lines, log: bool) -> None:
     """Draws lines over the steps, on a log scale or from 0; NaN breaks a line."""
     axes.set_title(title)
     axes.set_xlabel("step")
-    drawn = []
-    for steps, values in lines.values():
+    for name, (steps, values) in lines.items():
         values = np.where(values > 0, values, np.nan) if log else values
-        drawn += axes.plot(steps, values, lw=1.2)
         known = np.pad(np.isfinite(values), 1)
         alone = known[1:-1] & ~known[:-2] & ~known[2:]  # between two NaN: a line would not show it
-        axes.plot(steps[alone], values[alone], ".", color=drawn[-1].get_color())
+        axes.plot(steps, values, ".-", lw=1.2, markevery=alone.tolist(), label=_short(name))
         if log and known.any():
             axes.set_yscale("log")
     if not log:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
-        axes.legend(drawn, [_short(name) for name in lines], frameon=False)
+        axes.legend(frameon=False)
 
 
 def _maps(run: Run) -> str:

@@ -70,9 +70,8 @@ class RunFiles:
         """Adds a sample."""
         rows = {
             MONITOR_CSV: [
-                [step, epoch, name, *(f"{row[field][i]:.6g}" for field in FIELDS)]
-                for i, name in enumerate(self.names)
-                if is_measured(row)[i]
+                [step, epoch, self.names[i], *(f"{row[field][i]:.6g}" for field in FIELDS)]
+                for i in np.flatnonzero(is_measured(row))
             ],
             THRESHOLDS_CSV: [
                 [step, name.replace("\n", " "), f"{value:.9g}"]  # one row per line
@@ -231,7 +230,7 @@ def read_run(run_dir: str | os.PathLike) -> Run:
         for row in rows:
             pairs.setdefault(row["name"], []).append((step_of(row["step"]), float(row["value"])))
     thresholds = {
-        name: (np.array([s for s, _ in of]), np.array([v for _, v in of]))
+        name: (np.array([step for step, _ in of]), np.array([value for _, value in of]))
         for name, of in pairs.items()
     }
     return _by_layer(steps, values, description, thresholds, tuple(problems))
@@ -243,15 +242,19 @@ def _description(path: Path) -> Config:
         content = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"report: {error}. {remedy}") from None
-    try:
-        content["clipper"]
-        is_whole = isinstance(content["clipper_text"], str) and bool(content["variables"])
-        for variable in content["variables"]:
-            is_whole &= all(isinstance(variable[key], kind) for key, kind in _VARIABLE.items())
-            is_whole &= all(isinstance(size, int) for size in variable["shape"])
-    except (TypeError, KeyError):
-        is_whole = False
-    if not is_whole:
+
+    def is_variable(entry: object) -> bool:
+        return isinstance(entry, dict) and all(
+            isinstance(entry.get(key), kind) for key, kind in _VARIABLE.items()
+        )
+
+    is_whole = (
+        isinstance(content, dict)
+        and "clipper" in content
+        and isinstance(content.get("clipper_text"), str)
+        and isinstance(content.get("variables"), list)
+    )
+    if not is_whole or not content["variables"] or not all(map(is_variable, content["variables"])):
         raise ValueError(
             f"report: {path} lacks `clipper`, `clipper_text` or `variables` with "
             f"{', '.join(_VARIABLE)}. {remedy}"
@@ -316,30 +319,22 @@ def _by_layer(
     of_variable = {name: np.where(has_row, values[:, i], 0.0) for i, name in enumerate(FIELDS)}
     fraction = of_variable["clip_fraction"]
 
-    def by_layer(function: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
-        """The results `[samples, layers]` of `function` on `[samples, variables]` of each layer."""
-        return np.stack([function(array[:, owners == layer]) for layer in layers], axis=1)
+    def by_layer(combine: np.ufunc, array: np.ndarray) -> np.ndarray:
+        """`[samples, layers]`: an array `[samples, variables]` combined over each layer."""
+        return np.stack([combine.reduce(array[:, owners == name], 1) for name in layers], axis=1)
 
-    def largest(array: np.ndarray) -> np.ndarray:
-        return array.max(axis=1)
-
-    def total(array: np.ndarray) -> np.ndarray:
-        return array.sum(axis=1)
-
-    measured = by_layer(largest, has_row)
-    figures = {name: by_layer(largest, of_variable[name]) for name in FIELDS}
+    measured = by_layer(np.logical_or, has_row)
+    figures = {name: by_layer(np.maximum, of_variable[name]) for name in FIELDS}
     for name in ("norm_before", "norm_after"):
-        figures[name] = np.sqrt(by_layer(total, of_variable[name] ** 2))
-    weights = has_row * sizes
-    figures["clip_fraction"] = by_layer(total, fraction * weights) / np.maximum(
-        by_layer(total, weights), 1.0
-    )
+        figures[name] = np.sqrt(by_layer(np.add, of_variable[name] ** 2))
+    elements = by_layer(np.add, has_row * sizes)
+    figures["clip_fraction"] = by_layer(np.add, fraction * sizes) / np.maximum(elements, 1.0)
     return Run(
         steps,
         layers,
         {name: np.where(measured, figure, np.nan) for name, figure in figures.items()},
-        by_layer(largest, fraction > 0),
-        np.any(by_layer(largest, (fraction > 0) & (fraction < 1)), axis=0),
+        by_layer(np.logical_or, fraction > 0),
+        np.any(by_layer(np.logical_or, (fraction > 0) & (fraction < 1)), axis=0),
         measured,
         thresholds,
         description,

@@ -70,8 +70,8 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert "clipped<br><b>17 %</b>" in text  # a third of the layers on half of the steps
     assert "every layer in numbers" in text
     row = page.cells.index("conv1")  # two variables a layer: ‖(4, 4)‖ on every second step
-    share, left, *norms = page.cells[row + 1 : row + 6]
-    assert (share, left) == ("50 %", "62 %")
+    share, elements, left, *norms = page.cells[row + 1 : row + 7]
+    assert (share, elements, left) == ("50 %", "50 %", "62 %")
     assert norms == [f"{np.sqrt(2) * n:.3g}" for n in (2.5, 4, 4)]
     elsewhere = kgc.report(run, tmp_path / "page.html")
     assert elsewhere.read_text(encoding="utf-8") == text
