@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from keras_gradclip.files import read_csv
 from keras_gradclip.tuning.space import threshold_of
@@ -34,8 +38,6 @@ def draw(
         folder: the folder of the trials; None leaves out the learning curves.
         ranges: (low, high) of the thresholds by name, the limits of the axes.
     """
-    from matplotlib.figure import Figure
-
     done = [row for row in rows if row.status == "completed"]
     names = list(dict.fromkeys(name for row in rows for name in threshold_of(row.values)))
     if len({row.values.get("learning_rate") for row in rows}) > 1:
@@ -62,51 +64,50 @@ def _scale(objective) -> tuple[float, str]:
 
 def _scores(figure, rows, names, objective, ranges) -> None:
     """One panel per hyper-parameter, one mark per trial: colour is clip fraction, red unclipped."""
-    from matplotlib.colors import LogNorm
-
     factor, label = _scale(objective)
     done = [row for row in rows if row.status == "completed"]
-    bottom, top = _limits([factor * row.score for row in done], objective.direction == "max")
-    worst = bottom if objective.direction == "max" else top
-    colours: Any = {
-        "cmap": "viridis",
-        "norm": LogNorm(0.01, 100),
-        "edgecolor": "black",
-    }
+    is_max = objective.direction == "max"
+    bottom, top = _limits([factor * row.score for row in done], is_max)
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    shades = ScalarMappable(LogNorm(0.01, 100), "viridis")
     best = contest(rows)[1]
-    image = None
     for axis, name in zip(axes, names, strict=True):
-        for row in (row for row in rows if name in row.values):
-            x, y = row.values[name], factor * row.score
-            if row.status == "diverged":
-                axis.scatter(x, worst, marker="x", color=_UNCLIPPED, s=60, clip_on=False)
-            elif row.status == "completed":
-                inside = bottom <= y <= top
-                kind: Any = {"marker": "*" if row.confirms else "o" if inside else "D"}
-                kind |= {"s": 160 if row.confirms else 60, "zorder": 3, "clip_on": False}
-                y = min(max(y, bottom), top)
+        for row in done:
+            if name in row.values:
+                y = factor * row.score
+                colour: Any = _UNCLIPPED
                 if row.clipped:
-                    clipped = np.clip(100 * np.nan_to_num(row.clip_fraction), 0.01, 100)
-                    image = axis.scatter(x, y, c=[clipped], **kind, **colours)
-                else:
-                    axis.scatter(x, y, color=_UNCLIPPED, **kind)
+                    colour = shades.to_rgba(np.fmax(100 * row.clip_fraction, 0.01))
+                mark = "*" if row.confirms else "o" if bottom <= y <= top else "D"
+                axis.scatter(
+                    row.values[name],
+                    np.clip(y, bottom, top),
+                    marker=mark,
+                    s=160 if row.confirms else 60,
+                    color=colour,
+                    edgecolor="black" if row.clipped else colour,
+                    zorder=3,
+                    clip_on=False,
+                )
+        lost = [r.values[name] for r in rows if r.status == "diverged" and name in r.values]
+        worst = [bottom if is_max else top] * len(lost)
+        axis.plot(lost, worst, "x", color=_UNCLIPPED, markersize=8, clip_on=False)
         if best is not None and best.status == "completed":
             axis.axhline(factor * best.score, color=_UNCLIPPED)
             axis.axhspan(factor * best.lowest, factor * best.highest, color=_UNCLIPPED, alpha=0.15)
-        axis.set_xscale("log")
-        axis.set_xlim(ranges.get(name))
-        axis.margins(x=0.1)
-        axis.set_ylim(bottom, top)
+        axis.set(xscale="log", xlim=ranges.get(name), ylim=(bottom, top))
         axis.set_xlabel(name.replace("/", " "))
-        _plain_ticks(axis)
+        axis.margins(x=0.1)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(label)
-    if objective.direction == "min" and bottom > 0 and top / bottom > 20:
+    if not is_max and bottom > 0 and top / bottom > 20:
         axes[0].set_yscale("log")
-    _legend(figure, axes[0], rows)
-    if image is not None:
-        figure.colorbar(image, ax=list(axes), label="clipped, % of all (log)", pad=0.01)
+    _legend(figure, axes[0], best)
+    if any(row.clipped for row in done):
+        figure.colorbar(shades, ax=list(axes), label="clipped, % of all (log)", pad=0.01)
 
 
 def _limits(scores, large: bool) -> tuple[float, float]:
@@ -119,17 +120,7 @@ def _limits(scores, large: bool) -> tuple[float, float]:
     return best - 0.15 * room, min(best + room, worst + 0.1 * room)
 
 
-def _plain_ticks(axis) -> None:
-    """0.02 instead of 2×10⁻², at 1, 2 and 5 of each decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure, axis, rows) -> None:
-    unclipped = contest(rows)[1]
+def _legend(figure, axis, unclipped: TrialRow | None) -> None:
     label = "best without clipping, its runs as a band"
     if unclipped is None or unclipped.status == "diverged":
         label = "without clipping: diverged"
@@ -139,7 +130,7 @@ def _legend(figure, axis, rows) -> None:
         ("D", "black", "beyond the scale"),
         ("x", _UNCLIPPED, "diverged"),
     ):
-        axis.plot([], [], mark, color=colour, label=status, linestyle="")
+        axis.plot([], [], mark, color=colour, label=status)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
 
 
@@ -152,19 +143,15 @@ def _seeds(axis, rows, objective) -> None:
         if row is None:
             continue
         finite = [factor * score for score in row.scores if math.isfinite(score)]
-        lost = row.runs - len(finite)
         axis.scatter(finite, [place] * len(finite), s=90, alpha=0.6, color=colour)
         if finite:
-            axis.plot([np.mean(finite)] * 2, [place - 0.2, place + 0.2], color=colour, linewidth=2)
-        text = describe(row.values) + (f" ({lost} diverged)" if lost else "")
-        seeds = "other seeds" if row.confirms else "the search's own run"
-        text = f"{textwrap.fill(text, 60)}\n{seeds}"
-        axis.text(
-            0.5, place + 0.27, text, transform=axis.get_yaxis_transform(), ha="center", size=8
-        )
-    axis.set_yticks([0, 1], ["clipped", "unclipped"])
-    axis.set_ylim(-0.5, 1.8)
-    axis.set_xlabel(label)
+            axis.vlines(np.mean(finite), place - 0.2, place + 0.2, color=colour, linewidth=2)
+        lost = row.runs - len(finite)
+        text = textwrap.fill(describe(row.values) + (f" ({lost} diverged)" if lost else ""), 60)
+        text += "\nother seeds" if row.confirms else "\nthe search's own run"
+        across = axis.get_yaxis_transform()
+        axis.text(0.5, place + 0.27, text, transform=across, ha="center", size=8)
+    axis.set(yticks=[0, 1], yticklabels=["clipped", "unclipped"], ylim=(-0.5, 1.8), xlabel=label)
     axis.grid(axis="x", alpha=0.3)
     axis.set_title("best clipped and best unclipped: one mark for each seed, bar: mean", size=9)
 
@@ -184,8 +171,7 @@ def _curves(axis, done, objective, folder: Path | None) -> None:
             axis.plot(epochs, factor * np.array(values), "o-", ms=3, color=colour, label=text)
             text = None  # one legend entry per trial
     axis.set_title("learning curves of the best (red: the unclipped baseline)", size=9)
-    axis.set_xlabel("epoch")
-    axis.set_ylabel(label)
+    axis.set(xlabel="epoch", ylabel=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if axis.lines:

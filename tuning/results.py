@@ -9,11 +9,13 @@ much by chance.
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
+from rich.console import Console
 from scipy.stats import PermutationMethod, mannwhitneyu
 
 import keras_gradclip as kgc
@@ -21,6 +23,7 @@ from keras_gradclip.files import write_csv, write_json
 from keras_gradclip.tuning.divergence import DIVERGED
 from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS
 from keras_gradclip.tuning.space import to_clipper
+from recipes.tools import study
 from recipes.training.recipe import at_chance
 
 #: A p-value below this counts as significant.
@@ -29,6 +32,7 @@ SIGNIFICANCE = 0.05
 LEAST_RUNS = 4
 _ORDERS = 200_000  # exact up to ten runs a side, else a random sample of this many orders
 _STATUSES = ("completed", "diverged", "failed", "running")
+_MEANS = ("chance", "clip_fraction", "grad_norm", "epochs", "seconds")
 
 # --------------------------------------------------------------------------------------- the trials
 
@@ -90,22 +94,22 @@ def trial_rows(oracle) -> list[TrialRow]:
     rows = []
     for trial_id, trial in oracle.trials.items():
         values, metrics = trial.hyperparameters.values, trial.metrics
+        means = {name: float(metrics.get_last_value(name)) for name in metrics.metrics}
+        score = math.nan if trial.score is None else float(trial.score)
+        status = trial.status.lower() if trial.status in ("COMPLETED", "FAILED") else "running"
+        if status == "completed" and (means.get(DIVERGED) or not math.isfinite(score)):
+            status = "diverged"
         row = TrialRow(
             trial=trial_id,
-            status=trial.status.lower() if trial.status in ("COMPLETED", "FAILED") else "running",
+            status=status,
             values=own_values(values),
-            score=math.nan if trial.score is None else float(trial.score),
+            score=score,
             scores=_scores(metrics, oracle.objective.name),
             baseline=BASELINE in values,
             confirms=values.get(CONFIRMS, ""),
             message=trial.message or "",
+            **{name: means[name] for name in _MEANS if name in means},
         )
-        means = {name: float(metrics.get_last_value(name)) for name in metrics.metrics}
-        known = ("chance", "clip_fraction", "grad_norm", "epochs", "seconds")
-        figures: dict[str, Any] = {name: means[name] for name in known if name in means}
-        row = replace(row, **figures)
-        if row.status == "completed" and (means.get(DIVERGED) or not math.isfinite(row.score)):
-            row = replace(row, status="diverged")
         rows.append(row)
     return ranked(rows, oracle.objective.direction)
 
@@ -341,32 +345,25 @@ def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
         partial.rename(target)
 
 
-def print_table(rows: Sequence[TrialRow], objective, title: str, console) -> None:
-    """Prints the ranked trials."""
-    from rich.table import Table
-
-    show = formatter(objective.name)
-    caption = None
-    if any(row.confirms for row in rows):
-        caption = "bold, without a rank: the best of each kind, retrained with other seeds"
-    table = Table(title=title, caption=caption)
-    for name in ("rank", objective.name, "runs from .. to", "clipped", "time", "trial", ""):
-        table.add_column(name, justify="left" if not name else "right")
-    rank = 0
+def print_table(rows: Sequence[TrialRow], objective, title: str, console: Console) -> None:
+    """Prints the ranked trials; those that repeat another one come first and have no rank."""
+    show, lines, rank = formatter(objective.name), [], 0
     for row in rows:
         rank += not row.confirms
-        done = row.status == "completed"
         label = describe(row.values) + (" (baseline)" if row.baseline else "")
         if row.confirms:
             label += f" (trial {row.confirms} with other seeds)"
-        table.add_row(
-            "" if row.confirms else str(rank),
-            show(row.score) if done else row.status,
-            f"{show(row.lowest)} .. {show(row.highest)}" if done and row.runs > 1 else "",
-            "" if math.isnan(row.clip_fraction) else f"{100 * row.clip_fraction:.3g} %",
-            "" if math.isnan(row.seconds) else f"{row.seconds:.0f} s",
-            row.trial,
-            label,
-            style="bold" if row.confirms else None,
-        )
-    console.print(table)
+        done = row.status == "completed"
+        line = {
+            "settings": label,
+            "rank": "" if row.confirms else str(rank),
+            objective.name: show(row.score) if done else row.status,
+            "runs from .. to": "",
+            "clipped": "" if math.isnan(row.clip_fraction) else f"{100 * row.clip_fraction:.3g} %",
+            "time": "" if math.isnan(row.seconds) else f"{row.seconds:.0f} s",
+            "trial": row.trial,
+        }
+        if done and row.runs > 1:
+            line["runs from .. to"] = f"{show(row.lowest)} .. {show(row.highest)}"
+        lines.append(line)
+    study.show(pd.DataFrame(lines), title, console)
