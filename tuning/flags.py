@@ -88,10 +88,7 @@ OPTIONS = {
 def build_parser(description: str, argv: Sequence[str] = ()) -> Parser:
     """The parser of the search's own flags; all others are left to the recipe.
 
-    Args:
-        description: the head and the foot of the help.
-        argv: the command's arguments: the help shows the ranges of their `--clippers` only;
-            `--help-clippers` shows those of all clippers.
+    The help shows the ranges of the `--clippers` in `argv` only, `--help-clippers` those of all.
     """
     parser = Parser(
         "python tuning/search.py",
@@ -172,11 +169,8 @@ def recipe_options(
 ) -> dict[str, Any]:
     """The recipe's options that a search keeps fixed, by name.
 
-    Args:
-        args: the search's own flags, parsed.
-        recipe: `Recipe`.
-        rest: the arguments that are not flags of the search.
-        flags: the search's own flags, to suggest one for a misspelt flag.
+    `rest` are the arguments that are no `flags` of the search; one of those is suggested for a
+    misspelt flag.
 
     Raises:
         RecipeError: an invalid option, or one that the search sets itself.
@@ -278,12 +272,7 @@ def _help(owners: Owners) -> str:
 
 
 def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `clip_hyperparameters`.
-
-    Args:
-        args: the search's flags, parsed.
-        recipe: the `Recipe` to search.
-        given: its options that the user fixed.
+    """Arguments of `clip_hyperparameters`; `given` are the options that the user fixed.
 
     Raises:
         RecipeError: flags that contradict each other.

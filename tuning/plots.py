@@ -30,13 +30,8 @@ def draw(
 ) -> None:
     """Draws scores by threshold, the runs that the verdict compares, and learning curves.
 
-    Args:
-        rows: as `tuning.results.ranked` orders them.
-        path: of the PNG file.
-        objective: with `name` and `direction`.
-        title: str, printed above the verdict.
-        folder: the folder of the trials; None leaves out the learning curves.
-        ranges: (low, high) of the thresholds by name, the limits of the axes.
+    The rows are `ranked`. `folder` has the trials, for their curves; `ranges` has the limits of the
+    axes by hyper-parameter.
     """
     done = [row for row in rows if row.status == "completed"]
     names = list(dict.fromkeys(name for row in rows for name in threshold_of(row.values)))

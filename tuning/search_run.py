@@ -35,11 +35,8 @@ _SPACE = "search space: "  # prefix of hyper-parameter names in search.json
 class Search:
     """A search of a recipe's thresholds.
 
-    Args:
-        recipe: the recipe to search.
-        given: its fixed options, by name.
-        args: the search's own flags.
-        argv: the command line's arguments, for the workers.
+    `given` are the recipe's fixed options, `args` the search's own flags, `argv` the words of the
+    command line, for the workers.
 
     Raises:
         RecipeError: options that contradict each other.

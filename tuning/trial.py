@@ -32,14 +32,12 @@ class RecipeTuner(SearchTuner):
     Hyperband's later rounds resume a copy of the previous round, with its optimizer state.
 
     Args:
-        recipe: the recipe to search.
         given: the options that the user fixed, by name.
         space: arguments of `clip_hyperparameters`.
-        objective: with `name`, a column of a run's `history.csv`, and `direction`.
+        objective: its name is a column of a run's `history.csv`.
         args: the search's own flags.
         report: called with a line of text at the end of each epoch.
         oracle: `SearchOracle`, or KerasTuner's client of the chief's.
-        folder: the search's folder.
     """
 
     def __init__(
@@ -119,13 +117,7 @@ class RecipeTuner(SearchTuner):
 
 
 def trial_settings(given: Mapping, space: Mapping, values: Mapping) -> dict[str, Any]:
-    """The recipe options of a trial, for `recipe.options(**settings)`.
-
-    Args:
-        given: the options that the user fixed, by name.
-        space: arguments of `clip_hyperparameters`.
-        values: the trial's hyper-parameters.
-    """
+    """The recipe options of a trial: the `given` ones, and its `values` of hyper-parameters."""
     settings = dict(given)
     if "learning_rate" in values:
         settings["learning_rate"] = float(f"{values['learning_rate']:.7g}")

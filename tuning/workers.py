@@ -44,11 +44,8 @@ def role() -> str:
 def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[processes.Processes]:
     """Makes this process the chief and starts workers; they end with the context.
 
-    Args:
-        number: the number of workers. They take the GPUs in turn, and the chief none. 0: no
-            worker, and the process keeps its role.
-        argv: this program's arguments, for the workers.
-        folder: the search's folder; worker K's output goes to `worker-K.log` there.
+    They take the GPUs in turn, and the chief none. Their output goes to `folder/worker-K.log`. With
+    no worker the process keeps its role.
     """
     if not number:
         yield {}
@@ -132,17 +129,10 @@ def lead(
 ) -> None:
     """Serves workers until no trial is left, and reassigns the trials of lost workers.
 
-    A worker is lost when its process on this machine has ended, or when its heartbeat file has not
-    changed for `timeout` seconds by the chief's own clock.
-
-    Args:
-        serve: KerasTuner's server, which returns when all workers have received "stop"; it
-            sleeps for up to 20 seconds at a time, so it runs in a thread.
-        oracle: `SearchOracle`.
-        folder: the search's folder.
-        timeout: seconds without a heartbeat after which a worker is lost.
-        local: the workers on this machine, by id.
-        report: called with a line of text.
+    A worker is lost when its process on this machine (`local`) has ended, or when its heartbeat
+    file has not changed for `timeout` seconds by the chief's own clock. `serve` is KerasTuner's
+    server, which returns when all workers have received "stop"; it sleeps for up to 20 seconds at a
+    time, so it runs in a thread.
 
     Raises:
         RuntimeError: all workers on this machine failed.

@@ -6,9 +6,8 @@
 
 Trains the recipe for all updates of its run, or `--steps`, measures each layer's gradients, and
 discards the weights. Other options are passed to the recipe. It trains without a clip, because a
-clip changes the norms: with ResNet-50's own `AbsoluteClip` they fall to a third, and thresholds
-measured there clip six norms in ten. If a recipe diverges without a clip, give one, such as
-`--clipper norm --max-norm 1`.
+clip changes the norms; if a recipe diverges without one, give one, such as `--clipper norm
+--max-norm 1`.
 
 Writes into `runs/calibration-RECIPE` (or `--output`):
 
@@ -22,8 +21,8 @@ Writes into `runs/calibration-RECIPE` (or `--output`):
 
 The table at the end shows how many norms each would have clipped, in total and in each eighth of
 the run. If norms fall a hundredfold in the first epoch, as in ResNet-50, a constant at the 90th
-percentile clips nearly every early update and none later: it protects only the warm-up. The
-schedule and the percentile clipper clip about evenly throughout.
+percentile clips nearly every early update and none later; the schedule and the percentile clipper
+clip about evenly throughout.
 """
 
 from __future__ import annotations
@@ -88,9 +87,7 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
             )
         count = steps or max(1, updates)
         run.create_state()
-        beta = {}
-        if options.clipper == "exponential" and "beta" in options.clipping:
-            beta = {"beta": options.clipping["beta"]}
+        chosen = options.clipping if options.clipper == "exponential" else {}
         callbacks = [StopAtNonFinite(skips=options.skip_nonfinite)]
         if options.verbose != "quiet":
             callbacks.append(_progress(count * options.accumulate))
@@ -101,12 +98,12 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
                 steps=count,
                 percentile=percentile,
                 callbacks=callbacks,
-                **beta,
+                **{name: value for name, value in chosen.items() if name == "beta"},
             )
         except TrainingDiverged as error:
             raise RecipeError(
-                f"training diverged at step {error.step}: there is nothing to take thresholds "
-                "from. Lower --learning-rate, or watch it with a --clipper that holds it"
+                f"training diverged at step {error.step}: there are no gradients to take "
+                "thresholds from. Lower --learning-rate, or clip with --clipper"
             ) from None
         except ValueError as error:
             raise RecipeError(str(error)) from error
@@ -123,7 +120,7 @@ def _progress(batches: int) -> Any:
         if done % max(1, batches // 10) == 0:
             left = study.duration((time.monotonic() - begun) / done * (batches - done))
             loss = (logs or {}).get("loss", math.nan)
-            print(f"watched {done} of {batches} steps, loss {loss:.3f}; {left} left", flush=True)
+            print(f"measured {done} of {batches} steps, loss {loss:.3f}; {left} left", flush=True)
 
     return keras.callbacks.LambdaCallback(on_train_batch_end=tell)
 
@@ -159,12 +156,9 @@ def load_watched(path: Path, percentile: float):
             rest.pop("layers"), rest.pop("kernels"), samples, percentile=percentile, **rest
         )
     except (*_DAMAGED, zipfile.BadZipFile) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); delete it to watch again") from error
-
-
-def parts_of(found, segments: int) -> int:
-    """The number of segments with enough updates each, at most `segments`."""
-    return max(1, min(segments, found.updates // LEAST))
+        raise RecipeError(
+            f"{path}: cannot be read ({error}); delete it to measure again"
+        ) from error
 
 
 # ------------------------------------------------------------- what each threshold would clip
@@ -172,23 +166,26 @@ def parts_of(found, segments: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A file for `--clip-config`, and the share of norms that it would have clipped.
+    """A file for `--clip-config`, and the (layer, update) pairs that it would have clipped.
 
     Attributes:
         name: the file's name.
-        shares: the clipped share of (layer, update) pairs, in 0..1, for each eighth of the run.
-        overall: the same for the whole run.
+        hit: a mask `[updates, layers]`, 1 where it clips; NaN without a threshold.
     """
 
     name: str
-    shares: list[float]
-    overall: float
+    hit: np.ndarray
 
-    @classmethod
-    def of(cls, name: str, hit: np.ndarray) -> Choice:
-        """The choice that would have clipped the pairs where `hit`, `[updates, layers]`, is 1."""
-        parts = [part for part in np.array_split(hit, EIGHTHS) if len(part)]
-        return cls(name, [float(np.nanmean(p)) for p in parts], float(np.nanmean(hit)))
+    @property
+    def shares(self) -> list[float]:
+        """The clipped share, in 0..1, of each eighth of the run."""
+        parts = [part for part in np.array_split(self.hit, EIGHTHS) if len(part)]
+        return [float(np.nanmean(part)) for part in parts]
+
+    @property
+    def overall(self) -> float:
+        """The clipped share of the whole run."""
+        return float(np.nanmean(self.hit))
 
     @property
     def fits(self) -> bool:
@@ -206,12 +203,11 @@ def choices(found, segments: int, output: Path) -> list[Choice]:
         for kind in measured:
             name = f"clip-{kind}{'-schedule' if parts > 1 else ''}.json"
             found.save(output / name, kind, parts)
-            result.append(Choice.of(name, clipped(found, kind, parts)))
+            result.append(Choice(name, clipped(found, kind, parts)))
     follows = kgc.PercentileClip(found.percentile, window=WINDOW, scope="layer")
     files.write_json(output / "clip-percentile.json", {"clipper": kgc.serialize(follows)})
     hit = clipped_by_percentile(found.samples["norm"], found.percentile)
-    result.append(Choice.of("clip-percentile.json", hit))
-    return result
+    return [*result, Choice("clip-percentile.json", hit)]
 
 
 def clipped(found, kind: str, segments: int) -> np.ndarray:
@@ -320,7 +316,7 @@ def _draw_layers(axis, found, kind: str) -> None:
 # -------------------------------------------------------------------------------------- command
 
 
-def show(found, found_choices: list[Choice], segments: int, output: Path, command: str) -> None:
+def show(found, found_choices: list[Choice], output: Path, command: str) -> None:
     """Prints the tables, and the command that trains with the result."""
     import pandas as pd
 
@@ -335,24 +331,22 @@ def show(found, found_choices: list[Choice], segments: int, output: Path, comman
     ]
     study.show(
         pd.DataFrame(lines),
-        "what each would have clipped of the (layer, update) pairs watched\n"
-        f"(KIND: one threshold a layer; KIND-schedule: {segments} in a row; percentile: that of "
-        f"the layer's last {WINDOW} norms)",
+        "what each would have clipped of the measured (layer, update) pairs\n(KIND: one threshold "
+        "per layer; KIND-schedule: several, one after another; percentile: that of the layer's "
+        f"last {WINDOW} norms)",
     )
     by_name = {choice.name: choice for choice in found_choices}
     bounded, constant = (by_name.get(f"clip-{kind}.json") for kind in ("update_ratio", "norm"))
     even = steady(found_choices)
+    low, high = (100 * f(even.shares) for f in (min, max))
     if constant is not None and not constant.fits:
-        low, high = (100 * f(even.shares) for f in (min, max))
+        remedy = f"no file for norms clips evenly ({even.name}: {low:.0f} to {high:.0f} %)."
+        if even.fits:
+            remedy = f"{even.name} clips evenly."
+        first, *_, last = (f"{100 * share:.0f} %" for share in constant.shares)
         print(
-            "The norms drift: one threshold a layer clips "
-            f"{100 * constant.shares[0]:.0f} % of the first eighth of the run and "
-            f"{100 * constant.shares[-1]:.0f} % of the last; "
-            + (
-                f"{even.name} clips evenly."
-                if even.fits
-                else f"no file for norms clips evenly ({even.name}: {low:.0f} to {high:.0f} %)."
-            )
+            f"The norms drift: one threshold per layer clips {first} of the first eighth of the "
+            f"run and {last} of the last; {remedy}"
         )
     if found.updates < LEAST:
         print(
@@ -399,14 +393,14 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
     watched = output / WATCHED
     if watched.exists():
         check_options(path, recipe, settings)
-        print(f"using what was watched before: {watched}")
+        print(f"using the gradients measured before: {watched}")
         found = load_watched(watched, percentile)
     else:
         found = watch(recipe, options, steps, percentile)
         output.mkdir(parents=True, exist_ok=True)
         files.write_json(path, settings)
         save_watched(watched, found)
-    segments = parts_of(found, segments)
+    segments = max(1, min(segments, found.updates // LEAST))
     found_choices = choices(found, segments, output)
     write_table(output / "calibration.csv", found)
     draw(output / "calibration.png", found, segments, f"{recipe.name}: gradients and thresholds")
@@ -429,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(program, __doc__, usage=f"{program} RECIPE [--FLAG VALUE ...]")
     parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--percentile", type=float, default=90.0, help="default: 90")
-    parser.add_argument("--steps", type=int, help="updates to watch (default: the whole run)")
+    parser.add_argument("--steps", type=int, help="updates to measure (default: the whole run)")
     parser.add_argument(
         "--segments",
         type=int,
@@ -440,19 +434,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         arguments, rest = parser.parse_known_args(argv)
-        opts.parse(find_recipe(arguments.recipe), rest, parser.flags)
-        usual = str(RUNS / f"calibration-{arguments.recipe}")
-        output = folder_named(usual if arguments.output is None else arguments.output)
-        found, found_choices = calibrate(
-            find_recipe(arguments.recipe),
-            rest,
-            arguments.percentile,
-            arguments.steps,
-            arguments.segments,
-            output,
-        )
-        segments = parts_of(found, arguments.segments)
-        show(found, found_choices, segments, output, training_command(arguments.recipe, rest))
+        name, output = arguments.recipe, arguments.output
+        recipe = find_recipe(name)
+        opts.parse(recipe, rest, parser.flags)  # suggests one of them for a misspelt flag
+        output = folder_named(str(RUNS / f"calibration-{name}") if output is None else output)
+        numbers = (arguments.percentile, arguments.steps, arguments.segments)
+        found, found_choices = calibrate(recipe, rest, *numbers, output)
+        show(found, found_choices, output, training_command(name, rest))
 
     return exit_status(work, interrupted=": nothing was written; the same command starts anew")
 

@@ -58,9 +58,9 @@ def launch(
 
     Args:
         command: program and arguments, the same for each.
-        count: int, workers.
+        count: the number of workers.
         environment: environment variables; TF_CONFIG and CUDA_VISIBLE_DEVICES are added.
-        gpus: int, GPUs per worker; 0: all use the CPU.
+        gpus: GPUs per worker; 0: all use the CPU.
         grace: seconds for the others to end by themselves after one has failed.
         timeout: seconds after which all are ended.
 

@@ -150,13 +150,7 @@ def draw(rows: pd.DataFrame, path: Path, title: str) -> None:
 def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Path) -> pd.DataFrame:
     """Runs the cells that have no row in `output`; returns all rows.
 
-    Args:
-        recipe: `Recipe`, a classifier.
-        rest: options for every run, as on the recipe's command line.
-        clippers: values of `--clippers`.
-        learning_rates: floats.
-        seeds: ints.
-        output: the folder.
+    `rest` are options for every run, as on the recipe's command line.
 
     Raises:
         RecipeError: invalid options, or different ones than in `output`.

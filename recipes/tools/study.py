@@ -131,7 +131,10 @@ class StudyFile:
         paces = [s / asked[key].cost for key, s in took if key in asked and s >= 0]  # no NaN
         cost = sum(cell.cost for cell in left)
         if left:
-            print(f"{len(left)} of {len(asked)} runs to do: {_estimate(paces, pace, cost)}")
+            print(
+                f"{len(left)} of {len(asked)} runs to do: {_estimate(paces, pace, cost)}",
+                flush=True,
+            )
         for number, cell in enumerate(left, start=1):
             print(f"{number} of {len(left)}: {cell.name}", flush=True)
             begun, cost = time.monotonic(), cost - cell.cost
@@ -163,13 +166,7 @@ def duration(seconds: float) -> str:
 
 
 def _estimate(paces: Sequence[float], usual: float | None, cost: float) -> str:
-    """How long runs of this `cost` will take.
-
-    Args:
-        paces: seconds per unit of cost of earlier runs.
-        usual: the pace on two CPU cores, or None.
-        cost: the cost of all remaining runs.
-    """
+    """How long runs of this `cost` will take; paces are seconds per unit of it."""
     if paces:
         return f"about {duration(statistics.median(paces) * cost)}"
     if usual is not None:

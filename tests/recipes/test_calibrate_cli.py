@@ -104,7 +104,7 @@ def test_another_percentile_needs_no_training(calibrated, monkeypatch, capsys):
     folder, found, _ = calibrated
     monkeypatch.setattr(calibrate, "watch", lambda *_: pytest.fail("it watched again"))
     again, _ = calibrate.calibrate(TINY, QUIET, 50.0, None, 8, folder)
-    assert "watched before" in capsys.readouterr().out
+    assert "measured before" in capsys.readouterr().out
     for k, layer in enumerate(found.layers):
         for kind in ("norm", "absolute", "rms"):
             want = np.median(found.samples[kind][:, k])
@@ -121,7 +121,7 @@ def test_the_command_line(tmp_path, capsys):
     flags = ["resnet50", "--steps", "4", "--output", output, "--seed", "3", "--clipper", "none"]
     assert calibrate.main([*flags, "--verbose", "line"]) == 0
     said = capsys.readouterr().out
-    assert "watched 4 of 4 steps" in said
+    assert "measured 4 of 4 steps" in said
     for word in ("conv1", "predictions", "clip-norm.json", "clip-percentile.json", "4 updates are"):
         assert word in said
     command = said.strip().splitlines()[-1].strip()
@@ -226,7 +226,7 @@ def test_what_clips_nothing_is_not_praised(fall, tmp_path, capsys):
     choices = calibrate.choices(found, 1, tmp_path)
     last = next(c for c in choices if c.name == "clip-percentile.json")
     assert not last.fits
-    calibrate.show(found, choices, 1, tmp_path, "python recipes/tiny.py")
+    calibrate.show(found, choices, tmp_path, "python recipes/tiny.py")
     printed = capsys.readouterr().out
     assert "clips evenly." not in printed
     assert "no file for norms clips evenly (clip-percentile.json: " in printed
@@ -240,7 +240,7 @@ def test_a_file_that_clips_nothing_is_called_a_guard(tmp_path, capsys):
     samples = {**found.samples, "update_ratio": np.full((80, 3), 1e-5)}
     found = kgc.Calibration(found.layers, found.kernels, samples, percentile=90.0)
     choices = calibrate.choices(found, 1, tmp_path)
-    calibrate.show(found, choices, 1, tmp_path, "python recipes/tiny.py")
+    calibrate.show(found, choices, tmp_path, "python recipes/tiny.py")
     printed = capsys.readouterr().out
     assert "clip-update_ratio.json would have clipped nothing in this run" in printed
     assert printed.count("would have clipped nothing") == 1
