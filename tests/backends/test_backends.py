@@ -731,7 +731,9 @@ FEATURES = {
     "gate": {"clipper": kgc.AbsoluteClip(0.3), "gate": GATE},
     "moving average": {"clipper": kgc.NormClip(0.5), "inner": averaging},
 }
-NOT_COMPILED = {"eager": {"run_eagerly": True}, "no jit": {"jit_compile": False}}
+NOT_COMPILED = {"eager": {"run_eagerly": True}}
+if BACKEND == "jax":  # elsewhere Keras takes no jit by itself on a CPU
+    NOT_COMPILED["no jit"] = {"jit_compile": False}
 
 
 @functools.cache

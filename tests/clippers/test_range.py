@@ -102,19 +102,26 @@ def test_no_step_is_nan_at_the_largest_rate(scope, anneal, inner):
         assert all(np.isfinite(ops.convert_to_numpy(v)).all() for v in variables), size
 
 
+def after_two_updates(clipper, **thresholds):
+    variables = layers()
+    optimizer = optimizer_of(keras.optimizers.SGD, clipper, 1e-3, variables)
+    optimizer.clip_hyperparameters.update(thresholds)
+    for size in (1.0, 3.0):
+        optimizer.apply([ops.full(v.shape, size, v.dtype) for v in variables], variables)
+    return [ops.convert_to_numpy(ops.cast(v, "float32")) for v in variables]
+
+
+@pytest.fixture(scope="module")
+def without_a_clip():
+    return after_two_updates(None)
+
+
 @pytest.mark.parametrize("case", LIMITS)
-def test_the_largest_threshold_clips_nothing(case):
+def test_the_largest_threshold_clips_nothing(case, without_a_clip):
     clipper, name = CLIPPERS[case]
-    results = []
-    for one in (clipper, None):
-        variables = layers()
-        optimizer = optimizer_of(keras.optimizers.SGD, one, 1e-3, variables)
-        if one is not None:
-            optimizer.clip_hyperparameters[name] = LARGEST
-        for size in (1.0, 3.0):
-            optimizer.apply([ops.full(v.shape, size, v.dtype) for v in variables], variables)
-        results.append([ops.convert_to_numpy(ops.cast(v, "float32")) for v in variables])
-    for ours, plain in zip(*results, strict=True):
+    for ours, plain in zip(
+        after_two_updates(clipper, **{name: LARGEST}), without_a_clip, strict=True
+    ):
         np.testing.assert_allclose(ours, plain, rtol=1e-6)
 
 

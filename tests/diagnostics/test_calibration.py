@@ -80,6 +80,12 @@ def by_hand(follow, percentile, beta=0.7, eps=1e-3):
     return {key: np.percentile([row[key] for row in rows], percentile) for key in rows[0]}
 
 
+@pytest.fixture(scope="module")
+def calibrated():
+    """A calibration that the tests share, of Adam without a clipper."""
+    return kgc.calibrate(compiled(), dataset(), steps=STEPS)
+
+
 @pytest.mark.parametrize("follow", [True, False])
 def test_against_the_tape(follow):
     want = by_hand(follow, 75.0)
@@ -122,8 +128,8 @@ def test_nothing_is_changed(replicas, follow):
     assert any((a != b).any() for a, b in zip(everything(model), before, strict=True))
 
 
-def test_replicas_and_accumulation_watch_updates():
-    want = kgc.calibrate(compiled(), dataset(), steps=STEPS)
+def test_replicas_and_accumulation_watch_updates(calibrated):
+    want = calibrated
     many = kgc.calibrate(compiled(replicas=2), dataset(), steps=STEPS)
     micro = kgc.calibrate(
         compiled(gradient_accumulation_steps=2), dataset(2 * STEPS, BATCH // 2), steps=STEPS
@@ -224,9 +230,8 @@ def test_a_kind_without_any_threshold():
     assert vectors.clip_map("norm").rules
 
 
-def test_map_table_and_file(tmp_path):
-    model = compiled()
-    found = kgc.calibrate(model, dataset(), steps=3)
+def test_map_table_and_file(tmp_path, calibrated):
+    model, found = compiled(), calibrated
     text, shown = str(found), found._repr_html_()
     for layer in found.layers:
         threshold = f"{found.thresholds['norm'][layer]:.3g}"
@@ -335,13 +340,13 @@ def test_sample_weights_count():
         kgc.calibrate(compiled(), (x, y, x, y))
 
 
-def test_refusals():
+def test_refusals(calibrated):
     plain = net(keras.Model)
     plain.compile("sgd", loss())
     with pytest.raises(ValueError, match="ClippedOptimizer"):
         kgc.calibrate(plain, dataset())
     with pytest.raises(ValueError, match="kind"):
-        kgc.calibrate(compiled(), dataset(), steps=1).clip_map("median")
+        calibrated.clip_map("median")
 
 
 class Towers(keras.layers.Layer):
@@ -389,11 +394,11 @@ def test_two_layers_of_one_path_are_two():
     ]
 
 
-def test_another_percentile_of_the_same_updates():
-    found = kgc.calibrate(compiled(), dataset(), steps=STEPS, percentile=90.0)
+def test_another_percentile_of_the_same_updates(calibrated):
+    found = calibrated
     again = found.at(50.0)
     assert (again.percentile, again.updates, again.layers) == (50.0, STEPS, found.layers)
-    assert again.kernels == found.kernels and again.at(90.0) == found
+    assert again.kernels == found.kernels and again.at(found.percentile) == found
     for kind, of_layer in again.thresholds.items():
         for k, layer in enumerate(again.layers):
             assert of_layer[layer] == pytest.approx(np.median(found.samples[kind][:, k]))

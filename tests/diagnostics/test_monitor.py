@@ -129,19 +129,15 @@ def test_replicas_see_the_same(plain_run):
     assert history["clip_angle"] == [pytest.approx(plain_run[1]["clip_angle"][0], rel=1e-3)]
 
 
-@pytest.mark.parametrize("replicas", [0, 2])
-def test_steps_per_execution(plain_run, replicas):
-    monitor, _, _ = watched(replicas, compile_args={"steps_per_execution": 4})
+def test_steps_per_execution(plain_run):
+    monitor, _, _ = watched(compile_args={"steps_per_execution": 4})
     same(monitor, plain_run[0])
 
 
-@pytest.mark.parametrize("replicas", [0, 2])
-def test_accumulation_measures_updates(replicas):
-    monitor, _, _ = watched(
-        replicas, steps=12, gradient_accumulation_steps=2, train_args={"batch": 8}
-    )
+def test_accumulation_measures_updates(plain_run):
+    monitor, _, _ = watched(2, steps=12, gradient_accumulation_steps=2, train_args={"batch": 8})
     assert monitor.history["step"] == list(range(6))
-    same(monitor, watched()[0])
+    same(monitor, plain_run[0])
 
 
 def test_eager_and_a_plain_model(plain_run):
