@@ -200,7 +200,8 @@ INNER = {
 @pytest.mark.parametrize(
     ("replicas", "built", "inner"),
     [
-        *((None, built, inner) for built in ("before the fit", "in the fit") for inner in INNER),
+        *((None, "in the fit", inner) for inner in INNER),
+        (None, "before the fit", "ScheduleFreeAdamW"),
         pytest.param(2, "in the fit", "ScheduleFreeAdamW", marks=pytest.mark.slow),
     ],
 )

@@ -153,8 +153,7 @@ def test_one_operation_a_tensor_for_absolute():
     assert len(work) <= 2 * len(vs)
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
-def test_compiled_on_replicas(replicas):
+def test_compiled_on_replicas():
     """XLA on each logical device, inside `strategy.run`, equals one device."""
 
     def stepped(replicas):
@@ -188,11 +187,7 @@ def test_compiled_on_replicas(replicas):
             step()
         return to64(v.value)
 
-    np.testing.assert_allclose(stepped(replicas), stepped(None), rtol=1e-5, atol=1e-6)
-
-
-def test_worth_compiling_is_about_this_size():
-    assert arithmetic.SMALL < 300 * 256 < arithmetic.WORTH_COMPILING <= 1024 * 1024
+    np.testing.assert_allclose(stepped(2), stepped(None), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -217,13 +212,9 @@ def test_column_squares(shape):
     [
         (1000003, 3),
         (1 << 20, 3),
-        (154587, 10),
         (4001, 1023),
-        (4096, 1024),
         (1 << 20, 1),
         (999983,),
-        (1 << 20,),
-        (300007, 3),
         (65521, 2),
         (3, 3, 511, 251),
         (7, 300000),

@@ -1,6 +1,7 @@
 """A skipped update leaves no trace in the model and its metrics, as if its batches had not come."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -88,21 +89,30 @@ if BACKEND != "torch":
     CASES["jit"] = {"jit_compile": True}
 
 
-SKIPS = [([0], None), ([3], None), ([2, 7], None), ([2], 2), ([1], 2), ([3], 4)]
-#: Everything in the plain case; the others once, and with accumulation where it is traced apart.
-SKIPS_OF = {"plain": SKIPS, "two replicas": SKIPS[2:5:2], "jit": SKIPS[2:5:2]}
+#: The first, the last and one in between; the second of the first window, the first of the third.
+SKIPS = [([0, 3, 7], None), ([1, 4], 2)]
+#: With accumulation where it is traced apart; under XLA, tests/optimizer/test_optimizer.py has it.
+SKIPS_OF = {"plain": SKIPS, "two replicas": SKIPS}
+
+
+@functools.cache
+def plain_run(*kept, steps):
+    return trained(kept, steps=steps)
 
 
 @pytest.mark.parametrize(
     ("case", "bad", "steps"),
-    [(case, *skip) for case in CASES for skip in SKIPS_OF.get(case, SKIPS[2:3])],
+    [(case, *skip) for case in CASES for skip in SKIPS_OF.get(case, SKIPS[:1])],
 )
 def test_a_skipped_update_is_as_if_its_batches_had_not_come(case, bad, steps):
     window = steps or 1
     kept = [i for i in range(8) if i // window not in [b // window for b in bad]]
     got = trained(range(8), bad=bad, steps=steps, **CASES[case])
     assert got[0].optimizer.skipped_steps == len(bad)
-    assert_equal(got, trained(kept, steps=steps, **CASES[case]))
+    if case in ("plain", "eager", "own step", "several steps"):  # what these compute is the same
+        assert_equal(got, plain_run(*kept, steps=steps))
+    else:
+        assert_equal(got, trained(kept, steps=steps, **CASES[case]))
     assert np.isfinite(got[0].evaluate(x, y, verbose=0)).all()
 
 
@@ -114,8 +124,9 @@ def test_a_plain_model_cannot():
     assert np.isfinite(np.concatenate([v.ravel() for v in model.get_weights()[:2]])).all()
 
 
-@pytest.mark.parametrize("replicas", [0, 2] if BACKEND == "tensorflow" else [0])
-@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize(
+    ("replicas", "steps"), [(0, 2), (2 if BACKEND == "tensorflow" else 0, None)]
+)
 def test_under_a_loss_scale(replicas, steps):
     keras.config.set_dtype_policy("mixed_float16")
     arguments = {"steps": steps, "replicas": replicas, "loss_weights": 0.01}

@@ -46,11 +46,9 @@ PARITY = [
     (1, "map", "adam"),
     (2, "exponential", "adam"),
     (2, "norm-layer", "adamw"),
-    (2, "norm-global", "ema"),
     (2, "absolute-norm", "momentum"),
     (2, "chain", "adam"),
-    (4, "map", "adam"),
-    (4, "norm-global", "ema"),
+    (4, "norm-global", "ema"),  # and "map", whose telemetry is compared below
 ]
 
 
@@ -73,13 +71,8 @@ def test_parity_full(clipper, optimizer, replicas, plain):
     np.testing.assert_allclose(got, one_device(clipper, optimizer), atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "clipnorm",
-        *(pytest.param(a, marks=pytest.mark.slow) for a in ("clipvalue", "global_clipnorm")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["clipnorm", "clipvalue", "global_clipnorm"])
 def test_stock_keras_has_no_such_parity(argument):
     """The same comparison fails on Keras's own clipping: the test above can fail."""
 
@@ -103,7 +96,7 @@ def largest_change(replicas, optimizer):
     return np.abs(weights(model) - before).max()
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
+@pytest.mark.parametrize("replicas", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_threshold_bounds_the_weight_change(replicas):
     ours = largest_change(
         replicas, lambda: kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), kgc.AbsoluteClip(0.1))
@@ -113,14 +106,13 @@ def test_a_threshold_bounds_the_weight_change(replicas):
     assert stock == pytest.approx(0.1 * replicas, rel=1e-4)
 
 
-@pytest.mark.parametrize("replicas", [4])
-def test_accumulation_clips_the_mean_of_the_micro_batches(replicas):
+def test_accumulation_clips_the_mean_of_the_micro_batches():
     """4 calls of 4 samples, accumulated, equal one call of 16."""
     adam = OPTIMIZERS["adam"]
     clipper = CLIPPERS["norm-layer"]
     _, _, want = run(0, clipper, adam, steps=4, batch=16)
     model, _, got = train(
-        replicas,
+        2,
         lambda: kgc.ClippedOptimizer(adam(), clipper, gradient_accumulation_steps=4),
         steps=16,
         batch=4,
@@ -218,11 +210,11 @@ def test_steps_per_execution_in_evaluate_and_predict():
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("replicas", [4])
-def test_telemetry_is_the_same_on_replicas(replicas):
+def test_telemetry_is_the_same_on_replicas():
     adam, clipper = OPTIMIZERS["adam"], CLIPPERS["map"]
-    one, _, _ = run(0, clipper, adam)
-    many, _, _ = run(replicas, clipper, adam)
+    one, _, want = run(0, clipper, adam)
+    many, _, got = run(4, clipper, adam)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
     a, b = one.optimizer.read_telemetry(), many.optimizer.read_telemetry()
     assert a["layers"] == b["layers"] == ["stem", "body", "head"]
     assert a["updates"] == b["updates"] == 8
@@ -230,7 +222,7 @@ def test_telemetry_is_the_same_on_replicas(replicas):
         np.testing.assert_allclose(a[key], b[key], rtol=1e-4)
 
 
-@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize("replicas", [1, 2])
 def test_custom_loop(replicas):
     """strategy.run around a gradient tape, without Keras's trainer."""
     mirrored = strategy(replicas)
@@ -301,7 +293,7 @@ def all_reduces(replicas, optimizer, model_class=keras.Model, **compile_args):
 
 @pytest.mark.parametrize(
     ("replicas", "options"),
-    [(2, {}), (2, {"skip_nonfinite": True}), (4, {"gradient_accumulation_steps": 2})],
+    [(2, {}), (2, {"skip_nonfinite": True}), (2, {"gradient_accumulation_steps": 2})],
     ids=str,
 )
 def test_exactly_one_all_reduce_an_update(replicas, options):
@@ -326,7 +318,7 @@ def test_embedding_under_a_strategy():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 5, (32, 6)), rng.integers(0, CLASSES, 32)
     results = []
-    for replicas in (0, 2, 4):
+    for replicas in (0, 2):
         scope = strategy(replicas)
         with scope.scope() if scope else contextlib.nullcontext():
             model = embedding_net()
@@ -335,8 +327,7 @@ def test_embedding_under_a_strategy():
             )
         model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
         results.append(weights(model))
-    for got in results[1:]:
-        np.testing.assert_allclose(got, results[0], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(*results, atol=TOLERANCE, rtol=0)
 
 
 def test_strategies_that_are_not_supported_are_refused():

@@ -1,6 +1,7 @@
 """Overflow: an update is applied on every replica or on none, and the loss scale follows."""
 
 import contextlib
+import itertools
 
 import keras
 import numpy as np
@@ -61,15 +62,11 @@ def factors(replicas, bad=None, value=np.inf):
     return tf.constant(poison)
 
 
-CASES = [
-    *((0, 0), (1, 0), (2, 0), (2, 1), (4, 0), (4, 3)),
-    *(pytest.param(4, bad, marks=pytest.mark.slow) for bad in (1, 2)),
-]
+# In the tests that follow each replica is the bad one in turn: a step is traced once.
 
 
-@pytest.mark.parametrize("value", [np.inf, np.nan], ids=["inf", "nan"])
-@pytest.mark.parametrize("replicas, bad", CASES)
-def test_skip_nonfinite(replicas, bad, value):
+@pytest.mark.parametrize("replicas", [0, 1, 4])
+def test_skip_nonfinite(replicas):
     model, optimizer, step = build(
         replicas,
         lambda: kgc.ClippedOptimizer(
@@ -77,20 +74,21 @@ def test_skip_nonfinite(replicas, bad, value):
         ),
     )
     step(factors(replicas))
-    before = copies(model)
-    step(factors(replicas, bad, value))
-    assert same(copies(model), before)
-    assert optimizer.skipped_steps == 1
-    assert int(optimizer.iterations.numpy()) == 1
-    step(factors(replicas))
-    assert not same(copies(model), before)
-    assert np.isfinite(weights(model)).all()
-    assert optimizer.skipped_steps == 1
+    cases = itertools.product(range(max(replicas, 1)), (np.inf, np.nan))
+    for skipped, (bad, value) in enumerate(cases):
+        before = copies(model)
+        step(factors(replicas, bad, value))
+        assert same(copies(model), before), (bad, value)
+        assert optimizer.skipped_steps == skipped + 1
+        assert int(optimizer.iterations.numpy()) == skipped + 1
+        step(factors(replicas))
+        assert not same(copies(model), before)
+        assert np.isfinite(weights(model)).all()
+        assert optimizer.skipped_steps == skipped + 1
 
 
-@pytest.mark.parametrize("steps", [None, 2])
-@pytest.mark.parametrize("replicas, bad", CASES)
-def test_loss_scale(replicas, bad, steps):
+@pytest.mark.parametrize("replicas, steps", [(0, None), (1, 2), (2, 2), (4, None)])
+def test_loss_scale(replicas, steps):
     """As `compile` builds it under mixed_float16."""
     keras.config.set_dtype_policy("mixed_float16")
     model, optimizer, step = build(
@@ -103,17 +101,18 @@ def test_loss_scale(replicas, bad, steps):
     micro = steps or 1
     for _ in range(micro):
         step(factors(replicas))
-    before, scale = copies(model), float(optimizer.dynamic_scale.numpy())
-    for _ in range(micro):
-        step(factors(replicas, bad))
-    assert same(copies(model), before)
-    assert float(optimizer.dynamic_scale.numpy()) == scale / 2
-    for copy in getattr(optimizer.dynamic_scale.value, "values", []):
-        assert float(copy.numpy()) == scale / 2
-    for _ in range(micro):
-        step(factors(replicas))
-    assert not same(copies(model), before)
-    assert np.isfinite(weights(model)).all()
+    for bad in range(max(replicas, 1)):
+        before, scale = copies(model), float(optimizer.dynamic_scale.numpy())
+        for _ in range(micro):
+            step(factors(replicas, bad))
+        assert same(copies(model), before), bad
+        assert float(optimizer.dynamic_scale.numpy()) == scale / 2
+        for copy in getattr(optimizer.dynamic_scale.value, "values", []):
+            assert float(copy.numpy()) == scale / 2
+        for _ in range(micro):
+            step(factors(replicas))
+        assert not same(copies(model), before)
+        assert np.isfinite(weights(model)).all()
 
 
 def test_stock_keras_corrupts_the_weights():
@@ -126,7 +125,7 @@ def test_stock_keras_corrupts_the_weights():
     assert float(optimizer.dynamic_scale.numpy()) == scale
 
 
-@pytest.mark.parametrize("replicas", [0, 1, 2, 4])
+@pytest.mark.parametrize("replicas", [0, 4])
 def test_the_clip_sees_unscaled_gradients(replicas):
     """SGD with learning rate 1 and a steep loss moves a weight by the threshold, not by 1/scale."""
     keras.config.set_dtype_policy("mixed_float16")
@@ -158,7 +157,7 @@ def test_the_loss_scale_grows_after_enough_finite_steps():
     assert scales == [8, 8, 16, 16, 16, 32, 32]
 
 
-@pytest.mark.parametrize("replicas", [0, 2, 4])
+@pytest.mark.parametrize("replicas", [0, 2])
 def test_fit_in_mixed_float16(replicas):
     """Through ClippedModel; the loss scale starts too high and finds its way down."""
     keras.config.set_dtype_policy("mixed_float16")
@@ -176,11 +175,10 @@ def test_fit_in_mixed_float16(replicas):
     assert history["loss"][-1] < history["loss"][1]
 
 
-@pytest.mark.parametrize("replicas", [0, 2])
-def test_fit_in_mixed_bfloat16(replicas):
+def test_fit_in_mixed_bfloat16():
     keras.config.set_dtype_policy("mixed_bfloat16")
     model, history, _ = train(
-        replicas,
+        2,
         lambda: kgc.ClippedOptimizer(
             keras.optimizers.SGD(0.05), kgc.NormClip(0.5), skip_nonfinite=True
         ),

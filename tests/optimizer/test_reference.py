@@ -17,7 +17,7 @@ import keras_gradclip as kgc
 tf = pytest.importorskip("tensorflow")
 
 MODES = {
-    "replicas": (0, 2, 4),
+    "replicas": (0, 2),
     "micro_steps": (1, 3),
     "scaling": ("none", "fixed", "dynamic"),
     "nonfinite": ("none", "first", "last"),

@@ -106,8 +106,9 @@ def warnings_of(caught):
     return [str(w.message) for w in caught if "ClippedOptimizer" in str(w.message)]
 
 
-@pytest.mark.parametrize("make", STATES)
-@pytest.mark.parametrize("model_class", [keras.Model, kgc.ClippedModel])
+@pytest.mark.parametrize(
+    ("make", "model_class"), zip(STATES, 2 * [keras.Model, kgc.ClippedModel], strict=True)
+)
 def test_what_was_not_trained_is_loaded_without_a_warning(make, model_class, tmp_path):
     model = net(model_class)
     model.compile(make(), loss())
@@ -145,9 +146,8 @@ def test_another_threshold_is_told_also_of_what_was_not_trained():
         other.load_own_variables(store)
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
-def test_saved_on_replicas_loaded_on_one_device(replicas, tmp_path):
-    with strategy(replicas).scope():
+def test_saved_on_replicas_loaded_on_one_device(tmp_path):
+    with strategy(2).scope():
         model = compiled(accumulate=3)
     fit(model)
     model.save(tmp_path / "m.keras")

@@ -32,10 +32,8 @@ CLIPPERS = {
 @pytest.mark.parametrize(
     ("name", "replicas", "micro_steps"),
     [
-        *(("unit", 0, 1), ("unit", 1, 2), ("unit", 2, 1), ("unit", 4, 2)),
-        *(("layer", 2, 1), ("layer", 0, 2), ("chain", 0, 1), ("chain", 2, 2)),
-        *(("map", 0, 2), ("map", 2, 1)),
-        *(("annealed", 0, 2), ("annealed", 4, 1), ("annealed map", 2, 2)),
+        *(("unit", 0, 1), ("unit", 4, 2), ("layer", 2, 1), ("chain", 0, 2)),
+        *(("map", 2, 1), ("annealed", 1, 1), ("annealed map", 2, 2)),
     ],
 )
 def test_against_the_reference(name, replicas, micro_steps):
