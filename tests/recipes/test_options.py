@@ -220,20 +220,38 @@ CASES = [(command, words, 0) for command in COMMANDS for words in (["--help"],)]
 CASES += [(command, words, 2) for command, lists in MISTAKES.items() for words in lists]
 
 
-@pytest.mark.parametrize(("command", "words", "status"), CASES)
-def test_flags_are_answered_before_keras_is_imported(command, words, status, tmp_path):
-    """`-X importtime` lists what is imported."""
+# One process answers all: exit status, lines on stderr and what is imported by then, of each.
+RUNNER = """
+import contextlib, io, json, runpy, sys
+answers = []
+for script, words in json.load(sys.stdin):
+    sys.argv = [script, *words]
+    error, status = io.StringIO(), 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    slow = {"keras", "tensorflow", "pandas", "matplotlib"} & {*sys.modules}
+    answers.append([status, error.getvalue().splitlines(), sorted(slow)])
+assert "recipes.plugin" in sys.modules
+print(json.dumps(answers))
+"""
+
+
+def test_flags_are_answered_before_keras_is_imported(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / command), *words],
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps([(str(ROOT / command), words) for command, words, _ in CASES]),
         capture_output=True,
         text=True,
         timeout=100,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert done.returncode == status, lines
-    assert len(lines) == (status == 2) and all(line.startswith("error: ") for line in lines)
-    assert "recipes.plugin" in imported
-    assert not {"keras", "tensorflow", "pandas", "matplotlib"} & imported
+    assert done.returncode == 0, done.stderr
+    for (command, words, want), answer in zip(CASES, json.loads(done.stdout), strict=True):
+        status, lines, slow = answer
+        assert (status, slow) == (want, []), (command, words, lines)
+        assert len(lines) == (want == 2), (command, words, lines)
+        assert all(line.startswith("error: ") for line in lines), (command, words, lines)

@@ -313,13 +313,15 @@ def test_plain_sgd_warns():
     "values",
     [
         pytest.param({"clipper": "none"}, marks=pytest.mark.slow),
-        {"clipper": "exponential", "beta": 0.5, "rescale": "alpha"},
+        {
+            **{"clipper": "exponential", "beta": 0.5, "rescale": "alpha"},
+            **{"activation_gate": True, "gate_gamma": 0.5},
+        },
         pytest.param(
             {"clipper": "norm", "max_norm": 0.1, "scope": "global"}, marks=pytest.mark.slow
         ),
         {"accumulate": 2, "skip_nonfinite": True},
         {"mixed_precision": "float16", "label_smoothing": 0.1},
-        {"activation_gate": True, "gate_gamma": 0.5},
     ],
     ids=lambda values: next(iter(values)) + "-" + str(next(iter(values.values()))),
 )
@@ -459,11 +461,13 @@ def test_rules_for_the_best_model(rule, rows, kept):
     assert checkpoint.Selection(rule, "val_accuracy", "max").kept(logs) == kept
 
 
-def test_beats_test_evaluates_the_test_split(tmp_path):
-    result = quick(tmp_path, select_best="beats-test")
+def test_beats_test_evaluates_the_test_split_and_a_monitor_writes_a_report(tmp_path):
+    result = quick(tmp_path, select_best="beats-test", monitor=1)
     assert 0 <= result.history[0]["test_accuracy"] <= 1
     better = result.history[0]["val_accuracy"] > result.history[0]["test_accuracy"]
     assert result.kept == better == (tmp_path / "run" / folders.BEST).exists()
+    page = (tmp_path / "run" / "monitor" / "report.html").read_text()
+    assert "<html" in page and "kernel" in page
 
 
 def test_validation_is_not_disturbed_by_training_metrics(finished):
@@ -473,9 +477,3 @@ def test_validation_is_not_disturbed_by_training_metrics(finished):
         for name in folders.read_history(folder / folders.HISTORY)[0]
         if name == "val_grad_norm"
     ]
-
-
-def test_monitor_writes_a_report(tmp_path):
-    quick(tmp_path, monitor=1)
-    page = (tmp_path / "run" / "monitor" / "report.html").read_text()
-    assert "<html" in page and "kernel" in page
