@@ -9,7 +9,7 @@ import traceback
 
 import hypothesis
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 100))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 60))
 SEED = int(os.environ.get("FUZZ_SEED", 0))
 #: Parts that two processes can share.
 PARTS = 2
