@@ -10,10 +10,10 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from keras_gradclip.files import read_csv
 from keras_gradclip.tuning.space import threshold_of
+from recipes.tools import study
 from tuning.results import TrialRow, contest, describe, formatter, verdict
 
 _SHOWN = 5  # learning curves
@@ -90,12 +90,9 @@ def _scores(figure, rows, names, objective, ranges) -> None:
         if best is not None and best.status == "completed":
             axis.axhline(factor * best.score, color=_UNCLIPPED)
             axis.axhspan(factor * best.lowest, factor * best.highest, color=_UNCLIPPED, alpha=0.15)
-        axis.set(xscale="log", xlim=ranges.get(name), ylim=(bottom, top))
-        axis.set_xlabel(name.replace("/", " "))
+        study.log_axis(axis)
+        axis.set(xlim=ranges.get(name), ylim=(bottom, top), xlabel=name.replace("/", " "))
         axis.margins(x=0.1)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(label)
     if not is_max and bottom > 0 and top / bottom > 20:

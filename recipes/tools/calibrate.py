@@ -251,6 +251,7 @@ def write_table(path: Path, found) -> None:
 def draw(path: Path, found, segments: int, title: str) -> None:
     """Draws each layer's range and threshold, and norms and clipped share over the run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     norms = found.samples["norm"]
     count = len(found.layers)
@@ -275,9 +276,9 @@ def draw(path: Path, found, segments: int, title: str) -> None:
     over.set_yscale("log")
 
     share = figure.add_subplot(grid[1, -1])
-    lines = {f"{kind}: one threshold a layer": clipped(found, kind, 1) for kind in shown}
+    lines = {f"{kind}: one threshold per layer": clipped(found, kind, 1) for kind in shown}
     if segments > 1 and "norm" in shown:
-        lines[f"norm: {segments} thresholds in a row"] = clipped(found, "norm", segments)
+        lines[f"norm: {segments} thresholds, one after another"] = clipped(found, "norm", segments)
     lines[f"PercentileClip of the last {WINDOW}"] = clipped_by_percentile(norms, found.percentile)
     smooth = max(1, len(norms) // 40)
     for name, hit in lines.items():
@@ -286,6 +287,8 @@ def draw(path: Path, found, segments: int, title: str) -> None:
     share.axhspan(5, 15, color="grey", alpha=0.15)
     share.set(ylabel="layers clipped, % (grey: 5 to 15)", xlabel="update", ylim=(-3, 103))
     share.legend(fontsize="small")
+    for axis in (over, share):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in (*panels, over, share):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
@@ -309,7 +312,7 @@ def _draw_layers(axis, found, kind: str) -> None:
     every = -(-len(names) // 120)
     axis.set_yticks(at[::every], names[::every], fontsize=6 if len(names) > 40 else 9)
     axis.set(ylim=(len(names) - 0.5, -0.5), xlabel=kinds()[kind])
-    axis.set_xscale("log")
+    study.log_axis(axis)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize="small")
 
 

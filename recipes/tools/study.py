@@ -265,6 +265,16 @@ def show(table: pd.DataFrame, title: str, console: Console | None = None) -> Non
     (console or Console(markup=False)).print(page)
 
 
+def log_axis(axis: Axes) -> None:
+    """Makes the x axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def draw(path: Path, *of_picture: Any, **options: Any) -> None:
     """Saves `picture` as a PNG file."""
     figure = picture(*of_picture, **options)
