@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = compare(recipe, rest, given.clippers, rates, given.seeds, output)
         study.show(
             study.cross_table(scored(rows), "learning_rate", "clipper", cell_text),
-            f"{given.recipe}: best validation accuracy in %, mean (lowest–highest) of the seeds "
+            f"{given.recipe}: best validation accuracy in %, mean (lowest–highest); seeds: "
             + ", ".join(map(str, given.seeds)),
         )
         print(f"results in {output / 'compare.csv'} and {output / 'compare.png'}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.command_line import import_tensorflow
 from recipes.errors import RecipeError, plain_errors
 from recipes.plugin import files
 
@@ -196,6 +197,7 @@ def _first_look(others: float, is_needed: bool) -> Progress:
 
 def steps_to(progress: Progress) -> keras.callbacks.Callback:
     """A Keras callback that calls `progress` after each step."""
+    import_tensorflow()
     import keras
 
     class Steps(keras.callbacks.Callback):

@@ -1,6 +1,8 @@
 """The runner of studies: what is run again, what it says of the time, the table, the picture."""
 
 import math
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -124,6 +126,13 @@ def test_of_a_resumed_run_only_the_rest_is_to_come(tmp_path, capsys, monkeypatch
 
     file_of(tmp_path).run([study.Cell({"name": "a", "rate": 0.1}, "a", job)], str)
     assert "  about 20 s in all, by its first steps" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_tensorflow_is_quiet_in_a_study():
+    code = "from recipes.tools import study; study.steps_to(print)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_rows_that_are_dropped_leave_the_columns_of_the_user(tmp_path):

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,19 @@ from keras_gradclip.tuning import suggest  # noqa: E402
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "optuna.md"
 SPACE = {"learning_rate": (1e-4, 1e-2), "activation_gate": True, "scope": ("layer", "global")}
+
+
+@pytest.mark.slow
+def test_a_study_needs_no_scipy():
+    """The extra `optuna` does not bring it."""
+    code = (
+        "import sys; sys.modules['scipy'] = None; import optuna; "
+        "from keras_gradclip.tuning import suggest, to_clipper; study = optuna.create_study(); "
+        "study.optimize(lambda t: bool(to_clipper(suggest(t))), n_trials=15); "
+        "print(len(study.trials), 'scipy' in sys.modules and sys.modules['scipy'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "15 None", done.stderr[-2000:]
 
 
 def test_a_trial_suggests_what_kerastuner_declares():
