@@ -49,16 +49,15 @@ def exit_status(
     work: Callable[[], int | None],
     argv: Sequence[str] = (),
     *,
-    interrupted: str | Callable[[], str] = "",
-    hint: Callable[[], str] = lambda: "",
+    interrupted: str = "",
 ) -> int:
     """Runs a command; every expected failure ends with one line `error: ...`.
 
     Args:
-        work: the command; its result is the status, None is 0.
+        work: the command; its result is the status, None is 0. The notes of an error that it raises
+            are added to the line.
         argv: its arguments; with `--traceback` a traceback precedes the line.
-        interrupted: text to add to the line after Ctrl-C, or a function that returns it.
-        hint: text to add to errors that do not come from the flags.
+        interrupted: text to add to the line after Ctrl-C.
 
     Returns:
         The exit status: 0; 1 for a run that failed; 2 for a mistake in flags, config or data;
@@ -66,25 +65,34 @@ def exit_status(
     """
     try:
         return work() or 0
-    except KeyboardInterrupt:
-        more = interrupted() if callable(interrupted) else interrupted
-        message, status = f"interrupted{more}", 130
-    except RecipeError as error:
-        message = str(error)
-        status = 1 if isinstance(error, RunFailed) else 2
-    except ModuleNotFoundError as error:
-        message, status = f"{error.name} is missing: {SET_UP}", 2
-    except OSError as error:
-        name = f": {error.filename}" if error.filename else ""
-        message, status = f"{error.strerror or error}{name}{hint()}", 1
-    except Exception as error:
-        if not _is_tensorflow_error(error):
+    except (Exception, KeyboardInterrupt) as error:
+        ending = _ending(error)
+        if ending is None:
             raise
-        message, status = f"{_tensorflow_line(error)}{hint()}", 1
-    if "--traceback" in argv:
-        traceback.print_exc()
-    print(f"error: {_one_line(message)}", file=sys.stderr)
-    return status
+        message, status = ending
+        more = interrupted if isinstance(error, KeyboardInterrupt) else ""
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(f"error: {_one_line(message + more + notes)}", file=sys.stderr)
+        return status
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    """The message on an expected failure, and the exit status; None for any other."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, RecipeError):
+        return str(error), 1 if isinstance(error, RunFailed) else 2
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is missing: {SET_UP}", 2
+    if isinstance(error, OSError):
+        name = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{name}", 1
+    tensorflow_errors = getattr(sys.modules.get("tensorflow"), "errors", None)
+    if tensorflow_errors and isinstance(error, tensorflow_errors.OpError):
+        return _tensorflow_line(error), 1
+    return None
 
 
 def _one_line(message: str) -> str:
@@ -94,15 +102,7 @@ def _one_line(message: str) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
-def _is_tensorflow_error(error: Exception) -> bool:
-    if "tensorflow" not in sys.modules:
-        return False
-    import tensorflow as tf
-
-    return isinstance(error, tf.errors.OpError)
-
-
-def _tensorflow_line(error: Exception) -> str:
+def _tensorflow_line(error: BaseException) -> str:
     """The line with the cause in TensorFlow's report about a graph."""
     noise = ("Graph execution error", "Detected at node", "File ", "[[", "<stack traces", "(")
     lines = [line.strip() for line in str(error).splitlines()]

@@ -162,7 +162,7 @@ class Search:
 
     def _check_folder(self) -> None:
         """Writes the search's settings into its folder, or compares them with those of before."""
-        fixed = opts.saved_options(self.recipe, self.recipe.options(**self.given))
+        fixed = dict(self.recipe.options(**self.given).saved)
         for name in (*searched_options(), "recipe"):
             fixed.pop(name, None)
         now = {

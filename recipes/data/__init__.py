@@ -7,11 +7,12 @@ import tensorflow as tf
 from recipes.data import images, tfds
 from recipes.data.image_folder import IMAGE_FOLDER, image_folder_splits
 from recipes.data.sets import LARGE_SHUFFLE_BUFFER, SMALL_SHUFFLE_BUFFER, Data, Split, normalise
-from recipes.data.stream import WHOLE, Part, eval_batches, steps_per_epoch, train_stream
+from recipes.data.stream import WHOLE, Feed, Part, eval_batches, steps_per_epoch, train_stream
 
 __all__ = [
     "WHOLE",
     "Data",
+    "Feed",
     "Part",
     "Split",
     "eval_batches",

@@ -6,6 +6,8 @@ that is killed and resumed ends with the same weights.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -28,6 +30,61 @@ class Part:
 
 
 WHOLE = Part()
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The batches of a run.
+
+    Attributes:
+        data: `Data`.
+        batch_size: int, the global batch.
+        seed: int, determines the order and the augmentation.
+        limit: int or None, at most so many batches an epoch and in each evaluation.
+        workers: the tf.distribute strategy of several workers, each of which prepares only its own
+            part of the data; None for a process that trains alone.
+    """
+
+    data: Data
+    batch_size: int
+    seed: int
+    limit: int | None = None
+    workers: Any = None
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+        return steps_per_epoch(self.data.train, self.batch_size, self.limit)
+
+    def training(self, start_step: int) -> Any:
+        """The endless `train_stream` from global step `start_step` on."""
+        return self._shared(
+            lambda part: train_stream(
+                self.data, self.batch_size, self.seed, start_step, self.steps, part
+            )
+        )
+
+    def evaluation(self, split: Split) -> Any:
+        """The `eval_batches` of a split."""
+
+        def make(part: Part) -> tf.data.Dataset:
+            batches = eval_batches(self.data, split, self.batch_size, part)
+            return batches.take(self.limit) if self.limit else batches
+
+        return self._shared(make)
+
+    def _shared(self, make: Callable[[Part], tf.data.Dataset]) -> Any:
+        if self.workers is None:
+            return make(WHOLE)
+        return self.workers.distribute_datasets_from_function(
+            lambda context: make(
+                Part(
+                    context.input_pipeline_id,
+                    context.num_input_pipelines,
+                    context.num_replicas_in_sync,
+                )
+            )
+        )
 
 
 def steps_per_epoch(split: Split, batch_size: int, limit: int | None = None) -> int:

@@ -80,7 +80,7 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
     from recipes.training.callbacks import StopAtNonFinite
 
     with prepared(recipe, options) as run:
-        updates = options.epochs * run.steps // options.accumulate
+        updates = options.epochs * run.feed.steps // options.accumulate
         if steps is not None and steps > updates:
             raise RecipeError(
                 f"--steps {steps}: the run has {updates} updates; give fewer steps or more --epochs"
@@ -94,7 +94,7 @@ def watch(recipe, options: Options, steps: int | None, percentile: float):
         try:
             return kgc.calibrate(
                 run.model,
-                run.stream(0),
+                run.feed.training(0),
                 steps=count,
                 percentile=percentile,
                 callbacks=callbacks,
@@ -391,7 +391,7 @@ def calibrate(recipe, rest: list[str], percentile: float, steps, segments: int, 
     options = watched_options(recipe, rest)
     if options.output or options.resume:
         raise RecipeError("--output and --resume of the recipe make no sense here")
-    settings = opts.saved_options(recipe, options) | {"steps": steps}
+    settings = {**options.saved, "steps": steps}
     path = output / "config.json"
     watched = output / WATCHED
     if watched.exists():

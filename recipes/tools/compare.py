@@ -174,7 +174,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
         cells.append(study.Cell(key, f"{clipper} at {rate:g}, seed {seed}", job))
     output.mkdir(parents=True, exist_ok=True)
     # Options of all cells: rows with different ones must not share a table.
-    common = opts.saved_options(recipe, recipe.options(**shared))
+    common = dict(recipe.options(**shared).saved)
     for name in ("learning_rate", "seed"):
         common.pop(name)
     settings = output / "compare.json"

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import keras_gradclip as kgc
 from keras_gradclip.clippers import selectable
 from keras_gradclip.clippers.units import units_of
 from recipes import models
-from recipes.data import Data, Part, Split, eval_batches, load, steps_per_epoch, train_stream
+from recipes.data import Data, Feed, load
 from recipes.errors import RecipeError, plain_errors
 from recipes.training import evaluation, multiworker
 from recipes.training.losses import SmoothedCrossentropy
@@ -34,11 +34,11 @@ class Setup:
         recipe: `Recipe`.
         options: `Options`.
         data: `recipes.data.Data`.
+        feed: `recipes.data.Feed`, its batches.
         clipper: `keras_gradclip.Clipper`, or None.
         strategy: the tf.distribute strategy, or None on a single device.
         cluster: the workers on several machines, or None.
         writes: whether this process writes the files; of several workers only the chief does.
-        steps: batches per epoch.
         model: the compiled `keras_gradclip.ClippedModel`.
         exported: the model to save. It shares the weights, loads without this package, and has no
             optimizer.
@@ -47,11 +47,11 @@ class Setup:
     recipe: Recipe
     options: Options
     data: Data
+    feed: Feed
     clipper: kgc.Clipper | None
     strategy: Any
     cluster: multiworker.Cluster | None
     writes: bool
-    steps: int
     model: Any
     exported: Any
 
@@ -59,7 +59,7 @@ class Setup:
         """The opening lines: network, clipper, optimizer, data and devices."""
         options, data = self.options, self.data
         replicas = self.strategy.num_replicas_in_sync if self.strategy else 1
-        warmup = warmup_updates(options, self.steps)
+        warmup = warmup_updates(options, self.feed.steps)
         clip = "no clipping" if self.clipper is None else textwrap.shorten(repr(self.clipper), 160)
         gate = ", activation gate" if options.activation_gate else ""
         kind = device_kind() + ("s" if replicas > 1 else "")
@@ -71,7 +71,7 @@ class Setup:
         return [
             f"{self.recipe.name}: {self.exported.count_params():,} parameters, {clip}{gate}",
             f"  {options.optimizer} at {options.learning_rate:g} ({schedule}), "
-            f"{counted(options.epochs, 'epoch')} of {counted(self.steps, 'step')}, "
+            f"{counted(options.epochs, 'epoch')} of {counted(self.feed.steps, 'step')}, "
             f"batch {options.batch_size}, seed {options.seed}",
             f"  {data.name}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test "
             f"examples{f' ({data.note})' if data.note else ''}; on {replicas} {kind} in "
@@ -80,28 +80,7 @@ class Setup:
 
     def create_state(self) -> None:
         """Creates the variables of the metrics before the first step."""
-        self.model.evaluate(self.evaluation(self.data.validation), steps=1, verbose=0)
-
-    def stream(self, start: int, *part: Part) -> tf.data.Dataset:
-        """An endless data set of training batches, from global step `start` on."""
-        batch_size, seed = self.options.batch_size, self.options.seed
-        return train_stream(self.data, batch_size, seed, start, self.steps, *part)
-
-    def evaluation(self, split: Split, *part: Part) -> tf.data.Dataset:
-        """The batches of a split, at most `limit_steps`."""
-        batches = eval_batches(self.data, split, self.options.batch_size, *part)
-        return batches.take(self.options.limit_steps) if self.options.limit_steps else batches
-
-    def shared(self, make: Callable[..., tf.data.Dataset], what: Any) -> Any:
-        """The data set `make(part)`; each of several workers prepares only its own part."""
-        if self.cluster is None:
-            return make(what)
-
-        def make_part(context: Any) -> tf.data.Dataset:
-            number, replicas = context.num_input_pipelines, context.num_replicas_in_sync
-            return make(what, Part(context.input_pipeline_id, number, replicas))
-
-        return self.strategy.distribute_datasets_from_function(make_part)
+        self.model.evaluate(self.feed.evaluation(self.data.validation), steps=1, verbose=0)
 
     def test(self, path: Path) -> dict[str, float]:
         """The metrics of a saved model on the test split, loaded as a user would.
@@ -110,7 +89,7 @@ class Setup:
         """
         evaluation.write_names(path, self.data)
         model = keras.models.load_model(path, compile=False)
-        batches = self.evaluation(self.data.test)
+        batches = dataclasses.replace(self.feed, workers=None).evaluation(self.data.test)
         loss, metrics = build_loss(self.recipe, self.options), build_metrics(self.recipe)
         return evaluation.evaluate(model, batches, self.data, path.parent, loss, metrics)
 
@@ -139,16 +118,22 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
     losses = multiworker.named_losses(options, cluster) if cluster else contextlib.nullcontext()
     with dtype_policy(options.mixed_precision), losses:
         data = load_data(recipe, options)
-        steps = steps_per_epoch(data.train, options.batch_size, options.limit_steps)
+        feed = Feed(
+            data,
+            options.batch_size,
+            options.seed,
+            options.limit_steps,
+            strategy if cluster else None,
+        )
         # After the data, whose preparation may draw random numbers.
         keras.utils.set_random_seed(options.seed)
         with strategy.scope() if strategy else contextlib.nullcontext(), plain_errors():
-            model = build_model(recipe, options, data, clipper, steps)
+            model = build_model(recipe, options, data, clipper, feed.steps)
             model.optimizer.build(model.trainable_variables)
             exported = models.inference_model(model)
         writes = cluster is None or cluster.is_chief
         yield Setup(
-            recipe, options, data, clipper, strategy, cluster, writes, steps, model, exported
+            recipe, options, data, feed, clipper, strategy, cluster, writes, model, exported
         )
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of a run: stop at NaN, tables, best model, progress, backup."""
+"""Callbacks of a run: stop at NaN, the files of an epoch, progress, backup."""
 
 import functools
 import math
@@ -14,16 +14,9 @@ import keras_gradclip as kgc
 from keras_gradclip.files import replace_file
 from keras_gradclip.optimizer.clipped_optimizer import find
 from recipes.errors import TrainingDiverged
+from recipes.training import checkpoint
 from recipes.training.build import Setup
-from recipes.training.checkpoint import (
-    Interrupted,
-    Selection,
-    Start,
-    all_finite,
-    average_statistics,
-    restore,
-    save_backup,
-)
+from recipes.training.checkpoint import Selection, Start
 from recipes.training.evaluation import write_names
 from recipes.training.folder import BACKUP, BEST, HISTORY, LAYERS, write_table
 
@@ -48,28 +41,31 @@ def chain(
         monitored: the folder of the `ClipMonitor`; None for no monitor.
         started: `time.monotonic()` at the beginning of this process's part of the run.
     """
-    options, done = setup.options, start.step % setup.steps
+    options, feed = setup.options, setup.feed
     # First, so that nothing after it saves a model with a NaN.
     result: list[keras.callbacks.Callback] = [StopAtNonFinite(start.step, options.skip_nonfinite)]
-    if done:
-        result.append(PartialEpoch(setup.steps - done))
     if options.select_best == "beats-test":
-        result.append(TestScore(setup.shared(setup.evaluation, setup.data.test)))
+        score = functools.partial(_add_test_scores, setup.model, feed.evaluation(setup.data.test))
+        result.append(keras.callbacks.LambdaCallback(on_epoch_end=score))
     if setup.cluster is not None:  # so that all workers validate with the same moving statistics
-        average = functools.partial(average_statistics, setup.model)
+        average = functools.partial(checkpoint.average_statistics, setup.model)
         result.append(keras.callbacks.LambdaCallback(on_test_begin=lambda logs: average()))
-    result.append(Tables(folder, start, setup.writes))
-    if setup.writes:
-        result.append(SaveBest(folder / BEST, setup, selection, start.history))
-        if options.tensorboard:
-            result.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
-        if options.verbose != "quiet":
-            bar = options.verbose == "bar" or (options.verbose == "auto" and sys.stdout.isatty())
-            metric = selection.monitor.removeprefix("val_")
-            result.append(Progress(metric, options.epochs, setup.steps, done, bar))
+    result.append(EpochFiles(folder, setup, start, selection))
+    if setup.writes and options.tensorboard:
+        result.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
+    if setup.writes and options.verbose != "quiet":
+        bar = options.verbose == "bar" or (options.verbose == "auto" and sys.stdout.isatty())
+        metric, done = selection.monitor.removeprefix("val_"), start.step % feed.steps
+        result.append(Progress(metric, options.epochs, feed.steps, done, bar))
     if monitored is not None:
         result.append(kgc.ClipMonitor(monitored, every=options.monitor))
     return [*result, Backup(folder / BACKUP, setup, start, started - start.seconds)]
+
+
+def _add_test_scores(model: Any, batches: Any, epoch: int, logs: dict[str, Any]) -> None:
+    """Adds `test_<metric>` to an epoch's logs, for `--select-best beats-test`."""
+    values = model.evaluate(batches, verbose=0, return_dict=True)
+    logs.update({f"test_{name}": value for name, value in values.items()})
 
 
 class Backup(keras.callbacks.Callback):
@@ -77,6 +73,10 @@ class Backup(keras.callbacks.Callback):
 
     `keras.callbacks.BackupAndRestore` loses the step within the epoch and the metrics so far, and
     a kill during its write leaves a partial file.
+
+    A run resumed within an epoch has fewer steps in its first one, and Keras fixes the steps per
+    epoch for a whole `fit`. `stop_training` ends that epoch; Keras reads it again only after
+    `on_epoch_end`, so resetting it there lets `fit` continue.
 
     Args:
         path: the backup file.
@@ -90,86 +90,37 @@ class Backup(keras.callbacks.Callback):
         self.path = path
         self.setup = setup
         self.step = start.step
+        self.steps = setup.feed.steps
         self.started = started
-        self._restored = start.backup if isinstance(start, Interrupted) else None
+        self._restored = start.backup
+        self._ends_early = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Restores the backup here, because `fit` has just reset the metrics."""
         if self._restored is not None:
-            restore(self.model, self._restored)
+            checkpoint.restore(self.model, self._restored)
             self._restored = None
-            if self.step % self.setup.steps == 0:
+            if self.step % self.steps == 0:
                 self.model.reset_metrics()  # the backup has the previous epoch's
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Saves every `backup_every` steps."""
+        """Saves every `backup_every` steps; ends the first epoch of a resumed run."""
         self.step += 1
-        if self.step % self.setup.options.backup_every == 0 and self.step % self.setup.steps:
+        if self.step % self.steps == 0:
+            if batch + 1 < self.steps and not self.model.stop_training:
+                self._ends_early = self.model.stop_training = True
+        elif self.step % self.setup.options.backup_every == 0:
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Saves at the end of the epoch, after its row in the history."""
+        if self._ends_early:
+            self._ends_early = self.model.stop_training = False
         self._save()
 
     def _save(self) -> None:
         seconds = time.monotonic() - self.started
-        save_backup(self.path, self.model, self.step, seconds, self.setup.writes)
-
-
-class SaveBest(keras.callbacks.Callback):
-    """Saves `setup.exported` after the best epoch so far; replaces the file atomically.
-
-    Args:
-        path: the `.keras` file; the class names are written beside it.
-        setup: the run's `Setup`.
-        selection: the rule that decides which epoch is the best.
-        history: the rows of all epochs, including the last, which `Tables` has added.
-    """
-
-    def __init__(
-        self, path: Path, setup: Setup, selection: Selection, history: list[dict[str, Any]]
-    ):
-        super().__init__()
-        self.path = path
-        self.setup = setup
-        self.selection = selection
-        self.history = history
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Saves the model if this epoch is the best so far."""
-        if self.selection.kept(self.history) == len(self.history) - 1:
-            write_names(self.path, self.setup.data)
-            replace_file(self.path, self.setup.exported.save)
-
-
-class PartialEpoch(keras.callbacks.Callback):
-    """Ends the first epoch of a resumed run after its remaining steps.
-
-    Keras fixes the steps per epoch for a whole `fit`. `stop_training` ends an epoch early; Keras
-    reads it again only after `on_epoch_end`, so resetting it there lets `fit` continue.
-
-    Args:
-        steps: int, remaining steps of the first epoch.
-    """
-
-    def __init__(self, steps: int):
-        super().__init__()
-        self.steps = steps
-        self._seen = 0
-        self._cut = False
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts down the first epoch."""
-        self._seen += 1
-        if self._seen == self.steps:
-            self._cut = not self.model.stop_training
-            self.model.stop_training = True
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Resets `stop_training`, so that `fit` continues with the next epoch."""
-        if self._cut:
-            self.model.stop_training = False
-            self._cut = False
+        checkpoint.save_backup(self.path, self.model, self.step, seconds, self.setup.writes)
 
 
 class StopAtNonFinite(keras.callbacks.Callback):
@@ -203,12 +154,12 @@ class StopAtNonFinite(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Checks the weights after the last update, and that not all updates were skipped."""
-        if not all_finite(self.model) or self._all_skipped():
+        if not checkpoint.all_finite(self.model) or self._all_skipped():
             raise self.diverged(self.step - 1)
 
     def diverged(self, step: int) -> TrainingDiverged:
         """The error for a step; names the first variable with a NaN gradient."""
-        variable = _clipped_optimizer(self.model).first_nonfinite_variable
+        variable = _optimizer_of(self.model).first_nonfinite_variable
         layer = None if variable is None else variable.rpartition("/")[0] or variable
         cause = f"first non-finite gradient: {variable!r}"
         if variable is None:
@@ -223,46 +174,34 @@ class StopAtNonFinite(keras.callbacks.Callback):
         return seen["updates"] == 0 and seen["skipped"] > tolerated
 
     def _seen(self) -> dict[str, Any]:
-        return _clipped_optimizer(self.model).read_telemetry()
+        return _optimizer_of(self.model).read_telemetry()
 
 
-class TestScore(keras.callbacks.Callback):
-    """Adds `test_<metric>` to each epoch's logs, for `--select-best beats-test`."""
+class EpochFiles(keras.callbacks.Callback):
+    """Writes the files of each epoch: two tables, and `best.keras` after the best one so far.
 
-    __test__ = False  # not a test for pytest
-
-    def __init__(self, batches: Any):
-        super().__init__()
-        self.batches = batches
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Evaluates on the test batches."""
-        values = self.model.evaluate(self.batches, verbose=0, return_dict=True)
-        logs.update({f"test_{name}": value for name, value in values.items()})
-
-
-class Tables(keras.callbacks.Callback):
-    """Writes `history.csv`, one row per epoch, and `layers.csv`, one per epoch and layer.
-
-    Columns of `layers.csv`: epoch (from 1), layer, grad_norm (L2 before the clip, root mean square
-    over the epoch's updates), clip_fraction. Adds the learning rate of the epoch's last update
-    and, if `fit` did not, `grad_norm` and `clip_fraction` to the logs.
+    `history.csv` has one row per epoch, `layers.csv` one per epoch and layer: epoch (from 1),
+    layer, grad_norm (L2 before the clip, root mean square over the epoch's updates),
+    clip_fraction. Adds the learning rate of the epoch's last update and, if `fit` did not,
+    `grad_norm` and `clip_fraction` to the logs.
 
     Args:
         folder: the run's folder.
+        setup: the run's `Setup`; only the chief writes.
         start: has the rows of earlier epochs, to which those of this `fit` are appended.
-        writes: False on workers other than the chief.
+        selection: the rule that decides which epoch is the best.
     """
 
-    def __init__(self, folder: Path, start: Start, writes: bool = True):
+    def __init__(self, folder: Path, setup: Setup, start: Start, selection: Selection):
         super().__init__()
         self.folder = folder
+        self.setup = setup
         self.history, self.layers = start.history, start.layers
-        self.writes = writes
+        self.selection = selection
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Appends the epoch's rows."""
-        optimizer = _clipped_optimizer(self.model)
+        """Appends the epoch's rows; saves `setup.exported` if the epoch is the best so far."""
+        optimizer = _optimizer_of(self.model)
         logs["learning_rate"] = _last_learning_rate(optimizer.inner_optimizer)
         seen = optimizer.read_telemetry()
         for name in ("grad_norm", "clip_fraction"):
@@ -276,12 +215,16 @@ class Tables(keras.callbacks.Callback):
             norm, share = (float(f"{value:.6g}") for value in values)
             row = {"layer": layer, "grad_norm": norm, "clip_fraction": share}
             self.layers.append({"epoch": float(epoch + 1), **row})
-        if self.writes:
-            write_table(self.folder / HISTORY, self.history)
-            write_table(self.folder / LAYERS, self.layers)
+        if not self.setup.writes:
+            return
+        write_table(self.folder / HISTORY, self.history)
+        write_table(self.folder / LAYERS, self.layers)
+        if self.selection.kept(self.history) == len(self.history) - 1:
+            write_names(self.folder / BEST, self.setup.data)
+            replace_file(self.folder / BEST, self.setup.exported.save)
 
 
-def _clipped_optimizer(model: Any) -> Any:
+def _optimizer_of(model: Any) -> Any:
     """The ClippedOptimizer, unwrapped from a LossScaleOptimizer if there is one."""
     return find(model.optimizer)
 

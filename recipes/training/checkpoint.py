@@ -191,27 +191,16 @@ class Start:
         step: the number of steps done.
         seconds: the time spent by earlier processes.
         history, layers: the rows of `history.csv` and `layers.csv`; the run appends to them.
+        backup: of an interrupted run, from `load_backup`; None for a new or finished one.
+        finished: whether the run has a result and no backup.
     """
 
     step: int = 0
     seconds: float = 0.0
     history: Rows = dataclasses.field(default_factory=list)
     layers: Rows = dataclasses.field(default_factory=list)
-
-
-class New(Start):
-    """The start of a new run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Interrupted(Start):
-    """The start of a resumed run, at the step of a backup."""
-
-    backup: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class Finished(Start):
-    """A finished run, which has a result and no backup."""
+    backup: Mapping[str, Any] | None = None
+    finished: bool = False
 
 
 def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
@@ -226,15 +215,15 @@ def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
         RecipeError: the backup or a table is damaged, belongs to a different network, or differs
             between workers.
     """
-    start: Start = New()
-    options, backup = setup.options, folder / folders.BACKUP
+    start, options, steps = Start(), setup.options, setup.feed.steps
+    backup, result = folder / folders.BACKUP, folder / folders.RESULT
     if options.resume and backup.exists():
         with plain_errors():
             content = load_backup(backup)
             matched(setup.model, content)
-        rows = _tables(folder, selection, content["step"] // setup.steps)
-        start = Interrupted(content["step"], content["seconds"], *rows, content)
-    elif options.resume and (folder / folders.RESULT).exists():
+        rows = _tables(folder, selection, content["step"] // steps)
+        start = Start(content["step"], content["seconds"], *rows, content)
+    elif options.resume and result.exists():
         rows = _tables(folder, selection, options.epochs)
         if len(rows[0]) < options.epochs:
             raise RecipeError(
@@ -242,14 +231,14 @@ def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
                 "and its backup is gone: start a new run with more --epochs (and --keep-backup, "
                 "to go on after its end)"
             )
-        seconds = folders.read_seconds(folder / folders.RESULT)
-        start = Finished(options.epochs * setup.steps, seconds, *rows)
+        seconds = folders.read_seconds(result)
+        start = Start(options.epochs * steps, seconds, *rows, finished=True)
     if setup.cluster is not None:
-        steps = {int(step) for step in aggregation.gather_numbers(setup.strategy, start.step)}
-        if len(steps) > 1:
+        starts = {int(step) for step in aggregation.gather_numbers(setup.strategy, start.step)}
+        if len(starts) > 1:
             raise RecipeError(
                 f"--resume: {setup.cluster.name} would begin at step {start.step}, and others at "
-                f"{sorted(steps - {start.step})}: {folder} must be on a disk that all workers "
+                f"{sorted(starts - {start.step})}: {folder} must be on a disk that all workers "
                 "share"
             )
     return start

@@ -119,7 +119,7 @@ def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     options = opts.resolve(recipe, saved, given)
     changed = differences(
         opts.with_defaults(recipe, saved),
-        opts.with_defaults(recipe, opts.saved_options(recipe, options)),
+        opts.with_defaults(recipe, options.saved),
         _FREE_ON_RESUME,
     )
     if changed:
@@ -248,9 +248,9 @@ def _remove(folder: Path) -> None:
 
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a run's `history.csv` or `layers.csv`, epochs counted from 1.
+    """The rows of a run's `history.csv` or `layers.csv`, without empty cells.
 
-    Version 0.1 counted from 0.
+    Epochs are counted from 1; version 0.1 counted from 0.
 
     Raises:
         RecipeError: the file is damaged.
@@ -259,6 +259,7 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         rows = files.read_csv(path)
     except ValueError as error:
         raise RecipeError(str(error)) from None
+    rows = [{name: value for name, value in row.items() if value != ""} for row in rows]
     for line, row in enumerate(rows, 2):
         if not isinstance(row.get("epoch"), float):
             raise RecipeError(f"{path}, line {line}: no number of an epoch")

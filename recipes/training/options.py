@@ -133,6 +133,7 @@ class Options:
     Attributes:
         clipping: values of the chosen clipper's parameters, by name; its defaults are left out.
         extra: values of the recipe's `extra_options`, which are attributes too.
+        saved: the content of `config.json`: the recipe's name and every option that makes the run.
     """
 
     # clipping
@@ -235,6 +236,7 @@ class Options:
     traceback: bool = option(False, "errors with their traceback", saved=False)
     clipping: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    saved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     if not TYPE_CHECKING:
 
@@ -457,7 +459,16 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
         {option.name: values[option.name] for option in options}
         for options in (OPTIONS, recipe.extra_options)
     )
-    return Options(**fixed, clipping=settings, extra=extra)
+    saved = {
+        "recipe": recipe.name,
+        **{o.name: values[o.name] for o in (*OPTIONS, *recipe.extra_options) if o.saved},
+        **{
+            flag: settings[parameter.name]
+            for flag, parameter in flags.get(values["clipper"], {}).items()
+            if parameter.name in settings
+        },
+    }
+    return Options(**fixed, clipping=settings, extra=extra, saved=saved)
 
 
 def _checked(source: Mapping, recipe, what: str = "") -> dict[str, Any]:
@@ -531,17 +542,6 @@ def read_clip_config(path: str | os.PathLike) -> dict:
     if not isinstance(content, dict) or "class_name" not in content:
         raise RecipeError(f"{path}: holds no serialised clipper (an object with 'class_name')")
     return content
-
-
-def saved_options(recipe, options: Options) -> dict:
-    """What `config.json` holds: the recipe's name and every option that makes the run."""
-    saved = [o for o in (*OPTIONS, *recipe.extra_options) if o.saved]
-    flags = clipper_flags(recipe.extra_options).get(options.clipper, {})
-    return {
-        "recipe": recipe.name,
-        **{option.name: getattr(options, option.name) for option in saved},
-        **{f: options.clipping[p.name] for f, p in flags.items() if p.name in options.clipping},
-    }
 
 
 def with_defaults(recipe, saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,18 @@
-"""The command line of a recipe, and the same run from Python."""
+"""The command line of a recipe, and the tables at its end."""
 
-import contextlib
 import math
-import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from recipes import STARTED
-from recipes.command_line import exit_status, import_tensorflow
-from recipes.errors import TrainingDiverged
+from recipes.command_line import exit_status
+from recipes.errors import RecipeError, TrainingDiverged
 from recipes.training import folder as folders
-from recipes.training import multiworker
 from recipes.training import options as opts
-from recipes.training.options import Options
 from recipes.training.recipe import Recipe, Result
+from recipes.training.trainer import run
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
@@ -28,68 +23,28 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     """
     started = STARTED if argv is None else None
     argv = sys.argv[1:] if argv is None else list(argv)
-    folder: Path | None = None
 
     def work() -> None:
-        nonlocal folder
         options, folder = folders.open_run(recipe, opts.parse(recipe, argv))
         try:
             result = run(recipe, options, folder, started=started)
-        except TrainingDiverged as error:
-            best = folder / folders.BEST
-            left = f"; the last good model is in {best}" if best.exists() else ""
-            raise TrainingDiverged(f"{error}{left}", error.step, error.layer) from error
+        except BaseException as error:
+            _add_advice(error, folder)
+            raise
         if result is not None:
             print_result(recipe, result)
 
-    def how_to_resume() -> str:
-        with contextlib.suppress(OSError):
-            if folder is not None and (folder / folders.BACKUP).exists():
-                where = shlex.quote(str(folder))
-                return f"; go on with: {_command()} --resume --output {where}"
-        return ""
-
-    return exit_status(work, argv, interrupted=how_to_resume, hint=how_to_resume)
+    return exit_status(work, argv)
 
 
-def _command() -> str:
-    """How this program was started, without its options."""
-    program = sys.argv[0]
-    return f"python {shlex.quote(program)}" if program.endswith(".py") else "the same command"
-
-
-def run(
-    recipe: Recipe,
-    options: Options,
-    folder: str | os.PathLike[str],
-    callbacks: Sequence[Any] = (),
-    started: float | None = None,
-) -> Result | None:
-    """Trains, and writes everything into `folder`.
-
-    With `--strategy multiworker` every worker calls this. The chief writes and returns a `Result`,
-    the others return None; all see `folder` where a run is resumed.
-
-    Args:
-        recipe: `Recipe`.
-        options: from `recipe.options(...)`.
-        folder: of the results, for this run alone; with `options.resume` the run in it goes on.
-        callbacks: more Keras callbacks, run after the recipe's own.
-        started: `time.monotonic()` at which the run's time begins; None for now.
-
-    Raises:
-        RecipeError: a clipper, data set or device that cannot be, or a folder that is in use.
-        TrainingDiverged: NaN; names the variable of the first gradient that was not finite.
-        WorkerLost: another worker died or hangs.
-        OSError: a full disk, a folder that cannot be written.
-    """
-    folder, started = Path(folder), time.monotonic() if started is None else started
-    writes = options.strategy != "multiworker" or multiworker.read_cluster().is_chief
-    with folders.claimed(folder, options.resume) if writes else contextlib.nullcontext():
-        import_tensorflow()  # which flags need not wait for
-        from recipes.training import trainer
-
-        return trainer.train(recipe, options, folder, callbacks=callbacks, started=started)
+def _add_advice(error: BaseException, folder: Path) -> None:
+    """Adds to the error of a run what its folder holds, or the command that resumes it."""
+    if isinstance(error, TrainingDiverged) and (folder / folders.BEST).exists():
+        error.add_note(f"the last good model is in {folder / folders.BEST}")
+    elif not isinstance(error, RecipeError) and (folder / folders.BACKUP).exists():
+        script = sys.argv[0]
+        command = f"python {shlex.quote(script)}" if script.endswith(".py") else "the same command"
+        error.add_note(f"go on with: {command} --resume --output {shlex.quote(str(folder))}")
 
 
 def print_result(recipe: Recipe, result: Result) -> None:
@@ -124,10 +79,9 @@ def _rows(recipe: Recipe, result: Result) -> Sequence[tuple[str, str]]:
         rows += recipe.report(result)
     if not math.isnan(result.clip_fraction):
         rows.append(("clipped", f"{100 * result.clip_fraction:.3g} % (mean over the epochs)"))
-    last = result.history[-1] if result.history else {}
-    if "grad_norm" in last:
-        rows.append(("gradient norm, last epoch", f"{last['grad_norm']:.4g}"))
-    skipped = sum(int(row.get("skipped") or 0) for row in result.history)
+    if "grad_norm" in result.history[-1]:
+        rows.append(("gradient norm, last epoch", f"{result.history[-1]['grad_norm']:.4g}"))
+    skipped = sum(int(row.get("skipped", 0)) for row in result.history)
     if skipped:
         rows.append(("skipped updates", f"{skipped} (gradients that were not finite)"))
     rows.append(("results in", str(result.output)))

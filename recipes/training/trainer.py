@@ -1,81 +1,99 @@
-"""A run, from its first step or its backup to its result."""
+"""A run, from its folder and its first step, or its backup, to its result."""
 
-import dataclasses
+import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import keras
-
-import keras_gradclip as kgc
-from keras_gradclip.files import write_json
-from recipes.training import callbacks as cb
-from recipes.training import checkpoint, plots
+from recipes.command_line import import_tensorflow
+from recipes.plugin import files
 from recipes.training import folder as folders
-from recipes.training import options as opts
-from recipes.training.build import Setup, prepared, warnings
+from recipes.training import multiworker
 from recipes.training.options import Options
 from recipes.training.recipe import Recipe, Result
 from recipes.words import counted
 
+if TYPE_CHECKING:  # flags need not wait for TensorFlow
+    from recipes.training.build import Setup
+    from recipes.training.checkpoint import Selection, Start
 
-def train(
+
+def run(
     recipe: Recipe,
     options: Options,
-    folder: Path,
-    *,
-    callbacks: Sequence[keras.callbacks.Callback],
-    started: float,
+    folder: str | os.PathLike[str],
+    callbacks: Sequence[Any] = (),
+    started: float | None = None,
 ) -> Result | None:
-    """Trains as `recipes.training.run` says; `started` is `time.monotonic()` at the beginning."""
-    with prepared(recipe, options) as setup:
-        writes = setup.writes
-        shows = writes and options.verbose != "quiet"
-        for line in warnings(options):
+    """Trains, and writes everything into `folder`.
+
+    With `--strategy multiworker` every worker calls this. The chief writes and returns a `Result`,
+    the others return None; all see `folder` where a run is resumed.
+
+    Args:
+        recipe: `Recipe`.
+        options: from `recipe.options(...)`.
+        folder: of the results, for this run alone; with `options.resume` the run in it goes on.
+        callbacks: more Keras callbacks, run after the recipe's own.
+        started: `time.monotonic()` at which the run's time begins; None for now.
+
+    Raises:
+        RecipeError: a clipper, data set or device that cannot be, or a folder that is in use.
+        TrainingDiverged: NaN; names the variable of the first gradient that was not finite.
+        WorkerLost: another worker died or hangs.
+        OSError: a full disk, a folder that cannot be written.
+    """
+    folder, started = Path(folder), time.monotonic() if started is None else started
+    with contextlib.ExitStack() as stack:
+        if options.strategy != "multiworker" or multiworker.read_cluster().is_chief:
+            stack.enter_context(folders.claimed(folder, options.resume))
+        import_tensorflow()
+        from keras_gradclip import report
+        from recipes.training import build, checkpoint
+        from recipes.training import callbacks as cb
+
+        setup = stack.enter_context(build.prepared(recipe, options))
+        feed, shows = setup.feed, setup.writes and options.verbose != "quiet"
+        for line in build.warnings(options):
             print(f"warning: {line}", file=sys.stderr)
         if shows:
             print("\n".join([*setup.description(), f"  results in {folder}"]), flush=True)
         setup.create_state()
         selection = checkpoint.Selection(options.select_best, recipe.monitor, recipe.mode)
-        start = checkpoint.find_start(setup, folder, selection)
-        ends = options.epochs * setup.steps
+        start, ends = checkpoint.find_start(setup, folder, selection), options.epochs * feed.steps
         if shows and start.step:
-            print(_progress(start.step, ends, setup.steps), flush=True)
-        if writes and not isinstance(start, checkpoint.Finished):
-            write_json(folder / folders.CONFIG, opts.saved_options(recipe, options))
+            print(_progress(start.step, ends, feed.steps), flush=True)
+        if setup.writes and not start.finished:
+            files.write_json(folder / folders.CONFIG, options.saved)
 
         monitored = None
+        if options.monitor and start.step < ends:
+            # A resumed run measures from there on, in a folder of its own.
+            since = f"-from-{start.step}" if start.step else ""
+            monitored = folder / f"{folders.MONITOR}{since}"
         if start.step < ends:
-            if options.monitor:
-                # A resumed run measures from there on, in a folder of its own.
-                since = f"-from-{start.step}" if start.step else ""
-                monitored = folder / f"{folders.MONITOR}{since}"
+            chain = cb.chain(setup, start, folder, selection, monitored, started)
             setup.model.fit(
-                setup.shared(setup.stream, start.step),
-                validation_data=setup.shared(setup.evaluation, setup.data.validation),
-                initial_epoch=start.step // setup.steps,
+                feed.training(start.step),
+                validation_data=feed.evaluation(setup.data.validation),
+                initial_epoch=start.step // feed.steps,
                 epochs=options.epochs,
-                steps_per_epoch=setup.steps,
+                steps_per_epoch=feed.steps,
                 shuffle=False,  # the stream is
-                callbacks=[
-                    *cb.chain(setup, start, folder, selection, monitored, started),
-                    *callbacks,
-                ],
+                callbacks=[*chain, *callbacks],
                 verbose=0,
             )
-        if not writes:
+        if not setup.writes:
             return None
-
-        result = _result(setup, start, folder, selection)
         if monitored is not None:
-            print(f"gradient report: {kgc.report(monitored)}")
-        if not isinstance(start, checkpoint.Finished):
-            seconds = start.seconds + time.monotonic() - started
-            result = dataclasses.replace(result, seconds=seconds)
+            print(f"gradient report: {report(monitored)}")
+        result = _result(setup, start, folder, selection, started)
         if result.history[-1]["epoch"] >= options.epochs:
-            write_json(folder / folders.RESULT, _summary(result))
+            files.write_json(folder / folders.RESULT, _summary(result))
             if not options.keep_backup:
                 (folder / folders.BACKUP).unlink(missing_ok=True)
         return result
@@ -90,9 +108,11 @@ def _progress(done: int, ends: int, steps: int) -> str:
 
 
 def _result(
-    setup: Setup, start: checkpoint.Start, folder: Path, selection: checkpoint.Selection
+    setup: "Setup", start: "Start", folder: Path, selection: "Selection", started: float
 ) -> Result:
-    """What the run achieved, with the seconds of `start`; draws its curves."""
+    """What the run achieved; draws its curves."""
+    from recipes.training import plots
+
     recipe, rows = setup.recipe, start.history
     metric = recipe.monitor.removeprefix("val_")
     title = f"{recipe.name} on {setup.data.name}"
@@ -112,8 +132,8 @@ def _result(
         history=rows,
         test={} if kept is None else setup.test(folder / folders.BEST),
         parameters=setup.exported.count_params(),
-        clip_fraction=sum(fractions) / len(fractions) if fractions else float("nan"),
-        seconds=start.seconds,
+        clip_fraction=sum(fractions) / len(fractions) if fractions else math.nan,
+        seconds=start.seconds + (0 if start.finished else time.monotonic() - started),
         data=setup.data,
     )
 

@@ -317,7 +317,7 @@ import json, os, signal, sys, time
 sys.path[:0] = [{root!r}, {here!r}]
 import keras
 from tiny_recipe import RECIPE
-from recipes.training import main, trainer
+from recipes.training import callbacks, main
 
 class Strike(keras.callbacks.Callback):
     steps = 0
@@ -326,8 +326,8 @@ class Strike(keras.callbacks.Callback):
         if self.steps == 13 and json.loads(os.environ["TF_CONFIG"])["task"]["index"] == {victim}:
             {act}
 
-train = trainer.train
-trainer.train = lambda *run, callbacks, **more: train(*run, callbacks=[Strike()], **more)
+chain = callbacks.chain
+callbacks.chain = lambda *of_run: [*chain(*of_run), Strike()]
 sys.exit(main(RECIPE, {argv!r}))
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"

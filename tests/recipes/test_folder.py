@@ -88,7 +88,7 @@ def test_a_start_interrupted_at_an_import_leaves_no_folder(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["recipes.training.run"], "import_tensorflow", interrupted)
+    monkeypatch.setattr(sys.modules["recipes.training.trainer"], "import_tensorflow", interrupted)
     assert main(RECIPE, []) == 130
     assert not list(tmp_path.iterdir())
 
@@ -112,7 +112,7 @@ def test_differences_are_of_names_that_both_have():
 
 
 def test_a_parameter_left_at_its_default_is_an_option_of_the_run(tmp_path):
-    saved = opts.saved_options(RECIPE, opts.parse(RECIPE, ["--clipper", "norm"]).options)
+    saved = opts.parse(RECIPE, ["--clipper", "norm"]).options.saved
     files.write_json(tmp_path / folders.CONFIG, saved)
     resume = ["--resume", "--output", str(tmp_path), "--clipper", "norm", "--max-norm"]
     assert folders.open_run(RECIPE, opts.parse(RECIPE, [*resume, "1"]))[1] == tmp_path

@@ -39,7 +39,7 @@ def test_rising_order_of_sources(tmp_path):
 def test_saved_config_gives_the_same_options(tmp_path):
     options = parse("--epochs", "5", "--clipper", "exponential", "--beta", "0.5", "--no-flip")
     path = tmp_path / "config.json"
-    write_json(path, opts.saved_options(RECIPE, options))
+    write_json(path, options.saved)
     assert parse("--config", str(path)) == options
 
 
@@ -109,7 +109,7 @@ def test_clip_config_from_a_file_is_kept_in_the_config(tmp_path):
         options = parse("--clip-config", write(tmp_path / "best.json", content))
         assert options.clip_config == spec
         assert options.clipper == "none" and options.clipping == {}
-    saved = write(tmp_path / "c.json", opts.saved_options(RECIPE, options))
+    saved = write(tmp_path / "c.json", options.saved)
     assert parse("--config", saved).clip_config == spec
     assert parse("--config", saved, "--clipper", "norm").clip_config is None
     with pytest.raises(RecipeError, match="give one of them"):

@@ -54,7 +54,7 @@ def test_flags_help_config_compare_search_calibration_and_docs(toy, tmp_path, ca
     options = opts.parse(RECIPE, flags).options
     assert (options.clipping, options.epochs) == ({"ceiling": 0.3, "epochs": 2}, 5)
     assert ALIASES["toy"](**options.clipping).ceiling == 0.3
-    saved = json.dumps(opts.saved_options(RECIPE, options))
+    saved = json.dumps(options.saved)
     (tmp_path / "config.json").write_text(saved)
     assert opts.parse(RECIPE, ["--config", str(tmp_path / "config.json")]).options == options
 

@@ -118,6 +118,22 @@ def test_resume_with_more_epochs_goes_on(whole, tmp_path):
     assert rows[:3] == folders.read_history(whole / folders.HISTORY)
 
 
+def test_a_run_of_version_0_1_goes_on_and_is_finished(whole, tmp_path, capsys):
+    """Its history has no clip_fraction and no gradient norm; those of later epochs are averaged."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    new = ("clip_fraction", "grad_norm")
+    rows = folders.read_history(whole / folders.HISTORY)
+    old = [{k: v for k, v in row.items() if k not in new} for row in rows]
+    folders.write_table(folder / folders.HISTORY, old)
+    argv = ["--resume", "--output", str(folder), "--epochs", "4", "--verbose", "quiet"]
+    assert main(RECIPE, argv) == 0
+    rows = folders.read_history(folder / folders.HISTORY)
+    assert ["clip_fraction" in row for row in rows] == [False, False, False, True]
+    assert main(RECIPE, argv) == 0  # reads the empty cells
+    assert f"{100 * rows[-1]['clip_fraction']:.3g} % (mean" in capsys.readouterr().out
+
+
 def test_resume_without_a_run(tmp_path, capsys, monkeypatch):
     assert main(RECIPE, ["--resume", "--output", str(tmp_path)]) == 2
     assert "no run in" in capsys.readouterr().err

@@ -211,14 +211,14 @@ def test_missing_data_set(capsys, tmp_path):
 
 def stop_in_epoch_2(monkeypatch, error):
     """Raises at the end of the second epoch, when the first one's files are there."""
-    original = cb.Tables.on_epoch_end
+    original = cb.EpochFiles.on_epoch_end
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch == 1:
             raise error
         original(self, epoch, logs)
 
-    monkeypatch.setattr(cb.Tables, "on_epoch_end", on_epoch_end)
+    monkeypatch.setattr(cb.EpochFiles, "on_epoch_end", on_epoch_end)
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
