@@ -21,7 +21,7 @@ from PIL import Image
 
 from recipes.data import images
 from recipes.data import sets as data
-from recipes.data.image_folder import image_problem, report_bad
+from recipes.data.image_folder import problems_of, report_bad
 from recipes.errors import DataError
 
 COLUMNS = ("center", "left", "right", "steering", "throttle", "brake", "speed")
@@ -47,6 +47,11 @@ class Frame:
     right: Path
     steering: float
     row: int
+
+    @property
+    def cameras(self) -> tuple[Path, Path, Path]:
+        """The three images."""
+        return self.center, self.left, self.right
 
 
 def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame]:
@@ -81,19 +86,20 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
         if missing:
             raise DataError(f"{path}, row 1: the header has no column {missing[0]!r}")
         rows[0] = []
-    frames, problems = [], []
+    frames, problems = [], {}
     for row, cells in enumerate(rows, start=1):
         try:
             if any(cells):  # blank lines end many logs
                 frames.append(_frame(cells, columns, path.parent, row))
         except DataError as error:
-            problems.append((row, str(error)))
-    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
-        found = list(pool.map(_image_problem, frames))
-    problems += [(f.row, text) for f, text in zip(frames, found, strict=True) if text]
-    lines = [f"{path}, row {row}: {text}" for row, text in sorted(problems)]
+            problems[row] = str(error)
+    bad = problems_of(image for frame in frames for image in frame.cameras)
+    for frame in frames:
+        if damaged := next((image for image in frame.cameras if image in bad), None):
+            problems[frame.row] = f"{damaged}: {bad[damaged]}"
+    lines = [f"{path}, row {row}: {problems[row]}" for row in sorted(problems)]
     report_bad(lines, on_bad_data, str(path))
-    good = [f for f, text in zip(frames, found, strict=True) if text is None]
+    good = [frame for frame in frames if frame.row not in problems]
     if not good:
         raise DataError(f"{path} has no usable row")
     return good
@@ -111,29 +117,20 @@ def _frame(cells: list[str], columns: dict[str, int], folder: Path, row: int) ->
     if not abs(steering) <= _LARGEST:
         raise DataError(f"steering={text!r} is not a finite number")
     center, left, right = (_find_image(cells[columns[name]], folder) for name in COLUMNS[:3])
-    return Frame(center, left, right, steering=steering, row=row)
+    return Frame(center, left, right, steering, row)
 
 
 def _find_image(text: str, folder: Path) -> Path:
     if not text:
         raise DataError("an image path is empty")
     name = PureWindowsPath(text).name  # splits at slashes and backslashes
-    candidates = [folder / text.replace("\\", "/"), folder / "IMG" / name, folder / name]
-    try:
-        found = next((path for path in candidates if path.is_file()), None)
-    except OSError as error:  # such as a name that is too long
-        raise DataError(f"image {text!r}: {error.strerror}") from None
-    if found is None:
-        raise DataError(f"image {text!r} is neither there, nor in IMG/, nor beside the log")
-    return found
-
-
-def _image_problem(frame: Frame) -> str | None:
-    for path in (frame.center, frame.left, frame.right):
-        problem = image_problem(path)
-        if problem:
-            return f"{path}: {problem}"
-    return None
+    for path in (folder / text.replace("\\", "/"), folder / "IMG" / name, folder / name):
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:  # such as a name that is too long
+            raise DataError(f"image {text!r}: {error.strerror}") from None
+    raise DataError(f"image {text!r} is neither there, nor in IMG/, nor beside the log")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,31 +179,23 @@ def load(
     Raises:
         DataError: see `read_log`; also fewer than 30 usable rows.
     """
-    if correction is not None and (not math.isfinite(correction) or correction < 0):
-        raise DataError(f"correction={correction} must be a finite number of 0 or more")
-    if not 0 <= keep_straight <= 1:
-        raise DataError(f"keep_straight={keep_straight} must be a share in 0..1")
     frames = read_log(data_dir, on_bad_data)
     if len(frames) < 30:
         raise DataError(f"{data_dir} has {len(frames)} usable rows: a drive needs 30 or more")
     parts = split_by_time(frames, stretches)
     if correction is None:
         correction = fit_correction(parts[0])
+    added = (0, correction, -correction)
     train = [
-        (path, angle)
-        for f in thin_straight(parts[0], keep_straight)
-        for path, angle in (
-            (f.center, f.steering),
-            (f.left, f.steering + correction),
-            (f.right, f.steering - correction),
-        )
+        (path, frame.steering + angle)
+        for frame in thin_straight(parts[0], keep_straight)
+        for path, angle in zip(frame.cameras, added, strict=True)
     ]
-    splits = [_as_split(train)]
-    splits += [_as_split([(f.center, f.steering) for f in part]) for part in parts[1:]]
+    validation, test = ([(f.center, f.steering) for f in part] for part in parts[1:])
     return Drive(
-        train=splits[0],
-        validation=splits[1],
-        test=splits[2],
+        train=_as_split(train),
+        validation=_as_split(validation),
+        test=_as_split(test),
         preprocess_train=functools.partial(_training_example, image_shape=image_shape),
         preprocess_eval=lambda path, angle: (road(path, image_shape), angle[None]),
         num_outputs=1,
@@ -290,18 +279,17 @@ def fit_correction(frames: Sequence[Frame]) -> float:
     with ThreadPoolExecutor() as pool:
         views = [
             np.stack(list(pool.map(_features, paths)))
-            for paths in zip(*((f.center, f.left, f.right) for f in frames), strict=True)
+            for paths in zip(*(frame.cameras for frame in frames), strict=True)
         ]
-    angles = np.array([f.steering for f in frames])
-    zeros, ones = np.zeros_like(angles), np.ones_like(angles)
+    angles = np.array([frame.steering for frame in frames])
+    # The targets of each camera: the angle, and its side.
+    targets = [np.stack([angles, np.full_like(angles, side)], axis=1) for side in (0, 1, -1)]
     fold = np.arange(len(frames)) * 4 * _FOLDS // len(frames) % _FOLDS
     slope = square = 0.0
     for k in range(_FOLDS):
         here, held = fold != k, fold == k
         x = np.concatenate([view[here] for view in views])
-        y = np.concatenate(
-            [np.stack([angles[here], sign[here]], axis=1) for sign in (zeros, ones, -ones)]
-        )
+        y = np.concatenate([target[here] for target in targets])
         gram = x.T @ x + _RIDGE * len(x) * np.eye(x.shape[1])
         p0, p1 = (views[0][held] @ np.linalg.solve(gram, x.T @ y)).T
         slope += float(p1 @ (angles[held] - p0))

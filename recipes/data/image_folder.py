@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,6 +65,14 @@ def image_problem(path: str | Path) -> str | None:
     )
 
 
+def problems_of(paths: Iterable[Path]) -> dict[Path, str]:
+    """The paths of image files that have a problem, and the text of `image_problem`."""
+    paths = list(paths)
+    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
+        found = zip(paths, pool.map(image_problem, paths), strict=True)
+        return {path: problem for path, problem in found if problem}
+
+
 def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
     """Prints the problems ("skip"), or raises an error with the first of them ("refuse").
 
@@ -74,10 +82,8 @@ def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
         what: str, the source, for the message.
 
     Raises:
-        DataError: there is a problem under "refuse", or `on_bad_data` is an unknown word.
+        DataError: there is a problem under "refuse".
     """
-    if on_bad_data not in ("skip", "refuse"):
-        raise DataError(f"on-bad-data={on_bad_data!r} is neither 'skip' nor 'refuse'")
     if not problems:
         return
     count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'} in {what}"
@@ -188,16 +194,14 @@ def _readable(folder: Path, classes: Sequence[str], on_bad_data: str) -> list[Ro
             f"warning: {folder}: {counts} left out: {', '.join(_FORMATS)} are read", file=sys.stderr
         )
 
-    def checked(file: tuple[Path, int]) -> tuple[str | None, Row]:
-        path, label = file
-        problem = image_problem(path)
-        turned = 1 if problem else exif_orientation(path)
-        return problem and f"{path}: {problem}", (os.fsencode(path), label, turned)
-
-    with ThreadPoolExecutor() as pool:  # decoding releases the GIL
-        rows = list(pool.map(checked, [f for f in files if f[0].suffix.lower() in _SUFFIXES]))
-    report_bad([problem for problem, _ in rows if problem], on_bad_data, str(folder))
-    return [row for problem, row in rows if not problem]
+    files = [(path, label) for path, label in files if path.suffix.lower() in _SUFFIXES]
+    problems = problems_of(path for path, _ in files)
+    report_bad([f"{p}: {text}" for p, text in problems.items()], on_bad_data, str(folder))
+    return [
+        (os.fsencode(path), label, exif_orientation(path))
+        for path, label in files
+        if path not in problems
+    ]
 
 
 def _tenth(rows: Sequence[Row], first: int) -> tuple[list[Row], list[Row]]:

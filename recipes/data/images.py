@@ -78,16 +78,12 @@ def upright(image: tf.Tensor, orientation: tf.Tensor | int) -> tf.Tensor:
     """
     if isinstance(orientation, int) and orientation == 1:
         return image
-
-    def turned() -> tf.Tensor:
-        # From 5 on rows and columns are exchanged. What is left is mirrored, left to right (2),
-        # upside down (4) or both (3).
-        stored = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
-        rest = tf.gather([1, 1, 2, 3, 4, 1, 2, 3, 4], orientation)
-        stored = tf.cond((rest == 2) | (rest == 3), lambda: tf.reverse(stored, [1]), lambda: stored)
-        return tf.cond((rest == 3) | (rest == 4), lambda: tf.reverse(stored, [0]), lambda: stored)
-
-    return tf.ensure_shape(tf.cond(orientation == 1, lambda: image, turned), [None, None, 3])
+    quarters = tf.gather([0, 0, 0, 2, 2, 3, 3, 1, 1], orientation)  # counter-clockwise
+    mirrored = tf.gather([False, False, True, False, True, True, False, True, False], orientation)
+    turned = tf.image.rot90(image, quarters)
+    return tf.ensure_shape(
+        tf.cond(mirrored, lambda: tf.reverse(turned, [1]), lambda: turned), [None, None, 3]
+    )
 
 
 def _decode_random_crop(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

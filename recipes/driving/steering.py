@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from recipes.errors import RecipeError
 from recipes.training.options import Option
@@ -34,22 +34,17 @@ SETTINGS = {
 
 
 def options(image_width: int) -> tuple[Option, ...]:
-    """The options that only driving recipes have.
-
-    Args:
-        image_width: the default, in pixels.
-    """
+    """The options that only driving recipes have; `image_width` is a default in pixels."""
+    data = "data"  # their heading in --help
     return (
-        Option(
-            "image_width", int, image_width, "width in pixels; its height is image-size", "data"
-        ),
+        Option("image_width", int, image_width, "width in pixels; its height is image-size", data),
         Option(
             "correction",
             float,
             None,
             "added to the left camera's angle and taken from the right's, in the log's units "
             "(default: fitted to the log)",
-            "data",
+            data,
             low=0,
         ),
         Option(
@@ -57,7 +52,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             float,
             1.0,
             "share of the training frames with an angle of exactly 0 that stay",
-            "data",
+            data,
             low=0,
             high=1,
         ),
@@ -66,7 +61,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             int,
             4,
             "pieces of the drive, each split 80/10/10 in time; 1 holds out its last fifth",
-            "data",
+            data,
             low=1,
         ),
         Option(
@@ -77,13 +72,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             "with the median, which key strokes leave at 0",
             above=0,
         ),
-        Option(
-            "dead_zone",
-            float,
-            None,
-            "no effect any more: the model's answers stay as they are",
-            low=0,
-        ),
+        Option("dead_zone", float, None, "has no effect any more", low=0),
     )
 
 
@@ -145,20 +134,18 @@ def report(result) -> list[tuple[str, str]]:
         return []
     drive, folder = result.data, Path(result.output)
     model = keras.saving.load_model(folder / "best.keras", compile=False)
-    answers = [predict(model, drive, frames) for frames in drive.parts]
-    errors = [
-        {"part": name, **scores(_angles(frames), answer, drive.mean_angle)}
-        for name, frames, answer in zip(PARTS, drive.parts, answers, strict=True)
-    ]
+    errors, rows = [], []
+    for name, frames in zip(PARTS, drive.parts, strict=True):
+        answers = predict(model, drive, frames)
+        angles = np.array([frame.steering for frame in frames])
+        errors.append({"part": name, **scores(angles, answers, drive.mean_angle)})
+        for frame, answer in zip(frames, answers, strict=True):
+            rows.append((frame.row, name, frame.steering, float(answer)))
+    draw_frames(drive.parts[2], answers, folder / "frames.png")  # of the last part, the test
+    rows.sort()
     write_csv(folder / "steering.csv", list(errors[0]), errors)
-    rows = sorted(
-        (frame.row, name, frame.steering, float(value))
-        for name, frames, answer in zip(PARTS, drive.parts, answers, strict=True)
-        for frame, value in zip(frames, answer, strict=True)
-    )
     write_csv(folder / "angles.csv", ("row", "part", "angle", "answer"), rows)
     draw_angles(rows, folder / "drive.png", result.recipe)
-    draw_frames(drive.parts[2], answers[2], folder / "frames.png")
     table = [
         ("mean errors", "in the log's units (in brackets: those of constant answers)"),
         ("side cameras corrected by", f"{drive.correction:.3f}"),
@@ -169,6 +156,8 @@ def report(result) -> list[tuple[str, str]]:
 
 
 def _lines(row: dict) -> list[tuple[str, str]]:
+    """The rows of the closing table on a part."""
+
     def beside(metric, digits=4, more=""):
         model, mean = (f"{row[name]:.{digits}f}" for name in (metric, f"{metric}_mean"))
         return f"{model} (mean angle {mean}{more})"
@@ -231,13 +220,6 @@ def scores(angles: np.ndarray, answers: np.ndarray, mean_angle: float) -> dict[s
     }
 
 
-def _angles(frames: Sequence) -> np.ndarray:
-    return np.array([frame.steering for frame in frames])
-
-
-# --------------------------------------------------------------------------------- the pictures
-
-
 def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title: str) -> None:
     """Draws the log's and the model's angle over the drive as a PNG file.
 
@@ -268,30 +250,27 @@ def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title
 
 
 def draw_frames(frames: Sequence, answers: np.ndarray, path: Path, count: int = 12) -> None:
-    """Draws frames with both angles as needles, as a PNG file.
+    """Draws frames as a PNG file, the log's angle as a green needle, the model's as a red one.
 
     Half of the frames are the sharpest turn of each time span, half are evenly spaced.
     """
-    angles = np.abs(_angles(frames))
+    from matplotlib.figure import Figure
+
+    sharp = np.abs([frame.steering for frame in frames])
     groups = [g for g in np.array_split(np.arange(len(frames)), count // 2) if len(g)]
-    chosen = sorted({int(i) for g in groups for i in (g[np.argmax(angles[g])], g[len(g) // 2])})
-    tiles = [np.asarray(_needles(frames[i], float(answers[i]))) for i in chosen]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
-    grid = [np.concatenate(tiles[i : i + 3], axis=1) for i in range(0, len(tiles), 3)]
-    Image.fromarray(np.concatenate(grid)).save(path)
-
-
-def _needles(frame, answer: float) -> Image.Image:
-    """The centre image, 320 pixels wide: the log's angle in green, the model's in red."""
-    with Image.open(frame.center) as file:
-        height = 320 * file.height // file.width
-        image = file.convert("RGB").resize((320, height))
-    draw = ImageDraw.Draw(image)
-    for angle, colour, width in ((frame.steering, "#30e030", 5), (answer, "#ff3020", 2)):
-        turn = np.deg2rad(90 * np.clip(angle, -1, 1))
-        length = 0.5 * height
-        end = (160 + length * np.sin(turn), height - length * np.cos(turn))
-        draw.line(((160, height), end), fill=colour, width=width)
-    text = f"row {frame.row}: log {frame.steering:+.2f}, model {answer:+.2f}"
-    draw.text((4, 2), text, fill="white", stroke_width=1, stroke_fill="black")
-    return image
+    chosen = sorted({int(i) for g in groups for i in (g[np.argmax(sharp[g])], g[len(g) // 2])})
+    rows = -(-len(chosen) // 3)
+    figure = Figure(figsize=(10, 2 * rows), layout="constrained", dpi=100)
+    for axis, i in zip(figure.subplots(rows, 3, squeeze=False).flat, chosen, strict=False):
+        frame, answer = frames[i], float(answers[i])
+        with Image.open(frame.center) as image:
+            axis.imshow(image)
+            x, y = image.width / 2, image.height - 1
+        for angle, colour, width in ((frame.steering, "#30e030", 4), (answer, "#ff3020", 2)):
+            turn = np.deg2rad(90 * np.clip(angle, -1, 1))
+            tip = (x + y / 2 * np.sin(turn), y - y / 2 * np.cos(turn))
+            axis.plot((x, tip[0]), (y, tip[1]), color=colour, linewidth=width)
+        axis.set_title(f"row {frame.row}: log {frame.steering:+.2f}, model {answer:+.2f}", size=8)
+    for axis in figure.axes:
+        axis.set_axis_off()
+    figure.savefig(path)

@@ -330,7 +330,7 @@ def build_loss(recipe: Recipe, options: Options) -> Any:
     if recipe.loss:
         return recipe.loss(options)
     if options.label_smoothing:
-        return SmoothedCrossentropy(options.label_smoothing)
+        return SmoothedCrossentropy(label_smoothing=options.label_smoothing)
     return keras.losses.SparseCategoricalCrossentropy()
 
 

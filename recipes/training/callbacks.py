@@ -33,13 +33,8 @@ def chain(
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a run, in order.
 
-    Args:
-        setup: the run's `Setup`.
-        start: where the run begins; new rows are appended to those of its tables.
-        folder: the run's folder.
-        selection: the rule that selects the model to keep.
-        monitored: the folder of the `ClipMonitor`; None for no monitor.
-        started: `time.monotonic()` at the beginning of this process's part of the run.
+    `monitored` is the folder of the `ClipMonitor`, None for no monitor; `started` is
+    `time.monotonic()` at the beginning of this process's part of the run.
     """
     options, feed = setup.options, setup.feed
     # First, so that nothing after it saves a model with a NaN.
@@ -56,7 +51,7 @@ def chain(
     if setup.writes and options.verbose != "quiet":
         bar = options.verbose == "bar" or (options.verbose == "auto" and sys.stdout.isatty())
         metric, done = selection.monitor.removeprefix("val_"), start.step % feed.steps
-        result.append(Progress(metric, options.epochs, feed.steps, done, bar))
+        result.append(Progress(metric, done, bar))
     if monitored is not None:
         result.append(kgc.ClipMonitor(monitored, every=options.monitor))
     return [*result, Backup(folder / BACKUP, setup, start, started - start.seconds)]
@@ -78,11 +73,7 @@ class Backup(keras.callbacks.Callback):
     epoch for a whole `fit`. `stop_training` ends that epoch; Keras reads it again only after
     `on_epoch_end`, so resetting it there lets `fit` continue.
 
-    Args:
-        path: the backup file.
-        setup: the run's `Setup`; only the chief writes.
-        start: where the run begins; a backup is restored at the beginning of the first epoch.
-        started: `time.monotonic()` at the run's start, less the seconds of earlier processes.
+    `started` is `time.monotonic()` at the run's start, less the seconds of earlier processes.
     """
 
     def __init__(self, path: Path, setup: Setup, start: Start, started: float):
@@ -183,13 +174,7 @@ class EpochFiles(keras.callbacks.Callback):
     `history.csv` has one row per epoch, `layers.csv` one per epoch and layer: epoch (from 1),
     layer, grad_norm (L2 before the clip, root mean square over the epoch's updates),
     clip_fraction. Adds the learning rate of the epoch's last update and, if `fit` did not,
-    `grad_norm` and `clip_fraction` to the logs.
-
-    Args:
-        folder: the run's folder.
-        setup: the run's `Setup`; only the chief writes.
-        start: has the rows of earlier epochs, to which those of this `fit` are appended.
-        selection: the rule that decides which epoch is the best.
+    `grad_norm` and `clip_fraction` to the logs. Of several workers only the chief writes.
     """
 
     def __init__(self, folder: Path, setup: Setup, start: Start, selection: Selection):
@@ -244,24 +229,19 @@ def percent(share: float) -> str:
 
 
 class Progress(keras.callbacks.Callback):
-    """Prints a progress bar during each epoch, and one line at its end.
+    """Prints a progress bar during each epoch if `bar` is True, and one line at its end.
 
     Args:
         metric: the metric beside the loss.
-        epochs: the run's epochs.
-        steps: batches per epoch.
         done: steps of the first epoch done by an earlier process.
         bar: whether to show the progress bar.
     """
 
-    def __init__(self, metric: str, epochs: int, steps: int, done: int = 0, bar: bool = False):
+    def __init__(self, metric: str, done: int = 0, bar: bool = False):
         super().__init__()
         self.metric = metric
-        self.epochs = epochs
-        self.steps = steps
         self.done = done
         self.bar = bar
-        self._width = max(10, len(metric) + 2)
         self._progress: keras.utils.Progbar | None = None
         self._started = time.monotonic()
 
@@ -273,8 +253,8 @@ class Progress(keras.callbacks.Callback):
         """Starts a progress bar."""
         self._started = time.monotonic()
         if self.bar:
-            names = ("loss", self.metric)
-            self._progress = keras.utils.Progbar(self.steps, width=8, stateful_metrics=names)
+            names, steps = ("loss", self.metric), self.params["steps"]
+            self._progress = keras.utils.Progbar(steps, width=8, stateful_metrics=names)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Updates the progress bar."""
@@ -288,7 +268,7 @@ class Progress(keras.callbacks.Callback):
         if self._progress is not None:
             print("\r" + " " * 79, end="\r")
         self._print(
-            f"{epoch + 1}/{self.epochs}",
+            f"{epoch + 1}/{self.params['epochs']}",
             f"{logs['loss']:.4g}",
             f"{logs[self.metric]:.4f}",
             f"{logs['val_' + self.metric]:.4f}",
@@ -298,6 +278,6 @@ class Progress(keras.callbacks.Callback):
         )
 
     def _print(self, *cells: str) -> None:
-        widths = (9, 10, self._width, 12, 10, 10, 9)
+        widths = (9, 10, max(10, len(self.metric) + 2), 12, 10, 10, 9)
         line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         print(line, flush=True)

@@ -44,19 +44,19 @@ def read_names(model: Path) -> tuple[list[str], Mapping[str, Any]]:
     path = names_file(model)
     try:
         content = read_json(path)
-        classes, decoding = content["classes"], content["decoding"]
-        if not all(isinstance(name, str) for name in classes) or not isinstance(decoding, dict):
-            raise ValueError(f"{path}: holds no names of classes")
     except FileNotFoundError:
         raise RecipeError(
             f"{path} is missing, which has the names of the classes: copy it with the model, or "
             "have a run of an earlier version write it with --resume"
         ) from None
-    except (KeyError, TypeError):
-        raise RecipeError(f"{path}: holds no 'classes' and 'decoding'") from None
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    return classes, decoding
+    match content:
+        case {"classes": [*names], "decoding": dict(decoding)} if all(
+            isinstance(name, str) for name in names
+        ):
+            return names, decoding
+    raise RecipeError(f"{path}: holds no 'classes' and 'decoding'")
 
 
 class Confusion(keras.metrics.Metric):
@@ -94,12 +94,13 @@ def evaluate(
     """
     size, label = len(data.class_names), batches.element_spec[1]
     counted = 0 < size <= _COUNTED and model.output_shape[-1] == size and len(label.shape) == 1
-    confusion = [Confusion(size)] if counted else []
-    model.compile(loss=loss, metrics=[*metrics, *confusion], jit_compile=False)
+    confusion = Confusion(size) if counted else None
+    more = [confusion] if confusion else []
+    model.compile(loss=loss, metrics=[*metrics, *more], jit_compile=False)
     scores = model.evaluate(batches, verbose=0, return_dict=True)
-    for metric in confusion:
-        accuracy = scores.pop(metric.name)
-        counts = keras.ops.convert_to_numpy(metric.counts).astype(int)
+    if confusion:
+        accuracy = scores.pop(confusion.name)
+        counts = keras.ops.convert_to_numpy(confusion.counts).astype(int)
         title = f"{data.name}: {100 * accuracy:.1f} % of {counts.sum():,} test images are right"
         write_classes(folder, counts, data.class_names, title)
     return scores
@@ -168,15 +169,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: 
     if size <= _NUMBERED:
         for row, column in np.argwhere(counts):
             colour = "white" if shares[row, column] > 35 else "black"
-            axis.text(
-                column,
-                row,
-                f"{counts[row, column]:,}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=colour,
-            )
+            text = f"{counts[row, column]:,}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the font lacks
         replace_file(path, lambda scratch: figure.savefig(scratch, bbox_inches="tight"))

@@ -55,12 +55,12 @@ def file_named(name: str, flag: str = "--output") -> Path:
     Raises:
         RecipeError: the name is invalid, or belongs to a folder.
     """
-    path, there = Path(name), _nearest(name, flag)
-    if path.is_dir():
+    there = _nearest(name, flag)
+    if Path(name).is_dir():
         raise RecipeError(f"{flag} {name}: is a folder, and not a file")
-    if path != there and not there.is_dir():
+    if Path(name) != there and not there.is_dir():
         raise RecipeError(f"{flag} {name}: {there} is a file, and not a folder")
-    return path
+    return Path(name)
 
 
 def _nearest(name: str, flag: str) -> Path:
@@ -69,9 +69,8 @@ def _nearest(name: str, flag: str) -> Path:
         raise RecipeError(f"{flag} {name!r}: a NUL character cannot be in a name")
     if not name:
         raise RecipeError(f"{flag} {name!r}: is no name; without {flag} it is chosen for you")
-    path = Path(name)
     try:
-        return next((p for p in (path, *path.parents) if p.exists()), Path())
+        return next((p for p in (Path(name), *Path(name).parents) if p.exists()), Path())
     except OSError as error:  # such as a name that is too long
         raise RecipeError(f"{flag} {name}: {error.strerror}; choose another") from None
 
@@ -84,22 +83,22 @@ def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     `--output` must be empty or missing. `--resume` uses the newest default folder, or `--output`.
     """
     options = parsed.options
+    folder = RUNS / recipe.name
     if options.output is not None:
-        folder_named(options.output)
+        folder = folder_named(options.output)
     if options.resume:
         return _reopen(recipe, parsed)
     if options.strategy == "multiworker" and not multiworker.read_cluster().is_chief:
         # Only the chief checks that the folder is free; it may exist by now.
-        return options, Path(options.output or RUNS / recipe.name)
+        return options, folder
     if options.output:
-        folder = Path(options.output)
         if folder.exists() and not _is_empty(folder):
             raise RecipeError(
                 f"--output {folder} is not an empty folder: name another, or go on with the run in "
                 "it with --resume"
             )
         return options, folder
-    folder, number = RUNS / recipe.name, 1
+    number = 1
     while True:
         try:
             folder.mkdir(parents=True)

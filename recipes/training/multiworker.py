@@ -69,35 +69,33 @@ def read_cluster(environment: Mapping[str, str] = os.environ) -> Cluster:
         if not isinstance(config, dict) or not isinstance(config.get(key), dict):
             raise _wrong(f"must be an object with {key!r}, an object too; for example {_EXAMPLE}")
     jobs, kind, index = config["cluster"], config["task"].get("type"), config["task"].get("index")
-    tasks = []
-    for job in ("chief", "worker"):
-        addresses = jobs.get(job, [])
-        if not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
+    tasks: dict[tuple[str, int], str] = {}
+    for job in sorted(jobs):  # the chief first
+        if job not in ("chief", "worker"):
+            raise _wrong(f"has the job {job!r}: use 'worker's alone, and perhaps one 'chief'")
+        if not isinstance(jobs[job], list) or not all(isinstance(a, str) for a in jobs[job]):
             raise _wrong(f"['cluster'][{job!r}] must be a list of 'host:port'")
-        tasks += [(job, number, address) for number, address in enumerate(addresses)]
-    addresses = [address for *_, address in tasks]
+        tasks |= {(job, number): address for number, address in enumerate(jobs[job])}
+    if ("chief", 1) in tasks:
+        raise _wrong("has more than one chief")
+    if not tasks:
+        raise _wrong("names no worker in ['cluster']['worker']")
+    addresses = list(tasks.values())
     for address in addresses:
         host, _, port = address.rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 65536):
             raise _wrong(f"has the address {address!r}, which is not 'host:port'")
         if addresses.count(address) > 1:
             raise _wrong(f"gives the address {address!r} to two workers")
-    other = next((job for job in jobs if job not in ("chief", "worker")), None)
-    if other is not None or len(jobs.get("chief", [])) > 1:
-        what = "more than one chief" if other is None else f"the job {other!r}"
-        raise _wrong(f"has {what}: this strategy has 'worker's alone, and perhaps one 'chief'")
-    if not tasks:
-        raise _wrong("names no worker in ['cluster']['worker']")
-    if not isinstance(kind, str) or kind not in jobs:
+    if kind not in list(jobs):
         raise _wrong(f"['task']['type'] is {kind!r}, and must be one of {sorted(jobs)}")
-    if type(index) is not int or not 0 <= index < len(jobs[kind]):
+    if type(index) is not int or (kind, index) not in tasks:
         raise _wrong(
             f"['task']['index'] is {index!r}, and must be a whole number from 0 to "
             f"{len(jobs[kind]) - 1}, another one on each {kind}"
         )
-    here = next(i for i, task in enumerate(tasks) if task[:2] == (kind, index))
-    names = [job if job == "chief" else f"worker {number}" for job, number, _ in tasks]
-    return Cluster(tuple(zip(names, addresses, strict=True)), here)
+    names = [job if job == "chief" else f"worker {number}" for job, number in tasks]
+    return Cluster(tuple(zip(names, addresses, strict=True)), list(tasks).index((kind, index)))
 
 
 def _wrong(what: str) -> RecipeError:
@@ -188,14 +186,13 @@ def lost(cluster: Cluster, error: Exception, timeout: float) -> WorkerLost | Non
     """
     import tensorflow as tf
 
+    gone = (tf.errors.UnavailableError, tf.errors.AbortedError)
     if isinstance(error, tf.errors.DeadlineExceededError):
         what = (
             f"another worker did not come to a common step within {timeout:.0f} seconds: it "
             "hangs, or needs more --worker-timeout"
         )
-    elif isinstance(
-        error, (tf.errors.UnavailableError, tf.errors.AbortedError)
-    ) or "Collective ops is aborted" in str(error):
+    elif isinstance(error, gone) or "Collective ops is aborted" in str(error):
         what = "another worker is gone"
     else:
         return None
@@ -213,7 +210,6 @@ def named_losses(options: Options, cluster: Cluster) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as error:
-        named = lost(cluster, error, options.worker_timeout)
-        if not named:
-            raise
-        raise named from error
+        if named := lost(cluster, error, options.worker_timeout):
+            raise named from error
+        raise

@@ -163,10 +163,9 @@ def test_logs_that_cannot_be_read(tmp_path, copy):
         driving.read_log(write_log(folder, []))
     with pytest.raises(DataError, match="10 usable rows"):
         driving.load(write_log(folder, rows[:10]))
-    with pytest.raises(DataError, match="correction=-1"):
-        driving.load(folder, correction=-1)
-    with pytest.raises(DataError, match="ignore"):
-        driving.read_log(folder, on_bad_data="ignore")
+    for option in ({"correction": -1.0}, {"keep_straight": 1.5}, {"on_bad_data": "ignore"}):
+        with pytest.raises(RecipeError, match=next(iter(option)).replace("_", "-")):
+            small().options(**option)
 
 
 @pytest.mark.parametrize("stretches", [1, 4])

@@ -24,7 +24,8 @@ def shown(text):
 @pytest.mark.parametrize("bar", [False, True])
 def test_progress_fits_80_columns(capsys, monkeypatch, bar):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    progress = Progress("accuracy", epochs=100, steps=20_018, done=20_000, bar=bar)
+    progress = Progress("accuracy", done=20_000, bar=bar)
+    progress.set_params({"epochs": 100, "steps": 20_018})
     progress.on_train_begin()
     for epoch in (98, 99):
         progress.on_epoch_begin(epoch)
