@@ -78,7 +78,7 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
         try:
             rows = [[cell.strip() for cell in cells] for cells in reader]
         except csv.Error as error:
-            raise DataError(f"{path}, row {reader.line_num}: {error}; it is no log") from None
+            raise DataError(f"{path}, row {reader.line_num}: {error}; not a driving log") from None
     columns = {name: i for i, name in enumerate(COLUMNS)}
     if rows and "steering" in [cell.lower() for cell in rows[0]]:
         columns = {cell.lower(): i for i, cell in enumerate(rows[0])}

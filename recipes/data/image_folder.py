@@ -89,7 +89,7 @@ def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
     count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'} in {what}"
     if on_bad_data == "refuse":
         raise DataError(
-            f"{problems[0]} ({count}; mend the data, or leave such entries out with "
+            f"{problems[0]} ({count}; repair the data, or leave such entries out with "
             "--on-bad-data skip)"
         )
     lines = [f"skipped: {problem}" for problem in problems[:_SHOWN]]
@@ -146,7 +146,7 @@ def image_folder_splits(
     def rows(folder: Path) -> list[Row]:
         unknown = sorted(set(_folders(folder)) - set(classes))
         if unknown:
-            raise DataError(f"{folder} has a class that train has not: {unknown[0]!r}")
+            raise DataError(f"{folder} has a class that train lacks: {unknown[0]!r}")
         return _readable(folder, classes, on_bad_data)
 
     train = rows(home)

@@ -94,8 +94,8 @@ def splits_of(
     for one, other in itertools.combinations(names, 2):
         if splits and _share(builder, one, other):
             raise DataError(
-                f"splits={','.join(names)!r}: {one!r} and {other!r} share examples, and a test on "
-                "what a model was trained on or chosen by is none. Cut one in two, such as "
+                f"splits={','.join(names)!r}: {one!r} and {other!r} share examples: test on "
+                "others than the model was trained on or chosen by. Split one in two, such as "
                 "'train[:90%],train[90%:],test'"
             )
     usual = names == ("train", "validation", "test")

@@ -200,8 +200,7 @@ def warnings(options: Options) -> list[str]:
         )
     if options.mixed_precision == "float16" and device_kind() == "CPU":
         lines.append(
-            "float16 on a CPU takes many times as long as float32, which --mixed-precision none "
-            "gives"
+            "float16 on a CPU is many times slower than float32: use --mixed-precision none"
         )
     return lines
 

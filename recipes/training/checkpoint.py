@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,13 +59,6 @@ def save_backup(path: PathLike, model: Any, step: int, seconds: float, writes: b
     replace_file(path, write)
 
 
-# Errors of NumPy and `zipfile` for a truncated file or another format.
-_NO_BACKUP = (
-    *(AttributeError, IsADirectoryError, EOFError, KeyError, NotImplementedError),
-    *(TypeError, ValueError, zipfile.BadZipFile, zlib.error),
-)
-
-
 def load_backup(path: PathLike) -> dict[str, Any]:
     """The content of a backup: "path", "step", "seconds", "paths" and "values", a list of arrays.
 
@@ -80,7 +71,7 @@ def load_backup(path: PathLike) -> dict[str, Any]:
             head["values"] = [file[f"v{i}"] for i in range(len(head["paths"]))]
             head |= {"step": int(head["step"]), "seconds": float(head["seconds"])}
             head["path"] = str(path)
-    except _NO_BACKUP as error:
+    except Exception as error:  # NumPy and zipfile raise a dozen types for damaged files
         raise ValueError(f"{path} is not a backup of a recipe: {error}") from error
     return head
 
@@ -162,22 +153,15 @@ class Selection:
         """The factor (1 or -1) that makes larger scores better."""
         return {"max": 1.0, "min": -1.0}[self.mode]
 
-    def is_better(self, logs: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
-        """True if the model of an epoch replaces the one kept so far."""
-        score = self.sign * logs[self.monitor]
-        if not math.isfinite(score):
-            return False
-        if self.rule == "beats-test":
-            return score > self.sign * logs["test_" + self.monitor.removeprefix("val_")]
-        return best is None or score > self.sign * best[self.monitor]
-
     def kept(self, history: Sequence[Mapping[str, Any]]) -> int | None:
         """The index of the kept epoch in the history; None if none was kept."""
-        place = None
-        for i, row in enumerate(history):
-            if self.is_better(row, None if place is None else history[place]):
-                place = i
-        return place
+        scores = [self.sign * row[self.monitor] for row in history]
+        places = [i for i, score in enumerate(scores) if math.isfinite(score)]
+        if self.rule == "improve":
+            return max(places, key=scores.__getitem__, default=None)
+        test = "test_" + self.monitor.removeprefix("val_")
+        better = [i for i in places if scores[i] > self.sign * history[i][test]]
+        return better[-1] if better else None
 
 
 Rows = list[dict[str, Any]]

@@ -68,7 +68,7 @@ def _nearest(name: str, flag: str) -> Path:
     if "\0" in name:
         raise RecipeError(f"{flag} {name!r}: a NUL character cannot be in a name")
     if not name:
-        raise RecipeError(f"{flag} {name!r}: is no name; without {flag} it is chosen for you")
+        raise RecipeError(f"{flag} {name!r}: an empty name; leave out {flag} to have one chosen")
     try:
         return next((p for p in (Path(name), *Path(name).parents) if p.exists()), Path())
     except OSError as error:  # such as a name that is too long
@@ -283,8 +283,8 @@ def read_epochs(path: Path, needed: Sequence[str], last: int) -> list[dict[str, 
         wrong = next((c for c in needed if not isinstance(row.get(c), float)), None)
         if wrong:
             raise RecipeError(
-                f"{path}, line {line}: no number of {wrong!r}; it is no table of this run: put "
-                "that back, or start a new run"
+                f"{path}, line {line}: no number in the column {wrong!r}: restore the file, or "
+                "start a new run"
             )
     return [row for row in rows if row["epoch"] <= last]
 
@@ -308,5 +308,5 @@ def read_seconds(path: Path) -> float:
     """
     content = opts.read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("seconds"), (int, float)):
-        raise RecipeError(f"{path}: has no number 'seconds'; delete it to have it made again")
+        raise RecipeError(f"{path}: has no number 'seconds'; delete the file and --resume")
     return float(content["seconds"])

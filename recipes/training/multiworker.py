@@ -159,7 +159,7 @@ def waiting(cluster: Cluster, timeout: float) -> Iterator[None]:
     print the line.
     """
     line = (
-        f"error: {cluster.name}: another worker did not come within {timeout:.0f} seconds. Start "
+        f"error: {cluster.name}: another worker did not start within {timeout:.0f} seconds. Start "
         "every worker with the same command, see that the machines reach each other (firewall), "
         "or raise --worker-timeout"
     )
@@ -189,7 +189,7 @@ def lost(cluster: Cluster, error: Exception, timeout: float) -> WorkerLost | Non
     gone = (tf.errors.UnavailableError, tf.errors.AbortedError)
     if isinstance(error, tf.errors.DeadlineExceededError):
         what = (
-            f"another worker did not come to a common step within {timeout:.0f} seconds: it "
+            f"another worker did not reach a common step within {timeout:.0f} seconds: it "
             "hangs, or needs more --worker-timeout"
         )
     elif isinstance(error, gone) or "Collective ops is aborted" in str(error):

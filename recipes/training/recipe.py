@@ -55,8 +55,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]{1,100}", self.name) or self.name.startswith("."):
             raise RecipeError(
-                f"a recipe's name is that of its folder under runs/, and {self.name[:60]!r} is "
-                "none: use letters, digits, '_', '-' and '.'"
+                f"the recipe's name {self.name[:60]!r} cannot be that of a folder under runs/: use "
+                "letters, digits, '_', '-' and '.'"
             )
 
     def options(self, **values: object) -> Options:

@@ -133,7 +133,7 @@ def test_nobody_waits_for_ever(timeout, microseconds, status):
     assert done.returncode == status and done.stdout == ("" if status else "goes on\n")
     assert len(lines) == 1 + status
     if status:
-        assert lines[1].startswith("error: worker 0: another worker did not come within 0 seconds")
+        assert lines[1].startswith("error: worker 0: another worker did not start within 0 seconds")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_nobody_waits_for_ever(timeout, microseconds, status):
         (tf.errors.InternalError(None, None, "Collective ops is aborted by: x"), "worker is gone"),
         (
             tf.errors.DeadlineExceededError(None, None, "Collective has timed out"),
-            "did not come to a common step within 600 seconds",
+            "did not reach a common step within 600 seconds",
         ),
     ],
 )
@@ -441,9 +441,7 @@ def test_a_worker_that_hangs_is_not_waited_for_for_ever(tmp_path, capfd):
     folder = tmp_path / "run"
     assert struck(folder, 2, 1, HANG, "--worker-timeout", "25", grace=5) == 1
     captured = capfd.readouterr()
-    assert (
-        "error: worker 0: another worker did not come to a common step within 25 s" in captured.out
-    )
+    assert "error: worker 0: another worker did not reach a common step within 25 s" in captured.out
     assert checkpoint.load_backup(folder / folders.BACKUP)["step"] == 12
 
 
@@ -461,7 +459,7 @@ def test_a_worker_that_never_comes(here, tmp_path):
     )
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith(f"error: worker {here}: another worker did not come within 3 seconds")
+    assert last.startswith(f"error: worker {here}: another worker did not start within 3 seconds")
     assert "Traceback" not in ended.stderr and "most recent call" not in ended.stderr
 
 
