@@ -164,15 +164,9 @@ def eval_batches(data: Data, split: Split, batch_size: int, part: Part = WHOLE) 
 
 
 def _part_sizes(size: int, batch_size: int, part: Part) -> list[int]:
-    """The batch sizes of one worker's devices in turn, as even as possible.
+    """The sizes of the batches of one worker's devices in turn, as even as possible.
 
-    Args:
-        size: int, the number of examples of all workers.
-        batch_size: int, the largest global batch.
-        part: `Part`.
-
-    Raises:
-        DataError: fewer examples than devices.
+    `size` is the number of examples of all workers, `batch_size` the largest global batch.
     """
     local = part.replicas // part.workers
     most, least = -(-size // part.workers), size // part.workers

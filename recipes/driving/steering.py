@@ -223,10 +223,7 @@ def scores(angles: np.ndarray, answers: np.ndarray, mean_angle: float) -> dict[s
 def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title: str) -> None:
     """Draws the log's and the model's angle over the drive as a PNG file.
 
-    Args:
-        rows: (row of the log, part, angle, answer), in the order of the rows.
-        path: the picture.
-        title: str.
+    Each of the `rows` is (row of the log, part, angle, answer), in the order of the log.
     """
     from matplotlib.figure import Figure
 

@@ -96,14 +96,7 @@ class Setup:
 
 @contextlib.contextmanager
 def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
-    """Prepares a run up to its first step: devices, data and model.
-
-    Args:
-        recipe: `Recipe`.
-        options: from `recipe.options(...)`.
-
-    Yields:
-        `Setup`, valid only inside the context.
+    """Prepares a run up to its first step; the `Setup` is valid only inside the context.
 
     Raises:
         RecipeError: an invalid clipper, data set or device.
@@ -138,11 +131,7 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
 
 
 def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) -> Any:
-    """The tf.distribute strategy, or None on a single device.
-
-    Args:
-        options: the run's options.
-        cluster: the workers, with `--strategy multiworker`; waits until all of them have started.
+    """The tf.distribute strategy, or None on a single device; waits for all workers of a cluster.
 
     Raises:
         RecipeError: too few devices, or a batch size that they do not divide.
@@ -267,12 +256,9 @@ def warmup_updates(options: Options, steps: int) -> int:
 
 
 def build_optimizer(options: Options, model: Any, steps: int) -> Any:
-    """The inner optimizer: warm-up and cosine, no weight decay on biases and norms.
+    """The inner optimizer: warm-up and cosine, no weight decay on the model's biases and norms.
 
-    Args:
-        options: the run's options.
-        model: its biases, gammas and betas are excluded from weight decay.
-        steps: int, batches per epoch.
+    `steps` is the number of batches per epoch.
     """
     updates = max(1, options.epochs * steps // options.accumulate)
     warmup = warmup_updates(options, steps)

@@ -76,29 +76,19 @@ def load_backup(path: PathLike) -> dict[str, Any]:
     return head
 
 
-def matched(model: Any, backup: Mapping[str, Any]) -> list[Any]:
-    """The variables of the model and its optimizer, one for each value of `load_backup`.
-
-    Raises:
-        ValueError: the backup is of a different model.
-    """
-    variables = state_variables(model)
-    shapes = [tuple(v.shape) for v in variables]
+def check_fits(backup: Mapping[str, Any], model: Any) -> None:
+    """Raises a ValueError if the content of `load_backup` is of a different model."""
+    shapes = [tuple(variable.shape) for variable in state_variables(model)]
     if shapes != [value.shape for value in backup["values"]]:
         raise ValueError(
-            f"{backup['path']} holds {len(backup['values'])} variables, the model "
-            f"{len(variables)} or other shapes: it belongs to another network or optimizer"
+            f"{backup['path']} holds {len(backup['values'])} variables, the model {len(shapes)} "
+            "or other shapes: it belongs to another network or optimizer"
         )
-    return variables
 
 
 def restore(model: Any, backup: Mapping[str, Any]) -> None:
-    """Sets every variable of the model and its optimizer from `load_backup`.
-
-    Raises:
-        ValueError: the backup is of a different model.
-    """
-    for variable, value in zip(matched(model, backup), backup["values"], strict=True):
+    """Sets every variable of the model and its optimizer from `load_backup`."""
+    for variable, value in zip(state_variables(model), backup["values"], strict=True):
         variable.assign(value)
 
 
@@ -204,7 +194,7 @@ def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
     if options.resume and backup.exists():
         with plain_errors():
             content = load_backup(backup)
-            matched(setup.model, content)
+            check_fits(content, setup.model)
         rows = _tables(folder, selection, content["step"] // steps)
         start = Start(content["step"], content["seconds"], *rows, content)
     elif options.resume and result.exists():

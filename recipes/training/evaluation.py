@@ -109,11 +109,7 @@ def evaluate(
 def write_classes(folder: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
     """Writes `classes.csv`, one row per class, and `confusion.png`.
 
-    Args:
-        folder: the run's folder.
-        counts: `[classes, classes]`, images by true and predicted class.
-        names: the class names.
-        title: the picture's title.
+    `counts` are images by true and predicted class, [classes, classes].
     """
     images = counts.sum(axis=1)
     wrong = counts * (1 - np.eye(len(counts)))

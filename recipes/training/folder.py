@@ -143,16 +143,10 @@ def _newest(recipe: Recipe) -> Path:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> str:
-    """The options that have changed since a folder was begun.
+    """The options that have changed since a folder was begun, but for those `free` to change.
 
-    Args:
-        before: the options of the folder, as read from JSON.
-        now: the present options. A name that only one of the two has comes from a different
-            version, and is no difference.
-        free: names that may change.
-
-    Returns:
-        Such as `"learning_rate (0.1, now 0.2), seed (0, now 1)"`; "" if nothing differs.
+    Such as `"learning_rate (0.1, now 0.2), seed (0, now 1)"`; "" if nothing differs. A name that
+    only one of the two has comes from a different version, and is no difference.
     """
     names = sorted(name for name in now.keys() & before.keys() if name not in free)
     changed = [name for name in names if before[name] != now[name]]
@@ -179,11 +173,7 @@ def check_options(path: Path, recipe: Recipe, now: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, kind: str = "run") -> Iterator[None]:
-    """Creates and locks `folder` until the context, or the process, ends.
-
-    Args:
-        folder: the folder of a run or a search.
-        kind: its content, for the message.
+    """Creates and locks the folder of a run or search until the context, or the process, ends.
 
     Raises:
         RecipeError: another process holds the lock.

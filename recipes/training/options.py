@@ -325,11 +325,7 @@ def import_modules(names: object) -> None:
 
 
 def _of_clipper(flags: declarations.Flags, clipper: str, values: Mapping) -> dict[str, Any]:
-    """Values by flag as values by parameter.
-
-    Raises:
-        RecipeError: a flag of another clipper, or a value that this one does not take.
-    """
+    """Values by flag as values by parameter, checked."""
     known, result = flags.get(clipper, {}), {}
     for flag, value in values.items():
         if flag not in known:
@@ -347,15 +343,9 @@ def _choose(
 ) -> tuple[str, dict | None, dict[str, Any]]:
     """The clipper of a run: its name, the serialised clipper or None, its parameters' values.
 
-    A source that names another clipper than the sources before it leaves out what they say for
-    theirs, so that a recipe's threshold does not outlive its clipper.
-
-    Args:
-        flags: the clippers' flags.
-        sources: what each says of the clipper, in rising order; the last one is the user's own.
-
-    Raises:
-        RecipeError: a flag of another clipper, or a clipper and a serialised one.
+    The sources come in rising order; the last one is the user's own. One that names another clipper
+    than those before it leaves out what they say for theirs, so that a recipe's threshold does not
+    outlive its clipper.
     """
     clipper, serialised = Options.clipper, None
     values: dict[str, Any] = {}
@@ -472,11 +462,7 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
 
 
 def _checked(source: Mapping, recipe, what: str = "") -> dict[str, Any]:
-    """The values that a source has for all but the clippers' own options.
-
-    Raises:
-        RecipeError: an unknown name, or a value that cannot be.
-    """
+    """The values that a source has for all but the clippers' own options."""
     known, clipping = by_name(recipe.extra_options), clipping_names(recipe.extra_options)
     for name in source:
         if name not in known and name not in clipping:
