@@ -15,7 +15,6 @@ from recipes.errors import RecipeError
 from recipes.plugin import declarations
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import options as opts
-from recipes.training.folder import folder_named
 
 Owners = list[tuple[str, declarations.Parameter]]
 
@@ -188,20 +187,6 @@ def recipe_options(
     given = {**small, **quiet, **given}
     rates(args, recipe.options(**given).learning_rate)  # checks that the range has it
     return given
-
-
-def folder_of(args: argparse.Namespace, recipe: Any) -> Path:
-    """The folder of the search, which may not exist yet.
-
-    Raises:
-        RecipeError: the name is not valid for a folder.
-    """
-    output = args.output
-    if output is None:
-        output = str(Path("runs") / f"search-{recipe.name}")
-        if recipe.name != Path(recipe.name).name:
-            raise RecipeError(f"--output {output!r}: no folder can have this name")
-    return folder_named(output)
 
 
 def searched_options() -> dict[str, str]:

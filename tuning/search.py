@@ -16,8 +16,9 @@ try:
     from recipes.command_line import exit_status, import_tensorflow
     from recipes.errors import RecipeError, RunFailed, first_line
     from recipes.plugin import command_line
+    from recipes.training.folder import RUNS, folder_named
     from recipes.training.options import import_modules
-    from tuning.flags import build_parser, check, folder_of, load_recipe, recipe_options
+    from tuning.flags import build_parser, check, load_recipe, recipe_options
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
@@ -40,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
             recipe = load_recipe(args.recipe)
             given = recipe_options(args, recipe, rest, parser.flags)
-            folder_of(args, recipe)  # checks the name before TensorFlow is imported
+            folder = folder_named(args.output or str(RUNS / f"search-{recipe.name}"))
             import_tensorflow()
             from tuning.search_run import Search
 
-            return Search(recipe, given, args, argv).run()
+            return Search(recipe, given, args, folder, argv).run()
         except ModuleNotFoundError as error:
             remedy = "`make venv`, or pip install '.[recipes,tuning]' in the checkout"
             raise RecipeError(f"{error.name} is missing: {remedy}") from error

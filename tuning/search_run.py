@@ -7,6 +7,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras_tuner as kt
@@ -23,7 +24,7 @@ from recipes.training import options as opts
 from recipes.training.folder import differences, locked
 from recipes.words import counted
 from tuning import plots, results, workers
-from tuning.flags import SMALL, folder_of, search_space, searched_options
+from tuning.flags import SMALL, search_space, searched_options
 from tuning.trial import PROJECT, RecipeTuner, trial_settings
 
 SEARCH = "search.json"
@@ -44,10 +45,15 @@ class Search:
     """
 
     def __init__(
-        self, recipe: Recipe, given: Mapping[str, Any], args: Namespace, argv: Sequence[str]
+        self,
+        recipe: Recipe,
+        given: Mapping[str, Any],
+        args: Namespace,
+        folder: Path,
+        argv: Sequence[str],
     ):
-        self.recipe, self.given, self.args, self.argv = recipe, given, args, argv
-        self.folder = folder_of(args, recipe)
+        self.recipe, self.given, self.args = recipe, given, args
+        self.folder, self.argv = folder, argv
         self.role = workers.role()
         if self.role == "chief" and args.workers:
             raise RecipeError("--workers starts a chief of its own: unset KERASTUNER_TUNER_ID")
