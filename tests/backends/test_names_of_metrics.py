@@ -109,7 +109,7 @@ WAYS = [
 
 
 # Each way with one of the names, in turn.
-@pytest.mark.parametrize(("way", "name"), zip(WAYS, 3 * FIGURES, strict=True))
+@pytest.mark.parametrize(("way", "name"), [*zip(WAYS, 3 * FIGURES, strict=True)])
 def test_the_users_metric_keeps_its_name(way, name):
     model, arguments = way(name)
     loss = arguments.pop("loss", "mse")

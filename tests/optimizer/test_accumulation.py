@@ -1,5 +1,7 @@
 """An accumulated update is about the variables that had a gradient since the last one."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -97,9 +99,14 @@ def got(make, pattern, steps, calls, *, graph=False, replicas=0, with_none=False
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize(("steps", "with_none"), [(2, True), (3, False)])
-@pytest.mark.parametrize("pattern", PATTERNS)
+# Each pattern with each optimizer, and in turn with each number of steps.
+@pytest.mark.parametrize(
+    ("pattern", "name", "steps", "with_none"),
+    [
+        (*case, *((2, True), (3, False))[i % 2])
+        for i, case in enumerate(itertools.product(PATTERNS, MAKERS))
+    ],
+)
 def test_it_is_keras_on_what_was_named(pattern, steps, name, with_none):
     pattern = PATTERNS[pattern]
     want = wanted(MAKERS[name], pattern, steps, 15)

@@ -251,7 +251,7 @@ def test_what_the_files_would_clip_is_what_their_clippers_clip(tmp_path):
     import keras
 
     rng = np.random.default_rng(1)
-    norms = rng.lognormal(size=(160, 2)) * np.linspace(5, 0.1, 160)[:, None]
+    norms = rng.lognormal(size=(80, 2)) * np.linspace(5, 0.1, 80)[:, None]
     found = made_up(norms)
     variables = []
     for layer in found.layers:

@@ -226,9 +226,8 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["history", "several"])
-def test_a_hypermodel_of_its_own_is_searched_with_its_fit(kind, tmp_path):
-    hyper = ClipHyperModel(OwnFit(RESULTS[kind]), clippers=("norm",))
+def test_a_hypermodel_of_its_own_is_searched_with_its_fit(tmp_path):
+    hyper = ClipHyperModel(OwnFit(RESULTS["several"]), clippers=("norm",))
     tuner = kt.RandomSearch(
         hyper, objective="val_accuracy", max_trials=2, directory=tmp_path, seed=1
     )
