@@ -49,7 +49,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def write_json(
-    path: PathLike, content: object, default: Callable[[Any], object] | None = None
+    path: PathLike, content: object, default: Callable[..., object] | None = None
 ) -> None:
     """Writes a JSON file; `default` turns what JSON does not know into what it does."""
     write_text(path, json.dumps(content, indent=2, default=default) + "\n")
@@ -99,7 +99,7 @@ def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[o
 
 
 def _end_last_line(path: PathLike) -> None:
-    """Drop an incomplete last line; terminate a complete one."""
+    """Removes an incomplete last line; terminates a complete one."""
     if not Path(path).exists():
         return
     with open(path, "rb+") as file:

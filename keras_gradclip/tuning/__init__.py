@@ -7,7 +7,6 @@ Neither is imported before a name that needs it is used.
 """
 
 import importlib
-from typing import Any
 
 _PACKAGES = {
     "keras_tuner": "keras-tuner",
@@ -30,7 +29,7 @@ _MODULES = {
 __all__ = sorted(_MODULES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -1,53 +1,32 @@
 """The private names of KerasTuner that this package uses; no other module uses any.
 
 KerasTuner has no hooks for the trial of a lost worker, for atomic files, or for the end of a search
-with running trials. `missing_names` lists what a new version removed.
+with running trials. `tests/tuning/test_kerastuner.py` has the use of each name.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import keras_tuner as kt
 from keras_tuner.engine.base_tuner import BaseTuner  # the loop of a search, without Keras's own fit
 from keras_tuner.engine.metrics_tracking import infer_metric_direction  # "max" of "val_accuracy"
-from keras_tuner.engine.trial import TrialStatus
+from keras_tuner.engine.trial import Trial, TrialStatus
 
 from keras_gradclip.files import read_json, write_json
 
 __all__ = [
     "OracleInternals",
     "SearchTuner",
+    "Trial",
     "TrialStatus",
     "infer_metric_direction",
     "mark_for_reload",
-    "missing_names",
 ]
-
-_REASONS = {
-    "ongoing_trials": "which worker runs which trial: a lost worker's trial is reassigned",
-    "tuner_ids": "the workers that the chief waits for at the end: lost ones are removed",
-    "_retry_queue": "the trials that the next worker gets",
-    "start_order": "Hyperband and the Bayesian search read it: completed after a kill",
-    "end_order": "the trials that are over: completed after a kill; no trial ends twice",
-    "_get_trial_dir": "the path of `trial.json`, to write it atomically",
-    "_get_oracle_fname": "the path of `oracle.json`, to write it atomically",
-    "_save_trial": "overridden: KerasTuner writes in place, where a kill tears the file",
-}
-
-
-def missing_names() -> dict[str, str]:
-    """The private names that the installed KerasTuner lacks, each with its use."""
-    oracle = kt.oracles.RandomSearchOracle("val_loss", 1)
-    missing = {name: why for name, why in _REASONS.items() if not hasattr(oracle, name)}
-    tuner = {
-        "_get_tuner_fname": "a tuner reloads where it finds this file",
-        "_run_and_update_trial": "overridden: reports each run of a trial",
-    }
-    return missing | {name: why for name, why in tuner.items() if not hasattr(BaseTuner, name)}
 
 
 def mark_for_reload(folder: str | os.PathLike) -> None:
@@ -76,22 +55,22 @@ class SearchTuner(BaseTuner):
         directory, project_name: as for KerasTuner's tuners; a search there is resumed.
     """
 
-    def __init__(self, oracle: kt.Oracle, directory: str | os.PathLike, project_name: str):
+    def __init__(self, oracle: kt.Oracle, directory: str | os.PathLike, project_name: str) -> None:
         self._asked = False
         mark_for_reload(Path(directory) / project_name)
         super().__init__(oracle, directory=str(directory), project_name=project_name)
 
-    def pre_create_trial(self):
+    def pre_create_trial(self) -> None:
         """Waits a second before KerasTuner repeats a request that got no trial."""
         if self._asked:
             time.sleep(1)
         self._asked = True
 
-    def on_trial_begin(self, trial):
+    def on_trial_begin(self, trial: Trial) -> None:
         """Notes that the next request follows a trial."""
         self._asked = False
 
-    def _run_and_update_trial(self, trial, *fit_args, **fit_kwargs):
+    def _run_and_update_trial(self, trial: Trial, *fit_args: object, **fit_kwargs: object) -> None:
         for metrics in self.run_trial(trial, *fit_args, **fit_kwargs):
             self.oracle.update_trial(trial.trial_id, metrics)
 
@@ -99,10 +78,10 @@ class SearchTuner(BaseTuner):
 class OracleInternals(kt.Oracle):
     """Access to an oracle's private state, with atomic files."""
 
-    trials: dict[str, Any]
+    trials: dict[str, Trial]
 
     @property
-    def running(self) -> dict[str, Any]:
+    def running(self) -> dict[str, Trial]:
         """The running trial of each busy worker."""
         return self.ongoing_trials
 
@@ -122,7 +101,7 @@ class OracleInternals(kt.Oracle):
         return self.end_order
 
     @contextlib.contextmanager
-    def seeing_only(self, trials: list) -> Iterator[None]:
+    def seeing_only(self, trials: Sequence[Trial]) -> Iterator[None]:
         """Hides all other trials from KerasTuner's algorithm within the context."""
         everything, self.trials = self.trials, {trial.trial_id: trial for trial in trials}
         try:
@@ -130,22 +109,22 @@ class OracleInternals(kt.Oracle):
         finally:
             self.trials = everything
 
-    def forget_metrics(self, trial) -> None:
+    def forget_metrics(self, trial: Trial) -> None:
         """Drops the metrics of an unfinished trial, which would count twice."""
         trial.metrics = type(trial.metrics)()
 
-    def save(self):
+    def save(self) -> None:
         """Writes `oracle.json` atomically; converts default dicts and NumPy numbers."""
         write_json(self._get_oracle_fname(), self.get_state(), default=float)
 
-    def _save_trial(self, trial):
+    def _save_trial(self, trial: Trial) -> None:
         write_json(
             Path(self._get_trial_dir(trial.trial_id)) / "trial.json",
             trial.get_state(),
             default=float,
         )
 
-    def reload(self):
+    def reload(self) -> None:
         """Reloads as KerasTuner does, after a kill at any moment."""
         super().reload()
         waiting = []

@@ -14,7 +14,7 @@ def worst_score(direction: str) -> float:
     return -math.inf if direction == "max" else math.inf
 
 
-def exploded(model) -> bool:
+def exploded(model: keras.Model) -> bool:
     """True if a trainable weight is not finite, or too large to be the result of training.
 
     One step at a learning rate of 1e38 may leave weights of 1e37: finite, and by luck accurate.

@@ -1,9 +1,11 @@
 """A hypermodel that wraps the optimizer with the trial's clipper."""
 
+from __future__ import annotations
+
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, cast
 
 import keras
 import keras_tuner as kt
@@ -11,10 +13,13 @@ import numpy as np
 
 import keras_gradclip as kgc
 from keras_gradclip import _compat
+from keras_gradclip._types import Config
 from keras_gradclip.optimizer.clipped_optimizer import find
 from keras_gradclip.tuning._kerastuner import infer_metric_direction
 from keras_gradclip.tuning.divergence import DIVERGED, exploded, worst_score
-from keras_gradclip.tuning.space import clip_hyperparameters, to_clipper, to_gate
+from keras_gradclip.tuning.space import Value, clip_hyperparameters, to_clipper, to_gate
+
+Build: TypeAlias = Callable[[kt.HyperParameters], keras.Model]
 
 
 class ClipHyperModel(kt.HyperModel):
@@ -46,27 +51,28 @@ class ClipHyperModel(kt.HyperModel):
 
     def __init__(
         self,
-        build_model: Callable[[kt.HyperParameters], keras.Model] | kt.HyperModel,
+        build_model: Build | kt.HyperModel,
         objective: str | kt.Objective = "val_accuracy",
         diverged_value: float | None = None,
-        **space: Any,
-    ):
+        **space: object,
+    ) -> None:
         super().__init__()
         self.hypermodel = _as_hypermodel(build_model)
         self.objective = as_objective(objective)
         if diverged_value is None:
             diverged_value = worst_score(self.objective.direction)
         self.diverged_value = diverged_value
-        self.space = space
+        self.space: Config = space
         declared = kt.HyperParameters()
-        clip_hyperparameters(declared, **space)  # raises on a mistake in the space
+        # Raises on a mistake in the space.
+        clip_hyperparameters(declared, **space)  # type: ignore[arg-type]
         self._names = {parameter.name for parameter in declared.space}
 
-    def declare_hyperparameters(self, hp):
+    def declare_hyperparameters(self, hp: kt.HyperParameters) -> None:
         """Declares the hypermodel's own hyper-parameters."""
         self.hypermodel.declare_hyperparameters(hp)
 
-    def build(self, hp):
+    def build(self, hp: kt.HyperParameters) -> keras.Model:
         """The compiled model of a trial."""
         before = {parameter.name for parameter in hp.space}
         model = self.hypermodel.build(hp)
@@ -99,7 +105,14 @@ class ClipHyperModel(kt.HyperModel):
                 gate.attach(model)
         return model
 
-    def fit(self, hp, model, *args, callbacks=(), **kwargs):
+    def fit(
+        self,
+        hp: kt.HyperParameters,
+        model: keras.Model,
+        *args: object,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        **kwargs: object,
+    ) -> object:
         """Calls the hypermodel's `fit`, and stops it at divergence.
 
         Returns:
@@ -117,12 +130,12 @@ class ClipHyperModel(kt.HyperModel):
 class _FromFunction(kt.HyperModel):
     """A hypermodel made of a build function; `fit` is `model.fit`."""
 
-    def __init__(self, build):
+    def __init__(self, build: Build) -> None:
         super().__init__()
         self.build = build
 
 
-def _as_hypermodel(build_model) -> kt.HyperModel:
+def _as_hypermodel(build_model: Build | kt.HyperModel) -> kt.HyperModel:
     if isinstance(build_model, kt.HyperModel):
         return build_model
     if isinstance(build_model, (type, keras.Model)) or not callable(build_model):
@@ -133,7 +146,9 @@ def _as_hypermodel(build_model) -> kt.HyperModel:
     return _FromFunction(build_model)
 
 
-def _set_learning_rate(optimizer, value: float, others: Mapping[str, Any]) -> None:
+def _set_learning_rate(
+    optimizer: keras.optimizers.Optimizer, value: Value, others: Mapping[str, Value]
+) -> None:
     """Sets the learning rate; warns if one of the hypermodel's `others` may set it, too."""
     if not hasattr(optimizer.learning_rate, "assign"):
         raise ValueError(
@@ -153,7 +168,7 @@ def _set_learning_rate(optimizer, value: float, others: Mapping[str, Any]) -> No
     optimizer.learning_rate = value
 
 
-def _all_finite(result, name: str) -> bool:
+def _all_finite(result: object, name: str) -> bool:
     """True if the objective `name` is finite in the result of a `fit`."""
     if isinstance(result, (list, tuple)):
         return all(_all_finite(each, name) for each in result)
@@ -161,40 +176,42 @@ def _all_finite(result, name: str) -> bool:
         return _all_finite(result.history.get(name, []), name)
     if isinstance(result, Mapping):
         return _all_finite(result.get(name), name)
-    return result is None or math.isfinite(result)
+    return result is None or math.isfinite(cast(float, result))
 
 
 class _Watch(keras.callbacks.Callback):
     """Stops a non-finite run; adds the clip's figures to the logs of plain models."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.diverged = False
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> _Watch:
         return type(self)()
 
-    def _stop(self):
+    def _stop(self) -> None:
         self.diverged = True
         self.model.stop_training = True
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         self._optimizer = cast(kgc.ClippedOptimizer, find(self.model.optimizer))
         self._optimizer.reset_telemetry()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             self._stop()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         means = self._optimizer.read_telemetry()
-        for name in ("grad_norm", "clip_fraction"):
-            logs[name] = float(means[name])
+        if logs is not None:
+            logs.update({name: float(means[name]) for name in ("grad_norm", "clip_fraction")})
         if exploded(self.model):
             self._stop()
 
 
-def _clipped(optimizer, clipper):
+def _clipped(
+    optimizer: keras.optimizers.Optimizer, clipper: kgc.Clipper | None
+) -> keras.optimizers.Optimizer:
     """`optimizer` with a clipper: the same object if it can clip, else a wrapper around it.
 
     The hypermodel's objects are used, because a copy by config would lose settings, such as the
@@ -225,7 +242,7 @@ def _clipped(optimizer, clipper):
     return kgc.ClippedOptimizer(optimizer, clipper, telemetry=True)
 
 
-def as_objective(objective, direction: str | None = None) -> kt.Objective:
+def as_objective(objective: object, direction: str | None = None) -> kt.Objective:
     """A `keras_tuner.Objective` from a name.
 
     Raises:

@@ -8,16 +8,17 @@
 Unused parameters of a trial are not suggested, and so do not reach Optuna's samplers.
 """
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import optuna
 
-from keras_gradclip.tuning.space import clip_hyperparameters
+from keras_gradclip.tuning.space import Value, clip_hyperparameters
 
 
-def suggest(trial: optuna.trial.BaseTrial, **space: Any) -> dict[str, Any]:
+def suggest(trial: optuna.trial.BaseTrial, **space: object) -> dict[str, Value]:
     """The hyper-parameters of an Optuna trial, for `to_clipper` and `to_gate`.
 
     Args:
@@ -30,42 +31,42 @@ def suggest(trial: optuna.trial.BaseTrial, **space: Any) -> dict[str, Any]:
     Raises:
         ValueError: as `clip_hyperparameters`.
     """
-    return clip_hyperparameters(_TrialParameters(trial), **space)
+    return clip_hyperparameters(_TrialParameters(trial), **space)  # type: ignore[arg-type]
 
 
 class _TrialParameters:
     """An Optuna trial with the interface of `keras_tuner.HyperParameters`."""
 
-    def __init__(self, trial: optuna.trial.BaseTrial):
+    def __init__(self, trial: optuna.trial.BaseTrial) -> None:
         self._trial = trial
         self._active = True
-        self._values: dict[str, Any] = {}
+        self._values: dict[str, Value] = {}
 
     @contextlib.contextmanager
-    def conditional_scope(self, name: str, values: Sequence) -> Iterator[None]:
+    def conditional_scope(self, name: str, values: Sequence[Value]) -> Iterator[None]:
         before, self._active = self._active, self._active and self._values.get(name) in values
         try:
             yield
         finally:
             self._active = before
 
-    def Choice(self, name: str, values: Sequence, **options: Any) -> Any:
+    def Choice(self, name: str, values: Sequence[Value], **options: object) -> Value | None:
         return self._keep(name, self._trial.suggest_categorical, values)
 
-    def Boolean(self, name: str, **options: Any) -> Any:
+    def Boolean(self, name: str, **options: object) -> Value | None:
         return self._keep(name, self._trial.suggest_categorical, (False, True))
 
     def Float(
-        self, name: str, low: float, high: float, *, sampling: str = "linear", **options: Any
-    ) -> Any:
+        self, name: str, low: float, high: float, *, sampling: str, **options: object
+    ) -> Value | None:
         return self._keep(name, self._trial.suggest_float, low, high, log=sampling == "log")
 
-    def Int(
-        self, name: str, low: int, high: int, *, sampling: str = "linear", **options: Any
-    ) -> Any:
-        return self._keep(name, self._trial.suggest_int, low, high, log=sampling == "log")
+    def Int(self, name: str, low: int, high: int, **options: object) -> Value | None:
+        return self._keep(name, self._trial.suggest_int, low, high)
 
-    def _keep(self, name: str, ask: Any, *arguments: Any, **options: Any) -> Any:
+    def _keep(
+        self, name: str, ask: Callable[..., Value], *arguments: object, **options: object
+    ) -> Value | None:
         if not self._active:
             return None  # as in KerasTuner
         self._values[name] = ask(name, *arguments, **options)

@@ -11,20 +11,30 @@
 - `lose_worker` reassigns the trial of a lost worker.
 """
 
+from __future__ import annotations
+
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import keras_tuner as kt
 
-from keras_gradclip.tuning._kerastuner import OracleInternals, TrialStatus
+from keras_gradclip.tuning._kerastuner import OracleInternals, Trial, TrialStatus
 from keras_gradclip.tuning._kerastuner import SearchTuner as SearchTuner  # public here
+from keras_gradclip.tuning.space import Value
 
-BASELINE = (
-    "tuner/baseline"  # key that marks the baseline; KerasTuner's own keys begin with tuner/, too
-)
-CONFIRMS = "tuner/confirms"  # key with the id of the trial that this one repeats
+#: A trial's hyper-parameters by name.
+Values: TypeAlias = dict[str, Value]
+#: What `keras_tuner.Oracle.populate_space` returns: `status`, and `values` or None.
+Answer: TypeAlias = dict[str, str | Values | None]
+
+#: Key that marks the baseline; KerasTuner's own keys begin with tuner/, too.
+BASELINE = "tuner/baseline"
+#: Key with the id of the trial that this one repeats.
+CONFIRMS = "tuner/confirms"
 MOST_LOSSES = 3
+_STOPPED: Answer = {"status": "STOPPED", "values": None}
 
 
 class SearchOracle(OracleInternals):
@@ -35,20 +45,20 @@ class SearchOracle(OracleInternals):
             "end", on the oracle's machine.
     """
 
-    on_change: Callable | None = None
+    on_change: Callable[[Trial, str], object] | None = None
     #: Trials without confirmations; None: the algorithm decides.
     search_trials: int | None = None
     confirm: bool = False
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._losses: dict[str, int] = {}
 
-    def populate_space(self, trial_id):
+    def populate_space(self, trial_id: str) -> Answer:
         """Returns the default values first, then those of the algorithm."""
         if not self.trials:
             hps = self.get_space()
-            values: dict = {}
+            values: Values = {}
             for hp in hps.space:
                 hps.values = values
                 if hps.is_active(hp):
@@ -61,26 +71,23 @@ class SearchOracle(OracleInternals):
             answer = self.next_values(trial_id)
         return self._confirmation(own) if answer["status"] == "STOPPED" else answer
 
-    def next_values(self, trial_id):
-        """The algorithm's next values, as `keras_tuner.Oracle.populate_space` returns them."""
+    def next_values(self, trial_id: str) -> Answer:
+        """The algorithm's answer."""
         return super().populate_space(trial_id)
 
-    def _confirmation(self, own):
-        stopped = {"status": "STOPPED", "values": None}
+    def _confirmation(self, own: Sequence[Trial]) -> Answer:
         if not self.confirm:
-            return stopped
+            return _STOPPED
         if any(trial in self.running.values() for trial in own) or self.waiting:
             return {"status": "IDLE", "values": None}
         ended = [t for t in own if t.status == "COMPLETED"]
         if not any(math.isfinite(trial.score) for trial in ended):
-            return stopped
+            return _STOPPED
         sign = -1 if self.objective.direction == "max" else 1
         ended.sort(key=lambda t: (sign * t.score, t.trial_id))  # a reload loses their order
-        # Even if all of a kind diverged: other seeds may not.
-        clipped = [t for t in ended if t.hyperparameters.values["clipper"] != "none"]
-        unclipped = [t for t in ended if t.hyperparameters.values["clipper"] == "none"]
-        chosen = [*clipped[:1], *unclipped[:1]]
-        chosen.sort(key=ended.index)  # the better one first, in case of an interruption
+        # Of each kind the best, even if all of it diverged: other seeds may not.
+        best = {t.hyperparameters.values["clipper"] == "none": t for t in reversed(ended)}
+        chosen = sorted(best.values(), key=ended.index)  # the better first: it may be interrupted
         confirmed = {t.hyperparameters.values.get(CONFIRMS) for t in self.trials.values()}
         for trial in chosen:
             if trial.trial_id not in confirmed:
@@ -89,13 +96,13 @@ class SearchOracle(OracleInternals):
                 if "tuner/epochs" in values:
                     again["tuner/epochs"] = values["tuner/epochs"]
                 return {"status": "RUNNING", "values": {**again, CONFIRMS: trial.trial_id}}
-        return stopped
+        return _STOPPED
 
-    def _baseline(self, values):
+    def _baseline(self, values: Values) -> Values:
         return {**values, BASELINE: True}
 
     @kt.synchronized
-    def create_trial(self, tuner_id):
+    def create_trial(self, tuner_id: str) -> Trial:
         """Overrides KerasTuner's: no worker gets "stop" while a trial may need to be repeated."""
         again = tuner_id in self.running
         trial = super().create_trial(tuner_id)
@@ -107,14 +114,14 @@ class SearchOracle(OracleInternals):
         return trial
 
     @kt.synchronized
-    def update_trial(self, trial_id, metrics, step=0):
+    def update_trial(self, trial_id: str, metrics: Mapping[str, float], step: int = 0) -> Trial:
         """Overrides KerasTuner's: ignores reports on a finished trial, as from a lost worker."""
         if trial_id in self.ended:
             return self.trials[trial_id]
         return super().update_trial(trial_id, metrics, step)
 
     @kt.synchronized
-    def end_trial(self, trial):
+    def end_trial(self, trial: Trial) -> None:
         """Overrides KerasTuner's: keeps the original float64 values of the trial."""
         known = self.trials[trial.trial_id]
         if known.hyperparameters.values.keys() == trial.hyperparameters.values.keys():
@@ -128,7 +135,7 @@ class SearchOracle(OracleInternals):
         self._notify(self.trials[trial.trial_id], "end")
 
     @kt.synchronized
-    def lose_worker(self, tuner_id: str):
+    def lose_worker(self, tuner_id: str) -> str | None:
         """Queues the trial of a lost worker for another worker.
 
         A trial that has lost three workers, for example for lack of memory, is FAILED instead.
@@ -152,7 +159,7 @@ class SearchOracle(OracleInternals):
         self.save()
         return trial.trial_id
 
-    def _notify(self, trial, event):
+    def _notify(self, trial: Trial, event: str) -> None:
         if self.on_change is not None:
             self.on_change(trial, event)
 
@@ -167,7 +174,7 @@ class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
     KerasTuner would replace an infinite score by 0, the best possible loss.
     """
 
-    def next_values(self, trial_id):
+    def next_values(self, trial_id: str) -> Answer:
         """The next values, from a model over finite scores."""
         trials = list(self.trials.values())
         finite = [t.score for t in trials if t.score is not None and math.isfinite(t.score)]
@@ -183,7 +190,7 @@ class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
 class HyperbandOracle(SearchOracle, kt.oracles.HyperbandOracle):
     """Hyperband; the baseline runs outside the brackets, for all epochs."""
 
-    def _baseline(self, values):
+    def _baseline(self, values: Values) -> Values:
         whole = {"tuner/epochs": self.max_epochs, "tuner/initial_epoch": 0}
         return {**super()._baseline(values), **whole, "tuner/bracket": 0, "tuner/round": 0}
 
@@ -195,39 +202,39 @@ class GridOracle(SearchOracle):
     existing trials.
     """
 
-    def next_values(self, trial_id):
+    def next_values(self, trial_id: str) -> Answer:
         """The first combination that no trial has."""
         tried = {_key(trial.hyperparameters.values) for trial in self.trials.values()}
         for values in combinations(self.get_space()):
             if _key(values) not in tried:
                 return {"status": "RUNNING", "values": values}
-        return {"status": "STOPPED", "values": None}
+        return _STOPPED
 
 
-def combinations(hps) -> Iterator[dict]:
+def combinations(hps: kt.HyperParameters) -> Iterator[Values]:
     """All combinations of active values of a space, each parameter's default first."""
-    grids = []
-    for hp in hps.space:
-        values = [hp.default, *(value for value in hp.values if value != hp.default)]
-        grids.append((hp, values))
 
-    def extend(values, rest):
+    def extend(values: Values, rest: Sequence) -> Iterator[Values]:
         if not rest:
             yield dict(values)
             return
-        (hp, grid), others = rest[0], rest[1:]
+        hp, *others = rest
         hps.values = values
         if not hps.is_active(hp):
             yield from extend(values, others)
             return
-        for value in grid:
+        for value in dict.fromkeys((hp.default, *hp.values)):
             yield from extend({**values, hp.name: value}, others)
 
-    yield from extend({}, grids)
+    yield from extend({}, hps.space)
 
 
 def make_oracle(
-    tuner: str, objective, max_trials: int | None = None, confirm: bool = False, **options
+    tuner: str,
+    objective: kt.Objective | str,
+    max_trials: int | None = None,
+    confirm: bool = False,
+    **options: object,
 ) -> SearchOracle:
     """An oracle by the tuner's name.
 
@@ -255,7 +262,7 @@ def make_oracle(
     return oracle
 
 
-def _key(values):
+def _key(values: Values) -> tuple:
     """Values rounded for comparison, because workers return them as float32."""
     return tuple(
         (name, f"{value:.6g}" if isinstance(value, float) else value)

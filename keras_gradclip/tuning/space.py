@@ -10,22 +10,31 @@ clipper (`absolute/threshold`, `exponential/gamma` ...), in a conditional scope 
 that a trial has no unused parameter.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
+import keras
 import numpy as np
 
 import keras_gradclip as kgc
 from keras_gradclip.clippers import Parameter, parameters, selectable
 from keras_gradclip.clippers import threshold_of as threshold_name
 from keras_gradclip.clippers.units import units_of
-from keras_gradclip.names import did_you_mean
+from keras_gradclip.names import did_you_mean, layer_of
 
+if TYPE_CHECKING:
+    import keras_tuner as kt
+
+#: A hyper-parameter's value in a trial.
+Value: TypeAlias = str | float | int | bool
 NONE = "none"
 #: The clippers searched by default, any of `searchable()`; five dimensions with their thresholds.
 CLIPPERS = (NONE, "absolute", "exponential", "norm", "update_ratio")
@@ -80,7 +89,7 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
 
 
 def clip_hyperparameters(
-    hp,
+    hp: kt.HyperParameters,
     clippers: Sequence[str] = CLIPPERS,
     *,
     groups: Mapping[str, str] | None = None,
@@ -88,8 +97,8 @@ def clip_hyperparameters(
     learning_rate: tuple[float, float] | None = None,
     default_learning_rate: float | None = None,
     points: int | None = None,
-    **varied: Sequence,
-) -> dict:
+    **varied: Sequence[Value | None],
+) -> dict[str, Value]:
     """Declares the space on `hp` and returns the values of this trial.
 
     The first clipper is the default: with "none" there, a trial of default values is the
@@ -118,7 +127,7 @@ def clip_hyperparameters(
     Raises:
         ValueError: an unknown name or word, or an empty or reversed range.
     """
-    declare = _Declaration(hp, points)
+    declare = _Declaration(hp, points, groups)
     known = searchable()
     clippers = [clippers] if isinstance(clippers, str) else list(clippers)
     if not clippers or len({*clippers} & {NONE, *known}) < len(clippers):
@@ -139,9 +148,9 @@ def clip_hyperparameters(
             for p in known[alias].values():
                 # Of two parameters with one name, one may not be worth searching.
                 shared = varied.get(p.name) if p.search or p.kind == "word" else None
-                _declare(declare, alias, p, varied.get(f"{alias}/{p.name}", shared), groups)
+                declare.parameter(alias, p, varied.get(f"{alias}/{p.name}", shared))
     if activation_gate:
-        declare.flag("activation_gate")
+        declare.keep("activation_gate", hp.Boolean("activation_gate", default=False))
         with hp.conditional_scope("activation_gate", [True]):
             declare.number("gate/clip_value", (0.01, 1.0))
             declare.number("gate/gamma", (0.01, 1.0))
@@ -150,60 +159,61 @@ def clip_hyperparameters(
     return declare.values
 
 
-def _declare(declare, alias: str, p: Parameter, given: Sequence | None, groups) -> None:
-    """Declares a parameter as `given`; by default only a threshold, in its suggested range."""
-    name = f"{alias}/{p.name}"
-    if given is None and not p.threshold:
-        return
-    if p.kind == "word":
-        words = [word or NONE for word in p.choices]
-        own = [word for word in given or () if word in words]
-        if not own:
-            raise ValueError(
-                f"clip_hyperparameters: `{p.name}` {list(given or ())} holds nothing for "
-                f"{alias!r}, which takes {', '.join(words)}."
-            )
-        declare.word(name, own, p.default or NONE)
-        return
-    limits = given or p.range
-    if limits is None:
-        raise ValueError(
-            f"clip_hyperparameters: {name!r} has no range of its own. Give one: "
-            f"**{{{name!r}: (low, high)}}."
-        )
-    p.check(alias, _bounds(name, limits)[1])
-    for each in _threshold_names(alias, p.name, groups) if p.threshold else [name]:
-        if p.kind == "count":
-            declare.count(each, limits)
-        else:
-            declare.number(each, limits, log=p.log)
-
-
 class _Declaration:
     """Declares hyper-parameters and collects the values of active ones."""
 
-    def __init__(self, hp, points):
+    def __init__(
+        self, hp: kt.HyperParameters, points: int | None, groups: Mapping[str, str] | None
+    ) -> None:
         if points is not None and points < 2:
             raise ValueError(f"clip_hyperparameters: `points`={points!r} must be 2 or more.")
-        self.hp, self.points, self.values = hp, points, {}
+        self.hp, self.points, self.groups = hp, points, groups
+        self.values: dict[str, Value] = {}
 
-    def _keep(self, name, value):
-        if value is not None:  # None: not active in this trial
+    def keep(self, name: str, value: Value | None) -> None:
+        """Collects a value; None: not active in this trial."""
+        if value is not None:
             self.values[name] = value
 
-    def word(self, name, words, usual=None):
-        if list(words) == [usual]:
-            return  # no choice, and what `to_clipper` takes anyway
-        self._keep(name, self.hp.Choice(name, list(words), default=words[0]))
+    def parameter(self, alias: str, p: Parameter, given: Sequence[Value | None] | None) -> None:
+        """Declares a clipper's parameter; by default only a threshold, in its suggested range."""
+        name = f"{alias}/{p.name}"
+        if given is None and not p.threshold:
+            return
+        if p.kind == "word":
+            words = [word or NONE for word in p.choices]
+            own = [word for word in given or () if word in words]
+            if not own:
+                raise ValueError(
+                    f"clip_hyperparameters: `{p.name}` {list(given or ())} holds nothing for "
+                    f"{alias!r}, which takes {', '.join(words)}."
+                )
+            if own != [p.default or NONE]:  # else what `to_clipper` takes anyway
+                self.word(name, own)
+            return
+        limits = given or p.range
+        if limits is None:
+            raise ValueError(
+                f"clip_hyperparameters: {name!r} has no range of its own. Give one: "
+                f"**{{{name!r}: (low, high)}}."
+            )
+        low, high = _bounds(name, limits)
+        p.check(alias, high)
+        if p.kind == "count":
+            low, high = max(round(low), 1), round(high)
+            self.keep(name, self.hp.Int(name, low, high, default=round((low + high) / 2)))
+            return
+        for each in _threshold_names(alias, p.name, self.groups) if p.threshold else [name]:
+            self.number(each, limits, log=p.log)
 
-    def flag(self, name):
-        self._keep(name, self.hp.Boolean(name, default=False))
+    def word(self, name: str, words: Sequence[Value | None]) -> None:
+        """Declares a choice of words, the first of them the default."""
+        self.keep(name, self.hp.Choice(name, list(words), default=words[0]))
 
-    def count(self, name, bounds):
-        low, high = (round(bound) for bound in _bounds(name, bounds))
-        self._keep(name, self.hp.Int(name, max(low, 1), high, default=round((low + high) / 2)))
-
-    def number(self, name, bounds, default=None, log=True):
+    def number(
+        self, name: str, bounds: Sequence, default: float | None = None, log: bool = True
+    ) -> None:
+        """Declares a number; for a grid a choice of some."""
         low, high = _bounds(name, bounds)
         low = low or _LEAST_OF_ZERO * high
         default = default or (math.sqrt(low * high) if log else (low + high) / 2)
@@ -214,16 +224,17 @@ class _Declaration:
             )
         if self.points is None:
             sampling = "log" if log else "linear"
-            value = self.hp.Float(name, low, high, sampling=sampling, default=default)
-        else:
-            spaced = (np.geomspace if log else np.linspace)(low, high, self.points)
-            grid = [_rounded(value) for value in spaced]
-            nearest = min(grid, key=lambda value: abs(value - default))
-            value = self.hp.Choice(name, grid, default=nearest, ordered=True)
-        self._keep(name, value)
+            self.keep(name, self.hp.Float(name, low, high, sampling=sampling, default=default))
+            return
+        spaced = (np.geomspace if log else np.linspace)(low, high, self.points)
+        grid = [_rounded(value) for value in spaced]
+        nearest = min(grid, key=lambda value: abs(value - default))
+        self.keep(name, self.hp.Choice(name, grid, default=nearest, ordered=True))
 
 
-def to_clipper(values: Mapping, groups: Mapping[str, str] | None = None):
+def to_clipper(
+    values: Mapping[str, Value], groups: Mapping[str, str] | None = None
+) -> kgc.Clipper | None:
     """The clipper of a trial.
 
     Args:
@@ -247,38 +258,34 @@ def to_clipper(values: Mapping, groups: Mapping[str, str] | None = None):
             f"{', '.join((NONE, *selectable()))}, but it is {alias!r}."
         )
     cls, known = selectable()[alias], searchable()[alias]
-    settings = {
-        p.name: _value(p, values[f"{alias}/{p.name}"])
-        for p in known.values()
-        if f"{alias}/{p.name}" in values
-    }
     threshold = threshold_name(cls)
-    if threshold is None:
-        made = [cls(**settings)] * len(groups or [""])
-    else:
-        names = _threshold_names(alias, threshold, groups)
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(
-                f"to_clipper: `values` lack {missing[0]!r}. Pass the same `groups` as to "
-                "clip_hyperparameters."
-            )
-        made = [
-            cls(**{**settings, threshold: _value(known[threshold], values[name])}) for name in names
-        ]
-    if not groups:
-        return made[0]
-    return kgc.ClipMap(list(zip(groups.values(), made, strict=True)))
+    settings = {
+        name: _value(p, values[f"{alias}/{name}"])
+        for name, p in known.items()
+        if name != threshold and f"{alias}/{name}" in values
+    }
+    made = []
+    for group in groups or [""]:
+        if threshold is not None:
+            [name] = _threshold_names(alias, threshold, [group])
+            if name not in values:
+                raise ValueError(
+                    f"to_clipper: `values` lack {name!r}. Pass the same `groups` as to "
+                    "clip_hyperparameters."
+                )
+            settings[threshold] = _value(known[threshold], values[name])
+        made.append(cls(**settings))
+    return kgc.ClipMap(list(zip(groups.values(), made, strict=True))) if groups else made[0]
 
 
-def _value(p: Parameter, value):
+def _value(p: Parameter, value: Value) -> Value | None:
     """A trial's value in the type that the clipper expects."""
     if p.kind == "word":
         return None if value == NONE and None in p.choices else value
     return int(value) if p.kind == "count" else _rounded(value)
 
 
-def to_gate(values: Mapping, initial_learning_rate: float):
+def to_gate(values: Mapping[str, Value], initial_learning_rate: float) -> kgc.ActivationGate | None:
     """The activation gate of a trial, or None.
 
     Args:
@@ -294,7 +301,7 @@ def to_gate(values: Mapping, initial_learning_rate: float):
     )
 
 
-def layer_groups(model) -> dict[str, str]:
+def layer_groups(model: keras.Model) -> dict[str, str]:
     """Splits a network into stem, stages and head, for `groups=`.
 
     The stem is the first layer with a kernel or an embedding table, and all layers up to the next
@@ -313,7 +320,7 @@ def layer_groups(model) -> dict[str, str]:
     runs: list[list[str]] = []  # each begins with a layer that has a kernel
     variables = model.trainable_variables
     for variable, unit in zip(variables, units_of(variables), strict=True):
-        layer = variable.path.rpartition("/")[0]
+        layer = layer_of(variable)
         if any(layer in run for run in runs):
             continue
         if unit.is_kernel or not runs:
@@ -328,7 +335,7 @@ def layer_groups(model) -> dict[str, str]:
     return {"stem": _any_of(runs[0]), "head": _any_of(runs[-1]), "stages": ".*"}
 
 
-def threshold_of(values: Mapping) -> dict[str, float]:
+def threshold_of(values: Mapping[str, Value]) -> dict[str, Value]:
     """The thresholds among a trial's values, by name; empty if unclipped."""
     alias = str(values.get("clipper"))
     cls = selectable().get(alias)
@@ -339,7 +346,7 @@ def threshold_of(values: Mapping) -> dict[str, float]:
     return {n: value for n, value in values.items() if n == stem or n.startswith(f"{stem}/")}
 
 
-def ranges(hp) -> dict[str, tuple[float, float]]:
+def ranges(hp: kt.HyperParameters) -> dict[str, tuple[float, float]]:
     """The ranges (low, high) of the numbers of a space, by name.
 
     Args:
@@ -356,19 +363,19 @@ def ranges(hp) -> dict[str, tuple[float, float]]:
     return result
 
 
-def _threshold_names(alias: str, threshold: str, groups) -> list[str]:
+def _threshold_names(alias: str, threshold: str, groups: Iterable[str] | None) -> list[str]:
     return [f"{alias}/{threshold}{f'/{group}' if group else ''}" for group in groups or [""]]
 
 
-def _any_of(layers) -> str:
+def _any_of(layers: Sequence[str]) -> str:
     return f"({'|'.join(re.escape(layer) for layer in layers)})/.*"
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: Value) -> float:
     return float(f"{value:.7g}")
 
 
-def _bounds(name, bounds):
+def _bounds(name: str, bounds: Sequence) -> tuple[float, float]:
     low, high = (float(bound) for bound in bounds)
     if not (0 <= low < high < math.inf):
         raise ValueError(
