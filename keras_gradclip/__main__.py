@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import keras
 
@@ -77,7 +76,7 @@ def _describe(options: argparse.Namespace) -> None:
         print(f"\nThe choice of clipper='auto': {reason}.")
 
 
-def _load(path: str, *, compile: bool) -> Any:
+def _load(path: str, *, compile: bool) -> keras.Model:
     if not Path(path).is_file():
         raise ValueError(f"describe: there is no file {path!r}. Name a file of model.save(...).")
     try:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import keras
 
@@ -23,14 +23,20 @@ _PLACES = (
 )
 
 
+#: What `fit` takes as `callbacks`.
+Callbacks: TypeAlias = (
+    keras.callbacks.Callback | list[keras.callbacks.Callback] | keras.callbacks.CallbackList | None
+)
+
+
 @contextlib.contextmanager
-def chief_writes(strategy: Strategy | None, callbacks: Any) -> Iterator[Any]:
-    """Let Keras's callbacks write their files on the chief; elsewhere in a temporary folder.
+def chief_writes(strategy: Strategy | None, callbacks: Callbacks) -> Iterator[Callbacks]:
+    """Lets Keras's callbacks write their files on the chief; elsewhere in a temporary folder.
 
     All workers run all callbacks: reading a variable that each replica keeps for itself sums it
     over the workers, and saving a model may read one. What the others write is removed at the
     end, as TensorFlow's guide to multi-worker training advises. A callback that is none of
-    Keras's has to ask `chief_writes`'s question by itself.
+    Keras's has to ask by itself whether it is the chief's.
 
     Args:
         strategy: the model's strategy, or None.
@@ -45,17 +51,16 @@ def chief_writes(strategy: Strategy | None, callbacks: Any) -> Iterator[Any]:
     if not aggregation.spans_workers(strategy):
         yield callbacks
         return
-    whole = isinstance(callbacks, keras.callbacks.CallbackList)
-    chief = aggregation.is_chief(strategy)
-    given = list(callbacks.callbacks if whole else keras.tree.flatten(callbacks or []))
+    whole = callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else None
+    given = list(whole.callbacks if whole else keras.tree.flatten(callbacks or []))
     _check_backups(strategy, given)
-    if chief or not given:
+    if aggregation.is_chief(strategy) or not given:
         yield callbacks
         return
     scratch = Path(tempfile.mkdtemp(prefix="keras_gradclip-"))
     before: list[tuple[keras.callbacks.Callback, str, object]] = []
     try:
-        mine = []
+        own = []
         for i, callback in enumerate(given):
             folder = scratch / str(i)
             if isinstance(callback, keras.callbacks.BackupAndRestore):
@@ -67,15 +72,15 @@ def chief_writes(strategy: Strategy | None, callbacks: Any) -> Iterator[Any]:
                     setattr(callback, name, str(folder / Path(getattr(callback, name)).name))
             if whole and callback.model is not None:
                 callback.set_model(callback.model)  # TensorBoard settles its folder there
-            mine.append(callback)
+            own.append(callback)
         if whole:
-            callbacks.callbacks[:] = mine
-        yield callbacks if whole else mine
+            whole.callbacks[:] = own
+        yield callbacks if whole else own
     finally:
         for callback, name, value in before:
             setattr(callback, name, value)
         if whole:
-            callbacks.callbacks[:] = given
+            whole.callbacks[:] = given
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -70,7 +70,9 @@ class Parser(argparse.ArgumentParser):
         self._action_groups.sort(key=lambda group: group is self._optionals)
         return super().format_help()
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # of three signatures
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         """Parses as argparse does; suggests a similar flag for an unknown one."""
         result, rest = self.parse_known_args(args, namespace)
         if rest:
@@ -92,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         declarations: Mapping[str, Declaration],
         flags: Flags,
         chosen: str | None,
-        defaults: Mapping[str, Any],
+        defaults: Mapping[str, object],
     ) -> None:
         """Adds the flags of the chosen clipper, and `--help-clippers`, which shows those of all.
 

@@ -87,7 +87,7 @@ class ActivationGate:
         return _gate(x, self.threshold, self.gamma)
 
     def selects(self, layer: keras.layers.Layer) -> bool:
-        """Whether this gate belongs before `layer`."""
+        """True if the input of `layer` is gated."""
         if isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
             return False
         if self.layers is None:
@@ -96,10 +96,10 @@ class ActivationGate:
         return any(re.fullmatch(p, name) for p in self.layers for name in names)
 
     def attach(self, model: keras.Model) -> None:
-        """Gate the layers of `model` in place and for good, in any kind of model.
+        """Gates the layers of any kind of model in place, for good.
 
-        Saving does not see it, and other models that share the layers are gated as well: meant
-        for models that are built anew for each run. Prefer `compile(activation_gate=)` or `insert`.
+        The gate is not saved, and other models that share the layers are gated as well: meant for
+        models that are built anew for each run. Prefer `compile(activation_gate=)` or `insert`.
 
         Raises:
             ValueError: the model is built and the gate selects no layer of it.
@@ -210,7 +210,7 @@ class GatedInput(keras.layers.Layer):
 
 
 def as_gate(value: object) -> ActivationGate | None:
-    """`value` as a gate: None, a gate, or a gate's saved config.
+    """The gate that `value` is or, as a saved config, describes; None for None.
 
     Raises:
         ValueError: it is something else.
@@ -225,8 +225,8 @@ def as_gate(value: object) -> ActivationGate | None:
     )
 
 
-# The gate that acts on the layers called now: that of the model whose call this is. A layer may
-# belong to several models, and the others must not notice.
+# The gate of the model that is being called. A layer may belong to several models, of which the
+# others are not gated.
 _ACTIVE: contextvars.ContextVar[ActivationGate | None] = contextvars.ContextVar(
     "gate", default=None
 )
@@ -234,7 +234,7 @@ _ACTIVE: contextvars.ContextVar[ActivationGate | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def active(gate: ActivationGate) -> Iterator[None]:
-    """While it lasts, layers that `instrument` prepared are gated."""
+    """A context in which the layers that `instrument` prepared are gated."""
     token = _ACTIVE.set(gate)
     try:
         yield
@@ -243,7 +243,7 @@ def active(gate: ActivationGate) -> Iterator[None]:
 
 
 def instrument(gate: ActivationGate, model: keras.Model) -> None:
-    """Prepare the layers of `model` for `active`; it is no matter how often.
+    """Prepares the layers of `model` for `active`, those that are not prepared yet.
 
     Raises:
         ValueError: the model is built and the gate selects no layer of it.
@@ -281,8 +281,8 @@ class _GatedCall:
 def _units(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers that a gate may select: those of the model and of the models inside it.
 
-    What is inside a layer (the cell of an LSTM, the projections of an attention) is its own
-    affair: the gate acts at the input of the layer.
+    Not those inside a layer (the cell of an LSTM, the projections of an attention): the gate acts
+    at the input of the whole layer.
     """
     units = []
     for layer in model.layers:
@@ -294,7 +294,7 @@ def _units(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _map_floats(fn: Callable[[Tensor], Tensor], structure: Tensor) -> Tensor:
-    """Apply `fn` to every float tensor in a nested structure."""
+    """A nested structure with `fn` applied to its dense float tensors."""
 
     def one(x: Tensor) -> Tensor:
         is_tensor = ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
@@ -310,6 +310,8 @@ def _map_floats(fn: Callable[[Tensor], Tensor], structure: Tensor) -> Tensor:
 
 
 def _gate(x: Tensor, threshold: float, gamma: float) -> Tensor:
+    """`x`, with the gradient scaled by γ where |x| is above the threshold."""
+
     @ops.custom_gradient
     def gate(x: Tensor) -> Tensor:
         def grad(*args: Tensor, upstream: Tensor | None = None) -> Tensor:

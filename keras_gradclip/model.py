@@ -38,14 +38,14 @@ class _TelemetryMetric(keras.metrics.Metric):
         """Nothing to do: the optimizer counts."""
 
 
-class _Runtime:
-    """What compile leaves behind; a plain object, so that Keras tracks nothing in it twice."""
+class _Clipping:
+    """The result of `compile`; a plain object, so that Keras tracks nothing in it twice."""
 
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
-        self.warned: set[str] = set()  # our metrics that a user's metric of the same name replaces
+        self.warned: set[str] = set()  # names of ours that a user's metric has
         self.gate: gate.ActivationGate | None = None
-        self.hidden = False
+        self.hidden = False  # the figures: while nothing is clipped
         self.undo: Undo | None = None
 
 
@@ -94,9 +94,8 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             optimizer = _with_clipper(optimizer, clipper, skip_spikes)
             super().compile(optimizer, *args, **kwargs)  # type: ignore[misc]
         _compat.build_under(aggregation.outside_of_traces, self)
-        runtime = self._clip_runtime()
-        wrapper = find(self.optimizer)
-        runtime.metrics = []
+        clipping, wrapper = _Clipping(), find(self.optimizer)
+        object.__setattr__(self, "_clipping", clipping)
         if wrapper is not None:
             wrapper.telemetry = wrapper.telemetry or MEASURED_EVERY
             means = {
@@ -104,18 +103,17 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
                 "clip_fraction": wrapper.mean_clip_fraction,
             }
             reset = wrapper.reset_telemetry
-            runtime.metrics = [_TelemetryMetric(name, mean, reset) for name, mean in means.items()]
-        is_undone = wrapper is not None and may_skip(self.optimizer, wrapper)
-        runtime.undo = Undo(self, wrapper) if is_undone else None
-        if wrapper is not None:
-            undo = runtime.undo
+            clipping.metrics = [_TelemetryMetric(name, mean, reset) for name, mean in means.items()]
+            undo = Undo(self, wrapper) if may_skip(self.optimizer, wrapper) else None
+            clipping.undo = undo
             wrapper.keep_for(None if undo is None else lambda: undo.state)
         self._set_gate(new_gate)
 
+    _clipping = _Clipping()  # of a model that is not compiled
     optimizer: keras.optimizers.Optimizer
 
     def _set_gate(self, new_gate: gate.ActivationGate | None) -> None:
-        self._clip_runtime().gate = new_gate
+        self._clipping.gate = new_gate
         if new_gate is not None:
             gate.instrument(new_gate, self)
 
@@ -141,35 +139,30 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             )
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
-        """As in Keras; with an activation gate, gated behind the scenes."""
-        active = self._clip_runtime().gate
+        """As in Keras, with the model's activation gate."""
+        active = self._clipping.gate
         with gate.active(active) if active else contextlib.nullcontext():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def stateless_call(self, *args: object, **kwargs: object) -> tuple:
-        """As in Keras, which trains through it on JAX; gated in the same way."""
-        active = self._clip_runtime().gate
+        """As in Keras, which trains through it on JAX, with the model's activation gate."""
+        active = self._clipping.gate
         with gate.active(active) if active else contextlib.nullcontext():
             return super().stateless_call(*args, **kwargs)  # type: ignore[misc]
 
+    _distribute_strategy: Strategy | None = None  # which Keras sets on TensorFlow
+
     def _spans_workers(self) -> bool:
-        return aggregation.spans_workers(getattr(self, "_distribute_strategy", None))
+        return aggregation.spans_workers(self._distribute_strategy)
 
     def _local_part(self, batch: Tensor) -> Tensor:
         strategy = self._distribute_strategy
         return keras.tree.map_structure(lambda v: aggregation.local_value(strategy, v), batch)
 
-    _distribute_strategy: Strategy
-
     def distribute_scope(self) -> contextlib.AbstractContextManager:
         """The scope of the strategy that the model was built under (a null context if none)."""
-        strategy = getattr(self, "_distribute_strategy", None)
+        strategy = self._distribute_strategy
         return contextlib.nullcontext() if strategy is None else strategy.scope()
-
-    def _clip_runtime(self) -> _Runtime:
-        if "_kgc" not in self.__dict__:
-            object.__setattr__(self, "_kgc", _Runtime())
-        return self.__dict__["_kgc"]
 
     @property
     def metrics(self) -> list[keras.Variable]:
@@ -185,52 +178,51 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
         NaN for an epoch whose updates were all skipped.
         """
-        runtime = self._clip_runtime()
         logs = self._without_figures(super().get_metrics_result)  # type: ignore[misc]
-        if runtime.undo is not None and not runtime.hidden:
-            logs = runtime.undo.of_epoch(logs)
+        undo = self._clipping.undo
+        if undo is not None and not self._clipping.hidden:
+            logs = undo.of_epoch(logs)
         return {**logs, **{figure.name: figure.result() for figure in self._figures(logs)}}
 
     def reset_metrics(self) -> None:
         """As in Keras; the two figures begin anew as well, also one that is left out."""
         super().reset_metrics()  # type: ignore[misc]
-        if self._figures(()):
-            self._clip_runtime().metrics[0].reset_state()
-        undo = self._clip_runtime().undo
-        if undo is not None:
-            undo.on_reset_metrics()
+        clipping = self._clipping
+        if clipping.metrics and not clipping.hidden:
+            clipping.metrics[0].reset_state()
+        if clipping.undo is not None:
+            clipping.undo.on_reset_metrics()
 
     def _figures(self, names: Collection[str]) -> list[_TelemetryMetric]:
         """The two figures, less those whose name is taken; none while nothing is clipped."""
-        runtime = self._clip_runtime()
-        if runtime.hidden:
+        clipping = self._clipping
+        if clipping.hidden:
             return []
-        for taken in [m.name for m in runtime.metrics if m.name in names]:
-            if taken not in runtime.warned:
-                runtime.warned.add(taken)
+        for taken in [m.name for m in clipping.metrics if m.name in names]:
+            if taken not in clipping.warned:
+                clipping.warned.add(taken)
                 warnings.warn(
                     f"ClippedModel: a metric of yours is called {taken!r} and keeps the name, so "
                     "that the figure of the clip is not logged. Rename yours to have both; "
                     "`optimizer.read_telemetry()` has it, too.",
                     stacklevel=4,
                 )
-        return [metric for metric in runtime.metrics if metric.name not in names]
+        return [metric for metric in clipping.metrics if metric.name not in names]
 
     def fit(self, *args: object, **kwargs: object) -> keras.callbacks.History:
-        """As in Keras; under MultiWorkerMirroredStrategy, files are the chief's alone to write.
+        """As in Keras; under MultiWorkerMirroredStrategy, the chief alone writes files.
 
         There every worker calls `fit` with the same arguments. The batch size is that of all
-        workers together, and each takes its part of every batch, whatever the data comes as.
-        Shuffled arrays need the same seed everywhere (`keras.utils.set_random_seed`).
+        workers together, and each takes its part of every batch. Shuffled arrays need the same
+        seed on every worker (`keras.utils.set_random_seed`).
         """
         wrapper = find(getattr(self, "optimizer", None))
         if wrapper is not None and wrapper.end_watches():
-            self.train_function = None  # a watcher was left by a `fit` that was interrupted
-        strategy = getattr(self, "_distribute_strategy", None)
-        if not aggregation.spans_workers(strategy):
+            self.train_function = None  # an interrupted `fit` left a watcher
+        if not self._spans_workers():
             return super().fit(*args, **kwargs)  # type: ignore[misc]
         given = inspect.signature(super().fit).bind(*args, **kwargs)  # type: ignore[misc]
-        with chief_writes(strategy, given.arguments.get("callbacks")) as callbacks:
+        with chief_writes(self._distribute_strategy, given.arguments.get("callbacks")) as callbacks:
             given.arguments["callbacks"] = callbacks
             return super().fit(*given.args, **given.kwargs)  # type: ignore[misc]
 
@@ -243,29 +235,29 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return self._without_figures(super().test_on_batch, *args, **kwargs)  # type: ignore[misc]
 
     def _without_figures(self, fn: Callable[..., T], *args: object, **kwargs: object) -> T:
-        runtime = self._clip_runtime()
-        before, runtime.hidden = runtime.hidden, True
+        clipping = self._clipping
+        before, clipping.hidden = clipping.hidden, True
         try:
             return fn(*args, **kwargs)
         finally:
-            runtime.hidden = before
+            clipping.hidden = before
 
     def make_train_function(self, force: bool = False) -> Callable:
         """As in Keras, and `steps_per_execution` works on several replicas as well."""
-        runtime = self._clip_runtime()
-        if runtime.gate is not None:
-            gate.instrument(runtime.gate, self)  # layers may have been made since compile
-        if runtime.metrics and backend.backend() == "jax":
+        clipping, undo = self._clipping, self._clipping.undo
+        if clipping.gate is not None:
+            gate.instrument(clipping.gate, self)  # layers may have been made since compile
+        if clipping.metrics and backend.backend() == "jax":
             return self._make_stateless(force)
-        if runtime.undo is None:
+        if undo is None:
             return self._make_unrolled("train", force)
         if backend.backend() == "torch":  # whose function looks for the train step when it runs
             before = self.train_function
             result = self._make_unrolled("train", force)
             if self.train_function is not before:
-                self.train_function = runtime.undo.around(self.train_function)
+                self.train_function = undo.around(self.train_function)
             return result
-        with self._with_train_step(runtime.undo.around(self.train_step)):
+        with self._with_train_step(undo.around(self.train_step)):
             return self._make_unrolled("train", force)
 
     def make_test_function(self, force: bool = False) -> Callable:
@@ -276,7 +268,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     @contextlib.contextmanager
     def _with_train_step(self, step: Callable[..., Tensor]) -> Iterator[None]:
-        """Inside, Keras finds `step` where it looks for the train step to compile."""
+        """A context in which `self.train_step`, which Keras compiles, is `step`."""
         own = self.__dict__.get("train_step")
         object.__setattr__(self, "train_step", step)
         try:
@@ -289,22 +281,21 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     def _make_stateless(self, force: bool) -> Callable:
         """Keras's function on JAX, with the two figures taken from the state it returns.
 
-        While a step runs on JAX, the optimizer's variables hold nothing: its state goes in and
-        comes out. What reads them, as the figures do, has to be told what came out.
+        While a step runs on JAX, the optimizer's variables have no values: its state goes in and
+        comes out, and the figures are read from that.
         """
-        train_step, runtime = self.train_step, self._clip_runtime()
-        if runtime.undo is not None:
-            runtime.undo.build()
+        train_step, undo = self.train_step, self._clipping.undo
+        if undo is not None:
+            undo.build()
 
         def step(state: Tensor, data: Tensor) -> Tensor:
             before = state
             logs, state = self._without_figures(train_step, state, data)
-            if runtime.undo is not None:
-                state = runtime.undo.of_state(before, state)
-                with keras.StatelessScope(
-                    state_mapping=zip(self.metrics_variables, state[3], strict=True)
-                ):
-                    logs = self._without_figures(runtime.undo.counted, logs)
+            if undo is not None:
+                state = undo.of_state(before, state)
+                mapping = zip(self.metrics_variables, state[3], strict=True)
+                with keras.StatelessScope(state_mapping=mapping):
+                    logs = self._without_figures(undo.counted, logs)
             if isinstance(logs, dict):
                 mapping = zip(self.optimizer.variables, state[2], strict=True)
                 with keras.StatelessScope(state_mapping=mapping):
@@ -332,8 +323,11 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
                 setattr(self, attribute, aggregation.make_step_function(self, step))
             return before
         result = getattr(super(), f"make_{kind}_function")(force)
-        strategy = getattr(self, "_distribute_strategy", None)
-        replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+        replicas = (
+            1
+            if self._distribute_strategy is None
+            else self._distribute_strategy.num_replicas_in_sync
+        )
         steps = getattr(self, attribute)
         if steps is before or self.steps_per_execution == 1 or replicas == 1:
             return result
@@ -349,13 +343,11 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         """What `compile_from_config` needs, JSON-able."""
         config = super().get_compile_config()  # type: ignore[misc]
         if config:
-            config["activation_gate"] = keras.saving.serialize_keras_object(
-                self._clip_runtime().gate
-            )
+            config["activation_gate"] = keras.saving.serialize_keras_object(self._clipping.gate)
         return config
 
     def compile_from_config(self, config: Config) -> None:
-        """Compile as `get_compile_config` says and create the optimizer's variables."""
+        """Compiles as `get_compile_config` says and creates the optimizer's variables."""
         if type(self).compile is not ClippedTrainStep.compile:
             super().compile_from_config(config)  # type: ignore[misc]  # warns, as in Keras
             return
@@ -401,7 +393,7 @@ class ClippedFunctional(ClippedModel, _compat.Functional):
 
 
 def _is_functional(args: tuple, kwargs: Config) -> bool:
-    """Whether a model is being built from `(inputs, outputs)`; the rule is Keras's."""
+    """True for the arguments `(inputs, outputs)`, by Keras's own rule."""
     return (
         len(args) == 2
         or (len(args) == 1 and "outputs" in kwargs)
@@ -410,7 +402,7 @@ def _is_functional(args: tuple, kwargs: Config) -> bool:
 
 
 def _make_functional(cls: type) -> None:
-    """Put the functional model among the bases of a user's subclass of `ClippedModel`."""
+    """Puts the functional model among the bases of a user's subclass of `ClippedModel`."""
     if issubclass(cls, _compat.Functional):
         return
     for base in cls.__bases__:
@@ -424,7 +416,7 @@ def _make_functional(cls: type) -> None:
 def _with_clipper(
     optimizer: keras.optimizers.Optimizer, clipper: ClipperLike, skip_spikes: float | None
 ) -> keras.optimizers.Optimizer:
-    """`optimizer` wrapped with `clipper`, unless it is wrapped already."""
+    """`optimizer` in a `ClippedOptimizer`; one that clips already as it is."""
     if optimizer is None:
         if clipper is not None:
             raise ValueError(f"compile: `clipper` ({clipper!r}) needs an optimizer, not None.")

@@ -139,7 +139,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path):
     model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
-    assert loaded._clip_runtime().gate == GATE
+    assert loaded._clipping.gate == GATE
     for m in (model, loaded):
         m.fit(x, y, batch_size=8, shuffle=False, verbose=0)
     np.testing.assert_array_equal(weights(model), weights(loaded))

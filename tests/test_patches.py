@@ -45,7 +45,7 @@ OWN = (
     "clippers/",
     "diagnostics/_put_back.py",
     "gate.py object.__setattr__(self",
-    'model.py object.__setattr__(self, "_kgc"',
+    'model.py object.__setattr__(self, "_clipping"',
     "model.py setattr(self, attribute, ",  # train_function, as Keras does
     "optimizer/_inner.py with self._changed(",
     "optimizer/_loss_scale.py object.__setattr__(outer, name, variable)",  # as `build` does

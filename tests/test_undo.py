@@ -200,4 +200,4 @@ def test_an_epoch_that_ends_in_an_update_counts_its_own_batches():
 def test_without_a_skip_nothing_is_done():
     model = network()
     model.compile("sgd", "mse", clipper="norm")
-    assert model._clip_runtime().undo is None
+    assert model._clipping.undo is None

@@ -1,4 +1,4 @@
-"""Restores a model and all random states after a trial training.
+"""A context that restores a model and all random states after a trial training.
 
 Restored are what `keras.utils.set_random_seed` sets and, of the model, its optimizers and every
 Keras object inside them: variables (tracked by Keras or not), the states of random generators, and
@@ -12,7 +12,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import keras
 import numpy as np
@@ -37,7 +37,7 @@ def everything_put_back(
         _put_back_random_states(stack)
         parts = parts_of([model, *optimizers])
         known = {id(part) for part in parts}
-        undo = [undo for part in parts for undo in _ways_back(part)]
+        restores = [restore for part in parts for restore in _restores(part)]
         history = getattr(model, "history", None)
         model.train_function = None  # inside and outside must not share a traced function
         try:
@@ -46,38 +46,38 @@ def everything_put_back(
             now = parts_of([model, *optimizers])
             if any(id(part) not in known for part in now if _is_variable(part)):
                 model.reset_metrics()  # metrics that were built inside
-            for put_back in undo:
-                put_back()
+            for restore in restores:
+                restore()
             model.train_function = None
             model.history = history
 
 
-def parts_of(roots: Sequence[object]) -> list[Any]:
+def parts_of(roots: Sequence[object]) -> list[object]:
     """The objects inside Keras objects, at any depth, and those objects themselves; each once.
 
     `model.variables` lacks the states of stateful RNNs and whatever else Keras does not track.
     """
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [*reversed(roots)]
-    while waiting:
-        part = waiting.pop()
-        if id(part) in found:
+    parts: dict[int, object] = {}
+    stack: list[object] = [*reversed(roots)]
+    while stack:
+        part = stack.pop()
+        if id(part) in parts:
             continue
-        found[id(part)] = part
+        parts[id(part)] = part
         if isinstance(part, _KERAS):
-            waiting += [*vars(part).values(), *getattr(part, "variables", ())]
+            stack += [*vars(part).values(), *getattr(part, "variables", ())]
             if hasattr(part, "buffers"):  # buffers of PyTorch modules
-                waiting += part.buffers()
+                stack += part.buffers()
         elif isinstance(part, Mapping):
-            waiting += part.values()
+            stack += part.values()
         elif isinstance(part, (list, tuple, set, frozenset)):
-            waiting += part
+            stack += part
         elif hasattr(part, "make_seeds"):  # a tf.random.Generator
-            waiting.append(part.state)
-    return list(found.values())
+            stack.append(getattr(part, "state", None))
+    return list(parts.values())
 
 
-def _ways_back(part: Any) -> Iterator[Callable[[], object]]:
+def _restores(part: object) -> Iterator[Callable[[], object]]:
     """Functions that restore the present state of an object."""
     if _is_variable(part):
         for copy in _copies(part):
@@ -96,33 +96,33 @@ def _ways_back(part: Any) -> Iterator[Callable[[], object]]:
 # Variables and attributes ------------------------------------------------------------------------
 
 
-def _is_variable(part: Any) -> bool:
+def _is_variable(part: object) -> TypeGuard[keras.Variable]:
     """True for a variable of Keras or the backend, or a tensor that is modified in place."""
     if isinstance(part, keras.Variable) or hasattr(part, "copy_"):
         return True
     return hasattr(part, "assign") and hasattr(part, "numpy") and hasattr(part, "shape")
 
 
-def _copies(variable: Any) -> list[Any]:
+def _copies(variable: keras.Variable) -> list[keras.Variable]:
     """The per-replica values of a variable, which may differ."""
     native = variable.value if isinstance(variable, keras.Variable) else variable
     copies = getattr(native, "values", None)
     return list(copies) if isinstance(copies, tuple) else [variable]
 
 
-def _assigning(variable: Any, value: np.ndarray) -> Callable[[], object]:
+def _assigning(variable: keras.Variable, value: np.ndarray) -> Callable[[], object]:
     if hasattr(variable, "assign"):
         return lambda: variable.assign(value)
     return lambda: variable.data.copy_(keras.ops.convert_to_tensor(value))  # PyTorch
 
 
-def _attributes_of(part: Any) -> Callable[[], object]:
+def _attributes_of(part: object) -> Callable[[], object]:
     """A function that restores an object's attributes, unless it was built or rebuilt since."""
 
     def how_built() -> tuple:
         return getattr(part, "built", None), len(getattr(part, "variables", ()))
 
-    def put_back() -> None:
+    def restore() -> None:
         if how_built() == was_built:
             for name, value in before.items():
                 if vars(part).get(name) is not value:
@@ -134,7 +134,7 @@ def _attributes_of(part: Any) -> Callable[[], object]:
         for name, value in vars(part).items()
         if isinstance(value, _PLAIN) or keras.ops.is_tensor(value)
     }
-    return put_back
+    return restore
 
 
 def _put_back_random_states(stack: contextlib.ExitStack) -> None:

@@ -388,7 +388,13 @@ def calibrate(
                 if optimizer is None
                 else "calibrate: `optimizer` is not built. Call its build(variables) first."
             )
-    x, y, weight = _unpack(data)
+    parts = data if isinstance(data, tuple) else (data,)
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(
+            "calibrate: `data` must be a data set, or a tuple (x, y) or (x, y, sample_weight), "
+            f"but has {len(parts)} parts."
+        )
+    x, y, weight = (*parts, None, None)[:3]
     # Enough buffer for the updates between two fetches.
     capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
     samplers = [Sampler("calibrate", one, _figures(beta, eps), capacity) for one in optimizers]
@@ -459,29 +465,15 @@ class _Watch(keras.callbacks.Callback):
 
 def _percentile(value: object) -> float:
     percentile = validation.positive("calibrate", "percentile", value)
-    if percentile > 100:
-        raise ValueError(f"calibrate: `percentile` must be at most 100, but is {percentile!r}.")
+    validation.bounds("calibrate", "percentile", percentile, at_most=100)
     return percentile
-
-
-def _unpack(data: object) -> tuple[object, object, object]:
-    """x, y and sample_weight for `fit`."""
-    if not isinstance(data, tuple):
-        return data, None, None
-    if not 1 <= len(data) <= 3:
-        raise ValueError(
-            "calibrate: `data` must be a data set, or a tuple (x, y) or (x, y, sample_weight), "
-            f"but has {len(data)} parts."
-        )
-    x, y, weight = (*data, None, None)[:3]
-    return x, y, weight
 
 
 def _figures(beta: float, eps: float) -> dict[str, Figure]:
     """The figures computed on the device for each variable, from which `MEASURES` follow."""
     return {
-        "square": lambda v: v.square_before,
-        "largest_element": lambda v: v.largest_element,
+        "layer_norm": lambda v: v.norm_before,
+        "largest_element": lambda v: v.max_abs,
         "largest_scaled_element": lambda v: v.largest_scaled_element(beta),
         "unit_ratio": lambda v: v.unit_ratio(eps),
         "sign_step": lambda v: v.sign_step(eps),
@@ -500,7 +492,7 @@ def _suggest(
             "learning rate, or look at the data; ClipMonitor names the layer."
         )
     figures = {name: np.array([s.figures[name] for s in kept]) for name in sampler.figures}
-    norms = figures["layer_norm"] = np.sqrt(figures.pop("square"))
+    norms = figures["layer_norm"]
     figures["largest_rms"] = norms / np.sqrt([max(size_of(v), 1) for v in variables])
     sign_step = figures.pop("sign_step")
     # An optimizer that ignores the gradient's scale is assumed to change each element by η.

@@ -13,15 +13,8 @@ from keras_gradclip import __version__
 from keras_gradclip.clippers import AbsoluteClip
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer
 
-PACKAGES = (
-    *("tensorflow", "jax", "torch", "numpy"),
-    *(
-        "jinja2",
-        "matplotlib",
-        "tensorboard",
-        "keras-tuner",
-    ),  # for the report, the monitor and the search
-)
+BACKENDS = ("tensorflow", "jax", "torch", "numpy")
+OPTIONAL = ("jinja2", "matplotlib", "tensorboard", "keras-tuner")  # report, monitor, search
 #: Environment variables that change what a run does.
 ENVIRONMENT = ("KERAS_BACKEND", "KERAS_HOME", "TF_CONFIG", "TF_XLA_FLAGS", "XLA_FLAGS")
 
@@ -32,7 +25,7 @@ def diagnose() -> str:
         [
             f"keras_gradclip {__version__}, Python {platform.python_version()}, "
             f"Keras {keras.__version__}, backend {keras.backend.backend()}",
-            *(f"{package} {_version(package)}" for package in PACKAGES),
+            *(f"{package} {_version(package)}" for package in BACKENDS + OPTIONAL),
             f"devices: {', '.join(keras.distribution.list_devices()) or 'none found'}",
             f"dtype policy {keras.config.dtype_policy().name}",
             *(f"{name}={os.environ[name]}" for name in ENVIRONMENT if os.environ.get(name)),

@@ -12,7 +12,11 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import trackio
+    import wandb
 
 Log = Callable[[int, Mapping[str, float]], object]
 
@@ -27,7 +31,7 @@ CHARTS = {
 }
 
 
-def to_wandb(run: Any = None) -> Log:
+def to_wandb(run: wandb.Run | None = None) -> Log:
     """Returns a logger to Weights & Biases, under `clip/`, over the steps in `clip/step`.
 
     Args:
@@ -64,7 +68,7 @@ def to_mlflow(run_id: str | None = None) -> Log:
     )
 
 
-def to_trackio(run: Any = None) -> Log:
+def to_trackio(run: trackio.Run | None = None) -> Log:
     """Returns a logger to trackio.
 
     Args:

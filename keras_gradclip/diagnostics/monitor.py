@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,13 +30,9 @@ from keras_gradclip.diagnostics.sampler import (
 from keras_gradclip.diagnostics.samples import FIELDS, UPDATES, RunFiles, is_measured
 from keras_gradclip.names import layers_of, names_of, size_of
 
-#: Figures computed on the device for each variable.
+#: Figures computed on the device for each variable; `nonfinite` comes with each sample.
 FIGURES: dict[str, Figure] = {
-    "square_before": lambda v: v.square_before,
-    "square_after": lambda v: v.square_after,
-    "square_chord": lambda v: v.square_chord,
-    "clip_fraction": lambda v: v.clip_fraction,
-    "max_abs": lambda v: v.largest_element,
+    name: operator.attrgetter(name) for name in FIELDS if name != "nonfinite"
 }
 
 
@@ -322,20 +319,9 @@ class ClipMonitor(keras.callbacks.Callback):
 
 def _fields_of(sample: Sample) -> dict[str, np.ndarray]:
     """An array `[variables]` for each of `FIELDS`; NaN where a gradient is not finite."""
-    figures = sample.figures
-    before, after = np.sqrt(figures["square_before"]), np.sqrt(figures["square_after"])
-    angle = np.degrees(2 * np.arcsin(np.clip(np.sqrt(figures["square_chord"]) / 2, 0, 1)))
-    angle[(before == 0) | (after == 0)] = 0.0  # a zero gradient has no direction
-    is_finite = np.isfinite(before)
-    fields = {
-        "norm_before": before,
-        "norm_after": after,
-        "clip_fraction": figures["clip_fraction"],
-        "max_abs": figures["max_abs"],
-        "angle": angle,
-    }
+    is_finite = np.isfinite(sample.figures["norm_before"])
     return {
-        **{name: np.where(is_finite, values, np.nan) for name, values in fields.items()},
+        **{name: np.where(is_finite, v, np.nan) for name, v in sample.figures.items()},
         # A skipped update is not sampled; an applied one with a non-finite gradient counts as 1.
         "nonfinite": np.where(is_finite, sample.skipped, 1.0),
     }
@@ -375,21 +361,16 @@ def whole_of(row: Mapping[str, np.ndarray], sizes: np.ndarray) -> dict[str, floa
 
 def _whole_angle(before: np.ndarray, after: np.ndarray, angles: np.ndarray) -> float:
     """The angle in degrees between two gradients, from the norms and angles of their parts."""
-    # 1 − cos of the whole angle; precise for small angles.
-    whole_before, whole_after = np.linalg.norm(before), np.linalg.norm(after)
-    sizes = whole_before * whole_after
-    if sizes == 0:
+    size = np.linalg.norm(before) * np.linalg.norm(after)
+    if size == 0:
         return 0.0
-    chord = np.sum(before * after * 4 * np.sin(np.radians(angles) / 2) ** 2)
-    spread = whole_before * after - whole_after * before
-    total = chord / sizes + np.sum(spread**2) / sizes**2
-    return math.degrees(2 * math.asin(min(math.sqrt(total) / 2, 1.0)))
+    cosine = np.sum(before * after * np.cos(np.radians(angles))) / size
+    return math.degrees(math.acos(np.clip(cosine, -1.0, 1.0)))
 
 
 def _description(every: int, parts: Sequence[_Part]) -> Config:
     """The content of `monitor.json`."""
-    optimizers = {part.label: part.sampler.optimizer for part in parts}
-    clippers = {label: optimizer.clipper for label, optimizer in optimizers.items()}
+    clippers = {part.label: part.sampler.optimizer.clipper for part in parts}
     serialized = {label: serialize(clipper) for label, clipper in clippers.items()}
     everything = [v for part in parts for v in part.sampler.variables]
     named = zip(names_of(everything), layers_of(everything), strict=True)
@@ -399,13 +380,13 @@ def _description(every: int, parts: Sequence[_Part]) -> Config:
         rules = clipper.rule_of(own) if clipper else [("*", None)] * len(own)
         assignments = clipper.assignments(own) if clipper else []
         of_updates = Enforcer(assignments, own, False).limited_updates()
-        for i, (variable, (rule, chosen)) in enumerate(zip(own, rules, strict=True)):
+        for i, (rule, chosen) in enumerate(rules):
             path, layer = next(named)
             variables.append(
                 {
                     "path": path,
                     "layer": layer,
-                    "shape": [int(d) for d in variable.shape],
+                    "shape": [int(d) for d in own[i].shape],
                     "rule": _labelled(part.label, rule),
                     "clipper": _text(chosen),
                     "limits": UPDATES if i in of_updates else "gradients" if chosen else "nothing",
@@ -416,7 +397,7 @@ def _description(every: int, parts: Sequence[_Part]) -> Config:
         "every": every,
         "clipper": serialized.get("", serialized) if any(clippers.values()) else None,
         "clipper_text": "; ".join(_labelled(n, _text(one)) for n, one in clippers.items()),
-        "remembers": any(optimizer.remembers for optimizer in optimizers.values()),
+        "remembers": any(part.sampler.optimizer.remembers for part in parts),
         "variables": variables,
     }
 

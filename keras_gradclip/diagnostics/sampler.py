@@ -43,24 +43,29 @@ class VariableUpdate:
         self.clip_fraction = ops.zeros((), "float32") if fraction is None else fraction
 
     @functools.cached_property
-    def square_before(self) -> Tensor:
-        """The squared L2 norm before the clip."""
-        return arithmetic.sum_of_squares(self._before)
+    def norm_before(self) -> Tensor:
+        """The L2 norm before the clip."""
+        return ops.sqrt(arithmetic.sum_of_squares(self._before))
 
     @functools.cached_property
-    def square_after(self) -> Tensor:
-        """The squared L2 norm after the clip."""
-        return arithmetic.sum_of_squares(self._after)
+    def norm_after(self) -> Tensor:
+        """The L2 norm after the clip."""
+        return ops.sqrt(arithmetic.sum_of_squares(self._after))
 
     @property
-    def square_chord(self) -> Tensor:
-        """|x/‖x‖ − y/‖y‖|² of before and after; precise for small angles, unlike the cosine."""
-        x = self._before * ops.rsqrt(ops.maximum(self.square_before, arithmetic.TINY))
-        y = self._after * ops.rsqrt(ops.maximum(self.square_after, arithmetic.TINY))
-        return arithmetic.sum_of_squares(x - y)
+    def angle(self) -> Tensor:
+        """The degrees by which the clip turns the gradient; 0 if there is nothing before or after.
+
+        From the chord, which is precise for small angles, unlike the cosine.
+        """
+        x = self._before / ops.maximum(self.norm_before, arithmetic.TINY)
+        y = self._after / ops.maximum(self.norm_after, arithmetic.TINY)
+        chord = ops.sqrt(arithmetic.sum_of_squares(x - y))
+        degrees = ops.arcsin(ops.minimum(chord / 2.0, 1.0)) * (360.0 / math.pi)
+        return ops.where(ops.equal(self.norm_before * self.norm_after, 0.0), 0.0, degrees)
 
     @property
-    def largest_element(self) -> Tensor:
+    def max_abs(self) -> Tensor:
         """The largest |g| before the clip."""
         return arithmetic.max_abs(self._before)
 

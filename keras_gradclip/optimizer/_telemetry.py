@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -14,9 +13,10 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import aggregation
 from keras_gradclip._types import Config, Gradients, Scalar, Tensor
 from keras_gradclip.names import layers_of
+from keras_gradclip.optimizer._skips import FirstNonfinite
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
-_ONE_UPDATE, _ONE_SKIPPED = np.eye(2, dtype="int64")
+_UPDATE, _SKIPPED = (True, False), (False, True)
 
 
 class Telemetry:
@@ -29,7 +29,10 @@ class Telemetry:
     """
 
     def __init__(
-        self, variables: Sequence[keras.Variable], every: int, first_nonfinite: Any = None
+        self,
+        variables: Sequence[keras.Variable],
+        every: int,
+        first_nonfinite: FirstNonfinite | None = None,
     ) -> None:
         self.every = every
         self._first_nonfinite = first_nonfinite
@@ -51,7 +54,7 @@ class Telemetry:
     def on_skip(self, gradients: Gradients) -> None:
         """Counts a skipped update."""
         del gradients
-        self._count(_ONE_SKIPPED)
+        self.counts.assign(self.counts + ops.cast(_SKIPPED, self.counts.dtype))
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Measures if this update is due, before weights change."""
@@ -64,10 +67,7 @@ class Telemetry:
                 self.state + ([self._first_nonfinite.number] if self._first_nonfinite else []),
                 self._variables,
             )
-        self._count(_ONE_UPDATE)
-
-    def _count(self, what: np.ndarray) -> None:
-        self.counts.assign(self.counts + what.astype(str(self.counts.dtype)))
+        self.counts.assign(self.counts + ops.cast(_UPDATE, self.counts.dtype))
 
     def _measure(self, update: ClippedUpdate) -> None:
         squares = ops.stack(square_norms(update))
