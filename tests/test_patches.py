@@ -44,8 +44,10 @@ OWN = (
     "_workers.py",
     "clippers/",
     "diagnostics/_put_back.py",
+    "diagnostics/calibration.py object.__setattr__(self",
     "gate.py object.__setattr__(self",
     'model.py object.__setattr__(self, "_clipping"',
+    "model.py self._clipping.gate =",
     "model.py setattr(self, attribute, ",  # train_function, as Keras does
     "optimizer/_inner.py with self._changed(",
     "optimizer/_loss_scale.py object.__setattr__(outer, name, variable)",  # as `build` does
