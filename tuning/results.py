@@ -216,12 +216,7 @@ def rank_test(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def verdict(rows: Sequence[TrialRow], objective) -> Verdict:
-    """The answer of a search.
-
-    Args:
-        rows: as `ranked` orders them.
-        objective: with `name` and `direction`.
-    """
+    """The answer of a search, from its `ranked` rows."""
     best = best_row(rows)
     if best is None:
         text = "No trial ended: see the errors above."

@@ -218,10 +218,10 @@ def clipped(found, kind: str, segments: int) -> np.ndarray:
 
 def clipped_by_percentile(norms: np.ndarray, percentile: float, window: int = WINDOW):
     """A mask of the norms `[updates, layers]` that `PercentileClip` would clip."""
-    hit = np.zeros(norms.shape)
-    for i, row in enumerate(norms):
-        hit[i] = row > np.percentile(norms[max(0, i - window + 1) : i + 1], percentile, axis=0)
-    return hit
+    import pandas as pd
+
+    last = pd.DataFrame(norms).rolling(window, min_periods=1)
+    return (norms > last.quantile(percentile / 100).to_numpy()).astype(float)
 
 
 def steady(found_choices: list[Choice]) -> Choice:
