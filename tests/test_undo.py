@@ -92,7 +92,7 @@ if BACKEND != "torch":
 #: The first, the last and one in between; the second of the first window, the first of the third.
 SKIPS = [([0, 3, 7], None), ([1, 4], 2)]
 #: With accumulation where it is traced apart; under XLA, tests/optimizer/test_optimizer.py has it.
-SKIPS_OF = {"plain": SKIPS, "two replicas": SKIPS}
+SKIPS_OF = {"plain": SKIPS, "two replicas": SKIPS[1:]}  # without it, under a loss scale below
 
 
 @functools.cache
