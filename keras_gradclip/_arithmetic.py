@@ -247,7 +247,7 @@ def scale(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def fractions_over(
-    xs: Sequence[Tensor], limits: Sequence[Tensor], sizes: Sequence[int]
+    xs: Sequence[Tensor], limits: Sequence[Tensor], sizes: Sequence[float]
 ) -> list[Tensor]:
     """For each x the number of its elements with |x| > limit, over its size; float32 scalars.
 
@@ -285,7 +285,9 @@ def _figures(
     small: dict[Tensor, list[int]] = {}
     result: list[Tensor] = [None] * len(lists[0])
     for i, tensors in enumerate(zip(*lists, strict=True)):
-        if _is_vector_sized(tensors[0]):
+        shape = tuple(tensors[0].shape)
+        # Larger ones lose too much in float32 if their elements are added one by one.
+        if None not in shape and 0 < math.prod(shape) <= 4096:
             small.setdefault(tensors[0].dtype, []).append(i)
         else:
             result[i] = whole(*tensors)
@@ -300,34 +302,15 @@ def _figures(
     return result
 
 
-def _is_vector_sized(x: Tensor) -> bool:
-    # Larger ones lose too much in float32 if their elements are added one by one.
-    return None not in tuple(x.shape) and 0 < int(np.prod(x.shape)) <= 4096
-
-
 def _flat(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """The tensors one behind the other; scalars repeated, or as one if they are the same."""
     if all(t is tensors[0] for t in tensors) and len(tensors[0].shape) == 0:
         return tensors[0]
-    return joined(
-        [
-            t if len(t.shape) else ops.broadcast_to(t, (n,))
-            for t, n in zip(tensors, counts, strict=True)
-        ]
-    )
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The elements of all tensors in a row."""
-    rows = [t if len(t.shape) == 1 else ops.reshape(t, (-1,)) for t in tensors]
+    rows = [
+        ops.reshape(t, (-1,)) if len(t.shape) else ops.broadcast_to(t, (n,))
+        for t, n in zip(tensors, counts, strict=True)
+    ]
     return rows[0] if len(rows) == 1 else ops.concatenate(rows)
-
-
-def parted(row: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `joined`, in the shapes of `like`."""
-    ends = np.cumsum([math.prod(t.shape) for t in like])[:-1].tolist()
-    pieces = zip(ops.split(row, ends) if ends else [row], like, strict=True)
-    return [x if len(t.shape) == 1 else ops.reshape(x, t.shape) for x, t in pieces]
 
 
 def clip_factors(

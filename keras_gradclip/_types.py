@@ -30,5 +30,7 @@ Threshold: TypeAlias = "float | keras.optimizers.schedules.LearningRateSchedule"
 Hyper: TypeAlias = Mapping[str, Scalar]
 #: A clipper's running state, by name.
 State: TypeAlias = dict[str, Tensor]
+#: The limit of each scope, and a clipper's new state.
+Limits: TypeAlias = tuple[Tensor, State]
 #: What `get_config` returns: JSON-able.
 Config: TypeAlias = dict[str, Any]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,13 +17,14 @@ import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Gradient, Hyper, State, Tensor, Threshold
+from keras_gradclip._types import Gradient, Hyper, Limits, State, Tensor, Threshold
 from keras_gradclip.clippers.units import (
     BIAS,
     KERNEL,
     Unit,
     kernels_of_biases,
     norms_for_bias,
+    number_of_units,
     units_of,
     with_axes,
 )
@@ -44,14 +46,11 @@ class ClipStats(NamedTuple):
         weights: a list of floats, the weight of each variable in the overall fraction: its number
             of elements, or its share of a norm.
         unit: the counted unit, "elements" or "norms".
-        square_norms: a list of float32 scalars, the squared L2 norms before the clip if they
-            were computed anyway; else None.
     """
 
     fractions: Callable[[], list[Tensor | None]]
     weights: list[float]
     unit: str
-    square_norms: list[Tensor | None] | None = None
 
 
 @dataclasses.dataclass
@@ -59,30 +58,26 @@ class Weight:
     """The weights of one scope: of a unit, a variable, a layer, or the model.
 
     Attributes:
-        read: for each variable in the scope a function that returns its weight.
         size: the number of elements.
+        read: returns the weight; for a sparse gradient, only the rows in the gradient.
+        measured: for each variable in the scope a function that returns what a norm is taken over.
         axes: for units, the axes that one unit spans; None: all.
-        rows: for a sparse gradient, a function that returns the weight's rows in the gradient.
-        known_norm: the norms, if already computed.
     """
 
-    read: Sequence[Callable[[], Tensor]] = ()
-    size: int = 0
+    size: int
+    read: Callable[[], Tensor]
+    measured: Sequence[Callable[[], Tensor]]
     axes: Sequence[int] | None = None
-    rows: Callable[[], Tensor] | None = None
-    known_norm: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
         """The weight; for a sparse gradient, only the rows in the gradient."""
-        return (self.rows or self.read[0])()
+        return self.read()
 
     @functools.cached_property
     def norm(self) -> Tensor:
         """The L2 norm, a float32 scalar; for units one norm each, broadcastable to `values`."""
-        if self.known_norm is not None:
-            return self.known_norm
-        squares = [arithmetic.unit_squares(read(), self.axes) for read in self.read]
+        squares = [arithmetic.unit_squares(read(), self.axes) for read in self.measured]
         total = squares[0] if len(squares) == 1 else ops.sum(ops.stack(squares))
         return ops.minimum(ops.sqrt(total), arithmetic.LARGEST)
 
@@ -165,13 +160,11 @@ class Limit:
         return state, hyper
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
-        """The state after a schedule has set the learning rate to `rate`."""
+        """The state after a schedule has set the learning rate to `rate`; called as `advance`."""
         del rate, is_new
         return state
 
-    def limits(
-        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
-    ) -> tuple[Tensor, State]:
+    def limits(self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper) -> Limits:
         """The limit of each scope, and the new state.
 
         Args:
@@ -209,25 +202,23 @@ class Enforcer:
         self.on_gradients: list[_Rule] = []
         self.on_updates: list[_Rule] = []
         self.state: dict[str, object] = {}
-        programs, seen = arithmetic.Programs(variables), set[int]()
+        programs = arithmetic.Programs(variables)
         for assignment in assignments:
             late = assignment.clipper.stage == "update" and not update_is_scaled_gradient
-            first = set() if late else {*assignment.members} - seen
-            rule = _Rule(assignment, self.variables, programs, first)
+            rule = _Rule(assignment, self.variables, programs)
             (self.on_updates if late else self.on_gradients).append(rule)
             self.state |= {rule.name + name: value for name, value in rule.state.items()}
-            seen |= first
 
     def limited_updates(self) -> set[int]:
         """Positions of the variables whose weight update may be limited."""
-        return {i for r in self.on_updates for i in (r.members if r.calls_apply else r.limited)}
+        return {i for rule in self.on_updates for i in rule.limited()}
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
         """The state after a schedule has set the learning rate to `rate`."""
         new = dict(state)
         for rule in [*self.on_gradients, *self.on_updates]:
-            if not rule.calls_apply:
-                own = {name: state[rule.name + name] for name in rule.state}
+            own = {name: state[rule.name + name] for name in rule.state}
+            if own and not rule.calls_apply:
                 for name, value in rule.clipper.scheduled(own, rate, is_new).items():
                     new[rule.name + name] = value
         return new
@@ -267,11 +258,11 @@ class Enforcer:
 class _Rule:
     """One clipper with its variables, prepared before the first update.
 
-    Args:
-        assignment: the clipper and its variables.
-        variables: all variables.
-        programs: compiled functions of one gradient.
-        first: positions of the variables that no earlier rule clips.
+    Attributes:
+        wholes: positions of the variables that have one limit together, scope by scope.
+        parts: positions of the variables that have one limit for each unit (with the axes that a
+            unit spans) or each element (with None); biases after their kernels.
+        by_kernel: of the biases among these, positions of the kernels whose units limit them.
     """
 
     def __init__(
@@ -279,34 +270,46 @@ class _Rule:
         assignment: Assignment,
         variables: Sequence[keras.Variable],
         programs: arithmetic.Programs,
-        first: set[int],
     ) -> None:
         self.name, self.clipper, self.members, self.calls_apply = assignment
-        self.variables, self.programs, self.first = variables, programs, first
+        self.variables, self.programs = variables, programs
         self.names = [*self.clipper.hyperparameters()]
         self.sizes = [size_of(v) for v in variables]
         self.units: list[Unit] = []
+        self.wholes: list[list[int]] = []
+        self.parts: dict[int, tuple[int, ...] | None] = {}
+        self.by_kernel: dict[int, list[int]] = {}
         own = [variables[i] for i in self.members]
         if self.calls_apply:
             self.state = self.clipper.init(own)
             return
-        if self.clipper.scope == "unit" or self.clipper.biases != "own":
+        scope, biases, limited = self.clipper.scope, self.clipper.biases, list(self.members)
+        if scope == "unit" or biases != "own":
             self.units = with_axes(units_of(variables), variables, self.clipper.axes)
-        #: Positions of the variables that are limited over the clipper's scope ...
-        self.in_scope = list(self.members)
-        if self.clipper.biases != "own":
-            self.in_scope = [i for i in self.members if self.units[i].is_kernel]
-        #: ... and of biases, with those of the kernels whose units limit them by the element.
-        self.by_kernel: dict[int, list[int]] = {}
-        if self.clipper.biases == "unit":
+        if biases != "own":
+            limited = [i for i in self.members if self.units[i].is_kernel]
+        if scope in SCOPES:
+            numbers = dict(zip(self.members, scope_numbers(scope, own), strict=True))
+            self.wholes = [[] for _ in {*numbers.values()}]
+            for i in limited:
+                self.wholes[numbers[i]].append(i)
+        self.state = self.clipper.memory(len(self.wholes))
+        if scope == "unit":
+            is_one = {i: len(self.units[i].axes) == len(variables[i].shape) for i in limited}
+            self.wholes = [[i] for i in limited if is_one[i]]
+            self.parts = {i: self.units[i].axes for i in limited if not is_one[i]}
+        elif scope not in SCOPES:
+            self.parts = dict.fromkeys(limited)
+        if biases == "unit":
             kernels = kernels_of_biases(variables, self.units)
             self.by_kernel = {i: kernels[i] for i in self.members if i in kernels}
-        self.limited = [*self.in_scope, *self.by_kernel]
-        self.scopes: dict[int, int] = {}
-        if self.clipper.scope in SCOPES:
-            numbers = scope_numbers(self.clipper.scope, own)
-            self.scopes = dict(zip(self.members, numbers, strict=True))
-        self.state = self.clipper.memory(max(self.scopes.values(), default=-1) + 1)
+            self.parts |= dict.fromkeys(self.by_kernel)
+        parts = self.parts.items()
+        self.counts = {i: number_of_units(variables[i], axes or ()) for i, axes in parts}
+
+    def limited(self) -> set[int]:
+        """Positions of the variables that may be clipped."""
+        return {*self.members} if self.calls_apply else {*itertools.chain(*self.wholes, self.parts)}
 
     def remarks(self) -> dict[int, str]:
         """Remarks on unexpected clips of variables, by position."""
@@ -327,28 +330,25 @@ class _Rule:
         hyper: Hyper,
     ) -> tuple[list[Gradient], State, ClipStats]:
         """The clipped gradients, the clipper's new state, and a `ClipStats`."""
-        rate = hyper.get(LEARNING_RATE, 1.0)
         own_state = {name: state[self.name + name] for name in self.state}
         own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
+        rate = hyper.get(LEARNING_RATE, 1.0)
         if self.calls_apply:
             rate = rate if weights is None else ops.ones((), "float32")
             return self._apply(grads, own_state, {**own_hyper, LEARNING_RATE: rate})
-        own_hyper = {**own_hyper, LEARNING_RATE: rate}
+        own_hyper = {**own_hyper, LEARNING_RATE: rate, RATE_IS_SET: hyper.get(RATE_IS_SET)}
         if own_state:
-            is_set = {RATE_IS_SET: hyper.get(RATE_IS_SET)}
-            own_state, own_hyper = self.clipper.advance(own_state, {**own_hyper, **is_set})
+            own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
         if self.clipper.stage == "update" and weights is None:
             own_hyper = {**own_hyper, DIVISOR: rate}
         clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper)
-        if self.clipper.scope in SCOPES:
-            own_state = clip.norms(own_state)
-        elif self.clipper.scope == "unit":
-            clip.units()
-        else:
-            clip.elements()
-        if self.by_kernel:
-            clip.biases()
-        return clip.clipped, own_state, clip.stats()
+        if self.wholes:
+            own_state = clip.wholes(own_state)
+        if self.parts:
+            clip.parts()
+        unit = "elements" if self.clipper.scope == "element" else "norms"
+        counts = [clip.counts.get(i, 0.0) for i in range(len(grads))]
+        return clip.clipped, own_state, ClipStats(clip.fractions, counts, unit)
 
     def _apply(
         self, grads: Sequence[Gradient], state: State, hyper: Hyper
@@ -368,14 +368,8 @@ class _Rule:
             by_position = dict(zip(self.members, values, strict=True))
             return [by_position.get(i, least) for i in range(len(grads))]
 
-        squares = spread(stats.square_norms or [None] * len(self.members))
-        squares = [x if i in self.first else None for i, x in enumerate(squares)]
         weights = spread(stats.weights, 0.0)
-        return (
-            result,
-            state,
-            ClipStats(lambda: spread(stats.fractions()), weights, stats.unit, squares),
-        )
+        return result, state, ClipStats(lambda: spread(stats.fractions()), weights, stats.unit)
 
 
 @dataclasses.dataclass
@@ -390,9 +384,7 @@ class _Clip:
         weights: the weights before weight updates; None: the present ones.
         hyper: the values of the clipper's hyper-parameters, and `DIVISOR`.
         counts: the number of elements, or norms, by position.
-        squares: squared norms before the clip, by position.
-        weight_norms: norms of the kernels' units, by position.
-        fractions: functions that return the clipped fraction, by position.
+        factors: of each whole scope its variables, and what they were multiplied by.
     """
 
     rule: _Rule
@@ -402,212 +394,127 @@ class _Clip:
     weights: Sequence[Tensor | None] | None
     hyper: Hyper
     counts: dict[int, float] = dataclasses.field(default_factory=dict)
-    squares: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    weight_norms: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    fractions: list[Callable[[], Mapping[int, Tensor]]] = dataclasses.field(default_factory=list)
+    factors: list[tuple[list[int], Tensor]] = dataclasses.field(default_factory=list)
+    _known: dict[object, Weight] = dataclasses.field(default_factory=dict)
 
-    def elements(self) -> None:
-        """G' = clip(g, −L, L) for each element, then the rescale."""
-        members = [i for i in self.rule.in_scope if self.before[i] is not None]
-        for i in members:
-            x, weight = arithmetic.values(self.before[i]), self._weight_of(i)
-            limit = _limit(self.clipper, weight, self.hyper)
-            if len(limit.shape) > 0 and self.rule.programs.pays(x):  # a limit for each element
-                y, _ = self._compiled(i, x)
-            else:
-                y = _clip_elements(self.clipper, x, weight, limit, self.hyper)
-            self.clipped[i] = arithmetic.with_values(self.before[i], y)
-        self._count_elements(
-            members, lambda i: _limit(self.clipper, self._weight_of(i), self.hyper)
-        )
+    def wholes(self, state: State) -> State:
+        """G' = g·min(1, L/‖g‖), ‖·‖ over a variable, a layer or the model; returns the new state.
 
-    def biases(self) -> None:
-        """|g'| at most L for each element of a bias, by its unit's norm in the layer's kernel."""
-        members = [i for i in self.rule.by_kernel if self.before[i] is not None]
-        norms = {i: self._norm_for_bias(i) for i in members}
-        alike: dict[object, list[int]] = {}  # variables of one dtype share operations
-        for i in members:
-            x = self.before[i]
-            is_alone = arithmetic.is_sparse(x) or None in tuple(x.shape) or self.clipper.rescale
-            alike.setdefault(i if is_alone else x.dtype, []).append(i)
-        for group in alike.values():
-            xs = [arithmetic.values(self.before[i]) for i in group]
-            limit = _limit(
-                self.clipper,
-                Weight(known_norm=arithmetic.joined([norms[i] for i in group])),
-                self.hyper,
-            )
-            y = _clip_elements(self.clipper, arithmetic.joined(xs), Weight(), limit, self.hyper)
-            for i, piece in zip(group, arithmetic.parted(y, xs), strict=True):
-                self.clipped[i] = arithmetic.with_values(self.before[i], piece)
-        self._count_elements(
-            members, lambda i: _limit(self.clipper, Weight(known_norm=norms[i]), self.hyper)
-        )
-
-    def _count_elements(self, members: Sequence[int], limit_of: Callable[[int], Tensor]) -> None:
-        """Records the count of elements, and a function for the clipped fraction."""
-        sizes = {i: self.rule.sizes[i] for i in members}
-        self.counts.update({i: float(size) for i, size in sizes.items()})
-
-        def fractions() -> dict[int, Tensor]:
-            xs = [arithmetic.values(self.before[i]) for i in members]
-            limits = [limit_of(i) for i in members]
-            shares = arithmetic.fractions_over(xs, limits, [*sizes.values()])
-            return dict(zip(members, shares, strict=True))
-
-        self.fractions.append(fractions)
-
-    def units(self) -> None:
-        """g'_u = g_u·min(1, L_u/‖g_u‖) for each unit u."""
-        members = [i for i in self.rule.in_scope if self.before[i] is not None]
-        single: dict[int, Tensor] = {}  # small variables of one unit share operations
-        for i in members:
-            x, axes = arithmetic.values(self.before[i]), self.rule.units[i].axes
-            shape = self.rule.variables[i].shape
-            self.counts[i] = float(math.prod(d for k, d in enumerate(shape) if k not in axes))
-            if len(axes) == len(shape) and self.rule.sizes[i] < arithmetic.SMALL:
-                single[i] = arithmetic.sum_of_squares(x)
-                continue
-            if self.rule.programs.pays(x):
-                y, self.weight_norms[i] = self._compiled(i, x)
-            else:
-                weight = self._weight_of(i)
-                y = _clip_units(axes, x, _limit(self.clipper, weight, self.hyper))
-                self.weight_norms[i] = weight.norm
-            self.clipped[i] = arithmetic.with_values(self.before[i], y)
-        if single:
-            self.squares.update(single)
-            norms = ops.sqrt(ops.stack([*single.values()]))
-            weights = ops.stack([self._weight_of(i).norm for i in single])
-            factors = arithmetic.clip_factor(
-                norms, _limit(self.clipper, Weight(known_norm=weights), self.hyper)
-            )
-            for i, factor in zip(single, ops.unstack(factors, num=len(single)), strict=True):
-                y = arithmetic.scale(arithmetic.values(self.before[i]), factor)
-                self.clipped[i] = arithmetic.with_values(self.before[i], y)
-
-        def fractions() -> dict[int, Tensor]:
-            result = {}
-            for i in members:
-                x, axes = arithmetic.values(self.before[i]), self.rule.units[i].axes
-                norm = ops.sqrt(arithmetic.unit_squares(x, axes))
-                over = ops.sum(
-                    arithmetic.float32(norm > _limit(self.clipper, self._weight_of(i), self.hyper))
-                )
-                result[i] = over / max(self.counts[i], 1.0)
-            return result
-
-        self.fractions.append(fractions)
-
-    def norms(self, state: State) -> State:
-        """G' = g·min(1, L/‖g‖), ‖·‖ over a variable, a layer or everything; the new state."""
-        members: dict[int, list[int]] = {}  # of each scope
-        for i in self.rule.in_scope:
-            if self.before[i] is not None:
-                members.setdefault(self.rule.scopes[i], []).append(i)
-                self.squares[i] = arithmetic.sum_of_squares(arithmetic.values(self.before[i]))
-        if not members:
+        All scopes at once: a memory takes all norms, and small scopes share operations.
+        """
+        every = [[i for i in of if self.before[i] is not None] for of in self.rule.wholes]
+        scopes = {number: of for number, of in enumerate(every) if of}
+        if not scopes:
             return state
-        of_scopes = [[self.squares[i] for i in of] for of in members.values()]
-        squares = [s[0] if len(s) == 1 else ops.sum(ops.stack(s)) for s in of_scopes]
+        squares: dict[int, Tensor] = {}
+        for number, of in scopes.items():
+            parts = [arithmetic.sum_of_squares(arithmetic.values(self.before[i])) for i in of]
+            squares[number] = parts[0] if len(parts) == 1 else ops.sum(ops.stack(parts))
         if type(self.clipper).limits is Limit.limits:
-            sizes = [sum(self.rule.sizes[i] for i in of) for of in members.values()]
-            limits = [
-                _limit(
-                    self.clipper,
-                    Weight([functools.partial(self._read, i) for i in of], size),
-                    self.hyper,
-                )
-                for of, size in zip(members.values(), sizes, strict=True)
-            ]
-            factors = arithmetic.clip_factors(squares, limits, sizes)
+            limits = [_limit(self.clipper, self._weight(of), self.hyper) for of in scopes.values()]
         else:
-            by_scope = dict(zip(members, squares, strict=True))
-            factors, state = self._factors_from_memory(by_scope, state)
-        for factor, of_scope in zip(factors, members.values(), strict=True):
-            for i in of_scope:
+            limits, state = self._limits_from_memory(squares, state)
+        sizes = [sum(self.rule.sizes[i] for i in of) for of in scopes.values()]
+        factors = arithmetic.clip_factors([*squares.values()], limits, sizes)
+        self.factors = list(zip(scopes.values(), factors, strict=True))
+        for of, factor in self.factors:
+            for i in of:
                 x = arithmetic.values(self.before[i])
                 y = arithmetic.scale(x, factor)
                 if self.clipper.rescale:
                     y = arithmetic.rescaled(self.clipper.rescale, x, y)
                 self.clipped[i] = arithmetic.with_values(self.before[i], y)
-                self.counts[i] = 1.0 / len(of_scope)
-
-        def fractions() -> dict[int, Tensor]:
-            hits = ops.unstack(arithmetic.float32(ops.stack(factors) < 1.0), num=len(factors))
-            return {i: hit for hit, of in zip(hits, members.values(), strict=True) for i in of}
-
-        self.fractions.append(fractions)
+                self.counts[i] = 1.0 / len(of)
         return state
 
-    def _factors_from_memory(
+    def _limits_from_memory(
         self, squares: Mapping[int, Tensor], state: State
     ) -> tuple[list[Tensor], State]:
-        """Factors of a clipper with memory, for all scopes at once, and the new state."""
-        zero = ops.zeros((), "float32")
-        number = max(self.rule.scopes.values()) + 1
-        norms = ops.sqrt(ops.stack([squares.get(s, zero) for s in range(number)]))
+        """The limits of a clipper with memory, which takes the norms of all scopes."""
+        zero, number = ops.zeros((), "float32"), len(self.rule.wholes)
+        norms = ops.sqrt(ops.stack([squares.get(n, zero) for n in range(number)]))
         usable = ops.logical_and(ops.isfinite(norms), norms > 0)
         # Keep unusable norms out of the memory's arithmetic: 0·inf is NaN.
         safe = ops.where(usable, norms, ops.zeros_like(norms))
         limits, state = self.clipper.limits(safe, usable, state, self.hyper)
-        every = ops.unstack(arithmetic.clip_factor(norms, limits), num=number)
-        return [every[s] for s in squares], state
+        every = ops.unstack(limits, num=number)
+        return [every[n] for n in squares], state
 
-    def stats(self) -> ClipStats:
-        """The statistics of the clip."""
-        every = range(len(self.before))
+    def parts(self) -> None:
+        """The same for each unit of a variable; or G' = clip(g, −L, L) for each element."""
+        for i, axes in self.rule.parts.items():
+            if self.before[i] is None:
+                continue
+            x, weight = arithmetic.values(self.before[i]), self._weight([i], axes)
+            pays = i not in self.rule.by_kernel and self.rule.programs.pays(x)
+            if pays and (axes or len(_limit(self.clipper, weight, self.hyper).shape) > 0):
+                y = self._compiled(x, weight)
+            else:
+                y = _clip_parts(self.clipper, x, axes, weight, self.hyper)
+            self.clipped[i] = arithmetic.with_values(self.before[i], y)
+            self.counts[i] = self.rule.counts[i]
 
-        def fractions() -> list[Tensor | None]:
-            known = {i: f for function in self.fractions for i, f in function().items()}
-            return [known.get(i) for i in every]
-
-        unit = "elements" if self.clipper.scope == "element" else "norms"
-        counts = [self.counts.get(i, 0.0) for i in every]
-        squares = [self.squares.get(i) if i in self.rule.first else None for i in every]
-        return ClipStats(fractions, counts, unit, squares)
-
-    def _compiled(self, i: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The clip of one gradient as an XLA program; by units, also the weight's norms."""
-        clipper, size = self.clipper, self.rule.sizes[i]
-        axes = self.rule.units[i].axes if clipper.scope == "unit" else None
+    def _compiled(self, x: Tensor, weight: Weight) -> Tensor:
+        """`_clip_parts` as an XLA program, which also computes the weight's norms of units."""
+        clipper, size, axes = self.clipper, weight.size, weight.axes
 
         def clip(x: Tensor, values: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:
-            weight = Weight([lambda: values], size, axes)
-            limit = _limit(clipper, weight, hyper)
-            if axes is None:
-                return _clip_elements(clipper, x, weight, limit, hyper), None
-            return _clip_units(axes, x, limit), weight.norm
+            weight = Weight(size, lambda: values, [lambda: values], axes)
+            y = _clip_parts(clipper, x, axes, weight, hyper)
+            return y, None if axes is None else weight.norm
 
-        arguments = (x, self._weight_of(i).values, self.hyper)
-        return self.rule.programs.run((self.rule.name, axes), clip, *arguments)
+        arguments = (x, weight.values, self.hyper)
+        y, norm = self.rule.programs.run((self.rule.name, axes), clip, *arguments)
+        if axes is not None:
+            weight.norm = norm
+        return y
+
+    def fractions(self) -> list[Tensor | None]:
+        """The clipped share of each variable's elements, or norms; None without a limit."""
+        result: list[Tensor | None] = [None] * len(self.before)
+        if self.factors:
+            clipped = arithmetic.float32(ops.stack([factor for _, factor in self.factors]) < 1.0)
+            hits = ops.unstack(clipped, num=len(self.factors))
+            for (of, _), hit in zip(self.factors, hits, strict=True):
+                for i in of:
+                    result[i] = hit
+        members = [i for i in self.rule.parts if self.before[i] is not None]
+        if not members:
+            return result
+        xs, limits = [], []
+        for i in members:
+            x, axes = arithmetic.values(self.before[i]), self.rule.parts[i]
+            xs.append(x if axes is None else ops.sqrt(arithmetic.unit_squares(x, axes)))
+            limits.append(_limit(self.clipper, self._weight([i], axes), self.hyper))
+        shares = arithmetic.fractions_over(xs, limits, [self.counts[i] for i in members])
+        for i, share in zip(members, shares, strict=True):
+            result[i] = share
+        return result
+
+    def _weight(self, members: Sequence[int], axes: tuple[int, ...] | None = None) -> Weight:
+        """The `Weight` of some variables together, or of the units or elements of one."""
+        i, key = members[0], (*members, axes)
+        if key in self._known:
+            return self._known[key]
+        size = sum(self.rule.sizes[k] for k in members)
+        measured = [functools.partial(self._read, k) for k in members]
+        rows: Callable[[], Tensor] = measured[0]
+        if arithmetic.is_sparse(self.before[i]):
+            rows = lambda: arithmetic.matching_rows(self._read(i), self.before[i])  # noqa: E731
+        has_rows = axes is not None and 0 not in axes
+        weight = Weight(size, rows, [rows] if has_rows else measured, axes)
+        if i in self.rule.by_kernel:
+            units = self.rule.units
+            norms = [self._weight([k], units[k].axes).norm for k in self.rule.by_kernel[i]]
+            norm = norms_for_bias(units[i], self.rule.variables[i].shape, norms)
+            weight.norm = arithmetic.matching_rows(norm, self.before[i])
+        self._known[key] = weight
+        return weight
 
     def _read(self, i: int) -> Tensor:
         """The value of a variable's weight."""
         given = None if self.weights is None else self.weights[i]
         return arithmetic.read(self.rule.variables[i]) if given is None else given
-
-    def _weight_of(self, i: int) -> Weight:
-        """The `Weight` of a variable, or of its units."""
-        whole, size = functools.partial(self._read, i), self.rule.sizes[i]
-        rows: Callable[[], Tensor] = whole
-        if arithmetic.is_sparse(self.before[i]):
-            rows = lambda: arithmetic.matching_rows(self._read(i), self.before[i])  # noqa: E731
-        if self.clipper.scope != "unit":
-            return Weight([whole], size, rows=rows)
-        axes = self.rule.units[i].axes
-        return Weight([whole if 0 in axes else rows], size, axes)
-
-    def _norm_for_bias(self, i: int) -> Tensor:
-        """The norm of each bias element's unit in the layer's kernel."""
-        norms = []
-        for k in self.rule.by_kernel[i]:
-            if k not in self.weight_norms:
-                axes = self.rule.units[k].axes
-                self.weight_norms[k] = ops.sqrt(arithmetic.unit_squares(self._read(k), axes))
-            norms.append(self.weight_norms[k])
-        norm = norms_for_bias(self.rule.units[i], self.rule.variables[i].shape, norms)
-        return arithmetic.matching_rows(norm, self.before[i])
 
 
 def _limit(clipper: Limit, weight: Weight, hyper: Hyper) -> Tensor:
@@ -616,21 +523,22 @@ def _limit(clipper: Limit, weight: Weight, hyper: Hyper) -> Tensor:
     return limit / ops.maximum(hyper[DIVISOR], arithmetic.TINY) if DIVISOR in hyper else limit
 
 
-def _clip_elements(
-    clipper: Limit, x: Tensor, weight: Weight, limit: Tensor, hyper: Hyper
+def _clip_parts(
+    clipper: Limit, x: Tensor, axes: Sequence[int] | None, weight: Weight, hyper: Hyper
 ) -> Tensor:
-    limit = ops.cast(limit, x.dtype)
-    y = arithmetic.clip_between(x, -limit, limit)
+    """A gradient with each unit (which spans `axes`), or each element, within its limit."""
+    limit = _limit(clipper, weight, hyper)
+    if axes is None:
+        limit = ops.cast(limit, x.dtype)
+        y = arithmetic.clip_between(x, -limit, limit)
+    else:
+        norm = ops.sqrt(arithmetic.unit_squares(x, axes))
+        y = arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
     if clipper.rescale is None:
         return y
     if clipper.rescale == "alpha":
         return arithmetic.scale(y, clipper.growth(weight, hyper))
     return arithmetic.rescaled(clipper.rescale, x, y)
-
-
-def _clip_units(axes: Sequence[int], x: Tensor, limit: Tensor) -> Tensor:
-    norm = ops.sqrt(arithmetic.unit_squares(x, axes))
-    return arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
 
 
 def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) -> ClipStats:
@@ -644,7 +552,6 @@ def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) ->
     weights = [max((s.weights[i] for s in stats), default=0.0) for i in every]
     if mixed:
         weights = [float(size_of(variables[i])) if weights[i] > 0 else 0.0 for i in every]
-    known = [s.square_norms for s in stats if s.square_norms]
 
     def fractions() -> list[Tensor | None]:
         of_rules = [s.fractions() for s in stats]
@@ -652,5 +559,4 @@ def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) ->
         return [functools.reduce(ops.maximum, f) if f else None for f in of_variables]
 
     unit = "elements" if mixed or not units else units[0]
-    squares = [next((s[i] for s in known if s[i] is not None), None) for i in every]
-    return ClipStats(fractions, weights, unit, squares)
+    return ClipStats(fractions, weights, unit)

@@ -205,32 +205,31 @@ class UpdateRatioClip(ByUnit):
 
     def memory(self, scopes: int) -> dict[str, object]:
         """The largest learning rate so far, and the present rate as a share of it."""
-        del scopes
         if self.anneal is None:
             return {}
         return {"largest_rate": np.zeros((), "float32"), "share": np.ones((), "float32")}
 
     def advance(self, state: State, hyper: Hyper) -> tuple[State, Hyper]:
-        """Replaces κ by κ·η/η_max if the limit is annealed."""
-        if self.anneal is None:
-            return state, hyper
-        rate, largest = hyper["learning_rate"], state["largest_rate"]
-        if hyper.get(RATE_IS_SET):
-            last = largest * state["share"]
-            is_new = ops.abs(rate - last) > SAME_RATE * ops.maximum(rate, last)
-            largest = ops.where(is_new, ops.zeros_like(largest), largest)
-        state = _annealed(largest, rate)
+        """Replaces κ by κ·η/η_max."""
+        rate = hyper["learning_rate"]
+        is_set = hyper.get(RATE_IS_SET)
+        state = _annealed(_largest(state, rate) if is_set else state["largest_rate"], rate)
         return state, {**hyper, "max_ratio": hyper["max_ratio"] * state["share"]}
 
     def scheduled(self, state: State, rate: Tensor, is_new: bool) -> State:
         """See `Limit`; only a new schedule begins a new phase."""
-        if self.anneal is None:
-            return state
         return _annealed(ops.zeros(()) if is_new else state["largest_rate"], rate)
 
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
         """The limit κ·max(‖W‖, ε) of the weight update."""
         return hyper["max_ratio"] * ops.maximum(weight.norm, self.eps)
+
+
+def _largest(state: State, rate: Tensor) -> Tensor:
+    """The largest learning rate so far; 0 if somebody has set the rate since."""
+    last = state["largest_rate"] * state["share"]
+    is_new = ops.abs(rate - last) > SAME_RATE * ops.maximum(rate, last)
+    return ops.where(is_new, ops.zeros_like(last), state["largest_rate"])
 
 
 def _annealed(largest: Tensor, rate: Tensor) -> State:

@@ -12,7 +12,8 @@ Departures from the papers:
 
 - `PercentileClip`: AutoClip, like its code (`numpy.percentile` of all global norms), keeps every
   norm since the start; a window bounds the memory and forgets the first steps. The package
-  `autoclip` 0.2.1 has a window of 1000 too, and the 90th percentile.
+  `autoclip` 0.2.1 has a window of 1000 too, and the 90th percentile. If norms fall a hundredfold
+  within an epoch, a window of 1000 clips nothing for the rest of a short run.
 - `ZScoreClip`: σ counts as at least 0.1·μ, and a norm of 0 is not remembered. ZClip's code
   (bluorion-com/ZClip: the same three defaults and formulas) also bounds the norm by 1 throughout:
   `Chain([ZScoreClip(), NormClip(1.0, "global")])`.
@@ -32,7 +33,7 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip._types import Hyper, State, Tensor, Threshold
+from keras_gradclip._types import Hyper, Limits, State, Tensor, Threshold
 from keras_gradclip.clippers.base import Clipper, register
 from keras_gradclip.declarations import Card, parameter
 from keras_gradclip.names import SCOPES
@@ -45,16 +46,24 @@ LEAST_DEVIATION = 0.1
 _MOMENTS = ("mean", "variance", "count")
 
 
+def _where(usable: Tensor, new: State, old: State) -> State:
+    """The new state of each scope whose norm may be stored, and the old one of the others."""
+
+    def chosen(after: Tensor, before: Tensor) -> Tensor:
+        flags = ops.reshape(usable, (-1, *[1] * (len(after.shape) - 1)))
+        return ops.where(flags, after, ops.convert_to_tensor(before))
+
+    return {name: chosen(new[name], old[name]) for name in new}
+
+
 @register("percentile")
 @dataclasses.dataclass(frozen=True)
 class PercentileClip(Clipper):
     """AutoClip: the threshold is a percentile of the norms seen so far.
 
     g' = g·min(1, c/‖g‖), c the p-th percentile of the last `window` norms, including the present
-    one. For gradients of unknown or drifting scale: it clips about 1 − p/100 of the steps, nine in
-    ten with the paper's p = 10; p = 90 protects against spikes. If norms fall a hundredfold within
-    an epoch, a window of 1000 clips nothing for the rest of a short run.
-    Source: Seetharaman et al., arXiv 2007.14469.
+    one: it clips about 1 − p/100 of the steps, nine in ten with the paper's p = 10; p = 90 protects
+    against spikes. Source: Seetharaman et al., arXiv 2007.14469.
 
     Args:
         percentile: p in 0..100, or a LearningRateSchedule.
@@ -78,8 +87,7 @@ class PercentileClip(Clipper):
     card: ClassVar[Card | None] = Card(
         "a norm clip whose c is a percentile of the last norms",
         "the scale is unknown or drifts",
-        "10 as in the paper (clips nine steps in ten); 90 as a guard, with a short window where "
-        "the norms fall",
+        "10 as in the paper; 90 as a guard, with a short window where the norms fall",
         "Seetharaman et al., 2007.14469; window 1000 as in the package `autoclip` 0.2.1",
     )
 
@@ -94,25 +102,22 @@ class PercentileClip(Clipper):
 
     def memory(self, scopes: int) -> dict[str, object]:
         """An empty history: `[scopes, window]` norms, the next slot, and how many are filled."""
-        return {
-            "history": np.full((scopes, self.window), NO_LIMIT, "float32"),
-            "slot": np.zeros((scopes,), "float32"),
-            "filled": np.zeros((scopes,), "float32"),
-        }
+        history = np.full((scopes, self.window), NO_LIMIT, "float32")
+        zeros = np.zeros((scopes,), "float32")
+        return {"history": history, "slot": zeros, "filled": zeros}
 
-    def limits(
-        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
-    ) -> tuple[Tensor, State]:
+    def limits(self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper) -> Limits:
+        """The percentile of each scope's stored norms; see `Limit.limits`."""
         slot, filled = (ops.convert_to_tensor(state[k]) for k in ("slot", "filled"))
-        slots = ops.arange(self.window, dtype="float32")
-        here = ops.equal(slots[None, :], slot[:, None])
-        here = ops.logical_and(here, usable[:, None])
-        history = ops.where(here, norms[:, None], ops.convert_to_tensor(state["history"]))
-        slot = (slot + arithmetic.float32(usable)) % self.window
-        filled = ops.minimum(filled + arithmetic.float32(usable), float(self.window))
-
-        limits = _percentile(history, filled, ops.minimum(hyper["percentile"], 100.0) / 100.0)
-        return limits, {"history": history, "slot": slot, "filled": filled}
+        is_next = ops.equal(ops.arange(self.window, dtype="float32")[None, :], slot[:, None])
+        new = {
+            "history": ops.where(is_next, norms[:, None], ops.convert_to_tensor(state["history"])),
+            "slot": (slot + 1.0) % self.window,
+            "filled": ops.minimum(filled + 1.0, float(self.window)),
+        }
+        state = _where(usable, new, state)
+        share = ops.minimum(hyper["percentile"], 100.0) / 100.0
+        return _percentile(state["history"], state["filled"], share), state
 
 
 def _percentile(history: Tensor, filled: Tensor, share: Tensor) -> Tensor:
@@ -136,8 +141,7 @@ class ZScoreClip(Clipper):
 
     z = (‖g‖ − μ)/(σ + ε). Where z > z_threshold, the norm is brought down to
     μ + σ·z_threshold²/z ("adaptive": the further out, the harder) or to μ ("mean"). The first
-    `warmup_steps` norms are not clipped. A guard against loss spikes in long runs. Source: Kumar
-    et al., arXiv 2504.02507.
+    `warmup_steps` norms are not clipped. Source: Kumar et al., arXiv 2504.02507.
 
     Args:
         z_threshold: positive number or LearningRateSchedule.
@@ -152,11 +156,7 @@ class ZScoreClip(Clipper):
     """
 
     z_threshold: Threshold = parameter(
-        2.5,
-        help="deviations from the mean beyond which a norm is clipped",
-        range=(1.5, 4.0),
-        live=True,
-        threshold=True,
+        2.5, help="deviations beyond which it clips", range=(1.5, 4.0), live=True, threshold=True
     )
     alpha: float = parameter(0.97, help="α, memory of the running mean", below=1.0)
     warmup_steps: int = parameter(25, help="norms that only feed the memory")
@@ -179,38 +179,35 @@ class ZScoreClip(Clipper):
         """No norms yet: for each scope the mean, the variance and the number of norms."""
         return {name: np.zeros((scopes,), "float32") for name in _MOMENTS}
 
-    def limits(
-        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
-    ) -> tuple[Tensor, State]:
-        mean, variance, count = map(ops.convert_to_tensor, (state[k] for k in _MOMENTS))
+    def limits(self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper) -> Limits:
+        """The norm that a spike is brought down to; see `Limit.limits`."""
+        mean, variance, count = (ops.convert_to_tensor(state[name]) for name in _MOMENTS)
         warm = ops.greater_equal(count, self.warmup_steps)
         deviation = ops.maximum(ops.sqrt(variance), LEAST_DEVIATION * mean)
         z = (norms - mean) / (deviation + self.eps)
-        if self.option == "mean":
-            target = mean
-        else:
-            threshold = hyper["z_threshold"]  # its square may be beyond float32
+        threshold, target = hyper["z_threshold"], mean
+        if self.option == "adaptive":  # the threshold's square may be beyond float32
             target = mean + deviation * threshold * (threshold / ops.maximum(z, self.eps))
-        spike = ops.logical_and(warm, z > hyper["z_threshold"])
-        limits = ops.where(spike, target, ops.full_like(norms, NO_LIMIT))
-
+        limits = ops.where(ops.logical_and(warm, z > threshold), target, NO_LIMIT)
         norm = ops.minimum(norms, limits)
-        first = _welford(mean, variance, count, norm)
-        later_mean = self.alpha * mean + (1 - self.alpha) * norm
-        spread = self.alpha * variance + (1 - self.alpha) * ops.square(norm - later_mean)
-        later = (later_mean, spread)
-
-        def new(i: int, old: Tensor) -> Tensor:
-            return ops.where(usable, ops.where(warm, later[i], first[i]), old)
-
-        count = ops.minimum(count + arithmetic.float32(usable), float(self.warmup_steps))
-        return limits, {"mean": new(0, mean), "variance": new(1, variance), "count": count}
+        early = _welford(mean, variance, count, norm)
+        late = _averaged(mean, variance, norm, self.alpha)
+        new = {name: ops.where(warm, late[name], early[name]) for name in early}
+        new["count"] = ops.minimum(count + 1.0, float(self.warmup_steps))
+        return limits, _where(usable, new, state)
 
 
-def _welford(mean: Tensor, variance: Tensor, count: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+def _welford(mean: Tensor, variance: Tensor, count: Tensor, norm: Tensor) -> State:
     """The mean and the population variance of `count` norms and one more."""
     new = mean + (norm - mean) / (count + 1.0)
-    return new, variance + ((norm - mean) * (norm - new) - variance) / (count + 1.0)
+    spread = variance + ((norm - mean) * (norm - new) - variance) / (count + 1.0)
+    return {"mean": new, "variance": spread}
+
+
+def _averaged(mean: Tensor, variance: Tensor, norm: Tensor, alpha: float) -> State:
+    """The running averages of the norm, and of its squared distance from their new mean."""
+    new = alpha * mean + (1 - alpha) * norm
+    return {"mean": new, "variance": alpha * variance + (1 - alpha) * ops.square(norm - new)}
 
 
 @register("ada")
@@ -220,9 +217,8 @@ class AdaClip(Clipper):
 
     g'_i = g_i·min(1, λ_rel·γ_i/‖g_i‖), then γ_i ← β·γ_i + (1−β)·‖g'_i‖. During the first
     `warmup_steps` updates the whole gradient is clipped by its global norm,
-    g' = g·min(1, λ_abs/‖g‖), and γ_i ← min(γ_i, ‖g'_i‖). For transformers and other long runs,
-    where single tensors spike while the global norm looks calm. Source: Wang et al., arXiv
-    2502.11034, algorithm 1.
+    g' = g·min(1, λ_abs/‖g‖), and γ_i ← min(γ_i, ‖g'_i‖). Source: Wang et al., arXiv 2502.11034,
+    algorithm 1.
 
     Args:
         lambda_rel: λ_rel, positive number or LearningRateSchedule.
@@ -252,20 +248,16 @@ class AdaClip(Clipper):
         "each tensor's norm near the running average of its own",
         "single tensors spike while the global norm looks calm",
         "λ_rel = 1.05, β = 0.98, 100 steps of warm-up",
-        "Wang et al., 2502.11034; the values are the defaults of the package `pytorch_optimizer`, "
-        "not checked against the paper's tables",
+        "Wang et al., 2502.11034; defaults of the package `pytorch_optimizer`, not checked",
     )
 
     def memory(self, scopes: int) -> dict[str, object]:
         """No norms yet: γ for each scope, and the number of updates."""
-        return {
-            "gamma": np.full((scopes,), NO_LIMIT, "float32"),
-            "count": np.zeros((1,), "float32"),
-        }
+        gamma = np.full((scopes,), NO_LIMIT, "float32")
+        return {"gamma": gamma, "count": np.zeros((1,), "float32")}
 
-    def limits(
-        self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper
-    ) -> tuple[Tensor, State]:
+    def limits(self, norms: Tensor, usable: Tensor, state: State, hyper: Hyper) -> Limits:
+        """λ_rel·γ of each scope, or the share of the global limit; see `Limit.limits`."""
         gamma, count = (ops.convert_to_tensor(state[k]) for k in ("gamma", "count"))
         warm = ops.greater_equal(count, self.warmup_steps)
         total = ops.sqrt(ops.sum(ops.square(norms)))
@@ -276,11 +268,7 @@ class AdaClip(Clipper):
 
         norm = ops.minimum(norms, limits)
         average = self.beta * gamma + (1 - self.beta) * norm
-        unknown = gamma >= NO_LIMIT
-        later = ops.where(unknown, norm, average)
-        remembered = ops.logical_and(usable, ops.isfinite(total))
-        updated = ops.where(warm, later, ops.minimum(gamma, norm))
-        return limits, {
-            "gamma": ops.where(remembered, updated, gamma),
-            "count": ops.minimum(count + 1.0, float(self.warmup_steps)),
-        }
+        average = ops.where(gamma >= NO_LIMIT, norm, average)
+        new = {"gamma": ops.where(warm, average, ops.minimum(gamma, norm))}
+        new = _where(ops.logical_and(usable, ops.isfinite(total)), new, state)
+        return limits, {**new, "count": ops.minimum(count + 1.0, float(self.warmup_steps))}

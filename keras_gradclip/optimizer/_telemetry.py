@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import aggregation
-from keras_gradclip._types import Config, Gradients, Scalar, Tensor
+from keras_gradclip._types import Config, Gradients, Scalar
 from keras_gradclip.names import layers_of
 from keras_gradclip.optimizer._skips import FirstNonfinite
 from keras_gradclip.optimizer._watcher import ClippedUpdate
@@ -70,10 +70,12 @@ class Telemetry:
         self.counts.assign(self.counts + ops.cast(_UPDATE, self.counts.dtype))
 
     def _measure(self, update: ClippedUpdate) -> None:
-        squares = ops.stack(square_norms(update))
+        given = [arithmetic.values(g) for g in update.gradients if g is not None]
+        norms = iter(arithmetic.sums_of_squares(given))
+        zero = ops.zeros((), "float32")
+        squares = ops.stack([zero if g is None else next(norms) for g in update.gradients])
         if self._first_nonfinite is not None:
             self._first_nonfinite.look(update.gradients, squares)
-        zero = ops.zeros((), "float32")
         stats = update.stats
         clipped = counted = ops.zeros_like(squares)
         if stats is not None and any(stats.weights):
@@ -134,15 +136,3 @@ class Telemetry:
         """Resets all figures."""
         for variable in self.state:
             variable.assign(np.zeros(variable.shape, str(variable.dtype)))
-
-
-def square_norms(update: ClippedUpdate) -> list[Tensor]:
-    """The squared L2 norm of each gradient before the clip; 0 without a gradient."""
-    gradients, stats = update.gradients, update.stats
-    squares = list(stats.square_norms) if stats and stats.square_norms else [None] * len(gradients)
-    missing = [i for i, g in enumerate(gradients) if g is not None and squares[i] is None]
-    taken = arithmetic.sums_of_squares([arithmetic.values(gradients[i]) for i in missing])
-    for i, square in zip(missing, taken, strict=True):
-        squares[i] = square
-    zero = ops.zeros((), "float32")
-    return [zero if square is None else square for square in squares]

@@ -243,8 +243,6 @@ def test_adaptive_stats_count_units():
         want.append(np.mean(norm > 0.9 * np.sqrt((to64(v) ** 2).sum(axes))))
     np.testing.assert_allclose([float(f) for f in stats.fractions()], want)
     assert 0 < np.mean(want) < 1, "the test needs clipped units and others"
-    for square, g in zip(stats.square_norms, g64, strict=True):
-        assert square is None or np.isclose(float(square), (g**2).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
