@@ -175,7 +175,7 @@ def made_of(owner: str, name: str, value: object, make: Callable[[Any], Any]) ->
 
 def config(
     owner: str, value: object, known: Iterable[str], needed: Iterable[str] = ()
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """`value` if it is the config of an `owner`.
 
     Raises:
@@ -195,4 +195,4 @@ def config(
     for key in needed:
         if key not in value:
             raise ValueError(f"{owner}: `config` lacks {key!r}. Pass what get_config() gave.")
-    return value
+    return dict(value)

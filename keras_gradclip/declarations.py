@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import inspect
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,7 +82,7 @@ class Parameter:
             validation.bounds(owner, self.name, value, below=self.below, at_most=self.at_most)
         return value
 
-    def read(self, text: str) -> Any:
+    def read(self, text: str) -> float | int | str:
         """The number or word in a command line's `text`, before `check`.
 
         Raises:
@@ -129,45 +129,20 @@ class Parameter:
         )
 
 
-def parameter(
-    default: Any,
-    *,
-    help: str,
-    range: tuple[float, float] | None = None,
-    log: bool = False,
-    choices: Sequence[str | None] = (),
-    kind: Kind | None = None,
-    search: bool | None = None,
-    live: bool = False,
-    threshold: bool = False,
-    below: float | None = None,
-    at_most: float | None = None,
-    flag: str = "",
-    note: str = "",
-) -> Any:
+def parameter(default: object, *, help: str, kind: Kind | None = None, **declared: Any) -> Any:
     """A dataclass field that declares a hyper-parameter; the arguments are `Parameter`'s.
 
     `kind` is derived from `choices` and the default's type; `search` from the presence of a range.
     """
     if kind is None:
-        is_count = isinstance(default, int) and not isinstance(default, bool) and not live
-        is_number = live or isinstance(default, float)
-        kind = "word" if choices else "count" if is_count else "number" if is_number else "object"
-    metadata = {
-        "kind": kind,
-        "help": help,
-        "range": range,
-        "log": log,
-        "choices": tuple(choices),
-        "search": range is not None if search is None else search,
-        "live": live,
-        "threshold": threshold,
-        "below": below,
-        "at_most": at_most,
-        "flag": flag,
-        "note": note,
-    }
-    return dataclasses.field(default=default, metadata={_KEY: metadata})
+        is_live = declared.get("live", False)
+        is_count = isinstance(default, int) and not isinstance(default, bool) and not is_live
+        is_number = is_live or isinstance(default, float)
+        is_word = bool(declared.get("choices"))
+        kind = "word" if is_word else "count" if is_count else "number" if is_number else "object"
+    declared = {"search": declared.get("range") is not None, **declared}
+    made = Parameter("", default, kind, help, **declared)
+    return dataclasses.field(default=default, metadata={_KEY: made})
 
 
 def parameters(clipper: Any) -> tuple[Parameter, ...]:
@@ -177,11 +152,11 @@ def parameters(clipper: Any) -> tuple[Parameter, ...]:
     `live`.
     """
     result = []
-    for field in dataclasses.fields(clipper):
-        if field.init:
-            declared = field.metadata.get(_KEY) or {"live": field.name in clipper.live}
-            declared = {**declared, "flag": declared.get("flag") or field.name}
-            result.append(Parameter(field.name, field.default, **declared))
+    for f in dataclasses.fields(clipper):
+        if f.init:
+            made = f.metadata.get(_KEY) or Parameter("", None, live=f.name in clipper.live)
+            flag = made.flag or f.name
+            result.append(dataclasses.replace(made, name=f.name, default=f.default, flag=flag))
     return tuple(result)
 
 

@@ -39,7 +39,7 @@ def test_bad_number(make, name, value):
         (lambda: kgc.ExponentialClip(rescale="l2"), "'l2'"),
         (lambda: kgc.ExponentialClip(weight="mean"), "'mean'"),
         (lambda: kgc.NormClip(scope="tensor"), "'tensor'"),
-        (lambda: kgc.get("absolut"), "Did you mean 'absolute'"),
+        (lambda: kgc.get("absolut"), "did you mean 'absolute'"),
         (lambda: kgc.get({"class_name": "Absolut"}), "'Absolut'"),
         (lambda: kgc.get({"config": {}}), "class_name"),
         (lambda: kgc.get({"class_name": "absolute", "config": {"treshold": 1}}), "treshold"),

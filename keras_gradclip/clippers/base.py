@@ -11,7 +11,6 @@ search spaces and the table in the docs then include it; set `measures` for `cal
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -153,7 +152,7 @@ class Clipper(Limit):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Threshold]) -> Clipper:
+    def from_config(cls, config: Config) -> Clipper:
         """The clipper of a config."""
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         config = validation.config(cls.__name__, config, known)
@@ -307,37 +306,31 @@ def get(identifier: object) -> Clipper | None:
     """
     if identifier is None or isinstance(identifier, Clipper):
         return identifier
-    if isinstance(identifier, str):
-        return _class(identifier)()
-    if isinstance(identifier, Mapping):
-        if "class_name" not in identifier:
-            raise ValueError(
-                "get: a clipper's config needs the key 'class_name', but has "
-                f"{sorted(map(str, identifier))}. For rules by path write ClipMap({{...}})."
-            )
-        name = identifier["class_name"]
-        if not isinstance(name, str):
-            raise ValueError(f"get: the 'class_name' must be a string, but is {name!r}.")
-        config = identifier.get("config") or {}
-        if not isinstance(config, Mapping):
-            raise ValueError(f"get: the 'config' of {name!r} must be a dict, but is {config!r}.")
-        known = _find(name)
-        if known is None:  # registered through Keras by other code
-            try:
-                result = keras.saving.deserialize_keras_object(dict(identifier))
-            except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(_unknown(name)) from error
-            if not isinstance(result, Clipper):
-                raise ValueError(f"get: {name!r} is no clipper, but {type(result).__name__}.")
-            return result
+    config = dict(identifier) if isinstance(identifier, Mapping) else None
+    name = identifier if config is None else config.get("class_name")
+    if not isinstance(name, str):
+        raise ValueError(
+            "get: a clipper, its name, or a config with the name as 'class_name' was expected, but "
+            f"{identifier!r} came. Try AbsoluteClip(0.1) or 'absolute'; for rules by path, ClipMap."
+        )
+    cls = _find(name)
+    if cls is not None:
         try:
-            return known.from_config(config)
+            return cls() if config is None else cls.from_config(config.get("config") or {})
         except (TypeError, KeyError) as error:
             raise ValueError(f"get: the config of {name!r} does not fit: {error}.") from error
-    raise ValueError(
-        f"get: a clipper, its name or its config was expected, but {identifier!r} came. "
-        "Try AbsoluteClip(0.1), or 'absolute'."
-    )
+    result, reason = None, None
+    if config is not None:  # registered through Keras by other code
+        try:
+            result = keras.saving.deserialize_keras_object(config)
+        except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+            reason = error
+    if not isinstance(result, Clipper):
+        near = validation.did_you_mean(name.lower(), ALIASES)
+        raise ValueError(
+            f"get: no clipper is called {name!r}{near}; known are {sorted(ALIASES)}."
+        ) from reason
+    return result
 
 
 def serialize(clipper: Clipper | None) -> Config | None:
@@ -356,19 +349,6 @@ def _find(name: str) -> type[Clipper] | None:
         if plain in (alias, cls.__name__) or plain.lower() == alias:
             return cls
     return None
-
-
-def _class(name: str) -> type[Clipper]:
-    cls = _find(name)
-    if cls is None:
-        raise ValueError(_unknown(name))
-    return cls
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), ALIASES, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"get: no clipper is called {name!r}; known are {sorted(ALIASES)}.{hint}"
 
 
 def as_clipper(owner: str, name: str, value: object, *, optional: bool) -> Clipper | None:

@@ -264,7 +264,7 @@ class ClipMap(Composite):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Clipper:
+    def from_config(cls, config: Config) -> Clipper:
         """The map of a config."""
         known = ("rules", "default", "allow_unmatched", "ordered")
         config = validation.config(cls.__name__, config, known, needed=("rules",))
@@ -360,7 +360,7 @@ class Chain(Composite):
         return {"clippers": [serialize_value(c) for c in self.clippers]}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Clipper:
+    def from_config(cls, config: Config) -> Clipper:
         """The chain of a config."""
         config = validation.config(cls.__name__, config, ("clippers",), needed=("clippers",))
         return cls(config["clippers"])
