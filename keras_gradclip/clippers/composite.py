@@ -137,48 +137,40 @@ class ClipMap(Composite):
     ordered: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rules, Mapping):
-            pairs, ordered = list(self.rules.items()), False
-        elif isinstance(self.rules, Sequence) and not isinstance(self.rules, str):
-            pairs, ordered = list(self.rules), True
-        else:
+        ordered = not isinstance(self.rules, Mapping)
+        if ordered and (isinstance(self.rules, str) or not isinstance(self.rules, Sequence)):
             raise ValueError(
                 f"ClipMap: `rules` must be a dict or a list of (regex, clipper) pairs, but is "
                 f"{self.rules!r}."
             )
-        if not pairs:
+        if not self.rules:
             raise ValueError(
                 "ClipMap: `rules` is empty. Give at least one rule, or use the default clipper "
                 "itself instead of a ClipMap."
             )
-        checked: list[tuple[str, Clipper | None]] = []
-        for pair in pairs:
-            if not _is_pair(pair):
+        checked: dict[str, Clipper | None] = {}
+        for rule in self.rules if ordered else self.rules.items():
+            if not _is_rule(rule):
                 raise ValueError(
-                    f"ClipMap: each rule must be a (regex, clipper) pair, not {pair!r}."
+                    f"ClipMap: each rule must be a (regex, clipper) pair, but {rule!r} is none."
                 )
-            pattern, clipper = pair
-            if not isinstance(pattern, str):
-                raise ValueError(f"ClipMap: a rule's regex must be a string, but is {pattern!r}.")
+            pattern, clipper = rule
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(
-                    f"ClipMap: {pattern!r} is no regular expression: {error}."
-                ) from error
-            if pattern in [p for p, _ in checked] or pattern == DEFAULT:
+                message = f"ClipMap: {pattern!r} is no regular expression: {error}."
+                raise ValueError(message) from error
+            if pattern in (*checked, DEFAULT):
                 raise ValueError(
                     f"ClipMap: the rule {pattern!r} is there twice or has the name of the default. "
                     "Write it another way, e.g. in brackets."
                 )
-            checked.append(
-                (pattern, as_clipper("ClipMap", f"rules[{pattern!r}]", clipper, optional=True))
-            )
-        object.__setattr__(self, "rules", tuple(checked))
+            name = f"rules[{pattern!r}]"
+            checked[pattern] = as_clipper("ClipMap", name, clipper, optional=True)
+        default = as_clipper("ClipMap", "default", self.default, optional=True)
+        object.__setattr__(self, "rules", tuple(checked.items()))
         object.__setattr__(self, "ordered", ordered)
-        object.__setattr__(
-            self, "default", as_clipper("ClipMap", "default", self.default, optional=True)
-        )
+        object.__setattr__(self, "default", default)
         self._check_names()
 
     def _all(self) -> list[tuple[str, Clipper | None]]:
@@ -270,9 +262,7 @@ class ClipMap(Composite):
         config = validation.config(cls.__name__, config, known, needed=("rules",))
         rules = config["rules"]
         # Anything but a list of pairs, such as a hand-written dict, is checked by the constructor.
-        if isinstance(rules, Sequence) and all(
-            _is_pair(rule) and isinstance(rule[0], str) for rule in rules
-        ):
+        if isinstance(rules, Sequence) and all(map(_is_rule, rules)):
             rules = rules if config.get("ordered", True) else dict(rules)
         return cls(rules, config.get("default"), config.get("allow_unmatched", False))
 
@@ -281,8 +271,10 @@ class ClipMap(Composite):
         return f"ClipMap({{{rules}}}, default={self.default or 'off'})"
 
 
-def _is_pair(rule: object) -> bool:
-    return isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
+def _is_rule(rule: object) -> bool:
+    if isinstance(rule, str) or not isinstance(rule, Sequence):
+        return False
+    return len(rule) == 2 and isinstance(rule[0], str)
 
 
 @register("chain")
