@@ -311,7 +311,7 @@ def get(identifier: object) -> Clipper | None:
     if not isinstance(name, str):
         raise ValueError(
             "get: a clipper, its name, or a config with the name as 'class_name' was expected, but "
-            f"{identifier!r} came. Try AbsoluteClip(0.1) or 'absolute'; for rules by path, ClipMap."
+            f"{identifier!r} came. Try AbsoluteClip(0.1); for rules by path write ClipMap({{...}})."
         )
     cls = _find(name)
     if cls is not None:

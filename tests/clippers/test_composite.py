@@ -58,10 +58,10 @@ def test_a_rule_that_matches_nothing_names_itself_and_what_comes_near():
         ({}, "empty"),
         ("conv", "dict or a list"),
         ({"(": None}, "no regular expression"),
-        ({"a": 0.1}, "a clipper, its name or its config"),
+        ({"a": 0.1}, "a clipper, its name, or a config"),
         ([("a", None), ("a", None)], "twice"),
         (["a"], "pair"),
-        ({1: None}, "string"),
+        ({1: None}, "pair"),
     ],
 )
 def test_broken_rules_are_refused(rules, message):
