@@ -70,10 +70,13 @@ class Telemetry:
         self.counts.assign(self.counts + ops.cast(_UPDATE, self.counts.dtype))
 
     def _measure(self, update: ClippedUpdate) -> None:
-        given = [arithmetic.values(g) for g in update.gradients if g is not None]
-        norms = iter(arithmetic.sums_of_squares(given))
         zero = ops.zeros((), "float32")
-        squares = ops.stack([zero if g is None else next(norms) for g in update.gradients])
+        squares = ops.stack(
+            [
+                zero if g is None else arithmetic.sum_of_squares(arithmetic.values(g))
+                for g in update.gradients
+            ]
+        )
         if self._first_nonfinite is not None:
             self._first_nonfinite.look(update.gradients, squares)
         stats = update.stats
