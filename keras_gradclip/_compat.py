@@ -33,22 +33,20 @@ MultiOptimizer: type | tuple = getattr(keras.optimizers, "MultiOptimizer", ())
 
 @contextlib.contextmanager
 def changed(
-    optimizer: keras.optimizers.Optimizer,
-    attributes: Mapping[str, object] | None = None,
-    methods: Mapping[str, Callable] | None = None,
+    optimizer: keras.optimizers.Optimizer, methods: Mapping[str, Callable]
 ) -> Iterator[None]:
-    """Set attributes of an object, of whatever class; put back what it had at the end.
+    """Replaces methods of an optimizer, of whatever class, within the context.
 
     Args:
-        optimizer: the object.
-        attributes: new values by name.
+        optimizer: the optimizer.
         methods: functions of (the method as it was, its arguments), by its name; those that the
-            object does not have are left out.
+            optimizer does not have are left out.
     """
-    new = dict(attributes or {})
-    for name, function in (methods or {}).items():
-        if hasattr(optimizer, name):
-            new[name] = functools.partial(function, getattr(optimizer, name))
+    new = {
+        name: functools.partial(function, getattr(optimizer, name))
+        for name, function in methods.items()
+        if hasattr(optimizer, name)
+    }
     own: dict[str, object] = optimizer.__dict__  # past `__setattr__`, which tracks
     before = {name: own[name] for name in new if name in own}
     own.update(new)
@@ -71,6 +69,8 @@ UPDATE = "_backend_update_step"
 #: TensorFlow's part of that, of (strategy, pairs of a gradient and a native variable, learning
 #: rate): in cross-replica context where there are replicas.
 UPDATE_NATIVES = "_distributed_tf_update_step"
+#: The copy of the moving averages into a list of variables.
+OVERWRITE = "_overwrite_model_variables_with_average_value"
 
 
 def build_with_all_tracked(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
@@ -95,30 +95,17 @@ def trainable_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Var
     return list(optimizer._trainable_variables)
 
 
-def averages_of(
+def moving_averages(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
-) -> dict[str, list[keras.Variable]]:
-    """Attributes for `changed`: the moving averages of these variables alone, in their order.
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Pairs of a variable and its moving average; without variables that have none.
 
-    Keras pairs the variables that it is given with its list of averages by place: with a layer
+    Keras pairs the variables that it is given with its list of averages by position: with a layer
     frozen since the build, a weight would get another's average.
     """
-    name = "_model_variables_moving_average"
-    averages = getattr(optimizer, name, None)
-    if averages is None:
-        return {}
-    return {name: [averages[optimizer._get_variable_index(v)] for v in variables]}
-
-
-def overwrite_with_average(
-    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
-) -> None:
-    """Copy the moving averages into the variables; to be called in cross-replica context.
-
-    Keras calls this in replica context, inside a `cond`, which fails on several replicas.
-    """
-    with changed(optimizer, averages_of(optimizer, variables)):
-        optimizer._overwrite_model_variables_with_average_value(list(variables))
+    averages = optimizer._model_variables_moving_average
+    pairs = [(v, averages[optimizer._get_variable_index(v)]) for v in variables]
+    return [(v, average) for v, average in pairs if average is not None]
 
 
 def _callers() -> Iterator[object]:
@@ -352,18 +339,15 @@ def tensorflow_random_state() -> Iterator[None]:
             host.clear_kernel_cache()
 
 
-def _adam_slots(adam: keras.optimizers.Optimizer) -> tuple[str, ...]:
-    return ("_momentums", "_velocities", *(["_velocity_hats"] if adam.amsgrad else []))
-
-
-# Where Keras keeps what an update by the present settings uses, in the order of TensorFlow's
-# kernels. A setting may have changed since the optimizer was built.
-_SLOTS: dict[type, Callable[[keras.optimizers.Optimizer], tuple[str, ...]]] = {
-    keras.optimizers.SGD: lambda sgd: ("momentums",) if sgd.momentum else (),
-    keras.optimizers.Adam: _adam_slots,
-    keras.optimizers.AdamW: _adam_slots,
-    keras.optimizers.Adamax: lambda _: ("_m", "_u"),
-    keras.optimizers.Adadelta: lambda _: ("_accumulated_grads", "_accumulated_delta_vars"),
+# Where Keras keeps what an update uses, in the order of TensorFlow's kernels; and the setting that
+# turns it on, which may have changed since the optimizer was built.
+_ADAM = {"_momentums": None, "_velocities": None, "_velocity_hats": "amsgrad"}
+_SLOTS: dict[type, Mapping[str, str | None]] = {
+    keras.optimizers.SGD: {"momentums": "momentum"},
+    keras.optimizers.Adam: _ADAM,
+    keras.optimizers.AdamW: _ADAM,
+    keras.optimizers.Adamax: {"_m": None, "_u": None},
+    keras.optimizers.Adadelta: {"_accumulated_grads": None, "_accumulated_delta_vars": None},
 }
 
 
@@ -373,7 +357,9 @@ def slots(
     """What an update of a variable by an optimizer of `_SLOTS` uses; None if it was never made."""
     i = optimizer._get_variable_index(variable)
     lists: list[list[keras.Variable] | None] = [
-        getattr(optimizer, name, None) for name in _SLOTS[type(optimizer)](optimizer)
+        getattr(optimizer, name, None)
+        for name, setting in _SLOTS[type(optimizer)].items()
+        if setting is None or getattr(optimizer, setting)
     ]
     return [slot_list[i] for slot_list in lists if slot_list] if all(lists) else None
 

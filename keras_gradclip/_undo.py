@@ -78,7 +78,8 @@ class Undo:
                 _compat.build_what_counts(self._model, step, data)
             optimizer, trained = self._model.optimizer, self._model.trainable_variables
             if not optimizer.built and trained:  # what tells of a skip has to be there before it
-                optimizer.build(trained)
+                with aggregation.outside_of_traces(trained):
+                    optimizer.build(trained)
             if not optimizer.built:
                 return step(data)
             self.build()

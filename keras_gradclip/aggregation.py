@@ -9,7 +9,7 @@ calls. On the other backends there is one replica, and they do the plain thing: 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -299,6 +299,17 @@ def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -
 
     natives = [v.value if isinstance(v, keras.Variable) else v for v in variables]
     _compat.merge_call(merged, natives, list(values))
+
+
+def copy_each(
+    strategy: Strategy | None, pairs: Iterable[tuple[keras.Variable, keras.Variable]]
+) -> None:
+    """Copies the second variable of each pair into the first, in cross-replica context."""
+    for target, source in pairs:
+        if strategy is None:
+            target.assign(source)
+        else:
+            strategy.extended.update(target.value, _assign, args=(source.value,))
 
 
 def _assign(native: Tensor, value: Tensor) -> None:

@@ -106,7 +106,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             clipping.metrics = [_TelemetryMetric(name, mean, reset) for name, mean in means.items()]
             undo = Undo(self, wrapper) if may_skip(self.optimizer, wrapper) else None
             clipping.undo = undo
-            wrapper.keep_for(None if undo is None else lambda: undo.state)
+            wrapper.other_state = tuple if undo is None else lambda: undo.state
         self._set_gate(new_gate)
 
     _clipping = _Clipping()  # of a model that is not compiled
@@ -217,8 +217,8 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         seed on every worker (`keras.utils.set_random_seed`).
         """
         wrapper = find(getattr(self, "optimizer", None))
-        if wrapper is not None and wrapper.end_watches():
-            self.train_function = None  # an interrupted `fit` left a watcher
+        if wrapper is not None and wrapper.watchers:  # an interrupted `fit` left a watcher
+            wrapper.watchers, self.train_function = (), None
         if not self._spans_workers():
             return super().fit(*args, **kwargs)  # type: ignore[misc]
         given = inspect.signature(super().fit).bind(*args, **kwargs)  # type: ignore[misc]

@@ -80,7 +80,7 @@ def test_an_optimizer_still_learns_who_scales_its_loss():
         "LossScaleOptimizer.__init__ no longer assigns inner_optimizer.loss_scale_factor after "
         "inner_optimizer: mixed_float16 would fall back to skipping without a lower loss scale"
     )
-    assert not ours._static_scale.checks_finite
+    assert not ours._is_scaled_elsewhere
 
 
 def test_the_loss_scale_has_the_variables_that_we_write():
@@ -108,12 +108,15 @@ def test_every_layer_is_found():
     assert "inside" in names and "deep" in names, "Layer._flatten_layers changed"
 
 
-def test_overwrite_with_average_takes_the_variables():
+def test_averages_have_the_order_of_the_variables():
     method = keras.optimizers.SGD._overwrite_model_variables_with_average_value
     assert list(inspect.signature(method).parameters) == ["self", "trainable_variables"]
-    sgd = keras.optimizers.SGD(0.1)
-    weight = keras.Variable([1.0])
-    sgd.build([weight])
+    sgd = keras.optimizers.SGD(0.1, use_ema=True)
+    other, weight = keras.Variable([0.0]), keras.Variable([1.0])
+    sgd.build([other, weight])
+    average = sgd._model_variables_moving_average[1]
+    [(target, source)] = _compat.moving_averages(sgd, [weight])
+    assert target is weight and source is average
     assert _compat.knows(sgd, weight) and not _compat.knows(sgd, keras.Variable([1.0]))
 
 
@@ -198,7 +201,7 @@ def test_keras_still_updates_between_decay_and_averages():
         default(gradients, variables, learning_rate)
         variables[0].assign([7.0])
 
-    with _compat.changed(optimizer, methods={_compat.UPDATE: update}):
+    with _compat.changed(optimizer, {_compat.UPDATE: update}):
         optimizer.apply([tf.ones(1)], [weight])
     assert seen == [0.5], "Keras no longer calls _backend_update_step after decoupled weight decay"
     average = float(optimizer._model_variables_moving_average[0].numpy()[0])

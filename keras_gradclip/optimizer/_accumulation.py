@@ -34,12 +34,15 @@ class Accumulation:
     def build(
         self,
         variables: Sequence[keras.Variable],
-        flags: keras.Variable,
+        add_variable: Callable[..., keras.Variable],
         track: Callable[[keras.Variable], None],
     ) -> None:
-        """Creates the sums for `variables`; `track` registers each with the optimizer."""
+        """Creates the state; `track` registers a variable with the optimizer."""
         self._variables = list(variables)
-        self.flags = flags
+        shape = (2, len(self._variables))
+        self.flags = add_variable(shape, "zeros", "float32", "none", name="flags")
+        # Checkpoints number the variables: 0.1 had its telemetry here.
+        add_variable((4,), "zeros", "float32", "none", name="reserved")
         for i, variable in enumerate(variables):
             total = aggregation.local_variable(variable.shape, variable.dtype, f"accumulator_{i}")
             track(total)

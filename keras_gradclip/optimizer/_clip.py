@@ -126,20 +126,22 @@ class Clip:
     def clip_changes(
         self,
         update: ClippedUpdate,
+        finish: Callable[[ClippedUpdate], None],
         variables: Sequence[keras.Variable],
         changes: Sequence[Tensor],
         before: Sequence[Tensor],
-    ) -> tuple[list[Tensor], ClippedUpdate]:
+    ) -> list[Tensor]:
         """Clips the weight updates of the inner optimizer.
 
         Args:
             update: the result of `clip`.
+            finish: called with `update` and the new statistics and state.
             variables: the variables.
             changes: the weight updates, one per variable.
             before: the weights before the update.
 
         Returns:
-            The clipped changes, and `update` with the new statistics.
+            The clipped weight updates.
         """
         assert update.stats is not None
         every = self.enforcer.variables
@@ -150,13 +152,10 @@ class Clip:
             if i is not None:
                 given[i], weights[i] = change, weight
         clipped, state, stats = self.enforcer.clip(given, update.state, update.hyper, weights)
-        update = dataclasses.replace(
-            update,
-            stats=combined([update.stats, stats], every),
-            state={**update.state, **state},
-        )
+        stats = combined([update.stats, stats], every)
+        finish(dataclasses.replace(update, stats=stats, state={**update.state, **state}))
         limited = [None if i is None else clipped[i] for i in places]
-        return [c if x is None else x for c, x in zip(changes, limited, strict=True)], update
+        return [c if x is None else x for c, x in zip(changes, limited, strict=True)]
 
     def keep(self, state: State) -> None:
         """Stores `state`."""

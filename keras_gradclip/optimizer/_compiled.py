@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import keras
 from keras import backend
@@ -24,10 +24,15 @@ from keras_gradclip.names import path_of
 if TYPE_CHECKING:
     import tensorflow as tf
 
+T = TypeVar("T")
 #: Updates one variable: (variable, gradient, *slots), all native.
 Kernel = Callable[..., Tensor]
-#: (optimizer, learning rate, number of the step from 1) to scalars of the variables' dtype.
+#: (gradient, slots) to the weight update, not yet applied, and the new slots.
+Equation = Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
+#: Functions of (optimizer, learning rate, number of the step from 1), scalars of the variables'
+#: dtype.
 MakeKernel = Callable[[keras.optimizers.Optimizer, Tensor, Tensor], Kernel]
+MakeEquation = Callable[[keras.optimizers.Optimizer, Tensor, Tensor], Equation]
 
 
 def _sgd(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Kernel:
@@ -106,35 +111,31 @@ _KERNELS: dict[type, MakeKernel] = {
 }
 
 
-def _adam_constants(inner: keras.optimizers.Optimizer, rate: Tensor, step: Tensor) -> list[Tensor]:
+def _adam_equation(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Equation:
     import tensorflow as tf
 
-    powers = [tf.pow(tf.cast(beta, rate.dtype), step) for beta in (inner.beta_1, inner.beta_2)]
-    alpha = rate * tf.sqrt(1 - powers[1]) / (1 - powers[0])
+    powers = [tf.pow(tf.cast(beta, lr.dtype), step) for beta in (inner.beta_1, inner.beta_2)]
+    alpha = lr * tf.sqrt(1 - powers[1]) / (1 - powers[0])
     numbers = (1 - inner.beta_1, 1 - inner.beta_2, inner.epsilon)
-    return [alpha, *(tf.cast(number, rate.dtype) for number in numbers)]
+    share_1, share_2, epsilon = (tf.cast(number, lr.dtype) for number in numbers)
+
+    def change(gradient: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        first = slots[0] + (gradient - slots[0]) * share_1
+        second = slots[1] + (tf.square(gradient) - slots[1]) * share_2
+        new = [first, second]
+        if len(slots) == 3:  # AMSGrad
+            second = tf.maximum(slots[2], second)
+            new.append(second)
+        return -(first * alpha / (tf.sqrt(second) + epsilon)), new
+
+    return change
 
 
-def _adam_change(
-    gradient: Tensor, slots: Sequence[Tensor], constants: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    import tensorflow as tf
-
-    alpha, share_1, share_2, epsilon = constants
-    first = slots[0] + (gradient - slots[0]) * share_1
-    second = slots[1] + (tf.square(gradient) - slots[1]) * share_2
-    new = [first, second]
-    if len(slots) == 3:  # AMSGrad
-        second = tf.maximum(slots[2], second)
-        new.append(second)
-    return -(first * alpha / (tf.sqrt(second) + epsilon)), new
-
-
-#: Keras's equations as two functions: the first computes constants, the second the weight update
-#: and slots from (gradient, slots, constants). For limited updates, and for very small variables.
-_EQUATIONS = dict.fromkeys(
-    (keras.optimizers.Adam, keras.optimizers.AdamW), (_adam_constants, _adam_change)
-)
+#: Keras's equations, for limited updates, and for very small variables.
+_EQUATIONS: dict[type, MakeEquation] = {
+    keras.optimizers.Adam: _adam_equation,
+    keras.optimizers.AdamW: _adam_equation,
+}
 #: In elements. For smaller variables the plain equation is faster than TensorFlow's op.
 WORTH_AN_OPERATION = 1 << 13
 
@@ -251,29 +252,19 @@ class CompiledUpdate:
 
         if tf.executing_eagerly() or _compat.is_traced_for_xla():
             return None
-        if any(isinstance(g, tuple) for g in gradients):  # with a flag: see `Conditionally`
-            return None
         if any(self._unfit(g, v.value) for g, v in zip(gradients, variables, strict=True)):
             return None
-        constants_of, change_of = _EQUATIONS[type(self._inner)]
         programs = arithmetic.Programs(variables)
-        made: dict[tuple[str, str], list[Tensor]] = {}
+        made: dict[tuple, Callable] = {}
 
         def of_one(
             variable: Tensor, gradient: Gradient, slots: list[Tensor], rate: Scalar
         ) -> Tensor:
-            key = (variable.device, variable.dtype.name)
-            if key not in made:
-                made[key] = constants_of(self._inner, *self._rate_and_step(variable, rate))
+            equation = self._made(made, _EQUATIONS[type(self._inner)], variable, rate)
             gradient = tf.ensure_shape(tf.cast(gradient, variable.dtype), variable.shape)
-            arguments = (gradient, [tf.convert_to_tensor(s) for s in slots], made[key])
             if programs.pays(gradient):
-                change, new = programs.run(variable.device, change_of, *arguments)
-            else:
-                change, new = change_of(*arguments)
-            for slot, value in zip(slots, new, strict=True):
-                slot.assign(value)
-            return change
+                equation = functools.partial(programs.run, variable.device, equation)
+            return _change(equation, gradient, slots)
 
         def merged(
             strategy: Strategy,
@@ -296,11 +287,17 @@ class CompiledUpdate:
             arithmetic.read(learning_rate),
         )
 
-    def _rate_and_step(self, variable: Tensor, rate: Scalar) -> tuple[Tensor, Tensor]:
+    def _made(
+        self, made: dict[tuple, Callable], make: Callable[..., T], variable: Tensor, rate: Scalar
+    ) -> T:
+        """The result of `make` in this update, whose scalars are computed once per device."""
         import tensorflow as tf
 
-        step = tf.cast(arithmetic.read(self._inner.iterations) + 1, variable.dtype)
-        return tf.cast(rate, variable.dtype), step
+        key = (make, variable.device, variable.dtype.name)
+        if key not in made:
+            step = tf.cast(arithmetic.read(self._inner.iterations) + 1, variable.dtype)
+            made[key] = make(self._inner, tf.cast(rate, variable.dtype), step)
+        return made[key]
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
         if arithmetic.is_sparse(gradient):
@@ -326,27 +323,18 @@ class CompiledUpdate:
     ) -> None:
         import tensorflow as tf
 
-        # Compute the scalars once per device.
-        made: dict[tuple[str, str], tuple[Kernel, list[Tensor]]] = {}
-        constants_of, change_of = _EQUATIONS.get(type(self._inner), (None, None))
-        is_open = self.mode == "auto" and not tf.executing_eagerly()
+        made: dict[tuple, Callable] = {}
+        has_equation = self.mode == "auto" and type(self._inner) in _EQUATIONS
+        is_open = has_equation and not tf.executing_eagerly()
         least = WORTH_AN_OPERATION if is_open and arithmetic.runs_on_tensorflow_cpu() else 0
 
         def of_one(variable: Tensor, gradient: Gradient, slots: list[Tensor], rate: Scalar) -> None:
-            key = (variable.device, variable.dtype.name)
-            if key not in made:
-                scalars = self._rate_and_step(variable, rate)
-                constants = constants_of(self._inner, *scalars) if constants_of else []
-                made[key] = make(self._inner, *scalars), constants
-            kernel, constants = made[key]
             gradient = tf.cast(gradient, variable.dtype)
-            if change_of and variable.shape.num_elements() < least:
-                values = [tf.convert_to_tensor(slot) for slot in slots]
-                change, new = change_of(gradient, values, constants)
-                for slot, value in zip(slots, new, strict=True):
-                    slot.assign(value)
-                variable.assign_add(change)
+            if variable.shape.num_elements() < least:
+                equation = self._made(made, _EQUATIONS[type(self._inner)], variable, rate)
+                variable.assign_add(_change(equation, gradient, slots))
             else:
+                kernel = self._made(made, make, variable, rate)
                 kernel(variable.handle, gradient, *(slot.handle for slot in slots))
 
         rate = arithmetic.read(learning_rate)
@@ -415,6 +403,16 @@ class CompiledUpdate:
                 self._inner.update_step(gradient, variable, rate)
 
         return tf.function(run, jit_compile=True, autograph=False)
+
+
+def _change(equation: Equation, gradient: Tensor, slots: Sequence[Tensor]) -> Tensor:
+    """The weight update, not yet applied; the slots are updated."""
+    import tensorflow as tf
+
+    change, new = equation(gradient, [tf.convert_to_tensor(slot) for slot in slots])
+    for slot, value in zip(slots, new, strict=True):
+        slot.assign(value)
+    return change
 
 
 def _cannot(reason: str) -> str:

@@ -105,12 +105,8 @@ class Conditionally:
         self._flags = flags
 
     def methods(self) -> dict[str, Callable[..., None]]:
-        """What takes the place of the inner optimizer's methods: see `_compat.changed`."""
-        return {
-            _compat.UPDATE: self._update,
-            _compat.UPDATE_NATIVES: self._update_natives,
-            _compat.DECAY: self._decay,
-        }
+        """The replacements of the inner optimizer's methods: see `_compat.changed`."""
+        return {_compat.UPDATE: self._update, _compat.DECAY: self._decay}
 
     def _update(
         self,
@@ -121,10 +117,6 @@ class Conditionally:
     ) -> None:
         flags = [self._flags.get(id(v)) for v in variables]
         triples = list(zip(gradients, variables, flags, strict=True))
-        if aggregation.is_tensorflow():
-            pairs = [g if flag is None else (g, flag) for g, _, flag in triples]
-            default(pairs, variables, learning_rate)
-            return
         sure = [(g, v) for g, v, flag in triples if flag is None]
         shared = _compat.shared_slots(self._inner)
         before = [ops.copy(arithmetic.read(v)) for v in shared]
@@ -136,34 +128,12 @@ class Conditionally:
                 aggregation.assign_each(shared, before)
                 aggregation.cond(
                     flag,
-                    functools.partial(default, [g], [v], learning_rate),
-                    lambda: None,
+                    lambda g, rate, v=v: default([g], [v], rate),
+                    lambda *_: None,
+                    (g, learning_rate),
                     state=[v, *self._inner.variables],
                 )
         aggregation.assign_each(shared, after)
-
-    def _update_natives(
-        self,
-        default: Callable[..., None],
-        strategy: Strategy,
-        pairs: Sequence[tuple[Gradient | tuple[Gradient, Tensor], Tensor]],
-        learning_rate: Scalar,
-    ) -> None:
-        """Updates on TensorFlow in cross-replica context; a gradient may be a pair with a flag."""
-        sure = [pair for pair in pairs if not isinstance(pair[0], tuple)]
-        if sure:
-            default(strategy, sure, learning_rate)
-
-        def of_one(variable: Tensor, gradient: Tensor, flag: Tensor, rate: Scalar) -> None:
-            def update() -> None:
-                self._inner.update_step(gradient, variable, rate)
-
-            aggregation.local_cond(flag, update, ())
-
-        for gradient, variable in pairs:
-            if isinstance(gradient, tuple):
-                arguments = (*gradient, learning_rate)
-                strategy.extended.update(variable, of_one, args=arguments, group=False)
 
     def _decay(self, default: Callable[..., None], variables: Sequence[keras.Variable]) -> None:
         unsure = [v for v in variables if id(v) in self._flags]
@@ -195,8 +165,7 @@ class InnerUpdate:
         self.compiled = CompiledUpdate(inner, compiled)
         self.limited: Collection[int] = ()
         self.is_held = False
-        self._is_distributed = strategy is not None
-        self._overwrites_every: int | None = None
+        self._strategy = strategy
         self._entered = 0
         self._changes = contextlib.ExitStack()
         self._limits: dict[int, Limit] = {}  # per replica, each a thread
@@ -241,13 +210,26 @@ class InnerUpdate:
         with self._changed(limit, if_present or {}):
             # Keras's `apply_gradients` calls `apply`; either may be overridden.
             self._inner.apply_gradients(list(zip(gradients, variables, strict=True)))
-        if self._overwrites_every:
+        period = self._inner.ema_overwrite_frequency
+        if self._strategy is not None and self._inner.use_ema and period:
             aggregation.cond(
-                ops.equal(self._inner.iterations % self._overwrites_every, 0),
-                functools.partial(_compat.overwrite_with_average, self._inner, variables),
+                ops.equal(self._inner.iterations % period, 0),
+                functools.partial(self._overwrite_by_averages, variables),
                 lambda: None,
                 cross_replica=True,
             )
+
+    def finalize(self, variables: Sequence[keras.Variable]) -> None:
+        """Finalises the weights as the inner optimizer does."""
+        finalize = type(self._inner).finalize_variable_values
+        if finalize is not keras.optimizers.Optimizer.finalize_variable_values:
+            self._inner.finalize_variable_values(variables)
+        elif self._inner.use_ema:
+            self._overwrite_by_averages(variables)
+
+    def _overwrite_by_averages(self, variables: Sequence[keras.Variable]) -> None:
+        pairs = _compat.moving_averages(self._inner, variables)
+        aggregation.copy_each(self._strategy, pairs)
 
     @contextlib.contextmanager
     def _changed(self, limit: Limit | None, if_present: Mapping[int, Tensor]) -> Iterator[None]:
@@ -260,21 +242,19 @@ class InnerUpdate:
         if limit is not None:
             self._limits[replica] = limit
         if self._entered == 0:
-            attributes: dict[str, object] = {
-                _compat.REDUCE: list
-            }  # already reduced before the clip
-            if self._is_distributed:
-                # Keras overwrites weights with their averages inside a cond in replica context,
-                # which fails, also where there is one replica alone; `__call__` does it.
-                self._overwrites_every = inner.ema_overwrite_frequency
-                attributes["ema_overwrite_frequency"] = None
-            self._changes.enter_context(_compat.changed(inner, attributes))
+            # Gradients were reduced before the clip. Keras overwrites weights by their averages
+            # inside a cond in replica context, which fails under a strategy; `__call__` does it.
+            own: dict[str, Callable] = {_compat.REDUCE: lambda default, pairs: list(pairs)}
+            if self._strategy is not None:
+                own[_compat.OVERWRITE] = lambda default, variables: None
+            limited = functools.partial(self._update_limited, not if_present)
             for methods in (
+                own,
                 self.compiled.methods(),
                 Conditionally(inner, if_present).methods() if if_present else {},
-                {_compat.UPDATE: self._update_limited} if limit else {},
+                {_compat.UPDATE: limited} if limit else {},
             ):  # each builds on the previous change
-                self._changes.enter_context(_compat.changed(inner, methods=methods))
+                self._changes.enter_context(_compat.changed(inner, methods))
         self._entered += 1
         try:
             yield
@@ -286,12 +266,16 @@ class InnerUpdate:
 
     def _update_limited(
         self,
+        is_whole: bool,
         default: Callable[..., None],
         gradients: Gradients,
         variables: Sequence[keras.Variable],
         learning_rate: Scalar,
     ) -> None:
-        """Updates variables by `default`, and limits the updates of those with a limit."""
+        """Updates variables by `default`, and limits the updates of those with a limit.
+
+        `is_whole`: no variable may be absent, for which only `default` is made.
+        """
         limit = self._limits[threading.get_ident()]
         limited: list[tuple[Gradient, keras.Variable]] = []
         free: list[tuple[Gradient, keras.Variable]] = []
@@ -300,13 +284,20 @@ class InnerUpdate:
             (free if is_free else limited).append((gradient, variable))
         if limited:
             gradients, variables = map(list, zip(*limited, strict=True))
-            self._update_by_changes(default, limit, gradients, variables, learning_rate)
+            changes = self.compiled.steps(gradients, variables, learning_rate) if is_whole else None
+            if changes is None:
+                self._limit_difference(default, limit, gradients, variables, learning_rate)
+            else:
+                before = [arithmetic.read(v) for v in variables]
+                changes = limit(variables, changes, before)
+                sums = [old + change for old, change in zip(before, changes, strict=True)]
+                aggregation.assign_each(variables, sums)
         else:
             limit([], [], [])
         if free:
             default(*zip(*free, strict=True), learning_rate)
 
-    def _update_by_changes(
+    def _limit_difference(
         self,
         default: Callable[..., None],
         limit: Limit,
@@ -314,13 +305,7 @@ class InnerUpdate:
         variables: Sequence[keras.Variable],
         learning_rate: Scalar,
     ) -> None:
-        changes = self.compiled.steps(gradients, variables, learning_rate)
-        if changes is not None:
-            before = [arithmetic.read(v) for v in variables]
-            limited = limit(variables, changes, before)
-            sums = [old + change for old, change in zip(before, limited, strict=True)]
-            aggregation.assign_each(variables, sums)
-            return
+        """Updates by `default`, and limits the difference that it has made."""
         before = [ops.copy(arithmetic.read(v)) for v in variables]
         default(gradients, variables, learning_rate)
         after = [arithmetic.read(v) for v in variables]

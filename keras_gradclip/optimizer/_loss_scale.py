@@ -1,10 +1,9 @@
-"""The loss scale of an optimizer: fixed, dynamic or unknown."""
+"""The dynamic loss scale of a `LossScaleOptimizer` around the optimizer, as in mixed_float16."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import keras
 from keras import ops
@@ -14,55 +13,12 @@ from keras_gradclip import _compat, aggregation
 from keras_gradclip._types import Gradient, Scalar, Tensor
 
 
-class LossScale(Protocol):
-    """The loss scale of an update; adjusted after it was applied or skipped."""
-
-    #: Whether a non-finite update is skipped regardless of `skip_nonfinite`.
-    checks_finite: bool
-
-    def factor(self) -> Scalar:
-        """The factor of the loss and the gradients."""
-
-    def on_finite(self) -> None:
-        """Called after an applied update."""
-
-    def on_skip(self, was_finite: Tensor) -> None:
-        """Called after a skipped update: an overflow, or a spike if `was_finite`."""
-
-
-class FixedLossScale:
-    """The inner optimizer's `loss_scale_factor`; 1 if it has none."""
-
-    checks_finite = False
-
-    def __init__(self, inner: keras.optimizers.Optimizer) -> None:
-        self._inner = inner
-
-    def factor(self) -> float:
-        """The factor that the user set."""
-        return self._inner.loss_scale_factor or 1.0
-
-    # AutoGraph in a custom loop warns of a body with only a docstring.
-
-    def on_finite(self) -> None:
-        """A fixed scale stays."""
-        return
-
-    def on_skip(self, was_finite: Tensor) -> None:
-        """A fixed scale stays."""
-        del was_finite
-
-
-class UnknownLossScale(FixedLossScale):
-    """An unknown loss scale: non-finite updates are always skipped."""
-
-    checks_finite = True
-
-
 class DynamicLossScale:
-    """Keras's `LossScaleOptimizer` around the optimizer: halves at an overflow, doubles later."""
+    """The scale of a `LossScaleOptimizer`: halves at an overflow, doubles later.
 
-    checks_finite = True
+    Args:
+        outer: the `LossScaleOptimizer`.
+    """
 
     def __init__(self, outer: keras.optimizers.Optimizer) -> None:
         self._outer = outer
@@ -87,22 +43,18 @@ class DynamicLossScale:
         outer.dynamic_scale.assign(ops.where(was_finite, scale, scale * 0.5))
 
 
-def wrapping_loss_scale(
-    kind: type[keras.optimizers.Optimizer],
-    optimizer: keras.optimizers.Optimizer,
-    factor: object,
-    own: LossScale,
-) -> LossScale:
-    """The loss scale of `optimizer` after an assignment to its `loss_scale_factor`.
+def is_wrapped(
+    optimizer: keras.optimizers.Optimizer, factor: object, kind: type[keras.optimizers.Optimizer]
+) -> bool:
+    """Whether the `LossScaleOptimizer` is known that has assigned a `loss_scale_factor`.
 
-    `LossScaleOptimizer.__init__` assigns None to the optimizer that it wraps, its only trace. Its
-    `apply` is replaced by one that checks for finite gradients after the reduction.
+    Its constructor assigns None to the optimizer that it wraps, its only trace. From then on it
+    checks for finite gradients after the sum over replicas; Keras's checks the first replica's.
 
     Args:
-        kind: `ClippedOptimizer`, whose `apply` takes a `LossScale`.
-        optimizer: an instance.
+        optimizer: a ClippedOptimizer.
         factor: the assigned value.
-        own: the optimizer's loss scale so far.
+        kind: `ClippedOptimizer`, whose `apply` takes a `DynamicLossScale`.
 
     Raises:
         ValueError: the factor is not None.
@@ -113,18 +65,16 @@ def wrapping_loss_scale(
         )
     optimizer.inner_optimizer.loss_scale_factor = None
     if not aggregation.is_tensorflow():
-        return own
+        return True
     outer = _compat.find_wrapping_loss_scale(optimizer)
     if outer is None:
-        return UnknownLossScale(optimizer.inner_optimizer)
-    # Keras's `apply` checks only the first replica's gradients.
+        return False
     name = _compat.method_that_applies(outer)
     ours = (outer, kind, getattr(outer, name))
     setattr(outer, name, functools.partial(_apply_scaled, *ours))
     if type(outer) is keras.optimizers.LossScaleOptimizer:  # a subclass builds in its own way
-        outer.build = functools.partial(_build_scaled, outer)
         outer.scale_loss = functools.partial(_scale_loss, outer)
-    return own
+    return True
 
 
 def _scale_loss(outer: keras.optimizers.Optimizer, loss: Scalar) -> Scalar:
@@ -139,8 +89,11 @@ def _scale_loss(outer: keras.optimizers.Optimizer, loss: Scalar) -> Scalar:
     return ops.multiply(loss, scale)
 
 
-def _build_scaled(outer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]) -> None:
+def _build(outer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]) -> None:
     """`LossScaleOptimizer.build` whose scale may exist already."""
+    if type(outer) is not keras.optimizers.LossScaleOptimizer:
+        outer.build(variables)
+        return
     if not _has_scale(outer):
         _make_scale(outer)
     outer.inner_optimizer.build(variables)
@@ -179,6 +132,6 @@ def _apply_scaled(
         own(grads, trainable_variables)
         return
     if not outer.built and trainable_variables is not None:
-        outer.build(list(trainable_variables))
+        _build(outer, list(trainable_variables))
         outer.built = True
     kind.apply(outer.inner_optimizer, grads, trainable_variables, DynamicLossScale(outer))

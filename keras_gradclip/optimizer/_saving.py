@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import keras
 import numpy as np
@@ -16,8 +16,17 @@ from keras_gradclip._types import Config, Tensor
 from keras_gradclip.clippers.base import deserialize_value
 
 
-def load_named(own: Mapping[str, keras.Variable], store: Mapping[str, Tensor]) -> set[str]:
-    """Loads the variables in `store`; returns the names that only one side has."""
+def load(
+    own: Mapping[str, keras.Variable], store: Mapping[str, Tensor], built: bool, is_auto: bool
+) -> None:
+    """Loads the variables of the same name and shape; warns of the others if state is lost.
+
+    Args:
+        own: the optimizer's variables by their names in files.
+        store: the saved values.
+        built: whether the optimizer is built.
+        is_auto: whether its clipper is still to be chosen.
+    """
     saved = {name: store[name] for name in store.keys()}  # noqa: SIM118 (HDF5)
     fitting = {
         name
@@ -26,25 +35,11 @@ def load_named(own: Mapping[str, keras.Variable], store: Mapping[str, Tensor]) -
     }
     for name in fitting:
         own[name].assign(saved[name])
-    return {*own, *saved} - fitting
-
-
-def warn_of_missing(
-    missing: set[str], own: Iterable[str], was_built: bool, built: bool, is_auto: bool
-) -> None:
-    """Warns of variables that were not loaded, if state is lost.
-
-    Args:
-        missing: the result of `load_named`.
-        own: the names of this optimizer's variables.
-        was_built: whether the saved optimizer was built.
-        built: whether this optimizer is built.
-        is_auto: whether its clipper is still to be chosen.
-    """
+    missing = {*own, *saved} - fitting - {"touched"}  # which is set from the sums
     if not built:  # a counter, or a clipper that "auto" chooses again
         chosen_anew = {name for name in missing if is_auto and name.startswith("hyper:")}
         missing = missing - {"skipped"} - chosen_anew
-    elif not was_built:  # nothing was saved
+    elif "skipped" not in saved:  # the saved optimizer was not built
         missing = missing - {*own}
     if missing:
         remedy = (

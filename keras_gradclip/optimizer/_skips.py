@@ -1,15 +1,13 @@
-"""Skipped updates: non-finite gradients, and finite spikes."""
+"""Spikes: updates whose gradients are finite and far larger than those before."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip import aggregation
 from keras_gradclip._types import Gradients, Tensor
 
 #: Window length; no finite norm is a spike before half of it is filled.
@@ -63,32 +61,3 @@ class SpikeWindow:
         self.norms.assign(ops.where(is_here, ops.where(is_spike, limit, norm), norms))
         self.seen.assign(seen + ops.cast(is_evidence, "int32"))
         return ops.logical_or(is_spike, ops.logical_not(is_finite))
-
-
-class FirstNonfinite:
-    """Records the variable whose gradient first had an infinity or NaN."""
-
-    def __init__(self) -> None:
-        self.number = aggregation.zeros((), "first_nonfinite", "int32")  # from 1; 0: none yet
-
-    def look(self, gradients: Gradients, squares: Tensor) -> None:
-        """Searches these gradients if a squared norm is not finite, until one was found."""
-        is_due = ops.logical_and(
-            ops.equal(arithmetic.read(self.number), 0),
-            ops.logical_not(ops.all(ops.isfinite(squares))),
-        )
-        aggregation.local_cond(is_due, functools.partial(self.note, gradients), [self.number])
-
-    def note(self, gradients: Gradients) -> None:
-        """Searches these gradients."""
-        none = float(len(gradients) + 1)
-        # A minimum of floats, because GPUs have no op for an argmax of integers.
-        numbers = [
-            ops.where(arithmetic.all_finite([g]), none, float(i))
-            for i, g in enumerate(gradients, start=1)
-            if g is not None
-        ]
-        first = ops.min(ops.stack(numbers))
-        number = ops.cast(ops.where(first < none, first, 0.0), "int32")
-        before = arithmetic.read(self.number)
-        self.number.assign(ops.where(before > 0, before, number))

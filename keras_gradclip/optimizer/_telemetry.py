@@ -1,4 +1,4 @@
-"""Telemetry: gradient norms and clip fractions by layer."""
+"""Telemetry: gradient norms and clip fractions by layer, and the first non-finite gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import aggregation
 from keras_gradclip._types import Config, Gradients, Scalar
 from keras_gradclip.names import layers_of
-from keras_gradclip.optimizer._skips import FirstNonfinite
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 _UPDATE, _SKIPPED = (True, False), (False, True)
@@ -23,21 +22,21 @@ class Telemetry:
     """A `Watcher` that averages figures on the device since the last reset.
 
     Args:
-        variables: the optimizer's variables.
-        every: measure one update in this many, from the first after a reset on.
-        first_nonfinite: a `FirstNonfinite` that gets the measured norms; or None.
+        every: measure one update in this many, from the first after a reset on; False: none.
+
+    Attributes:
+        every: as given; a change takes effect at the next trace.
+        nonfinite: position, from 1, of the first variable with a non-finite gradient, in an update
+            that was skipped or measured; 0: none yet.
     """
 
-    def __init__(
-        self,
-        variables: Sequence[keras.Variable],
-        every: int,
-        first_nonfinite: FirstNonfinite | None = None,
-    ) -> None:
+    def __init__(self, every: bool | int) -> None:
         self.every = every
-        self._first_nonfinite = first_nonfinite
+        self.build(())  # the figures of nothing
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Creates the state for the optimizer's variables."""
         self._variables = list(variables)
-        self._layers = layers_of(variables)
         count = len(self._variables)
         # Few variables, because each one costs time in a small model's step. For each variable the
         # means of its squared norm before the clip and of its clipped and total counts, as shares
@@ -45,29 +44,47 @@ class Telemetry:
         self.means = aggregation.zeros((3, count + 1), "telemetry_means")
         # Updates, and skipped ones.
         self.counts = aggregation.counter((2,), "telemetry_counts")
+        self.nonfinite = aggregation.zeros((), "first_nonfinite", "int32")
 
     @property
     def state(self) -> list[keras.Variable]:
-        """The variables of the state."""
-        return [self.means, self.counts]
+        """The variables that an update writes."""
+        return [self.nonfinite, *([self.means, self.counts] if self.every else [])]
 
     def on_skip(self, gradients: Gradients) -> None:
         """Counts a skipped update."""
-        del gradients
-        self.counts.assign(self.counts + ops.cast(_SKIPPED, self.counts.dtype))
+        self._note_nonfinite(gradients)
+        if self.every:
+            self.counts.assign(self.counts + ops.cast(_SKIPPED, self.counts.dtype))
 
     def on_update(self, update: ClippedUpdate) -> None:
         """Measures if this update is due, before weights change."""
+        if not self.every:
+            return
         if self.every == 1:
             self._measure(update)
         else:
             aggregation.local_cond(
                 ops.equal(arithmetic.read(self.counts)[0] % self.every, 0),
                 functools.partial(self._measure, update),
-                self.state + ([self._first_nonfinite.number] if self._first_nonfinite else []),
+                self.state,
                 self._variables,
             )
         self.counts.assign(self.counts + ops.cast(_UPDATE, self.counts.dtype))
+
+    def _note_nonfinite(self, gradients: Gradients) -> None:
+        """Searches gradients, unless one with an infinity or NaN was found before."""
+        none = float(len(gradients) + 1)
+        # A minimum of floats, because GPUs have no op for an argmax of integers.
+        numbers = [
+            ops.where(arithmetic.all_finite([g]), none, float(i))
+            for i, g in enumerate(gradients, start=1)
+            if g is not None
+        ]
+        first = ops.min(ops.stack(numbers))
+        number = ops.cast(ops.where(first < none, first, 0.0), "int32")
+        before = arithmetic.read(self.nonfinite)
+        self.nonfinite.assign(ops.where(before > 0, before, number))
 
     def _measure(self, update: ClippedUpdate) -> None:
         zero = ops.zeros((), "float32")
@@ -77,8 +94,12 @@ class Telemetry:
                 for g in update.gradients
             ]
         )
-        if self._first_nonfinite is not None:
-            self._first_nonfinite.look(update.gradients, squares)
+        is_suspect = ops.logical_and(
+            ops.equal(arithmetic.read(self.nonfinite), 0),
+            ops.logical_not(ops.all(ops.isfinite(squares))),
+        )
+        search = functools.partial(self._note_nonfinite, update.gradients)
+        aggregation.local_cond(is_suspect, search, [self.nonfinite])
         stats = update.stats
         clipped = counted = ops.zeros_like(squares)
         if stats is not None and any(stats.weights):
@@ -113,10 +134,18 @@ class Telemetry:
             `layer_clip_fraction` (array, 0..1), `grad_norm` (float, the mean global norm before
             the clip), `clip_fraction` (float), `updates` and `skipped` (ints). NaN where nothing
             was measured yet.
+
+        Raises:
+            ValueError: telemetry is off.
         """
-        layers = list(dict.fromkeys(self._layers))
+        if not self.every:
+            raise ValueError(
+                "read_telemetry: nothing was recorded. Pass telemetry=True to ClippedOptimizer."
+            )
+        of_variables = layers_of(self._variables)
+        layers = list(dict.fromkeys(of_variables))
         position = {layer: i for i, layer in enumerate(layers)}
-        number = np.array([position[layer] for layer in self._layers], int)
+        number = np.array([position[layer] for layer in of_variables], int)
 
         updates, skipped = map(int, aggregation.to_numpy(self.counts))
         means = aggregation.to_numpy(self.means).astype("float64")
@@ -137,5 +166,5 @@ class Telemetry:
 
     def reset(self) -> None:
         """Resets all figures."""
-        for variable in self.state:
+        for variable in (self.means, self.counts):
             variable.assign(np.zeros(variable.shape, str(variable.dtype)))

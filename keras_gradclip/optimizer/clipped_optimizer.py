@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,38 +13,18 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip import _validation as validation
 from keras_gradclip._layers import one_scan
-from keras_gradclip._types import Config, Gradient, Scalar, Strategy, Tensor
+from keras_gradclip._types import Config, Gradient, Scalar, Tensor
 from keras_gradclip.clippers.base import Clipper, as_clipper, serialize
 from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._accumulation import Accumulation, is_overwritten
 from keras_gradclip.optimizer._advice import AUTO, choose
 from keras_gradclip.optimizer._clip import Clip, ClipHyperparameters
 from keras_gradclip.optimizer._inner import InnerUpdate, check_inner
-from keras_gradclip.optimizer._loss_scale import FixedLossScale, LossScale, wrapping_loss_scale
-from keras_gradclip.optimizer._saving import (
-    arguments_of,
-    load_named,
-    set_all,
-    warn_of_missing,
-)
-from keras_gradclip.optimizer._skips import FirstNonfinite, SpikeWindow
+from keras_gradclip.optimizer._loss_scale import DynamicLossScale, is_wrapped
+from keras_gradclip.optimizer._saving import arguments_of, load, set_all
+from keras_gradclip.optimizer._skips import SpikeWindow
 from keras_gradclip.optimizer._telemetry import Telemetry
 from keras_gradclip.optimizer._watcher import ClippedUpdate, Watcher
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The scope of one update.
-
-    Attributes:
-        indices: positions of the variables.
-        scale: the loss scale.
-        if_present: position to a boolean scalar; if it is false, the variable is not updated.
-    """
-
-    indices: Sequence[int]
-    scale: LossScale
-    if_present: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
@@ -117,16 +96,16 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self.skip_nonfinite, self.skip_spikes = skip_nonfinite, skip_spikes
         self.gradient_accumulation_steps = steps
         self.inner_optimizer = inner_optimizer
-        self._strategy = strategy
+        self.strategy = strategy
         self._inner_update = InnerUpdate(inner_optimizer, strategy, compiled)
-        self._static_scale: LossScale = FixedLossScale(inner_optimizer)
+        self._is_scaled_elsewhere = False
         self._accumulation = Accumulation(steps) if steps and steps > 1 else None
         self._spikes = SpikeWindow(skip_spikes) if skip_spikes else None
-        self._telemetry: tuple[Telemetry, ...] = ()  # none, or one
-        self._watchers: tuple[Watcher, ...] = ()
-        self._is_auto, self._every = is_auto, telemetry
+        self._telemetry = Telemetry(telemetry)
+        self.watchers: tuple[Watcher, ...] = ()  # called at every update from the next trace on
+        self.other_state: Callable[[], Sequence[keras.Variable]] = tuple  # on JAX, of a model
+        self._is_auto = is_auto
         self._clip = Clip(given, inner_optimizer, self.add_variable)
-        self.keep_for(None)
 
     # The state --------------------------------------------------------------------------------
 
@@ -139,53 +118,41 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        aggregation.check_scope(self._strategy)
+        aggregation.check_scope(self.strategy)
         with aggregation.outside_of_traces(variables), one_scan():
             self._inner_update.build(variables)
             if self._is_auto:
-                self.use(choose(self.inner_optimizer, variables, self._strategy))
+                self.use(choose(self.inner_optimizer, variables, self.strategy))
             self._clip.resolve(variables)
             self._inner_update.limited = self._clip.limited
             steps = self.gradient_accumulation_steps
             self.gradient_accumulation_steps = None  # the base class would accumulate as well
             super().build(variables)
             self.gradient_accumulation_steps = steps
-            self._build_state(variables)
+            self._clip.build()
+            self._overwritten = [i for i, v in enumerate(variables) if is_overwritten(v)]
+            self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
+            if self._accumulation is not None:
+                self._accumulation.build(variables, self.add_variable, self._track_variable)
+            if self._spikes is not None:
+                self._spikes.build(self.add_variable)
+            self._telemetry.build(variables)
 
     def use(self, clipper: Clipper | None) -> None:
         """Sets the clipper of an optimizer that is not built yet."""
         self._clip = Clip(clipper, self.inner_optimizer, self.add_variable)
         self._is_auto = False
 
-    def _build_state(self, variables: Sequence[keras.Variable]) -> None:
-        self._clip.build()
-        self._overwritten = [i for i, v in enumerate(variables) if is_overwritten(v)]
-        self._skipped = self.add_variable((), "zeros", "int32", "none", name="skipped_steps")
-        if self._accumulation is not None:
-            # Checkpoints number the variables: telemetry comes before the sums since 0.1.
-            flags = self.add_variable((2, len(variables)), "zeros", "float32", "none", name="flags")
-            self.add_variable((4,), "zeros", "float32", "none", name="reserved")
-            self._accumulation.build(variables, flags, self._track_variable)
-        if self._spikes is not None:
-            self._spikes.build(self.add_variable)
-        self._first_nonfinite = FirstNonfinite()
-        self._start_telemetry()
-
     @property
     def variables(self) -> list[keras.Variable]:
         """All variables that a step may write: the wrapper's, inner optimizer's and watchers'."""
         own = [*self._variables, *self.inner_optimizer.variables]
         if self.built:
-            own.append(self._first_nonfinite.number)
-        own += [v for telemetry in self._telemetry for v in telemetry.state]
+            own += self._telemetry.state
         if backend.backend() == "jax":
-            own += [v for watcher in self._watchers for v in watcher.state]
-            own += [] if self._others is None else self._others()
+            own += [v for watcher in self.watchers for v in watcher.state]
+            own += self.other_state()
         return own
-
-    def keep_for(self, others: Callable[[], Sequence[keras.Variable]] | None) -> None:
-        """Adds variables, which `others()` returns, to the optimizer's state on JAX."""
-        self._others = others
 
     # One update -------------------------------------------------------------------------------
 
@@ -194,7 +161,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self,
         grads: Sequence[Gradient],
         trainable_variables: Sequence[keras.Variable] | None = None,
-        scale: LossScale | None = None,
+        scale: DynamicLossScale | None = None,
     ) -> None:
         """Clips and applies gradients; to be called in replica context.
 
@@ -210,9 +177,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if not grads:
             return
         gradients, named = self._collect(grads, trainable_variables)
-        scale = scale or self._static_scale
         if self._accumulation is None:
-            self._update(Call(named, scale), gradients)
+            self._update(named, scale, gradients, {})
         else:
             self._accumulation.add(gradients)
             aggregation.cond(
@@ -227,16 +193,16 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self, grads: Sequence[Gradient], trainable_variables: Sequence[keras.Variable] | None
     ) -> tuple[list[Gradient], list[int]]:
         """A gradient for each of the optimizer's variables, and the positions of the given ones."""
-        aggregation.check_scope(self._strategy)
-        if self._strategy is not None:
+        aggregation.check_scope(self.strategy)
+        if self.strategy is not None:
             aggregation.check_replica_context()
         if trainable_variables is None and not self.built:
             raise ValueError(
                 "ClippedOptimizer: `apply(grads)` without variables needs a built optimizer. "
                 "Call `optimizer.build(trainable_variables)` first."
             )
-        known = self._trainable_variables
-        variables = list(known if trainable_variables is None else trainable_variables)
+        own = self._trainable_variables
+        variables = list(own if trainable_variables is None else trainable_variables)
         if not self.built:
             self.build(variables)
         if len(grads) != len(variables):
@@ -245,44 +211,57 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             )
         if all(g is None for g in grads):
             raise ValueError("ClippedOptimizer: No gradients provided for any variable.")
-        gradients: list[Gradient] = [None] * len(self._trainable_variables)
-        named = []
-        for gradient, variable in zip(grads, variables, strict=True):
-            try:
-                named.append(self._get_variable_index(variable))
-            except KeyError:
-                raise ValueError(
-                    f"ClippedOptimizer: unknown variable {getattr(variable, 'path', variable)!r}. "
-                    "The optimizer works on the variables that it was built with; after unfreezing "
-                    "a layer, compile with a new optimizer."
-                ) from None
-            gradients[named[-1]] = gradient
-        return gradients, named
+        try:
+            named = [self._get_variable_index(v) for v in variables]
+        except KeyError:
+            unknown = next(v for v in variables if not _compat.knows(self, v))
+            raise ValueError(
+                f"ClippedOptimizer: unknown variable {path_of(unknown)!r}. The optimizer works on "
+                "the variables that it was built with; after unfreezing a layer, compile with a "
+                "new optimizer."
+            ) from None
+        by_position = dict(zip(named, grads, strict=True))
+        return [by_position.get(i) for i in range(len(self._trainable_variables))], named
 
     def _written(self) -> list[keras.Variable]:
         """All variables that an update may write."""
         return [*self._trainable_variables, *self.variables]
 
     def _update_accumulated(
-        self, named: Sequence[int], scale: LossScale, gradients: list[Gradient]
+        self, named: Sequence[int], scale: DynamicLossScale | None, gradients: list[Gradient]
     ) -> None:
         """Applies the sums, including those of variables named only by earlier calls."""
         assert self._accumulation is not None
         others = self._accumulation.others(named, gradients)
         indices = sorted({*(i for i, g in enumerate(gradients) if g is not None), *others})
-        self._update(Call(indices, scale, others), self._accumulation.take(indices))
+        self._update(indices, scale, self._accumulation.take(indices), others)
         self._accumulation.clear(indices)
 
-    def _update(self, call: Call, gradients: list[Gradient]) -> None:
-        """Sums over replicas, merges duplicate rows, unscales; then steps or skips."""
+    def _update(
+        self,
+        indices: Sequence[int],
+        scale: DynamicLossScale | None,
+        gradients: list[Gradient],
+        if_present: dict[int, Tensor],
+    ) -> None:
+        """Sums over replicas, merges duplicate rows, unscales; then steps or skips.
+
+        Args:
+            indices: positions of the variables to update.
+            scale: the loss scale, if there is a dynamic one.
+            gradients: one per variable of the optimizer.
+            if_present: position to a boolean scalar; if it is false, the variable is not updated.
+        """
         new_values = {i: gradients[i] for i in self._overwritten}  # new values, not gradients
         gradients = [None if i in new_values else g for i, g in enumerate(gradients)]
-        gradients = aggregation.all_reduce_sum(gradients, self._strategy)
+        gradients = aggregation.all_reduce_sum(gradients, self.strategy)
         gradients = [arithmetic.merge_duplicate_rows(g) for g in gradients]
         micro_steps = self._accumulation.steps if self._accumulation else 1
-        gradients = arithmetic.divided(gradients, micro_steps * call.scale.factor())
-        if not (self.skip_nonfinite or self._spikes or call.scale.checks_finite):
-            self._step(call, gradients, new_values, call.if_present)
+        factor = scale.factor() if scale else self.inner_optimizer.loss_scale_factor or 1.0
+        gradients = arithmetic.divided(gradients, micro_steps * factor)
+        step = functools.partial(self._step, indices, scale)
+        if not (self.skip_nonfinite or self._spikes or scale or self._is_scaled_elsewhere):
+            step(gradients, new_values, if_present)
             return
         if self._spikes is None:
             is_kept = arithmetic.all_finite(gradients)
@@ -290,15 +269,16 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             is_kept = ops.logical_not(self._spikes.is_spike(gradients))
         aggregation.cond(
             is_kept,
-            functools.partial(self._step, call),
-            lambda gradients, *_: self._skip(call, gradients),
-            (gradients, new_values, dict(call.if_present)),
+            step,
+            functools.partial(self._skip, scale),
+            (gradients, new_values, if_present),
             state=self._written(),
         )
 
     def _step(
         self,
-        call: Call,
+        indices: Sequence[int],
+        scale: DynamicLossScale | None,
         gradients: list[Gradient],
         new_values: Mapping[int, Tensor],
         if_present: Mapping[int, Tensor],
@@ -307,43 +287,34 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         update = self._clip.clip(gradients)
         limit = None
         if self._clip.enforcer.on_updates and not self._inner_update.is_held:
-            limit = functools.partial(self._limit, update)
+            limit = functools.partial(self._clip.clip_changes, update, self._finish)
         else:
             self._finish(update)
         variables = self._trainable_variables
         self._inner_update(
-            [new_values.get(i, update.clipped[i]) for i in call.indices],
-            [variables[i] for i in call.indices],
+            [new_values.get(i, update.clipped[i]) for i in indices],
+            [variables[i] for i in indices],
             limit,
             {id(variables[i]): flag for i, flag in if_present.items()},
         )
-        call.scale.on_finite()
-
-    def _limit(
-        self,
-        update: ClippedUpdate,
-        variables: Sequence[keras.Variable],
-        changes: Sequence[Tensor],
-        before: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """Clips the weight updates of the inner optimizer: see `Clip.clip_changes`."""
-        limited, update = self._clip.clip_changes(update, variables, changes, before)
-        self._finish(update)
-        return limited
+        if scale:
+            scale.on_finite()
 
     def _finish(self, update: ClippedUpdate) -> None:
         """Stores the clipper's state and calls the watchers, before weights change."""
         self._clip.keep(update.state)
-        for watcher in (*self._watchers, *self._telemetry):
+        for watcher in (*self.watchers, self._telemetry):
             watcher.on_update(update)
 
-    def _skip(self, call: Call, gradients: list[Gradient]) -> None:
+    def _skip(
+        self, scale: DynamicLossScale | None, gradients: list[Gradient], *_: Mapping[int, Tensor]
+    ) -> None:
         """Skips the update on every replica: not finite, or a spike."""
         self._skipped.assign(self._skipped + 1)
-        self._first_nonfinite.note(gradients)
-        for watcher in (*self._watchers, *self._telemetry):
+        for watcher in (*self.watchers, self._telemetry):
             watcher.on_skip(gradients)
-        call.scale.on_skip(arithmetic.all_finite(gradients))
+        if scale:
+            scale.on_skip(arithmetic.all_finite(gradients))
 
     # Thresholds -------------------------------------------------------------------------------
 
@@ -389,9 +360,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         """Finalises the weights as the inner optimizer does (moving averages)."""
-        inner = self.inner_optimizer
-        with _compat.changed(inner, _compat.averages_of(inner, var_list)):
-            inner.finalize_variable_values(var_list)
+        self._inner_update.finalize(var_list)
 
     @property
     def _model_variables_moving_average(self) -> list[keras.Variable]:
@@ -413,8 +382,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def __setattr__(self, name: str, value: object) -> None:
         """Detects, by its assignment, a `LossScaleOptimizer` that wraps this optimizer."""
         if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
-            own = self._static_scale
-            self._static_scale = wrapping_loss_scale(ClippedOptimizer, self, value, own)
+            self._is_scaled_elsewhere = not is_wrapped(self, value, ClippedOptimizer)
         else:
             super().__setattr__(name, value)
 
@@ -422,89 +390,51 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """The number of updates skipped since the start: not finite, or spikes.
-
-        Updates skipped by a LossScaleOptimizer are counted only on TensorFlow.
-        """
+        """The number of skipped updates, by a LossScaleOptimizer only on TensorFlow."""
         return int(aggregation.to_numpy(self._skipped)) if self.built else 0
 
     @property
     def first_nonfinite_variable(self) -> str | None:
-        """The path of the variable with the first non-finite gradient; or None.
+        """The path of the first variable with a non-finite gradient, in the first such update.
 
-        It is the first in the optimizer's order, in the first such update that was skipped or
-        measured by telemetry. `telemetry=True` or `skip_nonfinite=True` covers every update.
+        Of the updates that were skipped, or measured by telemetry; None: there was none.
         """
-        number = int(aggregation.to_numpy(self._first_nonfinite.number)) if self.built else 0
+        number = int(aggregation.to_numpy(self._telemetry.nonfinite))
         return path_of(self._trainable_variables[number - 1]) if number else None
 
     @property
     def telemetry(self) -> bool | int:
         """Whether figures are recorded, or the interval in updates."""
-        return self._every
+        return self._telemetry.every
 
     @telemetry.setter
     def telemetry(self, value: bool | int) -> None:
-        self._every = value
-        if self.built:
-            self._start_telemetry()
-
-    def _start_telemetry(self) -> None:
-        every, variables = int(self._every), self._trainable_variables
-        telemetry = Telemetry(variables, every, self._first_nonfinite) if every else None
-        self._telemetry = () if telemetry is None else (telemetry,)
+        self._telemetry.every = value
+        self._telemetry.reset()
 
     def mean_grad_norm(self) -> Scalar:
-        """The global L2 norm before the clip, averaged since the last reset: a scalar tensor.
-
-        NaN before the first measurement.
-        """
-        return self._telemetry[0].mean_norm() if self._telemetry else ops.full((), float("nan"))
+        """The mean global L2 norm before the clip since the last reset, a scalar; NaN at first."""
+        return self._telemetry.mean_norm()
 
     def mean_clip_fraction(self) -> Scalar:
-        """Elements (or norms) clipped / all, averaged since the last reset: a scalar tensor.
-
-        NaN before the first measurement.
-        """
-        figures = self._telemetry
-        return figures[0].mean_clip_fraction() if figures else ops.full((), float("nan"))
+        """The mean of clipped / all elements (or norms) since the last reset; NaN at first."""
+        return self._telemetry.mean_clip_fraction()
 
     def read_telemetry(self) -> Config:
-        """The figures since the last `reset_telemetry`: see `Telemetry.read`.
-
-        Raises:
-            ValueError: telemetry is off.
-        """
-        if not self.telemetry:
-            raise ValueError(
-                "read_telemetry: nothing was recorded. Pass telemetry=True to ClippedOptimizer."
-            )
-        return (self._telemetry or (Telemetry([], 1),))[0].read()
+        """The figures since the last `reset_telemetry`: see `Telemetry.read`."""
+        return self._telemetry.read()
 
     def reset_telemetry(self) -> None:
         """Resets the averages of `read_telemetry`."""
-        for telemetry in self._telemetry:
-            telemetry.reset()
+        self._telemetry.reset()
 
     def watch(self, watcher: Watcher) -> None:
         """Adds a watcher, called at every update from the next trace on."""
-        self._watchers = (*self._watchers, watcher)
+        self.watchers = (*self.watchers, watcher)
 
     def unwatch(self, watcher: Watcher) -> None:
         """Removes a watcher."""
-        self._watchers = tuple(w for w in self._watchers if w is not watcher)
-
-    def end_watches(self) -> bool:
-        """Removes all watchers; returns whether there were any."""
-        if not self._watchers:
-            return False
-        self._watchers = ()
-        return True
-
-    @property
-    def strategy(self) -> Strategy | None:
-        """The `tf.distribute.Strategy` under which the optimizer was created."""
-        return self._strategy
+        self.watchers = tuple(w for w in self.watchers if w is not watcher)
 
     def held(self) -> AbstractContextManager[None]:
         """A context in which an update does everything except change the weights."""
@@ -536,12 +466,9 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store: Mapping[str, Tensor]) -> None:
         """Loads the saved variables; those that do not match stay, with a warning."""
-        own = self._saved()
-        missing = load_named(own, store)
+        load(self._saved(), store, self.built, self._is_auto)
         if self.built and self._accumulation is not None:
             self._accumulation.mark_from_sums()
-            missing.discard("touched")
-        warn_of_missing(missing, own, "skipped" in store, self.built, self._is_auto)
 
     def set_weights(self, weights: Sequence[Tensor]) -> None:
         """Sets all variables, including the inner optimizer's, in the order of `variables`."""
