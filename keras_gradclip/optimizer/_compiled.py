@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import keras
 from keras import backend
@@ -24,7 +24,6 @@ from keras_gradclip.names import path_of
 if TYPE_CHECKING:
     import tensorflow as tf
 
-T = TypeVar("T")
 #: Updates one variable: (variable, gradient, *slots), all native.
 Kernel = Callable[..., Tensor]
 #: (gradient, slots) to the weight update, not yet applied, and the new slots.
@@ -288,8 +287,12 @@ class CompiledUpdate:
         )
 
     def _made(
-        self, made: dict[tuple, Callable], make: Callable[..., T], variable: Tensor, rate: Scalar
-    ) -> T:
+        self,
+        made: dict[tuple, Callable],
+        make: MakeKernel | MakeEquation,
+        variable: Tensor,
+        rate: Scalar,
+    ) -> Callable:
         """The result of `make` in this update, whose scalars are computed once per device."""
         import tensorflow as tf
 
