@@ -1,7 +1,7 @@
-"""A training step whose update is skipped leaves no trace in the model, its metrics included.
+"""Restores a model and its metrics after a training step whose update is skipped.
 
-The forward pass has written batch statistics, states of recurrent layers and random states, and
-the loss has been counted, before anybody knows that the gradients are not finite.
+The forward pass writes batch statistics, states of recurrent layers and random states, and the loss
+is counted, before the gradients are checked.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Logs: TypeAlias = Mapping[str, Tensor] | object
 
 
 class Undo:
-    """Puts back what the training steps of a skipped update have written.
+    """Restores what the training steps of a skipped update have written.
 
-    That is what layers keep for themselves (`add_weight(trainable=False)`, random states), and
-    what the metrics have counted. With accumulation, an update is several steps: all of them.
+    That is the state of layers (`add_weight(trainable=False)`, random states) and of metrics; with
+    accumulation, before the first of the update's steps.
 
     Args:
         model: a compiled model.
@@ -37,47 +37,47 @@ class Undo:
         self._wrapper = wrapper
         self._steps = wrapper.gradient_accumulation_steps or 1
         self._is_inside = False
-        #: `id` of a variable to what it held before the first micro-batch of an update.
-        self._kept: dict[int, keras.Variable] = {}
-        self._has_kept: keras.Variable = None  # 0 before the first micro-batch that was kept
+        #: `id` of a variable to a copy of it, from before the first micro-batch of an update.
+        self._copies: dict[int, keras.Variable] = {}
+        self._has_copies: keras.Variable = None  # 0 before the first micro-batch
 
     @property
     def state(self) -> list[keras.Variable]:
-        """What this keeps from one step to the next: nothing without accumulation."""
-        return [*self._kept.values(), *([] if self._has_kept is None else [self._has_kept])]
+        """The variables of the state; none without accumulation."""
+        return [*self._copies.values(), *([] if self._has_copies is None else [self._has_copies])]
 
     def build(self) -> None:
-        """Make what accumulation needs."""
+        """Creates the state."""
         if self._steps == 1:
             return
-        missing = [v for v in self._written() if id(v) not in self._kept]
+        missing = [v for v in self._written() if id(v) not in self._copies]
         with aggregation.outside_of_traces(missing):
             for v in missing:
-                name = f"before_update_{len(self._kept)}"
-                self._kept[id(v)] = aggregation.local_variable(v.shape, v.dtype, name)
-            if self._has_kept is None:
-                self._has_kept = aggregation.local_variable((), "float32", "has_kept")
+                name = f"before_update_{len(self._copies)}"
+                self._copies[id(v)] = aggregation.local_variable(v.shape, v.dtype, name)
+            if self._has_copies is None:
+                self._has_copies = aggregation.local_variable((), "float32", "has_copies")
 
     def _written(self) -> list[keras.Variable]:
         return [*_compat.states(self._model), *self._model.metrics_variables]
 
     def _signs(self) -> list[keras.Variable]:
-        """What changes where an update is skipped: a count that rises, a loss scale that falls.
+        """Variables that change if an update is skipped: a count rises, or a loss scale falls.
 
-        The second on JAX and PyTorch, where Keras skips before the wrapper hears of it.
+        The second on JAX and PyTorch, where Keras skips without calling the wrapper.
         """
         outer = self._model.optimizer
-        is_told = outer is self._wrapper or aggregation.is_tensorflow()
-        return [self._wrapper._skipped, *([] if is_told else [outer.dynamic_scale])]
+        is_called = outer is self._wrapper or aggregation.is_tensorflow()
+        return [self._wrapper._skipped, *([] if is_called else [outer.dynamic_scale])]
 
     def around(self, step: Callable[[Tensor], Logs]) -> Callable[[Tensor], Logs]:
-        """`step`, a train step that writes variables, and what undoes it."""
+        """The function `step`, a train step that writes variables, followed by the restoring."""
 
         def undone(data: Tensor) -> Logs:
             if aggregation.is_tensorflow():
                 _compat.build_what_counts(self._model, step, data)
             optimizer, trained = self._model.optimizer, self._model.trainable_variables
-            if not optimizer.built and trained:  # what tells of a skip has to be there before it
+            if not optimizer.built and trained:  # the count of skips has to exist before the step
                 with aggregation.outside_of_traces(trained):
                     optimizer.build(trained)
             if not optimizer.built:
@@ -91,7 +91,7 @@ class Undo:
             self._is_inside = True
             try:
                 logs = step(data)
-                is_skipped = _tell(signs, [_now(v) for v in self._signs()])
+                is_skipped = _was_skipped(signs, [_now(v) for v in self._signs()])
                 aggregation.cond(
                     is_skipped,
                     functools.partial(aggregation.assign_each, written),
@@ -107,50 +107,50 @@ class Undo:
     def _before_the_update(
         self, written: Sequence[keras.Variable], now: Sequence[Tensor]
     ) -> list[Tensor]:
-        """What the variables held before the first micro-batch; kept in that one."""
-        kept = [self._kept[id(v)] for v in written]
-        is_first = self._is_first(_now(self._wrapper._iterations), _now(self._has_kept))
+        """The values before the first micro-batch of the update, in which they are copied."""
+        kept = [self._copies[id(v)] for v in written]
+        is_first = self._is_first(_now(self._wrapper._iterations), _now(self._has_copies))
         before = [ops.where(is_first, new, _now(old)) for new, old in zip(now, kept, strict=True)]
         for variable, value in zip(kept, before, strict=True):
             variable.assign(value)
-        self._has_kept.assign(1.0)
+        self._has_copies.assign(1.0)
         return before
 
-    def _is_first(self, calls: Tensor, has_kept: Tensor) -> Tensor:
+    def _is_first(self, calls: Tensor, has_copies: Tensor) -> Tensor:
         """Whether a micro-batch is the first of its update, or of a resumed run."""
-        return ops.logical_or(ops.equal(calls % self._steps, 0), ops.equal(has_kept, 0.0))
+        return ops.logical_or(ops.equal(calls % self._steps, 0), ops.equal(has_copies, 0.0))
 
     def of_state(self, before: Sequence, after: Sequence) -> tuple:
-        """On JAX: the state after a step, with what was skipped put back.
+        """On JAX: the state after a step, restored if the update was skipped.
 
         Args:
             before: the values of the trainable and other variables, of the optimizer and of the
                 metrics, as a train step gets them.
-            after: those that it returned.
+            after: the values that it returned.
         """
         optimizer = self._model.optimizer.variables
         old, new = (dict(zip(map(id, optimizer), s[2], strict=True)) for s in (before, after))
-        is_skipped = _tell(*([held[id(v)] for v in self._signs()] for held in (old, new)))
+        is_skipped = _was_skipped(*([held[id(v)] for v in self._signs()] for held in (old, new)))
         is_first = None
         if self._steps > 1:
-            is_first = self._is_first(old[id(self._wrapper._iterations)], old[id(self._has_kept)])
-            new[id(self._has_kept)] = ops.ones((), "float32")
+            is_first = self._is_first(old[id(self._wrapper._iterations)], old[id(self._has_copies)])
+            new[id(self._has_copies)] = ops.ones((), "float32")
 
-        def put_back(variables: Sequence[keras.Variable], i: int) -> list[Tensor]:
+        def restored(variables: Sequence[keras.Variable], i: int) -> list[Tensor]:
             result = []
             for v, was, now in zip(variables, before[i], after[i], strict=True):
-                kept = self._kept.get(id(v))
+                kept = self._copies.get(id(v))
                 if kept is not None:
                     was = new[id(kept)] = ops.where(is_first, was, old[id(kept)])
                 result.append(now if now is was else ops.where(is_skipped, was, now))
             return result
 
-        states = put_back(self._model.non_trainable_variables, 1)
-        metrics = put_back(self._model.metrics_variables, 3)
+        states = restored(self._model.non_trainable_variables, 1)
+        metrics = restored(self._model.metrics_variables, 3)
         return (after[0], states, [new[id(v)] for v in optimizer], metrics)
 
     def counted(self, logs: Logs) -> Logs:
-        """The logs of what the metrics count now; as they are before anything was counted."""
+        """The logs of the restored metrics; `logs` itself before anything was counted."""
         figures = self._model.get_metrics_result()
         if not isinstance(logs, Mapping) or not {*logs} <= {*figures}:
             return logs  # a custom train step may return anything, as in Keras
@@ -164,7 +164,7 @@ class Undo:
         return ops.max(ops.stack(counts)) > 0 if counts else True
 
     def of_epoch(self, figures: Config) -> Config:
-        """The figures of an epoch: NaN, not 0, where every one of its updates was skipped."""
+        """The figures of an epoch: NaN, not 0, if all its updates were skipped."""
         if self._is_inside or not self._wrapper.built:
             return figures
         nothing = ops.logical_not(self._is_any_counted())
@@ -172,11 +172,11 @@ class Undo:
         return {k: ops.where(is_empty, float("nan"), v) for k, v in figures.items()}
 
     def on_reset_metrics(self) -> None:
-        """An epoch begins: a skipped update does not bring back what the last one counted."""
+        """Begins an epoch: a skipped update must not restore the metrics of the last one."""
         for v in self._model.metrics_variables:
-            if id(v) in self._kept:
+            if id(v) in self._copies:
                 # JAX donates each buffer once.
-                self._kept[id(v)].assign(ops.copy(arithmetic.read(v)))
+                self._copies[id(v)].assign(ops.copy(arithmetic.read(v)))
 
 
 def _now(variable: keras.Variable) -> Tensor:
@@ -185,8 +185,8 @@ def _now(variable: keras.Variable) -> Tensor:
     return ops.copy(value) if backend.backend() == "torch" else value
 
 
-def _tell(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Whether an update was skipped, by the values of `_signs` before and after it."""
+def _was_skipped(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Whether an update was skipped: a boolean scalar, from `_signs` before and after it."""
     is_skipped = ops.not_equal(before[0], after[0])
     for old, new in zip(before[1:], after[1:], strict=True):
         is_skipped = ops.logical_or(is_skipped, new < old)
