@@ -19,7 +19,9 @@ accuracy, 80 images each.
 """
 
 import argparse
+import dataclasses
 import sys
+from typing import Any
 
 try:
     from recipes.driving import steering
@@ -51,17 +53,12 @@ def load_signs(options):
     from recipes.data import rendered
     from recipes.data.image_folder import IMAGE_FOLDER
 
-    drawn = options.dataset == steering.RENDERED
-    return data.load(
-        IMAGE_FOLDER if drawn else options.dataset,
-        data_dir=str(rendered.rendered_signs()) if drawn else options.data_dir,
-        image_size=options.image_size,
-        augment="shift" if options.augment == "auto" else options.augment,
-        flip=bool(options.flip),  # a mirrored sign is a different sign
-        splits=options.splits,
-        download=options.download,
-        on_bad_data=options.on_bad_data,
-    )
+    of_signs: dict[str, Any] = {"flip": bool(options.flip)}  # a mirrored sign is a different sign
+    if options.augment == "auto":
+        of_signs["augment"] = "shift"
+    if options.dataset == steering.RENDERED:
+        of_signs |= {"dataset": IMAGE_FOLDER, "data_dir": str(rendered.rendered_signs())}
+    return data.load_named(dataclasses.replace(options, **of_signs))
 
 
 TASK = Option("task", str, "steering", "what to learn", choices=("steering", "signs"))

@@ -17,11 +17,18 @@ __all__ = [
     "Split",
     "eval_batches",
     "load",
+    "load_named",
     "steps_per_epoch",
     "train_stream",
 ]
 # Data sets not to mirror: digits and signs would change their meaning.
 _NEVER_FLIPPED = ("mnist", "svhn", "omniglot", "sign", "gtsrb", "emnist")
+
+
+def load_named(options: Any) -> Data:
+    """The data set that the options of a run name."""
+    names = ("data_dir", "image_size", "augment", "flip", "splits", "download", "on_bad_data")
+    return load(options.dataset, **{name: getattr(options, name) for name in names})
 
 
 def load(

@@ -14,7 +14,7 @@ import keras_gradclip as kgc
 from keras_gradclip.clippers import selectable
 from keras_gradclip.clippers.units import units_of
 from recipes import models
-from recipes.data import Data, Feed, load
+from recipes.data import Data, Feed, load_named
 from recipes.errors import RecipeError, plain_errors
 from recipes.training import evaluation, multiworker
 from recipes.training.losses import SmoothedCrossentropy
@@ -296,18 +296,7 @@ def build_optimizer(options: Options, model: Any, steps: int) -> Any:
 
 def load_data(recipe: Recipe, options: Options) -> Data:
     """The recipe's data, or the data set named by the options."""
-    if recipe.load_data:
-        return recipe.load_data(options)
-    return load(
-        options.dataset,
-        data_dir=options.data_dir,
-        image_size=options.image_size,
-        augment=options.augment,
-        flip=options.flip,
-        splits=options.splits,
-        download=options.download,
-        on_bad_data=options.on_bad_data,
-    )
+    return recipe.load_data(options) if recipe.load_data else load_named(options)
 
 
 def build_loss(recipe: Recipe, options: Options) -> Any:
