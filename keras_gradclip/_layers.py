@@ -11,38 +11,44 @@ import contextlib
 import re
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
 
 import keras
 
 from keras_gradclip import _compat
 
+T = TypeVar("T")
 
-class _Owners:
-    """The layer of each variable looked up so far, None where no layer has it.
 
-    A weak mapping by identity: variables are not hashable.
-    """
+class ByVariable(Generic[T]):
+    """A weak mapping from variables to values: variables are not hashable by identity."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref, weakref.ref | None]] = {}
+        self._entries: dict[int, tuple[weakref.ref, T]] = {}
 
     def __contains__(self, variable: keras.Variable) -> bool:
         entry = self._entries.get(id(variable))
         return entry is not None and entry[0]() is variable
 
-    def __getitem__(self, variable: keras.Variable) -> weakref.ref | None:
+    def __getitem__(self, variable: keras.Variable) -> T:
+        if variable not in self:
+            raise KeyError(variable)
         return self._entries[id(variable)][1]
 
-    def __setitem__(self, variable: keras.Variable, layer: weakref.ref | None) -> None:
+    def __setitem__(self, variable: keras.Variable, value: T) -> None:
         key = id(variable)
-        self._entries[key] = (weakref.ref(variable, lambda ref: self._forget(key, ref)), layer)
+        entry = weakref.ref(variable, lambda ref: self._forget(key, ref))
+        self._entries[key] = (entry, value)
 
     def _forget(self, key: int, ref: weakref.ref) -> None:
         if key in self._entries and self._entries[key][0] is ref:
             del self._entries[key]
 
 
-_OWNERS = _Owners()
+#: The layer of each variable looked up so far; None: no layer has it.
+_OWNERS: ByVariable[weakref.ref | None] = ByVariable()
+
+
 #: What the scan of the present `one_scan` found.
 _LIVING: list[keras.layers.Layer] | None = None
 

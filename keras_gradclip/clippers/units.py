@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import ops
 
-from keras_gradclip._layers import is_normalisation, owners_of
+from keras_gradclip._layers import ByVariable, is_normalisation, owners_of
 from keras_gradclip._types import Tensor
 from keras_gradclip.names import layers_of, path_of
 
@@ -48,6 +48,9 @@ class Unit:
         return self.kind in (KERNEL, TABLE)
 
 
+_UNITS: ByVariable[Unit] = ByVariable()
+
+
 def unit_of(variable: keras.Variable) -> Unit:
     """The `Unit` of a variable by its layer; a guess if the layer is unknown."""
     return units_of([variable])[0]
@@ -55,11 +58,11 @@ def unit_of(variable: keras.Variable) -> Unit:
 
 def units_of(variables: Sequence[keras.Variable]) -> list[Unit]:
     """`unit_of` for each variable, with one lookup of all layers."""
-    units = []
     for v, owner in zip(variables, owners_of(variables), strict=True):
-        layer = None if owner is None else owner()
-        units.append((None if layer is None else _of_layer(layer, v)) or _guess(v))
-    return units
+        if v not in _UNITS:
+            layer = None if owner is None else owner()
+            _UNITS[v] = (None if layer is None else _of_layer(layer, v)) or _guess(v)
+    return [_UNITS[v] for v in variables]
 
 
 def unit_axes(model: keras.Model) -> dict[str, tuple[int, ...]]:
