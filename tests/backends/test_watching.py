@@ -119,7 +119,7 @@ def test_a_model_that_fit_builds(eager, bases, tmp_path):
         model, monitor = Mine(), kgc.ClipMonitor(folder, every=1)
         model.compile(clipped("sgd", skip_nonfinite=True), "mse", run_eagerly=eager)
         history = model.fit(X, Y, epochs=2, callbacks=[monitor], **FIT).history
-        assert not model.optimizer._watchers
+        assert not model.optimizer.watchers
         return monitor, history
 
     monitor, history = run(tmp_path)

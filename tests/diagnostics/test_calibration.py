@@ -124,7 +124,7 @@ def test_nothing_is_changed(replicas, follow):
     for a, b in zip(after, before, strict=True):
         np.testing.assert_array_equal(a, b)
     assert model.history is history
-    assert not model.optimizer._watchers
+    assert not model.optimizer.watchers
     model.fit(x, y, batch_size=16, verbose=0)  # and it trains on
     assert any((a != b).any() for a, b in zip(everything(model), before, strict=True))
 

@@ -305,7 +305,7 @@ def test_embeddings(clipper):
 
 def test_after_training_the_step_has_no_trace_of_it():
     _, _, model = watched()
-    assert not model.optimizer._watchers
+    assert not model.optimizer.watchers
     assert model.train_function is None
     x, y = data(16)
     model.fit(x, y, batch_size=16, verbose=0)

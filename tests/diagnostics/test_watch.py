@@ -70,7 +70,7 @@ def test_two_monitors_see_the_same():
     model.fit(X, Y, batch_size=2, verbose=0, callbacks=monitors)
     one, two = (m.history["norm_before"] for m in monitors)
     np.testing.assert_array_equal(np.array(one)[::2], np.array(two))
-    assert not model.optimizer._watchers
+    assert not model.optimizer.watchers
 
 
 def test_a_monitor_inside_calibrate():
@@ -114,7 +114,7 @@ def test_an_interrupted_fit_leaves_no_monitor(model_class):
     if model_class is keras.Model:
         monitor.detach()
     model.fit(X, Y, verbose=0)
-    assert not model.optimizer._watchers
+    assert not model.optimizer.watchers
 
 
 def test_overrun_is_told():
@@ -143,7 +143,7 @@ class _After(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if batch == 2:  # the watchers are built
             optimizer = self.model.optimizer
-            watchers = [*optimizer._watchers, *optimizer._telemetry]
+            watchers = [*optimizer.watchers, optimizer._telemetry]
             [counts] = [v for w in watchers for v in w.state if v.name == self.name]
             counts.assign(counts + np.full(counts.shape, LONG))
 
