@@ -244,13 +244,20 @@ class Enforcer:
             grads: one per variable, without duplicate rows; may be None.
             state: the state of all clippers.
             hyper: the values of all clippers, and "learning_rate" (1 if missing).
-            weights: None; or, if `grads` are weight updates, the weights before them.
+            weights: None; or, if `grads` are weight updates, the weights before them. Then the new
+                weights are returned, not the clipped updates.
         """
         clipped, new_state, stats = list(grads), {}, []
-        for rule in self.on_gradients if weights is None else self.on_updates:
-            clipped, own_state, own_stats = rule.clip(clipped, weights, state, hyper)
+        rules = self.on_gradients if weights is None else self.on_updates
+        for rule in rules:
+            adds = weights is not None and rule is rules[-1]
+            clipped, own_state, own_stats = rule.clip(clipped, weights, state, hyper, adds)
             new_state.update({rule.name + name: value for name, value in own_state.items()})
             stats.append(own_stats)
+        if weights is not None:
+            added = set() if rules[-1].calls_apply else rules[-1].limited()
+            left = {i for i, c in enumerate(clipped) if c is not None} - added
+            clipped = [weights[i] + c if i in left else c for i, c in enumerate(clipped)]
         together = stats[0] if len(stats) == 1 else combined(stats, self.variables)
         return clipped, new_state, together
 
@@ -328,8 +335,12 @@ class _Rule:
         weights: Sequence[Tensor | None] | None,
         state: State,
         hyper: Hyper,
+        adds: bool,
     ) -> tuple[list[Gradient], State, ClipStats]:
-        """The clipped gradients, the clipper's new state, and a `ClipStats`."""
+        """The clipped gradients, the clipper's new state, and a `ClipStats`.
+
+        `adds`: the weights are added, while they are at hand.
+        """
         own_state = {name: state[self.name + name] for name in self.state}
         own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
         rate = hyper.get(LEARNING_RATE, 1.0)
@@ -341,7 +352,7 @@ class _Rule:
             own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
         if self.clipper.stage == "update" and weights is None:
             own_hyper = {**own_hyper, DIVISOR: rate}
-        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper)
+        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper, adds)
         if self.wholes:
             own_state = clip.wholes(own_state)
         if self.parts:
@@ -383,6 +394,7 @@ class _Clip:
         clipped: the same after the clip.
         weights: the weights before weight updates; None: the present ones.
         hyper: the values of the clipper's hyper-parameters, and `DIVISOR`.
+        adds: the weights are added to what is clipped.
         counts: the number of elements, or norms, by position.
         factors: of each whole scope its variables, and what they were multiplied by.
     """
@@ -393,6 +405,7 @@ class _Clip:
     clipped: list[Gradient]
     weights: Sequence[Tensor | None] | None
     hyper: Hyper
+    adds: bool
     counts: dict[int, float] = dataclasses.field(default_factory=dict)
     factors: list[tuple[list[int], Tensor]] = dataclasses.field(default_factory=list)
     _known: dict[object, Weight] = dataclasses.field(default_factory=dict)
@@ -423,6 +436,7 @@ class _Clip:
                 y = arithmetic.scale(x, factor)
                 if self.clipper.rescale:
                     y = arithmetic.rescaled(self.clipper.rescale, x, y)
+                y = self._read(i) + y if self.adds else y
                 self.clipped[i] = arithmetic.with_values(self.before[i], y)
                 self.counts[i] = 1.0 / len(of)
         return state
@@ -450,21 +464,24 @@ class _Clip:
             if pays and (axes or len(_limit(self.clipper, weight, self.hyper).shape) > 0):
                 y = self._compiled(x, weight)
             else:
-                y = _clip_parts(self.clipper, x, axes, weight, self.hyper)
+                y = self._clip(x, weight, self.hyper)
             self.clipped[i] = arithmetic.with_values(self.before[i], y)
             self.counts[i] = self.rule.counts[i]
 
+    def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
+        y = _clip_parts(self.clipper, x, weight, hyper)
+        return weight.values + y if self.adds else y
+
     def _compiled(self, x: Tensor, weight: Weight) -> Tensor:
-        """`_clip_parts` as an XLA program, which also computes the weight's norms of units."""
-        clipper, size, axes = self.clipper, weight.size, weight.axes
+        """`_clip` as an XLA program, which also computes the weight's norms of units."""
+        size, axes = weight.size, weight.axes
 
         def clip(x: Tensor, values: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:
             weight = Weight(size, lambda: values, [lambda: values], axes)
-            y = _clip_parts(clipper, x, axes, weight, hyper)
-            return y, None if axes is None else weight.norm
+            return self._clip(x, weight, hyper), None if axes is None else weight.norm
 
         arguments = (x, weight.values, self.hyper)
-        y, norm = self.rule.programs.run((self.rule.name, axes), clip, *arguments)
+        y, norm = self.rule.programs.run((self.rule.name, axes, self.adds), clip, *arguments)
         if axes is not None:
             weight.norm = norm
         return y
@@ -523,11 +540,9 @@ def _limit(clipper: Limit, weight: Weight, hyper: Hyper) -> Tensor:
     return limit / ops.maximum(hyper[DIVISOR], arithmetic.TINY) if DIVISOR in hyper else limit
 
 
-def _clip_parts(
-    clipper: Limit, x: Tensor, axes: Sequence[int] | None, weight: Weight, hyper: Hyper
-) -> Tensor:
-    """A gradient with each unit (which spans `axes`), or each element, within its limit."""
-    limit = _limit(clipper, weight, hyper)
+def _clip_parts(clipper: Limit, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
+    """A gradient with each unit of the weight, or each element, within its limit."""
+    limit, axes = _limit(clipper, weight, hyper), weight.axes
     if axes is None:
         limit = ops.cast(limit, x.dtype)
         y = arithmetic.clip_between(x, -limit, limit)

@@ -131,7 +131,7 @@ class Clip:
         changes: Sequence[Tensor],
         before: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Clips the weight updates of the inner optimizer.
+        """Limits the weight updates of the inner optimizer.
 
         Args:
             update: the result of `clip`.
@@ -141,7 +141,7 @@ class Clip:
             before: the weights before the update.
 
         Returns:
-            The clipped weight updates.
+            The new weights.
         """
         assert update.stats is not None
         every = self.enforcer.variables
@@ -154,8 +154,10 @@ class Clip:
         clipped, state, stats = self.enforcer.clip(given, update.state, update.hyper, weights)
         stats = combined([update.stats, stats], every)
         finish(dataclasses.replace(update, stats=stats, state={**update.state, **state}))
-        limited = [None if i is None else clipped[i] for i in places]
-        return [c if x is None else x for c, x in zip(changes, limited, strict=True)]
+        return [
+            weight + change if i is None or clipped[i] is None else clipped[i]
+            for i, change, weight in zip(places, changes, before, strict=True)
+        ]
 
     def keep(self, state: State) -> None:
         """Stores `state`."""

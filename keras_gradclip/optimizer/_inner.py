@@ -22,7 +22,7 @@ from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
 from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._compiled import CompiledUpdate
 
-#: A function of (variables, their weight updates, the weights before) that returns limited updates.
+#: A function of (variables, their weight updates, the weights before) that returns the new weights.
 Limit = Callable[[Sequence[keras.Variable], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
@@ -289,9 +289,7 @@ class InnerUpdate:
                 self._limit_difference(default, limit, gradients, variables, learning_rate)
             else:
                 before = [arithmetic.read(v) for v in variables]
-                changes = limit(variables, changes, before)
-                sums = [old + change for old, change in zip(before, changes, strict=True)]
-                aggregation.assign_each(variables, sums)
+                aggregation.assign_each(variables, limit(variables, changes, before))
         else:
             limit([], [], [])
         if free:
@@ -318,8 +316,8 @@ class InnerUpdate:
             variables,
             [
                 # Without a clip, exactly the optimizer's own result.
-                ops.where(ops.equal(wanted, change), new, old + change)
-                for old, new, wanted, change in zip(before, after, changes, limited, strict=True)
+                ops.where(ops.equal(result, old + change), new, result)
+                for old, new, change, result in zip(before, after, changes, limited, strict=True)
             ],
         )
 
