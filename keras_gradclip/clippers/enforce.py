@@ -469,7 +469,18 @@ class _Clip:
             self.counts[i] = self.rule.counts[i]
 
     def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
-        y = _clip_parts(self.clipper, x, weight, hyper)
+        """A gradient with each unit of the weight, or each element, within its limit."""
+        limit, axes = _limit(self.clipper, weight, hyper), weight.axes
+        if axes is None:
+            limit = ops.cast(limit, x.dtype)
+            y = arithmetic.clip_between(x, -limit, limit)
+        else:
+            norm = ops.sqrt(arithmetic.unit_squares(x, axes))
+            y = arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
+        if self.clipper.rescale == "alpha":
+            y = arithmetic.scale(y, self.clipper.growth(weight, hyper))
+        elif self.clipper.rescale:
+            y = arithmetic.rescaled(self.clipper.rescale, x, y)
         return weight.values + y if self.adds else y
 
     def _compiled(self, x: Tensor, weight: Weight) -> Tensor:
@@ -538,22 +549,6 @@ def _limit(clipper: Limit, weight: Weight, hyper: Hyper) -> Tensor:
     """The clipper's limit; divided by the learning rate if it limits SGD's update."""
     limit = ops.convert_to_tensor(clipper.limit(weight, hyper))
     return limit / ops.maximum(hyper[DIVISOR], arithmetic.TINY) if DIVISOR in hyper else limit
-
-
-def _clip_parts(clipper: Limit, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
-    """A gradient with each unit of the weight, or each element, within its limit."""
-    limit, axes = _limit(clipper, weight, hyper), weight.axes
-    if axes is None:
-        limit = ops.cast(limit, x.dtype)
-        y = arithmetic.clip_between(x, -limit, limit)
-    else:
-        norm = ops.sqrt(arithmetic.unit_squares(x, axes))
-        y = arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
-    if clipper.rescale is None:
-        return y
-    if clipper.rescale == "alpha":
-        return arithmetic.scale(y, clipper.growth(weight, hyper))
-    return arithmetic.rescaled(clipper.rescale, x, y)
 
 
 def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) -> ClipStats:

@@ -256,14 +256,21 @@ class CompiledUpdate:
         programs = arithmetic.Programs(variables)
         made: dict[tuple, Callable] = {}
 
-        def of_one(
-            variable: Tensor, gradient: Gradient, slots: list[Tensor], rate: Scalar
-        ) -> Tensor:
-            equation = self._made(made, _EQUATIONS[type(self._inner)], variable, rate)
-            gradient = tf.ensure_shape(tf.cast(gradient, variable.dtype), variable.shape)
-            if programs.pays(gradient):
-                equation = functools.partial(programs.run, variable.device, equation)
-            return _change(equation, gradient, slots)
+        def of_group(
+            first: Tensor,
+            variables: list[Tensor],
+            gradients: list[Gradient],
+            slots: list[list[Tensor]],
+            rate: Scalar,
+        ) -> list[Tensor]:
+            equation = self._made(made, _EQUATIONS[type(self._inner)], first, rate)
+            gradients = [
+                tf.ensure_shape(tf.cast(g, v.dtype), v.shape)
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+            if len(variables) == 1 and programs.pays(gradients[0]):
+                equation = functools.partial(programs.run, first.device, equation)
+            return _changes(equation, gradients, slots)
 
         def merged(
             strategy: Strategy,
@@ -272,10 +279,13 @@ class CompiledUpdate:
             slots: list[list[Tensor]],
             rate: Scalar,
         ) -> list[Tensor]:
-            return [
-                strategy.extended.update(v, of_one, args=(g, s, rate))
-                for v, g, s in zip(natives, gradients, slots, strict=True)
-            ]
+            changes: list[Tensor] = [None] * len(natives)
+            for group in _groups(natives, WORTH_AN_OPERATION):
+                lists = [[of[i] for i in group] for of in (natives, gradients, slots)]
+                new = strategy.extended.update(natives[group[0]], of_group, args=(*lists, rate))
+                for i, change in zip(group, new, strict=True):
+                    changes[i] = change
+            return changes
 
         slots = [[s.value for s in _compat.slots(self._inner, v) or ()] for v in variables]
         return _compat.merge_call(
@@ -331,19 +341,30 @@ class CompiledUpdate:
         is_open = has_equation and not tf.executing_eagerly()
         least = WORTH_AN_OPERATION if is_open and arithmetic.runs_on_tensorflow_cpu() else 0
 
-        def of_one(variable: Tensor, gradient: Gradient, slots: list[Tensor], rate: Scalar) -> None:
-            gradient = tf.cast(gradient, variable.dtype)
-            if variable.shape.num_elements() < least:
-                equation = self._made(made, _EQUATIONS[type(self._inner)], variable, rate)
-                variable.assign_add(_change(equation, gradient, slots))
+        def of_group(
+            first: Tensor,
+            variables: list[Tensor],
+            gradients: list[Gradient],
+            slots: list[list[Tensor]],
+            rate: Scalar,
+        ) -> None:
+            gradients = [tf.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)]
+            if first.shape.num_elements() < least:
+                equation = self._made(made, _EQUATIONS[type(self._inner)], first, rate)
+                changes = _changes(equation, gradients, slots)
+                for variable, change in zip(variables, changes, strict=True):
+                    variable.assign_add(change)
             else:
-                kernel = self._made(made, make, variable, rate)
-                kernel(variable.handle, gradient, *(slot.handle for slot in slots))
+                kernel = self._made(made, make, first, rate)
+                kernel(first.handle, gradients[0], *(slot.handle for slot in slots[0]))
 
+        gradients, natives = ([pair[k] for pair in pairs] for k in range(2))
+        slots = [[slot.value for slot in _compat.slots(self._inner, v) or ()] for v in natives]
         rate = arithmetic.read(learning_rate)
-        for gradient, variable in pairs:
-            slots = [slot.value for slot in _compat.slots(self._inner, variable) or ()]
-            strategy.extended.update(variable, of_one, args=(gradient, slots, rate), group=False)
+        for group in _groups(natives, least):
+            lists = [[of[i] for i in group] for of in (natives, gradients, slots)]
+            first = natives[group[0]]
+            strategy.extended.update(first, of_group, args=(*lists, rate), group=False)
 
     def _update_by_xla(
         self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], learning_rate: Scalar
@@ -408,14 +429,47 @@ class CompiledUpdate:
         return tf.function(run, jit_compile=True, autograph=False)
 
 
-def _change(equation: Equation, gradient: Tensor, slots: Sequence[Tensor]) -> Tensor:
-    """The weight update, not yet applied; the slots are updated."""
+def _groups(variables: Sequence[Tensor], least: int) -> list[list[int]]:
+    """The positions of variables: smaller ones together, each of `least` elements by itself."""
+    groups: dict[object, list[int]] = {}
+    for i, v in enumerate(variables):
+        is_small = v.shape.num_elements() < least
+        groups.setdefault((v.device, v.dtype) if is_small else i, []).append(i)
+    return [*groups.values()]
+
+
+def _changes(
+    equation: Equation, gradients: Sequence[Tensor], slots: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """The weight updates, not yet applied; the slots are updated.
+
+    Several variables share the operations, which cost more than their elements.
+    """
     import tensorflow as tf
 
-    change, new = equation(gradient, [tf.convert_to_tensor(slot) for slot in slots])
-    for slot, value in zip(slots, new, strict=True):
-        slot.assign(value)
-    return change
+    lists = [gradients, *zip(*slots, strict=True)]  # of one kind each
+    if len(gradients) == 1:
+        change, new = equation(gradients[0], [tf.convert_to_tensor(slot) for slot in slots[0]])
+        results = [[value] for value in (change, *new)]
+    else:
+        shapes = [g.shape for g in gradients]
+        joined = [
+            tf.concat([x if x.shape.rank == 1 else tf.reshape(x, (-1,)) for x in tensors], 0)
+            for tensors in lists
+        ]
+        change, new = equation(joined[0], joined[1:])
+        results = [tf.split(x, [shape.num_elements() for shape in shapes]) for x in (change, *new)]
+        results = [
+            [
+                x if shape.rank == 1 else tf.reshape(x, shape)
+                for x, shape in zip(parts, shapes, strict=True)
+            ]
+            for parts in results
+        ]
+    for of_kind, values in zip(lists[1:], results[1:], strict=True):
+        for slot, value in zip(of_kind, values, strict=True):
+            slot.assign(value)
+    return results[0]
 
 
 def _cannot(reason: str) -> str:
