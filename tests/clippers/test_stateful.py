@@ -226,7 +226,7 @@ def test_replica_parity(case):
     assert 0.05 < one_model.optimizer.read_telemetry()["clip_fraction"] < 0.98
     two_model, _, two = train(2, optimizer_of(case))
     np.testing.assert_allclose(two, one, atol=1e-5, rtol=0)
-    strategy = two_model.optimizer._strategy
+    strategy = two_model.optimizer.strategy
     for variable in two_model.optimizer._clip.state.values():
         copies = [np.asarray(c) for c in strategy.experimental_local_results(variable.value)]
         assert len(copies) == 2
