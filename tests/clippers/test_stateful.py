@@ -318,6 +318,7 @@ def test_misuse_is_named(make, word):
 
 
 def test_the_code_on_the_cards_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="the code ends with a report")
     import re
     import tempfile
     from pathlib import Path
