@@ -39,8 +39,8 @@ def changed(
 
     Args:
         optimizer: the optimizer.
-        methods: functions of (the method as it was, its arguments), by its name; those that the
-            optimizer does not have are left out.
+        methods: by name of a method, a function of (the method it replaces, its arguments).
+            Names that the optimizer lacks are ignored.
     """
     new = {
         name: functools.partial(function, getattr(optimizer, name))

@@ -257,7 +257,7 @@ def _help(owners: Owners) -> str:
 
 
 def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `clip_hyperparameters`; `given` are the options that the user fixed.
+    """Arguments of `clip_hyperparameters`; `given` are the recipe options that the user set.
 
     Raises:
         RecipeError: flags that contradict each other.

@@ -36,8 +36,8 @@ _SPACE = "search space: "  # prefix of hyper-parameter names in search.json
 class Search:
     """A search of a recipe's thresholds.
 
-    `given` are the recipe's fixed options, `args` the search's own flags, `argv` the words of the
-    command line, for the workers.
+    `given` are the recipe options that the user set, `args` the search's own flags, `argv` the
+    command line, which workers are started with.
 
     Raises:
         RecipeError: options that contradict each other.

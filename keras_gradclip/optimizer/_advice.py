@@ -107,7 +107,7 @@ def advice(
 
 
 def _losses_of(network: keras.layers.Layer) -> list[object]:
-    """The losses that a network was compiled with; none in a loop of one's own."""
+    """The losses that a network was compiled with; empty in a custom training loop."""
     losses = getattr(network, "loss", None)
     return [loss for loss in keras.tree.flatten(losses) if loss is not None]
 

@@ -155,7 +155,7 @@ class Clip:
         stats = combined([update.stats, stats], every)
         finish(dataclasses.replace(update, stats=stats, state={**update.state, **state}))
         return [
-            weight + change if i is None or clipped[i] is None else clipped[i]
+            weight + change if i is None else clipped[i]
             for i, change, weight in zip(places, changes, before, strict=True)
         ]
 

@@ -143,7 +143,7 @@ def _newest(recipe: Recipe) -> Path:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> str:
-    """The options that have changed since a folder was begun, but for those `free` to change.
+    """The options that differ from those of an earlier run, except those `free` to change.
 
     Such as `"learning_rate (0.1, now 0.2), seed (0, now 1)"`; "" if nothing differs. A name that
     only one of the two has comes from a different version, and is no difference.

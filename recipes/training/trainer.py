@@ -37,7 +37,7 @@ def run(
     Args:
         recipe: `Recipe`.
         options: from `recipe.options(...)`.
-        folder: of the results, for this run alone; with `options.resume` the run in it goes on.
+        folder: where the results of this run go; with `options.resume` its run is continued.
         callbacks: more Keras callbacks, run after the recipe's own.
         started: `time.monotonic()` at which the run's time begins; None for now.
 

@@ -382,7 +382,7 @@ def test_muon_is_warned_of_with_a_remedy_that_works():
         ("categorical_crossentropy", True),
         (keras.losses.SparseCategoricalCrossentropy(from_logits=True), True),
         ([keras.losses.Hinge(), "kl_divergence"], True),
-        (None, True),  # a loop of one's own
+        (None, True),  # a custom training loop
         ("mse", False),
         ({"a": keras.losses.BinaryCrossentropy(), "b": keras.losses.Huber()}, False),
         (lambda y, x: x, False),
