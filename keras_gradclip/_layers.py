@@ -1,8 +1,7 @@
-"""From variables to the layers that own them, by identity.
+"""The layers that own given variables, found in memory.
 
-`Optimizer.build(variables)` and `clipper(grads, variables)` get variables alone, and a variable
-does not know its layer. What a layer's class says of it (what is a unit, a bias, a normalisation)
-is worth more than what a path reads like, so that the layers are looked up, once a variable.
+`Optimizer.build(variables)` and `clipper(grads, variables)` get only variables, which do not know
+their layers. The layer's class defines units, biases and normalisations more reliably than a path.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 class ByVariable(Generic[T]):
-    """A weak mapping from variables to values: variables are not hashable by identity."""
+    """A weak mapping from variables to values, by identity: variables are not hashable."""
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref, T]] = {}
@@ -45,53 +44,50 @@ class ByVariable(Generic[T]):
             del self._entries[key]
 
 
-#: The layer of each variable looked up so far; None: no layer has it.
+#: The layer of each variable looked up so far, or None.
 _OWNERS: ByVariable[weakref.ref | None] = ByVariable()
-
-
-#: What the scan of the present `one_scan` found.
-_LIVING: list[keras.layers.Layer] | None = None
+#: The layers found by the scan of the current `one_scan`.
+_scanned: list[keras.layers.Layer] | None = None
 
 
 @contextlib.contextmanager
 def one_scan() -> Iterator[None]:
-    """Inside, all memory is looked through for layers once at most, which takes about 0.1 s."""
-    global _LIVING
-    before, _LIVING = _LIVING, _LIVING or []
+    """A context that scans memory for layers only once; each scan takes about 0.1 s."""
+    global _scanned
+    _scanned = []
     try:
         yield
     finally:
-        _LIVING = before
+        _scanned = None
 
 
 def _living_layers() -> list[keras.layers.Layer]:
-    if _LIVING is None:
+    if _scanned is None:
         return _compat.living_layers()
-    if not _LIVING:
-        _LIVING.extend(_compat.living_layers())
-    return _LIVING
+    if not _scanned:
+        _scanned.extend(_compat.living_layers())
+    return _scanned
 
 
 def owners_of(variables: Sequence[keras.Variable]) -> list[weakref.ref | None]:
-    """For each variable, a weak reference to the layer that made it, the same for one layer.
+    """A weak reference to each variable's layer, the same object for the same layer.
 
-    Returns:
-        A list; None where no living layer has the variable (it was made outside of layers, or
-        `gc.freeze` hid its layer from the garbage collector).
+    None if no living layer has the variable: it was created outside of layers, or `gc.freeze` hid
+    its layer from the garbage collector.
     """
     unknown = [v for v in variables if v not in _OWNERS]
     if unknown:
-        wanted = {id(v): v for v in unknown}
+        wanted = {id(v) for v in unknown}
         found: dict[int, keras.layers.Layer] = {}
         for layer in _living_layers():
             for v in _compat.own_variables(layer):
-                # A second layer may share it (tied weights): the first one's path is in its own.
-                is_maker = _path(v).rpartition("/")[0] == _path(layer)
-                if id(v) in wanted and (is_maker or id(v) not in found):
+                # Several layers may share it (tied weights); its path begins with its creator's.
+                is_creator = _path(v).rpartition("/")[0] == _path(layer)
+                if id(v) in wanted and (is_creator or id(v) not in found):
                     found[id(v)] = layer
         for v in unknown:
             layer = found.get(id(v))
-            _OWNERS[v] = None if layer is None else weakref.ref(layer)  # one object a layer
+            _OWNERS[v] = None if layer is None else weakref.ref(layer)
     return [_OWNERS[v] for v in variables]
 
 
@@ -100,10 +96,10 @@ def _path(thing: keras.Variable | keras.layers.Layer) -> str:
 
 
 def networks_of(variables: Sequence[keras.Variable]) -> list[keras.layers.Layer]:
-    """The outermost layers around `variables` that train nothing else.
+    """The outermost layers that contain some of `variables` and train no other variables.
 
-    Of all the variables that train in a model, this is the model, with its frozen layers; of those
-    of two networks, it is both.
+    For all trainable variables of a model this is the model, including its frozen layers; for
+    those of two networks, it is both.
     """
     parents: dict[int, list[keras.layers.Layer]] = {}
     for layer in _living_layers():
@@ -116,14 +112,14 @@ def networks_of(variables: Sequence[keras.Variable]) -> list[keras.layers.Layer]
         return all(id(v) in wanted for v in own if v.trainable)
 
     owners = [owner() for owner in owners_of(variables) if owner is not None]
-    waiting = {id(layer): layer for layer in owners if layer is not None}
-    reached, outermost = dict(waiting), {}
-    while waiting:
-        key, layer = waiting.popitem()
+    queue = {id(layer): layer for layer in owners if layer is not None}
+    reached, outermost = dict(queue), {}
+    while queue:
+        key, layer = queue.popitem()
         around = [p for p in parents.get(key, ()) if id(p) in reached or trains_nothing_else(p)]
         if not around:
             outermost[key] = layer
-        waiting.update((id(p), p) for p in around if id(p) not in reached)
+        queue.update((id(p), p) for p in around if id(p) not in reached)
         reached.update((id(p), p) for p in around)
     result: list[keras.layers.Layer] = []
     inside: set[int] = set()
@@ -140,25 +136,21 @@ def networks_of(variables: Sequence[keras.Variable]) -> list[keras.layers.Layer]
     return result
 
 
-_NORMALISATIONS = tuple(
-    getattr(keras.layers, name)
-    for name in (
-        "BatchNormalization",
-        "GroupNormalization",
-        "LayerNormalization",
-        "RMSNormalization",
-        "UnitNormalization",
-    )
-    if hasattr(keras.layers, name)
+_NORMALISATIONS = (
+    keras.layers.BatchNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.RMSNormalization,
+    keras.layers.UnitNormalization,
 )
-#: Keras's of the inputs and of weights, which leave activations as they are.
+#: Normalise inputs or weights, not activations.
 _OTHERS = (keras.layers.Normalization, keras.layers.SpectralNormalization)
 
 
 def is_normalisation(layer: keras.layers.Layer) -> bool:
-    """Whether a layer normalises activations: one of Keras's, or called so by its class.
+    """Whether a layer normalises activations.
 
-    The class of somebody's own must end in "Norm" or "Normalization" and have no layers inside.
+    A custom layer does if its class name ends in "Norm" or "Normalization" and it has no sublayers.
     """
     if isinstance(layer, _NORMALISATIONS):
         return True

@@ -1,7 +1,6 @@
-"""What passes through an update, by the names that the backends have for it.
+"""Type aliases for tensors, gradients and configurations, whatever the backend in use.
 
-TensorFlow, JAX and PyTorch are imported by the backend in use alone: what they call a tensor is
-named here for the reader, and for a type checker that has all of them.
+Only type checkers import the three backends here.
 """
 
 from __future__ import annotations
@@ -15,22 +14,21 @@ if TYPE_CHECKING:
     import tensorflow as tf
     import torch
 
-#: A tensor of the backend in use.
 Tensor: TypeAlias = "tf.Tensor | jax.Array | torch.Tensor"
-#: A tensor of shape (), or a Python number where one will do.
+#: A tensor of shape (), or a Python number.
 Scalar: TypeAlias = "tf.Tensor | jax.Array | torch.Tensor"
-#: Of the variable's shape and any float dtype; or some of its rows; None where there is none.
+#: A float tensor of the variable's shape, or a sparse one with some of its rows.
 Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices | jax.Array | torch.Tensor"
-#: One entry a variable; None where a variable has no gradient.
+#: One entry per variable; None for a variable without a gradient.
 Gradients: TypeAlias = list[Gradient]
 Strategy: TypeAlias = "tf.distribute.Strategy"
-#: A number, which may change during training, or a schedule of it.
+#: A number, which may change during training, or a schedule.
 Threshold: TypeAlias = "float | keras.optimizers.schedules.LearningRateSchedule"
-#: The live hyper-parameters at one step, by name.
+#: The values of the live hyper-parameters in one step, by name.
 Hyper: TypeAlias = Mapping[str, Scalar]
 #: A clipper's running state, by name.
 State: TypeAlias = dict[str, Tensor]
 #: The limit of each scope, and a clipper's new state.
 Limits: TypeAlias = tuple[Tensor, State]
-#: What `get_config` returns: JSON-able.
+#: The JSON-able dictionary of `get_config`.
 Config: TypeAlias = dict[str, Any]

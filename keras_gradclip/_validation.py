@@ -1,6 +1,6 @@
-"""Checks of arguments that end in an error naming the argument, the value and the remedy.
+"""Checks of arguments, whose errors name the argument, the value and the remedy.
 
-Without Keras at the top: command lines check their flags before they wait for it.
+Imports Keras only where needed, so that command lines can check flags without it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,25 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
-#: Of float32: normal numbers, for TensorFlow and XLA take smaller ones for 0.
+#: The normal numbers of float32; TensorFlow and XLA treat smaller ones as 0.
 _SMALLEST = 2.0**-126
 _LARGEST = 2.0**128 - 2.0**104
 CLIP_NOTHING = "To clip nothing, pass `clipper=None` (or None as the rule of a ClipMap)."
 
 
-def positive(owner: str, name: str, value: object) -> float:
+def positive(
+    owner: str,
+    name: str,
+    value: object,
+    *,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> float:
     """`value` as a float.
 
     Raises:
-        ValueError: it is not a number, not finite, not above 0, or not one that float32 has.
+        ValueError: `value` is not a finite number above 0, is outside the range of float32, or
+            exceeds the upper bound `below` (exclusive) or `at_most` (inclusive).
     """
     is_number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
     result = None
@@ -32,7 +40,7 @@ def positive(owner: str, name: str, value: object) -> float:
             result = float(value)  # type: ignore[arg-type]
     except OverflowError:  # an int beyond every float
         result = math.inf
-    except (TypeError, ValueError):  # a scalar array, but of complex numbers or dates
+    except (TypeError, ValueError):  # a scalar array of complex numbers or dates
         pass
     if result is None:
         raise ValueError(
@@ -48,11 +56,19 @@ def positive(owner: str, name: str, value: object) -> float:
             f"{owner}: `{name}` must be within the range of float32, {_SMALLEST:.3g} to "
             f"{_LARGEST:.3g}, but is {result!r}. {CLIP_NOTHING}"
         )
+    if below is not None and result >= below:
+        raise ValueError(
+            f"{owner}: `{name}` must be between 0 and {below:g}, exclusive, but is {result!r}."
+        )
+    if at_most is not None and result > at_most:
+        raise ValueError(
+            f"{owner}: `{name}` must be above 0 and at most {at_most:g}, but is {result!r}."
+        )
     return result
 
 
 def fits_float32(value: float) -> bool:
-    """Whether `value` is finite in float32, in which limits are computed."""
+    """Whether `value` is finite in float32, the dtype of limits."""
     try:
         return math.isfinite(struct.unpack("f", struct.pack("f", value))[0])
     except OverflowError:
@@ -61,7 +77,7 @@ def fits_float32(value: float) -> bool:
 
 def is_schedule(value: object) -> TypeGuard[Any]:
     """Whether `value` is a `keras.optimizers.schedules.LearningRateSchedule`."""
-    if "keras" not in sys.modules:  # then nothing is one
+    if "keras" not in sys.modules:  # then no schedule exists
         return False
     import keras
 
@@ -69,13 +85,13 @@ def is_schedule(value: object) -> TypeGuard[Any]:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`", did you mean 'absolute'?"`, or `""` where none of `words` comes near."""
+    """A phrase such as `", did you mean 'absolute'?"`; empty if none of `words` is similar."""
     close = difflib.get_close_matches(word, list(words), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def threshold(owner: str, name: str, value: object) -> Any:
-    """`value` as a float, or the schedule that it is."""
+def threshold(owner: str, name: str, value: object, **bounds: float | None) -> Any:
+    """`value` as a float (see `positive`), or as a schedule."""
     if isinstance(value, dict) and "class_name" in value:  # a schedule from a saved config
         import keras
 
@@ -88,14 +104,14 @@ def threshold(owner: str, name: str, value: object) -> Any:
             f"{owner}: `{name}` must be a positive number or a LearningRateSchedule, but is "
             "None. To clip nothing, pass `clipper=None`."
         )
-    return positive(owner, name, value)
+    return positive(owner, name, value, **bounds)
 
 
 def _check_constants(owner: str, name: str, schedule: Any) -> None:
-    """Raise a ValueError if a schedule is made of a number that float32 does not have."""
+    """Raises a ValueError if a constant of a schedule is not finite in float32."""
     try:
         config = schedule.get_config()
-    except NotImplementedError:  # somebody's own, without a config
+    except NotImplementedError:  # a custom schedule
         return
     import keras
 
@@ -107,31 +123,8 @@ def _check_constants(owner: str, name: str, schedule: Any) -> None:
             )
 
 
-def bounds(
-    owner: str,
-    name: str,
-    value: float,
-    *,
-    below: float | None = None,
-    at_most: float | None = None,
-) -> None:
-    """Raise a ValueError if `value`, which is above 0, is too large."""
-    if below is not None and value >= below:
-        raise ValueError(
-            f"{owner}: `{name}` must be between 0 and {below:g}, exclusive, but is {value!r}."
-        )
-    if at_most is not None and value > at_most:
-        raise ValueError(
-            f"{owner}: `{name}` must be above 0 and at most {at_most:g}, but is {value!r}."
-        )
-
-
 def choice(owner: str, name: str, value: object, allowed: tuple, note: str = "") -> Any:
-    """`value` if it is one of `allowed`.
-
-    Raises:
-        ValueError: it is not; the message ends with `note`.
-    """
+    """Returns `value`, or raises a ValueError that ends with `note` if it is not in `allowed`."""
     if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
         words = ", ".join(repr(a) for a in allowed)
         note = f" {note}" if note else ""
@@ -140,11 +133,7 @@ def choice(owner: str, name: str, value: object, allowed: tuple, note: str = "")
 
 
 def count(owner: str, name: str, value: object) -> int:
-    """`value` as an int of at least 1.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """`value` as an int; raises a ValueError if it is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
             f"{owner}: `{name}` must be a whole number of at least 1, but is {value!r}."
@@ -153,16 +142,12 @@ def count(owner: str, name: str, value: object) -> int:
 
 
 def steps(owner: str, name: str, value: object) -> int | None:
-    """`value` as an int of at least 1, or None, which means off."""
+    """`value` as an int of at least 1; None, which means off, as it is."""
     return None if value is None else count(owner, name, value)
 
 
 def made_of(owner: str, name: str, value: object, make: Callable[[Any], Any]) -> Any:
-    """`make(value)`, for what Keras makes of a saved config, with errors of one line.
-
-    Raises:
-        ValueError: Keras cannot make anything of it.
-    """
+    """`make(value)`, a function of Keras, with a ValueError in one line if that fails."""
     try:
         return make(value)
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
@@ -176,10 +161,10 @@ def made_of(owner: str, name: str, value: object, make: Callable[[Any], Any]) ->
 def config(
     owner: str, value: object, known: Iterable[str], needed: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """`value` if it is the config of an `owner`.
+    """A copy of a config.
 
     Raises:
-        ValueError: it is no dict, has an entry that is not `known`, or lacks one that is `needed`.
+        ValueError: `value` is not a dict, has a key that is not `known`, or lacks one of `needed`.
     """
     known = list(known)
     if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Several workers, one set of files: callbacks write them on the chief alone."""
+"""Callbacks of several workers that share one set of files, which only the chief writes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ import keras
 from keras_gradclip import aggregation
 from keras_gradclip._types import Strategy
 
-# What each of Keras's callbacks writes, by the attribute that says where.
+#: Keras's callbacks that write files, and the attribute with the file or folder.
 _PLACES = (
     (keras.callbacks.ModelCheckpoint, "filepath"),
     (keras.callbacks.CSVLogger, "filename"),
     (keras.callbacks.TensorBoard, "log_dir"),
 )
-
-
-#: What `fit` takes as `callbacks`.
+#: The `callbacks` argument of `fit`.
 Callbacks: TypeAlias = (
     keras.callbacks.Callback | list[keras.callbacks.Callback] | keras.callbacks.CallbackList | None
 )
@@ -31,29 +29,30 @@ Callbacks: TypeAlias = (
 
 @contextlib.contextmanager
 def chief_writes(strategy: Strategy | None, callbacks: Callbacks) -> Iterator[Callbacks]:
-    """Lets Keras's callbacks write their files on the chief; elsewhere in a temporary folder.
+    """Redirects the files of Keras's callbacks to a temporary folder on all workers but the chief.
 
-    All workers run all callbacks: reading a variable that each replica keeps for itself sums it
-    over the workers, and saving a model may read one. What the others write is removed at the
-    end, as TensorFlow's guide to multi-worker training advises. A callback that is none of
-    Keras's has to ask by itself whether it is the chief's.
+    All workers run all callbacks, because saving a model may read a variable that each replica has
+    for itself, and that read sums over the workers. Other callbacks have to find the chief by
+    themselves.
 
     Args:
         strategy: the model's strategy, or None.
-        callbacks: as `fit` takes them: None, a callback, a list, or a `CallbackList`.
+        callbacks: the `callbacks` argument of `fit`.
 
     Yields:
-        The callbacks that `fit` should run in this process.
+        The callbacks to run in this process.
 
     Raises:
-        ValueError: BackupAndRestore found a backup on some of the workers.
+        ValueError: only some of the workers have a backup for BackupAndRestore.
     """
     if not aggregation.spans_workers(strategy):
         yield callbacks
         return
     whole = callbacks if isinstance(callbacks, keras.callbacks.CallbackList) else None
     given = list(whole.callbacks if whole else keras.tree.flatten(callbacks or []))
-    _check_backups(strategy, given)
+    for callback in given:
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            _check_backup(strategy, Path(callback.backup_dir))
     if aggregation.is_chief(strategy) or not given:
         yield callbacks
         return
@@ -71,7 +70,7 @@ def chief_writes(strategy: Strategy | None, callbacks: Callbacks) -> Iterator[Ca
                     folder.mkdir()
                     setattr(callback, name, str(folder / Path(getattr(callback, name)).name))
             if whole and callback.model is not None:
-                callback.set_model(callback.model)  # TensorBoard settles its folder there
+                callback.set_model(callback.model)  # TensorBoard creates its folder there
             own.append(callback)
         if whole:
             whole.callbacks[:] = own
@@ -85,7 +84,7 @@ def chief_writes(strategy: Strategy | None, callbacks: Callbacks) -> Iterator[Ca
 
 
 def _backup_elsewhere(callback: keras.callbacks.Callback, folder: Path) -> keras.callbacks.Callback:
-    """A `BackupAndRestore` that restores what the chief saved and saves into `folder`."""
+    """A `BackupAndRestore` that restores the chief's backup and saves into `folder`."""
     if Path(callback.backup_dir).is_dir():
         shutil.copytree(callback.backup_dir, folder)
     elsewhere = copy.copy(callback)
@@ -102,14 +101,12 @@ def _backup_elsewhere(callback: keras.callbacks.Callback, folder: Path) -> keras
     return elsewhere
 
 
-def _check_backups(strategy: Strategy, callbacks: list[keras.callbacks.Callback]) -> None:
-    """A backup that some workers see and others do not would start them at different epochs."""
-    for callback in callbacks:
-        if isinstance(callback, keras.callbacks.BackupAndRestore):
-            found = Path(callback.backup_dir).is_dir() and any(Path(callback.backup_dir).iterdir())
-            if len({*aggregation.gather_numbers(strategy, float(found))}) > 1:
-                raise ValueError(
-                    f"BackupAndRestore: `backup_dir` {str(callback.backup_dir)!r} holds a backup "
-                    f"{'here' if found else 'elsewhere'} but not on every worker. Give a folder "
-                    "that all workers share, or remove the backup to start anew."
-                )
+def _check_backup(strategy: Strategy, folder: Path) -> None:
+    """Checks that all workers have a backup, or none: they would begin at different epochs."""
+    found = folder.is_dir() and any(folder.iterdir())
+    if len({*aggregation.gather_numbers(strategy, float(found))}) > 1:
+        raise ValueError(
+            f"BackupAndRestore: `backup_dir` {str(folder)!r} holds a backup "
+            f"{'here' if found else 'elsewhere'} but not on every worker. Give a folder that all "
+            "workers share, or remove the backup to start anew."
+        )

@@ -70,16 +70,13 @@ class Parameter:
         Raises:
             ValueError: the parameter does not accept this value.
         """
-        if self.live:
-            value = validation.threshold(owner, self.name, value)
-        elif self.kind == "number":
-            value = validation.positive(owner, self.name, value)
-        elif self.kind == "count":
+        if self.live or self.kind == "number":
+            check = validation.threshold if self.live else validation.positive
+            return check(owner, self.name, value, below=self.below, at_most=self.at_most)
+        if self.kind == "count":
             return validation.count(owner, self.name, value)
-        elif self.kind == "word":
+        if self.kind == "word":
             return validation.choice(owner, self.name, value, self.choices, self.note)
-        if isinstance(value, float):
-            validation.bounds(owner, self.name, value, below=self.below, at_most=self.at_most)
         return value
 
     def read(self, text: str) -> float | int | str:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: text, JSON and CSV."""
+"""Atomic writes of text, JSON and CSV files, and their readers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PathLike = str | os.PathLike[str]
 
 
 def replace_file(path: PathLike, write: Callable[[str], object]) -> None:
-    """Calls `write(scratch)` on a name beside `path`, then moves the file into its place.
+    """Calls `write(scratch)` with a temporary path beside `path`, then renames that file to `path`.
 
-    A crash, a full disk or a kill leaves the file that was there before. The scratch name keeps
-    the suffix, which writers choose their format by, and is this process's own.
+    After a crash, a full disk or a kill, the old file is still there. The temporary path has the
+    same suffix, by which writers choose a format, and belongs to this process.
     """
     path = Path(path)
     scratch = path.with_name(f".partial-{os.getpid()}-{path.name}")
@@ -29,7 +29,7 @@ def replace_file(path: PathLike, write: Callable[[str], object]) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
-    # The new name itself is on the disk only when the folder is; not every system can do that.
+    # The renaming is on the disk only once the folder is; not every system can do that.
     with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -51,7 +51,7 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(
     path: PathLike, content: object, default: Callable[..., object] | None = None
 ) -> None:
-    """Writes a JSON file; `default` turns what JSON does not know into what it does."""
+    """Writes a JSON file; `default` converts objects that JSON does not support."""
     write_text(path, json.dumps(content, indent=2, default=default) + "\n")
 
 
@@ -59,21 +59,21 @@ def read_json(path: PathLike) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: it is not JSON; names the file and, where known, the line.
-        OSError: it cannot be read.
+        ValueError: the file is not JSON.
+        OSError: the file cannot be read.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error})") from None
-    except (ValueError, RecursionError) as error:  # no text, too deep, or a number too long
+    except (ValueError, RecursionError) as error:  # binary, too deep, or a number too long
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def write_csv(
     path: PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, object] | Sequence[object]]
 ) -> None:
-    """Writes a CSV file: a head and a line a row, values by column or in its order."""
+    """Writes a CSV file with a header; each row maps columns to values or lists the values."""
 
     def write(scratch: str) -> None:
         with open(scratch, "w", encoding="utf-8", newline="") as file:
@@ -87,9 +87,9 @@ def write_csv(
 
 
 def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Adds lines to a CSV file, and the head to a new one.
+    """Appends rows to a CSV file, with a header if it is new.
 
-    A last line that a kill or a full disk has cut off goes first.
+    Removes an incomplete last line, left by a kill or a full disk.
     """
     _end_last_line(path)
     fresh = not Path(path).exists() or not Path(path).stat().st_size
@@ -99,7 +99,7 @@ def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[o
 
 
 def _end_last_line(path: PathLike) -> None:
-    """Removes an incomplete last line; terminates a complete one."""
+    """Removes a last line that lacks fields; terminates one that lacks only the newline."""
     if not Path(path).exists():
         return
     with open(path, "rb+") as file:
@@ -109,31 +109,27 @@ def _end_last_line(path: PathLike) -> None:
             return
         file.seek(0)
         lines = file.read().splitlines(keepends=True)
-        head, last = (_fields(line.decode(errors="replace")) for line in (lines[0], lines[-1]))
-        if len(lines) > 1 and len(last) == len(head) > 0:
+        ends = (line.decode(errors="replace") for line in (lines[0], lines[-1]))
+        header, last = (next(csv.reader([line]), []) for line in ends)
+        if len(lines) > 1 and len(last) == len(header) > 0:
             file.write(b"\r\n")
         else:
             file.truncate(size - len(lines[-1]))
 
 
-def _fields(line: str) -> list[str]:
-    """The fields of a line; none of what the `csv` module cannot read."""
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:
-        return []
-
-
 def read_csv(
     path: PathLike, numbers: bool = True, needs: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The rows of a CSV file, with `numbers` as floats; [] where there is no file.
+    """The rows of a CSV file without an incomplete last line; [] if there is no file.
 
-    A last line that was cut off by a kill is left out.
+    Args:
+        path: the file.
+        numbers: convert numbers to floats.
+        needs: columns that the file must have.
 
     Raises:
-        ValueError: it is not text, lacks one of the columns that the caller `needs`, or a line has
-            more or fewer fields than the head.
+        ValueError: the file is not CSV, lacks a column, or a line has more or fewer fields than the
+            header.
     """
     if not Path(path).exists():
         return []
@@ -144,19 +140,19 @@ def read_csv(
         raise ValueError(f"{path}: not a CSV file ({error})") from None
     if not lines:
         return []
-    head, *rows = lines
-    missing = [name for name in needs if name not in head]
+    header, *rows = lines
+    missing = [name for name in needs if name not in header]
     if missing:
         raise ValueError(f"{path}: the first line has no column {missing[0]!r}")
-    if rows and len(rows[-1]) < len(head):
+    if rows and len(rows[-1]) < len(header):
         rows.pop()
     for number, row in enumerate(rows, 2):
-        if len(row) != len(head):
+        if len(row) != len(header):
             raise ValueError(
-                f"{path}, line {number}: {len(row)} fields, and {len(head)} in the first line"
+                f"{path}, line {number}: {len(row)} fields, and {len(header)} in the first line"
             )
     read: Callable[[str], float | str] = _number if numbers else str
-    return [{name: read(value) for name, value in zip(head, row, strict=True)} for row in rows]
+    return [{name: read(value) for name, value in zip(header, row, strict=True)} for row in rows]
 
 
 def _number(text: str) -> float | str:

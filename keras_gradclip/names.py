@@ -1,4 +1,4 @@
-"""The names that everything goes by: a variable's path, its layer, and groups of variables."""
+"""Names and scopes of variables: their paths, layers, and groups with one norm."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from keras_gradclip._validation import did_you_mean as did_you_mean
 
 
 def path_of(variable: keras.Variable) -> str:
-    """`variable.path`; the name of what has no path (a `tf.Variable`)."""
+    """`variable.path`; the name of a `tf.Variable`, which has no path."""
     path = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
     return str(path).removesuffix(":0")
 
 
 def layer_of(variable: keras.Variable) -> str:
-    """The layer of a variable: everything in its path before the last `/`."""
+    """The path of a variable's layer: everything before the last `/` of its own path."""
     return path_of(variable).rpartition("/")[0] or path_of(variable)
 
 
 def layers_of(variables: Sequence[keras.Variable]) -> list[str]:
-    """The layer of each variable, by the name that reports have for it.
+    """A unique name of each variable's layer.
 
-    Two layers may have one path (two towers with a Dense of the same name in each): the second's
-    name gets `#2`. Which variable belongs to which is known from the layers; of variables that
-    were made outside of layers, a path that comes again begins the next layer.
+    Of two layers with one path (two towers, each with a Dense of the same name), the second gets
+    `#2`. Variables that no living layer owns begin another layer when a path repeats.
     """
-    groups: dict[str, list[tuple[object, set[str]]]] = {}
+    groups: dict[str, list[tuple[object, set[str]]]] = {}  # path: (layer, its variables' paths)
     names = []
     for variable, owner in zip(variables, owners_of(variables), strict=True):
         path, layer = path_of(variable), layer_of(variable)
@@ -44,7 +43,7 @@ def layers_of(variables: Sequence[keras.Variable]) -> list[str]:
 
 
 def names_of(variables: Sequence[keras.Variable]) -> list[str]:
-    """`variable.path`, each once: the second of one path belongs to layer `#2`."""
+    """A unique `variable.path` for each variable, with the layer's name from `layers_of`."""
     names = []
     for variable, layer in zip(variables, layers_of(variables), strict=True):
         _, slash, tail = path_of(variable).rpartition("/")
@@ -57,17 +56,12 @@ def size_of(variable: keras.Variable) -> int:
     return math.prod(int(dim) for dim in variable.shape)
 
 
-#: What one norm may be taken over.
+#: The scopes of a norm.
 SCOPES = ("layer", "variable", "global")
 
 
 def scope_numbers(scope: str, variables: Sequence[keras.Variable]) -> list[int]:
-    """For each variable the number of the scope that it belongs to, from 0 on.
-
-    Args:
-        scope: one of `SCOPES`.
-        variables: the variables, in the optimizer's order.
-    """
+    """The number of each variable's scope, from 0 on; `scope` is one of `SCOPES`."""
     if scope == "global":
         return [0] * len(variables)
     if scope == "variable":

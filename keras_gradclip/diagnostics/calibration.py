@@ -464,9 +464,7 @@ class _Watch(keras.callbacks.Callback):
 
 
 def _percentile(value: object) -> float:
-    percentile = validation.positive("calibrate", "percentile", value)
-    validation.bounds("calibrate", "percentile", percentile, at_most=100)
-    return percentile
+    return validation.positive("calibrate", "percentile", value, at_most=100)
 
 
 def _figures(beta: float, eps: float) -> dict[str, Figure]:
