@@ -1,4 +1,4 @@
-"""Data: `load` returns a data set by name, `train_stream` its batches."""
+"""Data: `load` returns a data set by name, `Feed` its batches."""
 
 from typing import Any
 
@@ -7,20 +7,9 @@ import tensorflow as tf
 from recipes.data import images, tfds
 from recipes.data.image_folder import IMAGE_FOLDER, image_folder_splits
 from recipes.data.sets import LARGE_SHUFFLE_BUFFER, SMALL_SHUFFLE_BUFFER, Data, Split, normalise
-from recipes.data.stream import WHOLE, Feed, Part, eval_batches, steps_per_epoch, train_stream
+from recipes.data.stream import Feed
 
-__all__ = [
-    "WHOLE",
-    "Data",
-    "Feed",
-    "Part",
-    "Split",
-    "eval_batches",
-    "load",
-    "load_named",
-    "steps_per_epoch",
-    "train_stream",
-]
+__all__ = ["Data", "Feed", "Split", "load", "load_named"]
 # Data sets not to mirror: digits and signs would change their meaning.
 _NEVER_FLIPPED = ("mnist", "svhn", "omniglot", "sign", "gtsrb", "emnist")
 
@@ -41,7 +30,7 @@ def load(
     download: bool = False,
     on_bad_data: str = "refuse",
 ) -> Data:
-    """A classification set, ready for `train_stream` and `eval_batches`.
+    """A classification set, ready for a `Feed`.
 
     Images are float32 [image_size, image_size, 3] in -1..1, labels int64 scalars.
 

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from tiny_recipe import RECIPE, load_data
 
-from recipes.data import WHOLE, Part, Split, eval_batches, train_stream
+from recipes.data import Feed, Split
 from recipes.errors import RecipeError
 from recipes.tools import cluster
 from recipes.training import checkpoint, main
@@ -176,16 +176,26 @@ def numbered(size):
     )
 
 
+class Worker:
+    """Stands for the strategy of one of several workers, each with `local` devices."""
+
+    def __init__(self, number, count, local):
+        self.context = tf.distribute.InputContext(count, number, count * local)
+
+    def distribute_datasets_from_function(self, make):
+        return make(self.context)
+
+
 @pytest.mark.parametrize(("count", "local"), [(2, 1), (3, 1), (3, 2)])
 def test_each_batch_is_split_over_the_workers(count, local):
     """The same examples as in one process, with the same seeds of augmentation, each once."""
     data, batch = numbered(100), 12
     want = [
         {(int(a), *b.numpy().tolist()) for a, b in zip(x, seed, strict=True)}
-        for x, seed in train_stream(data, batch, seed=7, start_step=3).take(9)
+        for x, seed in Feed(data, batch, seed=7).training(3).take(9)
     ]
     parts = [
-        train_stream(data, batch, 7, 3, part=Part(w, count, count * local)).take(9 * local)
+        Feed(data, batch, seed=7, workers=Worker(w, count, local)).training(3).take(9 * local)
         for w in range(count)
     ]
     got = [[] for _ in want]
@@ -201,15 +211,15 @@ def test_each_batch_is_split_over_the_workers(count, local):
 @pytest.mark.parametrize(("count", "local"), [(1, 1), (2, 1), (3, 1), (2, 2)])
 def test_evaluation_sees_every_example_once(count, local, size):
     data = numbered(size)
-    part = [Part(w, count, count * local) if count > 1 else WHOLE for w in range(count)]
-    batches = [list(eval_batches(data, data.train, 12, p)) for p in part]
+    feeds = [Feed(data, 12, workers=Worker(w, count, local)) for w in range(count)]
+    batches = [list(feed.evaluation(data.train)) for feed in feeds]
     seen = sorted(int(i) for worker in batches for x, _ in worker for i in x)
     assert seen == list(range(size))
     # No worker, and none of its devices, comes away empty-handed in a step that others make.
     assert len({len(worker) for worker in batches}) == 1
     assert len(batches[0]) % local == 0
     for w, worker in enumerate(batches):
-        assert int(eval_batches(data, data.train, 12, part[w]).cardinality()) == len(worker)
+        assert int(feeds[w].evaluation(data.train).cardinality()) == len(worker)
 
 
 # -------------------------------------------------------------------------------- the launcher

@@ -77,7 +77,7 @@ def test_a_folder_for_the_embedded_digits_is_a_mistake(tmp_path):
 
 
 def test_evaluation_sees_each_example_once_scaled(mnist):
-    batches = data.eval_batches(mnist, mnist.validation, 64)
+    batches = data.Feed(mnist, 64).evaluation(mnist.validation)
     assert int(batches.cardinality()) == 8
     images = np.concatenate([x for x, _ in as_arrays(batches)])
     assert images.shape == (500, 32, 32, 3)
@@ -91,19 +91,19 @@ def test_evaluation_sees_each_example_once_scaled(mnist):
 
 
 def test_stream_resumes_at_any_step(mnist):
-    whole = as_arrays(data.train_stream(mnist, 64, seed=3).take(70))
+    whole = as_arrays(data.Feed(mnist, 64, 3).training().take(70))
     # 62 steps an epoch: within the first, at the boundary, within the second.
     for start in (5, 62, 66):
-        rest = data.train_stream(mnist, 64, seed=3, start_step=start).take(70 - start)
+        rest = data.Feed(mnist, 64, 3).training(start).take(70 - start)
         assert same(as_arrays(rest), whole[start:])
 
 
 def test_stream_differs_by_epoch_and_seed_but_not_by_the_global_seed(mnist):
-    first = as_arrays(data.train_stream(mnist, 64, seed=0).take(1))
+    first = as_arrays(data.Feed(mnist, 64, 0).training().take(1))
     tf.random.set_seed(99)
-    assert same(as_arrays(data.train_stream(mnist, 64, seed=0).take(1)), first)
-    assert not same(as_arrays(data.train_stream(mnist, 64, seed=1).take(1)), first)
-    second_epoch = data.train_stream(mnist, 64, seed=0, start_step=62).take(1)
+    assert same(as_arrays(data.Feed(mnist, 64, 0).training().take(1)), first)
+    assert not same(as_arrays(data.Feed(mnist, 64, 1).training().take(1)), first)
+    second_epoch = data.Feed(mnist, 64, 0).training(62).take(1)
     assert not same(as_arrays(second_epoch), first)
 
 
@@ -112,7 +112,7 @@ def test_an_epoch_has_each_example_at_most_once():
     plain = data.Data(
         numbers, numbers, numbers, lambda x, seed: (x, seed), lambda x: (x, x), 1, "numbers"
     )
-    batches = as_arrays(data.train_stream(plain, 30, seed=0).take(6))
+    batches = as_arrays(data.Feed(plain, 30, 0).training().take(6))
     for epoch in (batches[:3], batches[3:]):
         seen = np.concatenate([x for x, _ in epoch])
         assert len(set(seen)) == 90
@@ -126,10 +126,10 @@ def test_an_epoch_has_each_example_at_most_once():
 
 
 def test_steps_per_epoch(mnist):
-    assert data.steps_per_epoch(mnist.train, 64) == 62
-    assert data.steps_per_epoch(mnist.train, 64, limit=5) == 5
+    assert data.Feed(mnist, 64).steps == 62
+    assert data.Feed(mnist, 64, limit=5).steps == 5
     with pytest.raises(DataError, match="batch-size=5000"):
-        data.steps_per_epoch(mnist.train, 5000)
+        data.Feed(mnist, 5000).training()
 
 
 def test_global_batch_is_split_over_replicas(mnist):
@@ -137,7 +137,7 @@ def test_global_batch_is_split_over_replicas(mnist):
     if len(devices) < 2:
         pytest.skip("needs two logical devices")
     strategy = tf.distribute.MirroredStrategy(devices)
-    batches = data.train_stream(mnist, 64, seed=0)
+    batches = data.Feed(mnist, 64, 0).training()
     whole = next(iter(batches))[1].numpy()
     parts = next(iter(strategy.experimental_distribute_dataset(batches)))[1].values
     assert [part.shape[0] for part in parts] == [32, 32]
@@ -216,7 +216,7 @@ def test_shift_moves_by_an_eighth_at_most():
 
 def test_digits_are_not_mirrored_by_default(mnist):
     seen = data.load(image_size=32, augment="none")
-    batch, _ = next(iter(data.train_stream(seen, 256, seed=0)))
+    batch, _ = next(iter(data.Feed(seen, 256, 0).training()))
     originals = {x.tobytes() for x, _ in as_arrays(seen.train.dataset.map(seen.preprocess_eval))}
     assert all(image.numpy().tobytes() in originals for image in batch)
 
@@ -269,8 +269,8 @@ def test_cifar10_subset():
     cifar = data.load("cifar10", data_dir=str(CIFAR_DIR), image_size=32)
     assert (cifar.train.size, cifar.validation.size, cifar.test.size) == (4500, 500, 1000)
     assert cifar.class_names[:2] == ("airplane", "automobile") and cifar.num_outputs == 10
-    whole = as_arrays(data.train_stream(cifar, 100, seed=0).take(3))
-    assert same(as_arrays(data.train_stream(cifar, 100, 0, start_step=2).take(1)), whole[2:])
+    whole = as_arrays(data.Feed(cifar, 100, 0).training().take(3))
+    assert same(as_arrays(data.Feed(cifar, 100, 0).training(2).take(1)), whole[2:])
     held_out = {
         x.tobytes() for x, _ in as_arrays(cifar.validation.dataset.map(cifar.preprocess_eval))
     }
@@ -285,10 +285,10 @@ def test_imagenet_as_mocked(tmp_path):
         imagenet = data.load("imagenet2012", data_dir=str(tmp_path), image_size=64)
         assert imagenet.num_outputs == 1000
         assert imagenet.shuffle_buffer < 10_000  # photographs: memory
-        stream = data.train_stream(imagenet, 4, seed=0)
+        stream = data.Feed(imagenet, 4, 0).training()
         whole = as_arrays(stream.take(5))
-        resumed = as_arrays(data.train_stream(imagenet, 4, seed=0, start_step=4).take(1))
-        evaluated = as_arrays(data.eval_batches(imagenet, imagenet.validation, 8))
+        resumed = as_arrays(data.Feed(imagenet, 4, 0).training(4).take(1))
+        evaluated = as_arrays(data.Feed(imagenet, 8).evaluation(imagenet.validation))
     assert whole[0][0].shape == (4, 64, 64, 3)
     assert same(resumed, whole[4:])
     assert [x.shape[0] for x, _ in evaluated] == [8, 4]
@@ -323,7 +323,7 @@ def test_truncated_image_is_skipped_and_reported(folder, capsys):
     assert "1 bad entry" in printed
     assert loaded.train.size + loaded.validation.size + loaded.test.size == 23
     assert loaded.num_outputs == 2
-    images = [x for x, _ in as_arrays(data.train_stream(loaded, 4, seed=0).take(6))]
+    images = [x for x, _ in as_arrays(data.Feed(loaded, 4, 0).training().take(6))]
     assert all(np.isfinite(image).all() for image in images)
 
 
@@ -481,7 +481,7 @@ def test_class_folders_alone_are_split_in_three(tmp_path, capsys):
     warnings = capsys.readouterr().err
     assert f"{tmp_path}: 1 .webp left out" in warnings
     assert f"{tmp_path}: test, train read as classes, since they hold no folders" in warnings
-    assert [x.shape for x, _ in as_arrays(data.eval_batches(loaded, loaded.test, 8))] == [
+    assert [x.shape for x, _ in as_arrays(data.Feed(loaded, 8).evaluation(loaded.test))] == [
         (3, 32, 32, 3)
     ]
 
@@ -518,8 +518,8 @@ def test_images_are_turned_as_exif_says(orientation, ending, tmp_path):
             "image_folder", str(tmp_path), image_size=16, augment=augment, flip=False
         )
         for stream in (
-            data.train_stream(loaded, 4, seed=0).take(1),
-            data.eval_batches(loaded, loaded.test, 2),
+            data.Feed(loaded, 4, 0).training().take(1),
+            data.Feed(loaded, 2).evaluation(loaded.test),
         ):
             seen = as_arrays(stream)[0][0]
             if augment == "none":

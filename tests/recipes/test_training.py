@@ -97,11 +97,11 @@ def test_best_model_loads_by_itself_and_scores_the_same(finished):
     assert type(model).__module__.startswith("keras.")
     options = RECIPE.options()
     data = RECIPE.load_data(options)
-    from recipes.data import eval_batches
+    from recipes.data import Feed
 
     right = [
         np.argmax(model.predict_on_batch(x), axis=-1) == y.numpy()
-        for x, y in eval_batches(data, data.validation, 50)
+        for x, y in Feed(data, 50).evaluation(data.validation)
     ]
     assert lines[-2] == f"Best accuracy: {100 * np.mean(right):.2f}%"
 
