@@ -86,8 +86,6 @@ FILES = {
     "backup of a word": lambda: backup(paths=[], seconds=0.0, step="three"),
     "backup of a list": lambda: backup(paths=3, seconds=0.0, step=1),
     "empty backup": lambda: backup(paths=[], seconds=0.0, step=1),
-    "samples of a list": lambda: arrays(rest=np.array("[]")),
-    "samples of nothing": lambda: arrays(rest=np.array('{"layers": ["a"], "kernels": {}}')),
     "checkpoint of 0.1": lambda: (DATA / "checkpoint_0_1.data-00000-of-00001").read_bytes(),
     "keras file of 0.1": lambda: (DATA / "model_0_1.keras").read_bytes(),
     "samples of no step": lambda: monitored("first", VARIABLE),
