@@ -79,13 +79,12 @@ class Calibration:
             number of kernels.
         anneal: as `clipper="auto"` sets it for this optimizer.
         thresholds: for each clipper ("norm", "absolute", "exponential", "adaptive", "update_ratio",
-            "rms") and layer the percentile; None for a layer whose gradient is zero or missing.
-            `clip_map` does not clip such a layer, but "update_ratio" limits it by the smallest
-            ratio. "adaptive" covers the layer's kernels only: vectors start at zero, so their
-            ratio means nothing, and the map does not clip them. "update_ratio" also covers
-            kernels, at the measured learning rate, or the largest so far with `anneal` (for an
-            optimizer that ignores the gradient's scale: for steps of η per element). Its map
-            keeps within half of `max_ratio` to all of it, and limits biases with their units.
+            "rms") and layer the percentile; None where the gradient is zero or missing, or the
+            clipper does not apply. "adaptive" and "update_ratio" are measured on kernels only,
+            because vectors start at zero; "update_ratio" at the learning rate of the update (with
+            `anneal`, at the largest so far), for steps of η per element if the optimizer ignores
+            the gradient's scale. `clip_map` keeps "update_ratio" between half of `max_ratio` and
+            `max_ratio`, also without a gradient, and limits biases with their units.
         global_norm: the suggested `NormClip(..., scope="global")`; None if all is zero.
         updates: the number of updates measured.
 
@@ -113,21 +112,15 @@ class Calibration:
             value = float(np.percentile(values, percentile))
             return value if value > 0 else None
 
-        derived: dict[str, object] = {
-            "percentile": percentile,
-            "thresholds": {
-                kind: {
-                    layer: suggestion(self.samples[kind][:, i])
-                    for i, layer in enumerate(self.layers)
-                }
-                for kind in kinds()
-                if kind in self.samples
-            },
-            "global_norm": suggestion(self.samples["global"]),
-            "updates": len(self.samples["global"]),
+        thresholds = {
+            kind: dict(zip(self.layers, map(suggestion, self.samples[kind].T), strict=True))
+            for kind in kinds()
+            if kind in self.samples
         }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "percentile", percentile)
+        object.__setattr__(self, "thresholds", thresholds)
+        object.__setattr__(self, "global_norm", suggestion(self.samples["global"]))
+        object.__setattr__(self, "updates", len(self.samples["global"]))
 
     def at(self, percentile: float) -> Calibration:
         """The same samples at a different percentile."""
@@ -138,9 +131,8 @@ class Calibration:
 
         It is `thresholds[kind][layer]`, except for "update_ratio", whose figures are capped.
         """
-        alike = [name for name in self.layers if self._path(name) == self._path(layer)]
-        levels = self._levels(kind, alike, 1)
-        return levels[0] if levels else None
+        limit = float(self.limits(kind)[0, self.layers.index(layer)])
+        return None if math.isnan(limit) else limit
 
     def clipper(self, kind: str, *layers: str, segments: int = 1) -> Clipper | None:
         """The clipper with the largest threshold of some layers; None if there is nothing to clip.
@@ -150,27 +142,26 @@ class Calibration:
             *layers: names of layers.
             segments: as in `clip_map`.
         """
-        validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
-        levels = self._levels(kind, layers, segments)
-        if levels is None:
+        columns = [self.layers.index(layer) for layer in layers]
+        limits = np.fmax.reduce(self.limits(kind, segments)[:, columns], axis=1)
+        return self._clipper(kind, limits, segments)
+
+    def _clipper(self, kind: str, limits: np.ndarray, segments: int) -> Clipper | None:
+        """The clipper with a column of `limits`; None if that is NaN."""
+        if np.isnan(limits).any():
             return None
-        threshold: Threshold = levels[0]
+        threshold: Threshold = float(limits[0])
         if segments > 1:
-            parts = np.array_split(np.arange(self.updates), segments)
+            starts = [int(part[0]) for part in np.array_split(np.arange(self.updates), segments)]
             threshold = keras.optimizers.schedules.PiecewiseConstantDecay(
                 # The schedule keeps a value up to and including its boundary.
-                [int(part[-1]) for part in parts[:-1]],
-                [float(f"{level:.6g}") for level in levels],
+                [start - 1 for start in starts[1:]],
+                [float(f"{limits[start]:.6g}") for start in starts],
             )
         cls = selectable()[kind]
         needs = {p.name for p in parameters(cls)} & {*_measure(kind).needs}
         same = {name: getattr(self, name) for name in needs}
         return cls(**{threshold_of(cls) or "": threshold, **same})
-
-    def _path(self, layer: str) -> str:
-        """The path of a layer: its name without the `#2` of a second layer with that path."""
-        path = re.sub(r"#\d+$", "", layer)
-        return path if path in self.layers else layer
 
     def clip_map(self, kind: str = "update_ratio", segments: int = 1) -> ClipMap:
         """A `ClipMap` with a rule for each layer.
@@ -191,18 +182,29 @@ class Calibration:
             ValueError: an unknown kind, one without a threshold for any layer, or fewer than 10
                 updates per segment.
         """
-        number = self._checked(kind, segments)
-        measure = selectable()[kind].measures
-        together: dict[str, list[str]] = {}
-        for layer in self.kernels if _counts_units(measure) else self.layers:
-            together.setdefault(self._path(layer), []).append(layer)
-        rules = []
-        for path, layers in together.items():
+        limits = self.limits(kind, segments)
+        if np.isnan(limits).all():
+            others = [other for other, of in self.thresholds.items() if any(of.values())]
+            raise ValueError(
+                f"Calibration: `kind` {kind!r} has no threshold for any layer: their gradients are "
+                f"zero, or no layer has a kernel. Others: {', '.join(others) or 'none'}."
+            )
+        measure, paths = selectable()[kind].measures, self._paths()
+        rules = {}
+        for i, path in enumerate(paths):
+            kernels = [
+                n
+                for p, name in zip(paths, self.layers, strict=True)
+                if p == path
+                for n in self.kernels.get(name, ())
+            ]
+            if _counts_units(measure) and not kernels:
+                continue
             pattern = re.escape(path) + "(/[^/]+)?"
             if measure == "unit_ratio":  # "sign_step" skips vectors by itself
-                names = dict.fromkeys(name for layer in layers for name in self.kernels[layer])
-                pattern = f"{re.escape(path)}/({'|'.join(re.escape(n) for n in names)})"
-            rules.append((pattern, self.clipper(kind, *layers, segments=number)))
+                names = "|".join(map(re.escape, dict.fromkeys(kernels)))
+                pattern = f"{re.escape(path)}/({names})"
+            rules[pattern] = self._clipper(kind, limits[:, i], segments)
         return ClipMap(rules)
 
     def limits(self, kind: str = "update_ratio", segments: int = 1) -> np.ndarray:
@@ -217,78 +219,65 @@ class Calibration:
             the `samples[kind]` above it.
 
         Raises:
-            ValueError: as `clip_map`.
+            ValueError: an unknown kind, or fewer than 10 updates per segment.
         """
-        number = self._checked(kind, segments)
-        lengths = [len(part) for part in np.array_split(np.arange(self.updates), number)]
-        levels = [
-            self._levels(kind, [layer], number) or [math.nan] * number for layer in self.layers
-        ]
-        return np.repeat(np.array(levels, "float64"), lengths, axis=1).T
-
-    def _checked(self, kind: str, segments: int) -> int:
-        """The number of segments, after a check of the kind and of it."""
         validation.choice("Calibration", "kind", kind, tuple(self.thresholds))
-        if all(self._levels(kind, [layer], 1) is None for layer in self.layers):
-            others = [other for other, of in self.thresholds.items() if any(of.values())]
-            raise ValueError(
-                f"Calibration: `kind` {kind!r} has no threshold for any layer: their gradients are "
-                f"zero, or no layer has a kernel. Others: {', '.join(others) or 'none'}."
-            )
-        number = validation.steps("Calibration", "segments", segments) or 1
+        number = validation.count("Calibration", "segments", segments)
         if number > 1 and self.updates < 10 * number:
             raise ValueError(
                 f"Calibration: `segments` must leave 10 updates or more to each, but is {number} "
                 f"for {self.updates} updates. Watch more updates, or pass fewer segments."
             )
-        return number
-
-    def _levels(self, kind: str, layers: Sequence[str], segments: int) -> list[float] | None:
-        """The largest threshold of some layers in each segment; None if none has one."""
-        known = [t for layer in layers if (t := self.thresholds[kind][layer]) is not None]
-        at_most = _measure(kind).at_most
-        most = getattr(self, at_most) if at_most else math.inf
-        # After divergence gradients are near 0, and the threshold must not be.
-        least = LEAST_SHARE * most if at_most else 0.0
-        if not known:
-            has_kernels = any(layer in self.kernels for layer in layers)
-            return [least] * segments if least and has_kernels else None
-        if segments == 1:
-            return [min(max([*known, least]), most)]
-        values = self.samples[kind][:, [self.layers.index(layer) for layer in layers]]
-        parts = np.array_split(values, segments)
-        levels = [float(np.nanpercentile(part, self.percentile, axis=0).max()) for part in parts]
+        whole = np.array([*self.thresholds[kind].values()], "float64")  # NaN for None
+        parts = np.array_split(self.samples[kind], number)
+        levels = np.array([np.percentile(part, self.percentile, axis=0) for part in parts])
         # A segment without gradients takes the threshold of the whole run.
-        return [min(max(level if level > 0 else max(known), least), most) for level in levels]
+        levels = np.where((levels > 0) & (whole > 0), levels, whole)
+        if at_most := _measure(kind).at_most:
+            # After divergence gradients are near 0, and the threshold must not be.
+            most = getattr(self, at_most)
+            least = LEAST_SHARE * most
+            has_kernel = np.array([layer in self.kernels for layer in self.layers])
+            levels = np.where(has_kernel & np.isnan(levels), least, np.clip(levels, least, most))
+        paths = np.array(self._paths())
+        alike = np.where(paths[:, None] == paths, levels[:, None], np.nan)
+        return np.repeat(np.fmax.reduce(alike, axis=2), [len(part) for part in parts], axis=0)
+
+    def _paths(self) -> list[str]:
+        """The path of each layer: its name without the `#2` of a second layer with that path."""
+        short = [re.sub(r"#\d+$", "", layer) for layer in self.layers]
+        return [s if s in self.layers else name for s, name in zip(short, self.layers, strict=True)]
 
     def table(self) -> str:
         """A text table: one line per layer with each clipper's threshold, as `save` writes it."""
-        rows = [["layer", *self.thresholds]]
-        for layer in self.layers:
-            rows.append([layer])
-            for kind, of_layer in self.thresholds.items():
-                saved = self.saved_threshold(kind, layer)
-                is_capped = bool(_measure(kind).at_most) and saved != of_layer[layer]
-                rows[-1].append("–" if saved is None else f"{saved:.3g}" + "*" * is_capped)
-        first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        line = "  ".join([f"{{:{first}}}", *(f"{{:>{width}}}" for width in widths)])
-        head, *lines = [line.format(*row) for row in rows]
+        columns = [["layer", *self.layers]]
+        for kind, of_layer in self.thresholds.items():
+            columns.append([kind])
+            for saved, measured in zip(self.limits(kind)[0], of_layer.values(), strict=True):
+                is_capped = bool(_measure(kind).at_most) and saved != measured
+                columns[-1].append("–" if np.isnan(saved) else f"{saved:.3g}" + "*" * is_capped)
+        widths = [max(map(len, column)) for column in columns]
+        head, *lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in zip(*columns, strict=True)
+        ]
         total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
         left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
         lines.append(
             f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
             f"{left_out}; exponential: gamma at beta={self.beta:g}"
         )
-        if any("–" in row for row in rows):
+        cells = [cell for column in columns[1:] for cell in column]
+        if "–" in cells:
             lines.append(
                 "–: no threshold, the layer is left alone: its gradient is zero or missing, or it "
-                "has no kernel, which adaptive and update_ratio are about"
+                "has no kernel, which adaptive and update_ratio need"
             )
-        if any(cell.endswith("*") for row in rows for cell in row):
+        if any(cell.endswith("*") for cell in cells):
             lines.append(
                 f"*: capped, to {LEAST_SHARE * self.max_ratio:g} to {self.max_ratio:g}. A larger "
-                "one was measured where the learning rate is too high, a smaller one, or none, "
-                "where the run had no gradients left"
+                "ratio means too high a learning rate; a smaller one, or none, that the run had "
+                "no gradients left"
             )
         return "\n".join([head, "-" * len(head), *lines])
 
@@ -306,8 +295,8 @@ class Calibration:
             kind: which clipper, as in `clip_map`.
             segments: as in `clip_map`.
         """
-        names = [field.name for field in dataclasses.fields(self) if field.name != "samples"]
-        figures = {name: getattr(self, name) for name in names}
+        figures = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del figures["samples"]
         content = {
             "clipper": serialize(self.clip_map(kind, segments)),
             "calibration": {"kind": kind, "segments": segments, **figures},
@@ -331,16 +320,15 @@ def calibrate(
     """Suggests a threshold for each layer and each clipper, from the model's own gradients.
 
     Measures `steps` updates of `fit` and takes, for each layer, a percentile of what each clipper
-    limits: the 90th clips about one update in ten as long as the gradients do not drift. Compile
-    without the clip that you want to replace, because it changes the norms. In most networks
-    norms drift: measure as many updates as the run will have, or use `clip_map(segments=8)`.
+    limits: the 90th clips about one update in ten as long as the gradients do not drift. In most
+    networks they do: measure as many updates as the run will have, or use
+    `clip_map(segments=8)`. Compile without the clip that you want to replace: it changes the norms.
 
     Afterwards the model, optimizers, metrics and all that `keras.utils.set_random_seed` sets are
-    restored bit for bit. Not restored are the position and generators of the data, and your own
-    lists and arrays that training writes into. Two more differences: stateful TensorFlow
-    operations in a layer (`tf.random.normal`) restart their random sequence, because the step is
-    traced again; and on JAX a model that was never fitted shuffles differently, because Keras
-    draws one more permutation when it builds the metrics.
+    restored bit for bit. Not restored are the position and generators of the data, your own lists
+    and arrays that training writes into, the random sequence of stateful TensorFlow operations in
+    a layer (`tf.random.normal`), because the step is traced again, and on JAX the shuffling of a
+    model that was never fitted, because Keras draws once more when it builds the metrics.
 
     ```python
     found = kgc.calibrate(model, dataset, steps=200)
@@ -417,15 +405,14 @@ def calibrate(
         )
         watch.fetch()
         skipped = [sampler.updates - sampler.samples for sampler in samplers]
-    labels = labels_of(optimizers)
-    found = Calibrations()
-    for label, sampler, samples, left_out in zip(
-        labels, samplers, watch.samples, skipped, strict=True
-    ):
-        found[label] = _suggest(
-            sampler, samples[:count], left_out, percentile=percentile, beta=beta, eps=eps
-        )
-    return found if len(found) > 1 else found[""]
+    settings = {"percentile": percentile, "beta": beta, "eps": eps}
+    found = [
+        _suggest(sampler, samples[:count], left_out, settings)
+        for sampler, samples, left_out in zip(samplers, watch.samples, skipped, strict=True)
+    ]
+    if len(found) == 1:
+        return found[0]
+    return Calibrations(zip(labels_of(optimizers), found, strict=True))
 
 
 class Calibrations(dict[str, Calibration]):
@@ -479,9 +466,9 @@ def _figures(beta: float, eps: float) -> dict[str, Figure]:
 
 
 def _suggest(
-    sampler: Sampler, samples: Sequence[Sample], skipped: int, **settings: float
+    sampler: Sampler, samples: Sequence[Sample], skipped: int, settings: Mapping[str, float]
 ) -> Calibration:
-    """A `Calibration`: percentiles of the sampler's figures over the updates, by layer."""
+    """The `Calibration` of one optimizer's samples."""
     variables, inner = sampler.variables, sampler.optimizer.inner_optimizer
     kept = [s for s in samples if np.isfinite([*s.figures.values()]).all()]
     if not kept:
