@@ -254,8 +254,8 @@ class Calibration:
         for kind, of_layer in self.thresholds.items():
             columns.append([kind])
             for saved, measured in zip(self.limits(kind)[0], of_layer.values(), strict=True):
-                is_capped = bool(_measure(kind).at_most) and saved != measured
-                columns[-1].append("–" if np.isnan(saved) else f"{saved:.3g}" + "*" * is_capped)
+                star = "*" if _measure(kind).at_most and saved != measured else ""
+                columns[-1].append("–" if np.isnan(saved) else f"{saved:.3g}{star}")
         widths = [max(map(len, column)) for column in columns]
         head, *lines = [
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])

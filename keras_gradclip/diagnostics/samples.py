@@ -23,7 +23,8 @@ FIELDS = ("norm_before", "norm_after", "clip_fraction", "max_abs", "angle", "non
 UPDATES = "weight updates"
 #: The measure of clippers of a layer's norm; see `MEASURES`.
 NORM = "layer_norm"
-#: The keys of each entry of "variables" in `monitor.json` and their types.
+#: The keys of `monitor.json` and of each of its variables, and their types.
+_DESCRIPTION = {"clipper": object, "clipper_text": str, "variables": list}
 _VARIABLE = {"path": str, "layer": str, "shape": list, "rule": str, "clipper": str}
 
 Thresholds = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -115,6 +116,8 @@ def _rows_before(path: Path, starts: Mapping[str, int]) -> list[dict[str, str]]:
 def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     """The readable rows of `monitor.csv` or `thresholds.csv`.
 
+    Lines are parsed one by one, so that a damaged one does not spoil the next.
+
     Returns:
         The rows, dicts of strings, and a line of text for each line that cannot be read.
     """
@@ -165,7 +168,7 @@ class Run:
         partial: bool array `[layers]`, the clip acts on single elements or units of the layer.
         measured: bool array `[samples, layers]`, the sample has rows of the layer.
         thresholds: name to (steps, values).
-        description: what `monitor.json` holds.
+        description: the content of `monitor.json`.
         problems: a line of text for each part of the files that could not be used.
     """
 
@@ -220,20 +223,34 @@ def read_run(run_dir: str | os.PathLike) -> Run:
                 "ClipMonitor(run_dir) first."
             )
     description = _description(folder / MONITOR_JSON)
-    names = [v["path"] for v in description["variables"]]
-    problems: list[str] = []
-    steps, values = _samples(folder / MONITOR_CSV, names, problems)
+    rows, problems = read_rows(folder / MONITOR_CSV)
+    known = {v["path"] for v in description["variables"]}
+    unknown = [row["variable"] for row in rows if row["variable"] not in known]
+    if unknown:
+        several = list(dict.fromkeys(unknown))
+        problems.append(
+            f"{len(unknown)} lines of {MONITOR_CSV} name variables that {MONITOR_JSON} does not "
+            f"list, as after freezing a layer: {', '.join(several[:3])}"
+            + (" …" if len(several) > 3 else "")
+        )
+    rows = [row for row in rows if row["variable"] in known]
+    if not rows:
+        reason = f" Left out: {'; '.join(problems[:3])}." if problems else ""
+        raise ValueError(
+            f"report: {folder / MONITOR_CSV} holds no samples: no update was measured.{reason} "
+            "Train on, or lower `every`."
+        )
     pairs: dict[str, list[tuple[int, float]]] = {}
     if (folder / THRESHOLDS_CSV).is_file():
-        rows, damaged = read_rows(folder / THRESHOLDS_CSV)
+        of_thresholds, damaged = read_rows(folder / THRESHOLDS_CSV)
         problems += damaged
-        for row in rows:
+        for row in of_thresholds:
             pairs.setdefault(row["name"], []).append((step_of(row["step"]), float(row["value"])))
     thresholds = {
         name: (np.array([step for step, _ in of]), np.array([value for _, value in of]))
         for name, of in pairs.items()
     }
-    return _by_layer(steps, values, description, thresholds, tuple(problems))
+    return _by_layer(rows, description, thresholds, tuple(problems))
 
 
 def _description(path: Path) -> Config:
@@ -243,18 +260,13 @@ def _description(path: Path) -> Config:
     except ValueError as error:
         raise ValueError(f"report: {error}. {remedy}") from None
 
-    def is_variable(entry: object) -> bool:
+    def has(entry: object, kinds: Mapping[str, type]) -> bool:
         return isinstance(entry, dict) and all(
-            isinstance(entry.get(key), kind) for key, kind in _VARIABLE.items()
+            key in entry and isinstance(entry[key], kind) for key, kind in kinds.items()
         )
 
-    is_whole = (
-        isinstance(content, dict)
-        and "clipper" in content
-        and isinstance(content.get("clipper_text"), str)
-        and isinstance(content.get("variables"), list)
-    )
-    if not is_whole or not content["variables"] or not all(map(is_variable, content["variables"])):
+    is_whole = has(content, _DESCRIPTION) and bool(content["variables"])
+    if not is_whole or not all(has(entry, _VARIABLE) for entry in content["variables"]):
         raise ValueError(
             f"report: {path} lacks `clipper`, `clipper_text` or `variables` with "
             f"{', '.join(_VARIABLE)}. {remedy}"
@@ -262,61 +274,33 @@ def _description(path: Path) -> Config:
     return content
 
 
-def _samples(
-    path: Path, names: Sequence[str], problems: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Steps `[samples]` and values `[samples, fields + 1, variables]`.
-
-    The last value is 1 if the sample has a row of the variable; if not, all are NaN. A sample is a
-    sequence of rows with one step and no repeated variable, because a step may occur twice.
-    """
-    index = {name: i for i, name in enumerate(names)}
-    steps: list[int] = []
-    samples: list[np.ndarray] = []
-    unknown: list[str] = []
-    sampled: set[str] = set()
-    rows, damaged = read_rows(path)
-    problems += damaged
-    for row in rows:
-        step, name = step_of(row["step"]), row["variable"]
-        if name not in index:
-            unknown.append(name)
-            continue
-        if not steps or step != steps[-1] or name in sampled:
-            steps.append(step)
-            samples.append(np.full((len(FIELDS) + 1, len(names)), np.nan))
-            sampled = set()
-        sampled.add(name)
-        samples[-1][:, index[name]] = [*(float(row[field]) for field in FIELDS), 1.0]
-    if unknown:
-        several = list(dict.fromkeys(unknown))
-        problems.append(
-            f"{len(unknown)} lines of {path.name} name variables that {MONITOR_JSON} does not "
-            f"list, as after freezing a layer: {', '.join(several[:3])}"
-            + (" …" if len(several) > 3 else "")
-        )
-    if not samples:
-        reason = f" Left out: {'; '.join(problems[:3])}." if problems else ""
-        raise ValueError(
-            f"report: {path} holds no samples: no update was measured.{reason} Train on, or lower "
-            "`every`."
-        )
-    return np.array(steps), np.stack(samples)
-
-
 def _by_layer(
-    steps: np.ndarray,
-    values: np.ndarray,
+    rows: Sequence[Mapping[str, str]],
     description: Config,
     thresholds: Thresholds,
     problems: tuple[str, ...],
 ) -> Run:
+    """The run of the rows of `monitor.csv`, combined over the variables of each layer.
+
+    A sample is a sequence of rows with one step and no repeated variable: a step may occur twice.
+    """
     variables = description["variables"]
+    index = {v["path"]: i for i, v in enumerate(variables)}
+    steps: list[int] = []
+    samples: list[np.ndarray] = []
+    for row in rows:
+        step, i = step_of(row["step"]), index[row["variable"]]
+        if not steps or step != steps[-1] or not np.isnan(samples[-1][-1, i]):
+            steps.append(step)
+            samples.append(np.full((len(FIELDS), len(index)), np.nan))
+        samples[-1][:, i] = [float(row[field]) for field in FIELDS]
+    values = dict(zip(FIELDS, np.stack(samples, axis=1), strict=True))
+
     owners = np.array([v["layer"] for v in variables])
     sizes = np.array([max(math.prod(v["shape"]), 1) for v in variables], "float64")
     layers = list(dict.fromkeys(owners.tolist()))
-    has_row = np.isfinite(values[:, -1])
-    of_variable = {name: np.where(has_row, values[:, i], 0.0) for i, name in enumerate(FIELDS)}
+    has_row = is_measured(values)
+    of_variable = {name: np.where(has_row, array, 0.0) for name, array in values.items()}
     fraction = of_variable["clip_fraction"]
 
     def by_layer(combine: np.ufunc, array: np.ndarray) -> np.ndarray:
@@ -330,7 +314,7 @@ def _by_layer(
     elements = by_layer(np.add, has_row * sizes)
     figures["clip_fraction"] = by_layer(np.add, fraction * sizes) / np.maximum(elements, 1.0)
     return Run(
-        steps,
+        np.array(steps),
         layers,
         {name: np.where(measured, figure, np.nan) for name, figure in figures.items()},
         by_layer(np.logical_or, fraction > 0),
