@@ -76,29 +76,26 @@ class VariableUpdate:
 
     def unit_ratio(self, eps: float) -> Tensor:
         """The largest ratio of a unit's gradient norm to its weight norm (at least ε)."""
-        unit = ops.sqrt(arithmetic.unit_squares(self._before, self._axes))
+        unit = ops.sqrt(arithmetic.unit_squares(self._before, unit_of(self._variable).axes))
         return arithmetic.max_abs(unit / self._unit_norms(eps))
 
     def sign_step(self, eps: float) -> Tensor:
         """The largest `unit_ratio` for a step of 1 per element."""
-        size = math.prod(int(self._variable.shape[axis]) for axis in self._axes)
+        size = math.prod(int(self._variable.shape[axis]) for axis in unit_of(self._variable).axes)
         return arithmetic.max_abs(math.sqrt(size) / self._unit_norms(eps))
 
     def _unit_norms(self, eps: float) -> Tensor:
+        axes = unit_of(self._variable).axes
         whole = self._weight
-        if 0 in self._axes:  # units also span rows that a sparse gradient lacks
+        if 0 in axes:  # units also span rows that a sparse gradient lacks
             whole = arithmetic.float32(ops.convert_to_tensor(self._variable))
-        return ops.maximum(ops.sqrt(arithmetic.unit_squares(whole, self._axes)), eps)
+        return ops.maximum(ops.sqrt(arithmetic.unit_squares(whole, axes)), eps)
 
     @functools.cached_property
     def _weight(self) -> Tensor:
         """The weights for which the gradient has values."""
         weight = arithmetic.read(self._variable)
         return arithmetic.float32(arithmetic.matching_rows(weight, self._gradient))
-
-    @functools.cached_property
-    def _axes(self) -> tuple[int, ...]:
-        return unit_of(self._variable).axes
 
 
 #: Computes a figure of one variable.
@@ -150,6 +147,7 @@ class Sampler:
         self._capacity, self.every = capacity, every
         self.state: list[keras.Variable] = []
         self.start = 0  # the number of earlier updates
+        self._is_warned = False
         if optimizer.built:
             self._build()
             self.start = int(aggregation.to_numpy(optimizer.iterations))
@@ -157,23 +155,22 @@ class Sampler:
     def _build(self) -> None:
         self.variables = _compat.trainable_variables(self.optimizer)
         self._thresholds = list(self.optimizer.clip_hyperparameters)
-        count = len(self.variables)
+        count, slots = len(self.variables), self._capacity
         with strategy_scope(self.optimizer):
             # Updates so far, skipped ones included; for each variable those of the skipped ones
             # in which its gradient was not finite.
             self._counts = aggregation.counter((1 + count,), "sampler_counts")
             self._has_sample = aggregation.zeros((), "has_sample")  # any since the last `force`
-            self._buffer = RingBuffer(
-                self._owner,
-                self._capacity,
-                step=aggregation.counter((self._capacity,), "steps"),
-                counts=aggregation.counter((self._capacity, 1 + count), "counts"),
-                figures=aggregation.zeros((self._capacity, len(self.figures), count), "figures"),
+            self._written = aggregation.counter((), "written")  # samples so far
+            self._buffer = {
+                "step": aggregation.counter((slots,), "steps"),
+                "counts": aggregation.counter((slots, 1 + count), "counts"),
+                "figures": aggregation.zeros((slots, len(self.figures), count), "figures"),
                 # The learning rate and the thresholds.
-                scalars=aggregation.zeros((self._capacity, 1 + len(self._thresholds)), "scalars"),
-            )
-        self._fetched_counts = np.zeros(1 + count, "int64")
-        self.state = [*self._buffer.state, self._has_sample, self._counts]
+                "scalars": aggregation.zeros((slots, 1 + len(self._thresholds)), "scalars"),
+            }
+        self._fetched, self._fetched_counts = 0, np.zeros(1 + count, "int64")
+        self.state = [self._written, *self._buffer.values(), self._has_sample, self._counts]
 
     def _build_where_traced(self) -> None:
         if not self.state:
@@ -216,19 +213,27 @@ class Sampler:
     def _sample(self, update: ClippedUpdate) -> None:
         fractions = update.stats.fractions() if update.stats else [None] * len(self.variables)
         parts = zip(self.variables, update.gradients, update.clipped, fractions, strict=True)
-        figures = ops.stack([self._column(*part) for part in parts], axis=1)
         inner = self.optimizer.inner_optimizer
         rate = getattr(inner, "learning_rate", None)
         scalars = [
             arithmetic.float32(0.0 if rate is None else arithmetic.read(rate)),
             *(update.hyper[name] for name in self._thresholds),
         ]
-        self._buffer.write(
-            step=arithmetic.read(inner.iterations),
-            counts=arithmetic.read(self._counts),
-            figures=figures,
-            scalars=ops.stack(scalars),
+        record = {
+            "step": arithmetic.read(inner.iterations),
+            "counts": arithmetic.read(self._counts),
+            "figures": ops.stack([self._column(*part) for part in parts], axis=1),
+            "scalars": ops.stack(scalars),
+        }
+        written = arithmetic.read(self._written)
+        is_slot = ops.equal(
+            ops.arange(self._capacity, dtype=written.dtype), written % self._capacity
         )
+        for name, variable in self._buffer.items():
+            value = ops.cast(record[name], variable.dtype)[None]
+            mask = ops.reshape(is_slot, (-1, *(1 for _ in variable.shape[1:])))
+            variable.assign(ops.where(mask, value, arithmetic.read(variable)))
+        self._written.assign(written + 1)
         self._has_sample.assign(ops.ones(()))
 
     def _column(
@@ -242,15 +247,29 @@ class Sampler:
     # On the host -----------------------------------------------------------------------------
 
     def fetch(self) -> list[Sample]:
-        """The samples since the last fetch."""
+        """The samples since the last fetch; warns of those that the buffer could not hold."""
+        written = self.samples
+        new, self._fetched = written - self._fetched, written
+        lost = max(new - self._capacity, 0)
+        if lost and not self._is_warned:
+            self._is_warned = True
+            warnings.warn(
+                f"{self._owner}: {lost} of {new} updates of one batch were not kept: there is "
+                f"room for {self._capacity}. Lower steps_per_execution.",
+                stacklevel=2,
+            )
+        if not new:
+            return []
+        arrays = {name: np.array(aggregation.to_numpy(v)) for name, v in self._buffer.items()}
         samples = []
-        for record in self._buffer.fetch() if self.state else ():
-            rate, *thresholds = record["scalars"].tolist()
+        for slot in (i % self._capacity for i in range(written - new + lost, written)):
+            rate, *thresholds = arrays["scalars"][slot].tolist()
+            figures = arrays["figures"][slot].astype("float64")
             samples.append(
                 Sample(
-                    int(record["step"]),
-                    dict(zip(self.figures, record["figures"].astype("float64"), strict=True)),
-                    self._skipped_since(record["counts"]),
+                    int(arrays["step"][slot]),
+                    dict(zip(self.figures, figures, strict=True)),
+                    self._skipped_since(arrays["counts"][slot]),
                     rate,
                     dict(zip(self._thresholds, thresholds, strict=True)),
                 )
@@ -274,57 +293,7 @@ class Sampler:
     @property
     def samples(self) -> int:
         """The number of samples so far, lost ones included."""
-        return self._buffer.written
-
-
-class RingBuffer:
-    """Records of several arrays each, written on the device and fetched by the host.
-
-    Args:
-        owner: name of the caller, for the warning.
-        capacity: the number of records that the buffer holds.
-        **arrays: for each array of a record a variable of shape `[capacity, ...]`.
-    """
-
-    def __init__(self, owner: str, capacity: int, **arrays: keras.Variable) -> None:
-        self._owner, self._capacity, self._arrays = owner, capacity, arrays
-        self._fetched, self._is_warned = 0, False
-        self._written = aggregation.counter((), "written")
-        self.state = [self._written, *arrays.values()]
-
-    @property
-    def written(self) -> int:
-        """The number of records so far."""
-        return int(aggregation.to_numpy(self._written))
-
-    def write(self, **arrays: Tensor) -> None:
-        """Adds a record; called in replica context."""
-        slots = ops.arange(self._capacity, dtype=self._written.dtype)
-        mask = ops.equal(slots, arithmetic.read(self._written) % self._capacity)
-        for name, variable in self._arrays.items():
-            value = ops.cast(arrays[name], variable.dtype)[None]
-            wide = ops.reshape(mask, (-1, *(1 for _ in variable.shape[1:])))
-            variable.assign(ops.where(wide, value, arithmetic.read(variable)))
-        self._written.assign(self._written + 1)
-
-    def fetch(self) -> list[dict[str, np.ndarray]]:
-        """The records since the last fetch, oldest first."""
-        written = self.written
-        first = max(self._fetched, written - self._capacity)
-        lost, new = first - self._fetched, written - self._fetched
-        if lost and not self._is_warned:
-            self._is_warned = True
-            warnings.warn(
-                f"{self._owner}: {lost} of {new} updates of one batch were not kept: there is "
-                f"room for {self._capacity}. Lower steps_per_execution.",
-                stacklevel=2,
-            )
-        self._fetched = written
-        if not new:
-            return []
-        arrays = {name: np.array(aggregation.to_numpy(v)) for name, v in self._arrays.items()}
-        slots = [i % self._capacity for i in range(first, written)]
-        return [{name: array[i] for name, array in arrays.items()} for i in slots]
+        return int(aggregation.to_numpy(self._written)) if self.state else 0
 
 
 # Finding the optimizers to watch -----------------------------------------------------------------

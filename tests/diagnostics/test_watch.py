@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import keras_gradclip as kgc
-from keras_gradclip import aggregation
-from keras_gradclip.diagnostics.sampler import RingBuffer
+from keras_gradclip.diagnostics.sampler import Sampler
 
 tf = pytest.importorskip("tensorflow")
 
@@ -117,17 +116,18 @@ def test_an_interrupted_fit_leaves_no_monitor(model_class):
     assert not model.optimizer.watchers
 
 
-def test_overrun_is_told():
-    buffer = RingBuffer(
-        "toy", 3, step=aggregation.counter((3,), "steps"), value=aggregation.zeros((3, 1), "values")
-    )
-    for step in range(5):
-        buffer.write(step=step, value=keras.ops.ones((1,)) * step)
-    with pytest.warns(UserWarning, match="toy: 2 of 5 updates"):
-        records = buffer.fetch()
-    assert [int(record["step"]) for record in records] == [2, 3, 4]
-    assert [record["value"].tolist() for record in records] == [[2], [3], [4]]
-    assert buffer.fetch() == []
+def test_updates_beyond_the_buffer_are_warned_of():
+    model = sixfold()
+    model.optimizer.build(model.trainable_variables)
+    sampler = Sampler("toy", model.optimizer, {"norm": lambda v: v.norm_before}, capacity=4)
+    model.optimizer.watch(sampler)
+    model.fit(X, Y, batch_size=8, verbose=0)
+    with pytest.warns(UserWarning, match="toy: 2 of 6 updates"):
+        samples = sampler.fetch()
+    assert [sample.step for sample in samples] == [2, 3, 4, 5]
+    norms = [sample.figures["norm"].item() for sample in samples]
+    np.testing.assert_allclose(norms, [2 * 10.0**p for p in range(2, 6)], rtol=1e-5)
+    assert sampler.fetch() == []
 
 
 LONG = 2**24 + 6  # no float32 has its successor
