@@ -151,7 +151,7 @@ def scheduled(study: Study, rate: float, examples: int):
     return keras.optimizers.schedules.CosineDecay(rate, steps)
 
 
-def run(study: Study, clipper, rate: float, seed: int, images, progress: runner.Progress) -> dict:
+def run(study: Study, clipper, rate: float, seed: int, images) -> dict:
     """Trains once; the columns that the run decides."""
     import keras
 
@@ -182,7 +182,7 @@ def run(study: Study, clipper, rate: float, seed: int, images, progress: runner.
         batch_size=study.batch_size,
         epochs=study.epochs,
         verbose=0,
-        callbacks=[keras.callbacks.TerminateOnNaN(), runner.steps_to(progress)],
+        callbacks=[keras.callbacks.TerminateOnNaN()],
     )
     train_loss = history.history["loss"][-1]
     finite = math.isfinite(train_loss) and all(np.isfinite(w).all() for w in model.get_weights())
@@ -308,13 +308,13 @@ def train(file: runner.StudyFile, studies: Sequence[Study], data_dir: str) -> pd
     """The runs of studies that have no row yet; the rows of all."""
     images = functools.cache(load_images)
 
-    def job(study: Study, clipper, key: dict, progress: runner.Progress) -> dict:
+    def job(study: Study, clipper, key: dict) -> dict:
         name, _, side = study.data.partition("@")
         rate, seed = float(key["learning_rate"]), int(key["seed"])
         data = images(name, int(side), data_dir)
         if clipper == SEARCHED:
             clipper = _searched(study, rate, data, file.path.with_name("evidence-search.json"))
-        return run(study, clipper, rate, seed, data, progress)
+        return run(study, clipper, rate, seed, data)
 
     cells = [
         runner.Cell(

@@ -52,3 +52,10 @@ def started(
             for process in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0, deadline - time.monotonic()))
+
+
+def ending(code: int) -> str:
+    """`"ended with status 1"`, or `"was killed by signal 9 (SIGKILL)"`, for a `returncode`."""
+    if code >= 0:
+        return f"ended with status {code}"
+    return f"was killed by signal {-code} ({signal.Signals(-code).name})"

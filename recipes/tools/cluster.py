@@ -90,7 +90,7 @@ def launch(
                     code = running.pop(name).returncode
                     readers[name].join(timeout=5)  # print its last lines first
                     if code:
-                        _say(f"worker {name} {_ended(code)}")
+                        _say(f"worker {name} {processes.ending(code)}")
                         deadline = min(deadline, time.monotonic() + grace)
                         status = status or (128 - code if code < 0 else code)
             if running:
@@ -105,12 +105,6 @@ def _forward(name: str, worker: subprocess.Popen) -> None:
     for line in worker.stdout or ():
         sys.stdout.buffer.write(f"[worker {name}] ".encode() + line.rstrip(b"\n") + b"\n")
         sys.stdout.buffer.flush()
-
-
-def _ended(code: int) -> str:
-    if code > 0:
-        return f"ended with status {code}"
-    return f"was killed by signal {-code} ({signal.Signals(-code).name})"
 
 
 def _say(line: str) -> None:

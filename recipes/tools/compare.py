@@ -87,7 +87,7 @@ def folder_of(output: Path, row: study.Row) -> Path:
     return output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
 
 
-def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> dict:
+def run_cell(recipe, values: dict, folder: Path) -> dict:
     """Trains one run and returns its results; resumes an interrupted run in `folder`."""
     import pandas as pd
 
@@ -96,7 +96,7 @@ def run_cell(recipe, values: dict, folder: Path, progress: study.Progress) -> di
     resume = (folder / "config.json").exists()
     options = dataclasses.replace(recipe.options(**values), resume=resume)
     try:
-        result = run(recipe, options, folder, [study.steps_to(progress)])
+        result = run(recipe, options, folder)
     except TrainingDiverged as error:
         rows = pd.DataFrame(files.read_csv(folder / "history.csv"), columns=_OF_HISTORY)
         row: dict[str, Any] = {

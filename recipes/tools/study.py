@@ -14,24 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.command_line import import_tensorflow
 from recipes.errors import RecipeError, plain_errors
 from recipes.plugin import files
 
 if TYPE_CHECKING:  # slow imports that flags do not need
-    import keras
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import Console
 
 Row = Mapping[str, Any]
-#: A function called with the finished share of a run, 0 to 1.
-Progress = Callable[[float], None]
 
 MOST_LINES = 6  # most clippers in one panel; more get a panel each
 _COLOURS = [f"C{k}" for k in range(10) if k != 7]  # without grey
-_FIRST_LOOK = 5.0  # seconds of the first run before the first time estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +36,13 @@ class Cell:
     Attributes:
         key: the columns that identify it.
         name: its name in the log.
-        job: runs it; takes a `Progress` and returns the other columns, except "seconds".
+        job: runs it and returns the other columns, except "seconds".
         cost: its duration relative to the other cells.
     """
 
     key: Row
     name: str
-    job: Callable[[Progress], Row]
+    job: Callable[[], Row]
     cost: float = 1.0
 
 
@@ -139,8 +134,7 @@ class StudyFile:
         for number, cell in enumerate(left, start=1):
             print(f"{number} of {len(left)}: {cell.name}", flush=True)
             begun, cost = time.monotonic(), cost - cell.cost
-            row = {**dict.fromkeys(self.results, ""), **cell.key}
-            row |= cell.job(_first_look(cost / cell.cost, is_needed=not paces))
+            row = {**dict.fromkeys(self.results, ""), **cell.key, **cell.job()}
             seconds = time.monotonic() - begun
             row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
             paces.append(float(row["seconds"]) / cell.cost)
@@ -173,42 +167,6 @@ def _estimate(paces: Sequence[float], usual: float | None, cost: float) -> str:
     if usual is not None:
         return f"about {duration(usual * cost)} on two CPU cores"
     return "the first of them tells how long"
-
-
-def _first_look(others: float, is_needed: bool) -> Progress:
-    """Prints once, after the first steps of a run, how long it and as many `others` will take."""
-    begun, is_told = time.monotonic(), not is_needed
-    first: list[float] = []
-
-    def progress(share: float) -> None:
-        nonlocal is_told
-        now = time.monotonic()
-        if not first:
-            first[:] = now, share
-        elif not is_told and now - first[0] > _FIRST_LOOK:
-            is_told = True
-            start, pace = first[0] - begun, (now - first[0]) / (share - first[1])
-            left = (1 - first[1]) * pace  # of a resumed run less than the whole
-            text = duration(start + left + (start + pace) * others)
-            print(f"  about {text} in all, by its first steps", flush=True)
-
-    return progress
-
-
-def steps_to(progress: Progress) -> keras.callbacks.Callback:
-    """A Keras callback that calls `progress` after each step."""
-    import_tensorflow()
-    import keras
-
-    class Steps(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            self.epoch = epoch
-
-        def on_train_batch_end(self, batch, logs=None):
-            of_epoch = (batch + 1) / self.params["steps"]
-            progress((self.epoch + of_epoch) / self.params["epochs"])
-
-    return Steps()
 
 
 # ----------------------------------------------------------------------------- table and picture
@@ -293,7 +251,7 @@ def picture(
     """Draws measures over the learning rate: for each clipper the mean as a line, runs as dots.
 
     A cross at the bottom marks a learning rate at which a run diverged. More than `MOST_LINES`
-    clippers get one panel each, with the first measure and the first clipper for comparison.
+    clippers get one panel each, of the first measure, beside the first clipper's line.
 
     Args:
         rows: with the columns clipper, learning_rate, status and the measures (in %, or NaN).
@@ -304,37 +262,27 @@ def picture(
     """
     from matplotlib.figure import Figure
 
-    clippers = list(rows["clipper"].unique())
-    is_small = len(clippers) > MOST_LINES
+    clippers, first = list(rows["clipper"].unique()), next(iter(measures))
     panels = [(measure, clippers) for measure in measures]
-    if is_small:
-        panels = [(next(iter(measures)), [clippers[0], one]) for one in clippers[1:]]
-    columns = 4 if is_small else len(panels)
+    if len(clippers) > MOST_LINES:
+        panels = [(first, [clippers[0], other]) for other in clippers[1:]]
+    columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    size = (13, 1 + 2.6 * lines) if is_small else (max(8, 5.5 * columns), 5.4)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=is_small)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (measure, shown) in zip(axes.flat, panels, strict=False):
-        if guess is not None and measure == panels[0][0]:
+    figure = Figure(figsize=(max(8, 4.5 * columns), 1 + 3.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, (measure, shown) in zip(axes, panels, strict=False):
+        if guess is not None and measure == first:
             axis.axhline(guess, color="grey", linestyle=":", linewidth=1, label="a guess")
         for place, clipper in enumerate(shown):
             colour = "black" if clipper == "none" else _COLOURS[place % len(_COLOURS)]
-            _line(axis, rows[rows["clipper"] == clipper], measure, colour, place, label(clipper))
-        _finish(axis, rows, measure, is_small)
-        if is_small:
-            axis.set_title(textwrap.fill(label(shown[-1]), 36), fontsize=8)
-        else:
-            axis.set(ylabel=measures[measure], xlabel="learning rate")
-    note = "x: a run diverged" if (rows["status"] == "diverged").any() else ""
-    if is_small:
-        figure.supylabel(measures[panels[0][0]])
-        note = f"each beside {label(clippers[0])!r} (black)" + (f"; {note}" if note else "")
-    else:
-        handles, names = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle(f"{title}\n{note}" if note else title, fontsize="medium")
+            runs = rows[rows["clipper"] == clipper]
+            _line(axis, runs, measure, colour, place, textwrap.fill(label(clipper), 44))
+        _finish(axis, rows, measure)
+        axis.set_ylabel(measures[measure])
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    note = "\nx: a run diverged" if (rows["status"] == "diverged").any() else ""
+    figure.suptitle(title + note, fontsize="medium")
     return figure
 
 
@@ -355,14 +303,15 @@ def _line(
     axis.plot(rates, [0.03 + 0.02 * place] * len(rates), "x", color=colour, transform=at_foot)
 
 
-def _finish(axis: Axes, rows: pd.DataFrame, measure: str, is_small: bool) -> None:
+def _finish(axis: Axes, rows: pd.DataFrame, measure: str) -> None:
     """Labels the axis with each learning rate that was tried."""
     rates = sorted(rows["learning_rate"].unique())
-    axis.set_xscale("log")
-    axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8 if is_small else 9)
+    axis.set(xscale="log", xlabel="learning rate")
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize="small")
     axis.set_xticks([], minor=True)
     low, high = rows[measure].min(), rows[measure].max()
     if low <= high:  # not NaN, as the clip fraction is where nothing clips
         span = high - low or 1.0
         axis.set_ylim(low - 0.2 * span, high + 0.06 * span)  # room for the crosses
     axis.grid(alpha=0.3)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="x-small")

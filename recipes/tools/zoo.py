@@ -4,34 +4,32 @@
     python recipes/tools/zoo.py --only alexnet,resnet50 --epochs 2
     python recipes/tools/zoo.py --resume
 
-Other options are passed to every recipe. Results go to `runs/zoo` (or `--output`): `zoo.csv` and a
-folder for each recipe. If a recipe fails, the table says so, the others continue, and the exit
-status is 1. `--resume` keeps the finished rows of an earlier call and resumes the interrupted
-recipe. `at chance`: the best validation accuracy is about that of guessing.
+Other options are passed to every recipe, which runs in a process of its own. Results go to
+`runs/zoo` (or `--output`): `zoo.csv` and a folder for each recipe. If a recipe fails, the table
+says so, the others continue, and the exit status is 1. `--resume` keeps the finished rows of an
+earlier call and resumes the interrupted recipe. `at chance`: the best validation accuracy is about
+that of guessing.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
+    from recipes import processes
     from recipes.command_line import Parser, exit_status
-    from recipes.errors import RecipeError, first_line
+    from recipes.errors import RecipeError
     from recipes.plugin import files
     from recipes.registry import RECIPES, find_recipe
     from recipes.tools import study
     from recipes.training import options as opts
-    from recipes.training import run
-    from recipes.training.folder import CLASSES, folder_named
+    from recipes.training.folder import CLASSES, CONFIG, RESULT, folder_named
     from recipes.training.recipe import at_chance
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
@@ -51,38 +49,28 @@ COSTS = {
 }
 
 
-def train(name: str, folder: str, argv: list[str]) -> Row:
-    """Runs one recipe and returns the rest of its row; the last column is for errors."""
-    try:
-        recipe = find_recipe(name)
-        resume = (Path(folder) / "config.json").exists()
-        options = dataclasses.replace(opts.parse(recipe, argv).options, resume=resume)
-        result = run(recipe, options, folder)
-    # No failure of one recipe may stop the others.
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {first_line(error)}"}
-    if result is None:
-        return {"error": "--strategy multiworker: a zoo runs on one machine"}
-    metric = result.monitor.removeprefix("val_")
-    return {
-        "parameters": result.parameters,
-        "monitor": result.monitor,
-        "best": result.best,
-        "best_epoch": result.best_epoch + 1,
-        "test": result.test.get(metric, ""),
-        "clip_fraction": result.clip_fraction,
-        "seconds": round(result.seconds, 1),
-    }
+def train(name: str, folder: Path, flags: Sequence[str]) -> Row:
+    """Trains a recipe, or resumes it, in a process of its own; returns the rest of its row.
 
-
-def train_apart(name: str, folder: str, argv: list[str], _: study.Progress | None = None) -> Row:
-    """Runs `train` in a separate process, so that a crash does not affect other recipes."""
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(train, name, folder, argv).result()
-    except BrokenProcessPool:
-        return {"error": "the process was killed (out of memory?)"}
+    Of a process that failed that is "error", its last line.
+    """
+    command = [sys.executable, "-m", RECIPES[name][0], *flags, "--output", str(folder)]
+    if "task" in (settings := find_recipe(name).settings):  # one of two recipes in a script
+        command += ["--task", str(settings["task"])]
+    if (folder / CONFIG).exists():
+        command.append("--resume")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with processes.started(command, {name: environment}) as running:
+        line = ""
+        for raw in running[name].stdout or ():
+            line = raw.decode(errors="replace").rstrip()
+            print(f"  {line}", flush=True)
+        code = running[name].wait()
+    if code:
+        return {"error": processes.ending(code) if code < 0 else line.removeprefix("error: ")}
+    result = files.read_json(folder / RESULT)
+    test = result["test"].get(result["monitor"].removeprefix("val_"), "")
+    return {column: result[column] for column in RESULTS if column in result} | {"test": test}
 
 
 def outcome(row: study.Row, output: Path) -> str:
@@ -100,12 +88,12 @@ def outcome(row: study.Row, output: Path) -> str:
     return f"{text}, at chance" if is_guess else text
 
 
-def score(row: study.Row, name: str) -> str:
-    """A column of a row in the recipe's own metric."""
+def score(row: study.Row, column: str) -> str:
+    """The value of a column in the recipe's own metric."""
     metric = row["monitor"].removeprefix("val_")
-    if row[name] == "":
+    if row[column] == "":
         return ""
-    value = float(row[name])
+    value = float(row[column])
     return f"{100 * value:.2f} %" if metric == "accuracy" else f"{metric} {value:.4f}"
 
 
@@ -113,21 +101,47 @@ def table(rows: pd.DataFrame, output: Path) -> pd.DataFrame:
     """The printed table: one line per recipe, whose run is in a folder of `output`."""
     import pandas as pd
 
-    def line(row: study.Row) -> Row:
-        if row["error"]:
-            return {"network": row["recipe"], "validation": outcome(row, output)}
-        return {
-            "network": row["recipe"],
-            "parameters": f"{int(float(row['parameters'])):,}",
-            "validation": outcome(row, output),
-            "test": score(row, "test"),
-            "clipped": f"{100 * float(row['clip_fraction']):.3g} %",
-            "seconds": f"{float(row['seconds']):.0f}",
-        }
-
     columns = ("network", "parameters", "validation", "test", "clipped", "seconds")
-    lines = [dict.fromkeys(columns, "") | line(row) for row in rows.to_dict("records")]
+    lines = []
+    for row in rows.to_dict("records"):
+        line = dict.fromkeys(columns, "")
+        line |= {"network": row["recipe"], "validation": outcome(row, output)}
+        if not row["error"]:
+            line |= {
+                "parameters": f"{int(float(row['parameters'])):,}",
+                "test": score(row, "test"),
+                "clipped": f"{100 * float(row['clip_fraction'] or 'nan'):.3g} %",
+                "seconds": f"{float(row['seconds']):.0f}",
+            }
+        lines.append(line)
     return pd.DataFrame(lines)
+
+
+def train_all(arguments: argparse.Namespace, rest: list[str], flags: list[str]) -> int:
+    """Trains the recipes without a row; returns 1 if one failed."""
+    output = folder_named(arguments.output)
+    names = [name.strip() for name in arguments.only.split(",") if name.strip()]
+    if not names:
+        raise RecipeError(f"--only {arguments.only!r}: names no recipe")
+    for name in names:  # report a misspelt flag once
+        if opts.parse(find_recipe(name), rest, flags).options.strategy == "multiworker":
+            raise RecipeError("--strategy multiworker: a zoo runs on one machine")
+    if output.exists() and any(output.iterdir()) and not arguments.resume:
+        raise RecipeError(
+            f"--output {output} is not empty: name another folder, or keep what is finished "
+            "there with --resume"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    zoo = study.StudyFile(output / "zoo.csv", ("recipe",), RESULTS)
+    zoo.drop(zoo.read()["error"] != "")
+    cells = []
+    for name in names:
+        job = functools.partial(train, name, output / name, rest)
+        cells.append(study.Cell({"recipe": name}, name, job, COSTS.get(name, 1.0)))
+    rows = zoo.run(cells, functools.partial(outcome, output=output))
+    study.show(table(rows, output), "the zoo on embedded data")
+    print(f"results in {zoo.path}")
+    return 1 if rows["error"].any() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,37 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: train_all(*parser.parse_known_args(argv), parser.flags),
         interrupted="; go on with the same command and --resume",
     )
-
-
-def train_all(arguments: argparse.Namespace, rest: list[str], flags: list[str]) -> int:
-    """Trains the recipes without a row; returns 1 if one failed."""
-    output = folder_named(arguments.output)
-    names = [name.strip() for name in arguments.only.split(",") if name.strip()]
-    if not names:
-        raise RecipeError(f"--only {arguments.only!r}: names no recipe")
-    for name in names:
-        opts.parse(find_recipe(name), rest, flags)  # report a misspelt flag once
-    if output.exists() and any(output.iterdir()) and not arguments.resume:
-        raise RecipeError(
-            f"--output {output} is not empty: name another folder, or keep what is finished "
-            "there with --resume"
-        )
-    import pandas as pd  # after the flags are checked
-
-    output.mkdir(parents=True, exist_ok=True)
-    zoo = study.StudyFile(output / "zoo.csv", ("recipe",), RESULTS)
-    rows = zoo.read()
-    numbers = rows[["parameters", "best", "clip_fraction", "seconds"]]
-    is_whole = numbers.apply(pd.to_numeric, errors="coerce").notna().all(axis=1)
-    zoo.drop((rows["error"] != "") | ~is_whole)
-    cells = []
-    for name in names:
-        job = functools.partial(train_apart, name, str(output / name), rest)
-        cells.append(study.Cell({"recipe": name}, name, job, COSTS.get(name, 1.0)))
-    rows = zoo.run(cells, functools.partial(outcome, output=output))
-    study.show(table(rows, output), "the zoo on embedded data")
-    print(f"results in {zoo.path}")
-    return 1 if rows["error"].any() else 0
 
 
 if __name__ == "__main__":

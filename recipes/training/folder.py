@@ -43,36 +43,18 @@ def folder_named(name: str, flag: str = "--output") -> Path:
     Raises:
         RecipeError: the name is invalid, or belongs to a file.
     """
-    there = _nearest(name, flag)
-    if not there.is_dir():
-        raise RecipeError(f"{flag} {name}: {there} is a file, and not an empty folder")
-    return Path(name)
-
-
-def file_named(name: str, flag: str = "--output") -> Path:
-    """The file named by a flag, which may be overwritten.
-
-    Raises:
-        RecipeError: the name is invalid, or belongs to a folder.
-    """
-    there = _nearest(name, flag)
-    if Path(name).is_dir():
-        raise RecipeError(f"{flag} {name}: is a folder, and not a file")
-    if Path(name) != there and not there.is_dir():
-        raise RecipeError(f"{flag} {name}: {there} is a file, and not a folder")
-    return Path(name)
-
-
-def _nearest(name: str, flag: str) -> Path:
-    """The path, or its nearest parent that exists."""
     if "\0" in name:
         raise RecipeError(f"{flag} {name!r}: a NUL character cannot be in a name")
     if not name:
         raise RecipeError(f"{flag} {name!r}: an empty name; leave out {flag} to have one chosen")
+    path = Path(name)
     try:
-        return next((p for p in (Path(name), *Path(name).parents) if p.exists()), Path())
+        there = next((p for p in (path, *path.parents) if p.exists()), Path())
     except OSError as error:  # such as a name that is too long
         raise RecipeError(f"{flag} {name}: {error.strerror}; choose another") from None
+    if not there.is_dir():
+        raise RecipeError(f"{flag} {name}: {there} is a file, and not an empty folder")
+    return path
 
 
 def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:

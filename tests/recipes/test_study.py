@@ -1,8 +1,6 @@
 """The runner of studies: what is run again, what it says of the time, the table, the picture."""
 
 import math
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -14,11 +12,11 @@ from recipes.tools import study
 def cells(jobs, *names, cost=1.0):
     """Cells that note in `jobs` that they ran."""
 
-    def job(name, progress):
+    def job(name):
         jobs.append(name)
         return {"status": "learned"}
 
-    return [study.Cell({"name": n, "rate": 0.1}, n, lambda p, n=n: job(n, p), cost) for n in names]
+    return [study.Cell({"name": n, "rate": 0.1}, n, lambda n=n: job(n), cost) for n in names]
 
 
 def file_of(folder):
@@ -87,54 +85,6 @@ def test_the_time_that_is_left_follows_from_the_rows(tmp_path, capsys):
     assert "1 of 1 runs to do: about 60 s on two CPU cores\n" in capsys.readouterr().out
 
 
-def test_the_first_run_tells_the_time_of_all_by_its_steps(tmp_path, capsys, monkeypatch):
-    """Ten seconds of start, then a tenth of the run in every ten seconds."""
-    now = [0.0]
-    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
-
-    def job(progress):
-        for share in range(1, 11):
-            now[0] += 10
-            progress(share / 10)
-        return {"status": "learned"}
-
-    names = ("a", "b", "c")
-    file_of(tmp_path).run([study.Cell({"name": n, "rate": 0.1}, n, job) for n in names], str)
-    out = capsys.readouterr().out
-    assert (
-        "3 of 3 runs to do: the first of them tells how long\n1 of 3: a\n  about 5 min in all"
-        in out
-    )
-    assert out.count("first steps") == 1
-    assert "100 s; about 3 min left" in out.replace("2 min; ", "100 s; ")
-    assert float(file_of(tmp_path).read()["seconds"].iloc[0]) == 100
-
-
-def test_of_a_resumed_run_only_the_rest_is_to_come(tmp_path, capsys, monkeypatch):
-    """Ten seconds of start, then a tenth of the run in every ten seconds; eight are there."""
-    now = [0.0]
-    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
-
-    def job(progress):
-        steps = study.steps_to(progress)
-        steps.set_params({"epochs": 10, "steps": 1})
-        for epoch in (8, 9):
-            steps.on_epoch_begin(epoch)
-            now[0] += 10
-            steps.on_train_batch_end(0)
-        return {"status": "learned"}
-
-    file_of(tmp_path).run([study.Cell({"name": "a", "rate": 0.1}, "a", job)], str)
-    assert "  about 20 s in all, by its first steps" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_tensorflow_is_quiet_in_a_study():
-    code = "from recipes.tools import study; study.steps_to(print)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-
-
 def test_rows_that_are_dropped_leave_the_columns_of_the_user(tmp_path):
     path, file = tmp_path / "study.csv", file_of(tmp_path)
     path.write_text("status,name,note,rate,seconds\nlearned,a,good,0.1,3.5\nfailed,b,bad,0.1,1\n")
@@ -196,4 +146,5 @@ def test_many_clippers_have_a_panel_each():
     many = pd.concat([rows().replace("norm", f"clip{n}") for n in range(study.MOST_LINES)])
     figure = study.picture(many, "title", {"score": "accuracy, %"})
     assert len(figure.axes) == study.MOST_LINES
-    assert [a.get_title() for a in figure.axes] == [f"clip{n}" for n in range(study.MOST_LINES)]
+    legends = [[text.get_text() for text in a.get_legend().get_texts()] for a in figure.axes]
+    assert legends == [["none", f"clip{n}"] for n in range(study.MOST_LINES)]

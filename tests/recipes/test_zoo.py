@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -66,13 +67,13 @@ def row(name, **values):
 def test_a_failed_recipe_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     ran = []
 
-    def train_apart(name, folder, argv, progress):
-        ran.append((name, Path(folder).name, argv))
+    def train(name, folder, argv):
+        ran.append((name, folder.name, argv))
         if name == "vgg16" and len(ran) < 4:
             return {"error": "OSError: disk full"}
         return row(name)
 
-    monkeypatch.setattr(zoo, "train_apart", train_apart)
+    monkeypatch.setattr(zoo, "train", train)
     flags = ["--only", "alexnet,vgg16,resnet50", "--output", str(tmp_path / "zoo")]
     assert zoo.main([*flags, "--epochs", "2"]) == 1
     assert ran == [(n, n, ["--epochs", "2"]) for n in ("alexnet", "vgg16", "resnet50")]
@@ -92,10 +93,12 @@ def test_a_failed_recipe_is_reported_and_the_others_go_on(tmp_path, monkeypatch,
 
 
 def test_a_mistake_in_the_flags_costs_no_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(zoo, "train_apart", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(zoo, "train", lambda *_: pytest.fail("trained"))
     assert zoo.main(["--output", str(tmp_path), "--epoch", "2"]) == 2
     assert "--epoch" in capsys.readouterr().err
     assert zoo.main(["--output", str(tmp_path), "--only", "lenet"]) == 2
+    assert zoo.main(["--output", str(tmp_path), "--strategy", "multiworker"]) == 2
+    assert "one machine" in capsys.readouterr().err
 
 
 def test_a_run_at_chance_is_called_so(tmp_path):
@@ -121,31 +124,46 @@ def test_the_steering_row_is_in_its_own_metric(tmp_path):
     assert line["validation"] == "mae 0.0351" and line["test"] == "mae 0.0402"
 
 
-def test_one_recipe_trains_into_a_row(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny(monkeypatch):
+    """The tiny recipe is in the list, and its process finds it."""
     monkeypatch.setitem(zoo.RECIPES, "tiny", ("tiny_recipe", "RECIPE"))
-    result = zoo.train("tiny", str(tmp_path / "tiny"), ["--epochs", "1", "--limit-steps", "2"])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
+def test_a_recipe_trains_into_a_row(tiny, tmp_path, capsys):
+    flags = ["--epochs", "1", "--limit-steps", "2"]
+    result = zoo.train("tiny", tmp_path / "tiny", flags)
     assert "error" not in result and result["monitor"] == "val_accuracy"
     assert 0 <= result["best"] <= 1 and result["parameters"] > 0 and result["best_epoch"] == 1
-    failed = zoo.train("tiny", str(tmp_path / "other"), ["--data-dir", "x", "--epochs", "no"])
-    assert "RecipeError" in failed["error"] and "epochs" in failed["error"]
+    assert set(result) == {*zoo.RESULTS} - {"error"}
+    assert "  Best accuracy: " in capsys.readouterr().out
 
 
-def killed(name, folder, argv):
-    """As the kernel does it to a process out of memory."""
-    os._exit(9)
+def test_a_failed_process_is_a_failed_row(tiny, tmp_path, monkeypatch):
+    result = zoo.train("tiny", tmp_path, ["--epochs", "no"])
+    assert result == {"error": "argument --epochs: invalid int value: 'no' (see --help)"}
 
 
-def test_a_killed_process_is_a_failed_row(monkeypatch):
-    monkeypatch.setattr(zoo, "train", killed)
-    result = zoo.train_apart("vgg19", "nowhere", [])
-    assert "killed" in result["error"]
+def test_a_killed_process_is_a_failed_row(monkeypatch, tmp_path):
+    """As the kernel kills one that is out of memory."""
+    (tmp_path / "killed.py").write_text(
+        "import os\n"
+        "from tiny_recipe import RECIPE\n"
+        "if __name__ == '__main__':\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setitem(zoo.RECIPES, "killed", ("killed", "RECIPE"))
+    assert zoo.train("killed", tmp_path, []) == {"error": "was killed by signal 9 (SIGKILL)"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", zoo.RECIPES)
 def test_every_recipe_learns_with_clipping_on(tmp_path, name):
-    result = zoo.train_apart(name, str(tmp_path / name), ["--verbose", "line", "--no-tensorboard"])
+    result = zoo.train(name, tmp_path / name, ["--verbose", "line", "--no-tensorboard"])
     assert "error" not in result
     if result["monitor"] == "val_accuracy":
         assert result["best"] >= 0.9
