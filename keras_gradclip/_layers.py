@@ -61,7 +61,8 @@ def one_scan() -> Iterator[None]:
         _scanned = None
 
 
-def _living_layers() -> list[keras.layers.Layer]:
+def living_layers() -> list[keras.layers.Layer]:
+    """`_compat.living_layers`, once in a `one_scan`."""
     if _scanned is None:
         return _compat.living_layers()
     if not _scanned:
@@ -79,7 +80,7 @@ def owners_of(variables: Sequence[keras.Variable]) -> list[weakref.ref | None]:
     if unknown:
         wanted = {id(v) for v in unknown}
         found: dict[int, keras.layers.Layer] = {}
-        for layer in _living_layers():
+        for layer in living_layers():
             for v in _compat.own_variables(layer):
                 # Several layers may share it (tied weights); its path begins with its creator's.
                 is_creator = _path(v).rpartition("/")[0] == _path(layer)
@@ -102,7 +103,7 @@ def networks_of(variables: Sequence[keras.Variable]) -> list[keras.layers.Layer]
     those of two networks, it is both.
     """
     parents: dict[int, list[keras.layers.Layer]] = {}
-    for layer in _living_layers():
+    for layer in living_layers():
         for part in _compat.own_layers(layer):
             parents.setdefault(id(part), []).append(layer)
     wanted = {id(v) for v in variables}

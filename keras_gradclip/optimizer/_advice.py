@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_gradclip import _compat, aggregation
-from keras_gradclip._layers import is_normalisation, networks_of
+from keras_gradclip._layers import is_normalisation, living_layers, networks_of
 from keras_gradclip._types import Strategy
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.clippers.composite import ClipMap
@@ -21,6 +21,7 @@ from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
 from keras_gradclip.clippers.units import BIAS, KERNEL, TABLE, Unit, units_of
 from keras_gradclip.names import SCOPES, layers_of, names_of, path_of
+from keras_gradclip.optimizer._inner import ignores_scale
 
 AUTO = "auto"
 LOG = logging.getLogger("keras_gradclip")
@@ -79,7 +80,7 @@ def advice(
             f"the model has normalisation ({type(normalisation).__name__}), with which high "
             "learning rates are survived: a guard that clips a tenth of the updates"
         )
-    unscaled = [x for n in networks for x in _losses_of(n) if not _has_one_scale(x)]
+    unscaled = [x for x in _losses_of(inner, networks) if not _has_one_scale(x)]
     if unscaled:
         return guard, (
             f"the outputs have the scale of the targets (the loss is {_name_of(unscaled[0])}), "
@@ -106,10 +107,23 @@ def advice(
     )
 
 
-def _losses_of(network: keras.layers.Layer) -> list[object]:
-    """The losses that a network was compiled with; empty in a custom training loop."""
-    losses = getattr(network, "loss", None)
+def _losses_of(
+    inner: keras.optimizers.Optimizer, networks: Sequence[keras.layers.Layer]
+) -> list[object]:
+    """The losses of the models compiled with `inner`; of `networks` if it is in no model.
+
+    Several models may have the same layers. Empty in a custom training loop.
+    """
+    trained = [x for x in living_layers() if _is_in(vars(x).get("optimizer"), inner)]
+    models = [x for x in trained or networks if getattr(x, "compiled", False)]
+    losses = [model.loss for model in models]
     return [loss for loss in keras.tree.flatten(losses) if loss is not None]
+
+
+def _is_in(optimizer: object, inner: keras.optimizers.Optimizer) -> bool:
+    """Whether `optimizer` is `inner`, or a wrapper of it or of several optimizers."""
+    parts = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
+    return optimizer is inner or any(_is_in(part, inner) for part in parts if part is not None)
 
 
 #: Losses of logits, probabilities or directions, which have the one scale of initial weights.
@@ -183,7 +197,7 @@ def step_bound(
         variables: the network's trainable variables.
     """
     kernels = count_kernels(variables)
-    if isinstance(inner, keras.optimizers.SGD) and inner.momentum:
+    if not ignores_scale(inner) and inner.momentum:
         ratio = _ratio(WITH_MOMENTUM, kernels)
         return UpdateRatioClip(ratio, anneal="learning_rate")
     return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels))

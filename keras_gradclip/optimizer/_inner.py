@@ -88,8 +88,15 @@ def _check_arguments(inner: keras.optimizers.Optimizer) -> None:
 
 
 def ignores_scale(inner: keras.optimizers.Optimizer) -> bool:
-    """Whether a smaller gradient makes no smaller step; of somebody's own it is not known."""
-    return not isinstance(inner, keras.optimizers.SGD)
+    """Whether the update may be other than η·g, so that a limit on it needs the update itself.
+
+    Of SGD alone it is η·g, and of a subclass that leaves SGD's update as it is.
+    """
+    sgd = keras.optimizers.SGD
+    return not isinstance(inner, sgd) or any(
+        getattr(getattr(inner, name), "__func__", None) is not getattr(sgd, name)
+        for name in ("update_step", "apply", "apply_gradients")
+    )
 
 
 class Conditionally:

@@ -396,3 +396,24 @@ def test_auto_bounds_updates_by_weights_where_outputs_have_their_scale(losses, i
     model.compile(optimizer, losses)
     optimizer.build(model.trainable_variables)
     assert isinstance(optimizer.clipper, kgc.UpdateRatioClip) == is_bounded
+
+
+def test_auto_goes_by_the_loss_that_its_optimizer_is_compiled_with():
+    """Not by that of another model of the same layers, in any order."""
+    layers = [keras.Input((2,)), L.Dense(4), L.Dense(3)]
+    models = [keras.Sequential(layers) for _ in range(4)]
+    optimizers = [kgc.ClippedOptimizer("sgd", "auto") for _ in models]
+    for i, model in enumerate(models):
+        model.compile(optimizers[i], ["mse", "categorical_crossentropy"][i % 2])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.build(model.trainable_variables)
+    kinds = [type(optimizer.clipper) for optimizer in optimizers]
+    assert kinds == 2 * [kgc.PercentileClip, kgc.UpdateRatioClip]
+
+
+def test_a_loss_that_a_custom_loop_keeps_in_the_model_is_its_own():
+    model = keras.Sequential([keras.Input((2,)), L.Dense(4), L.Dense(3)])
+    model.loss = "wasserstein"
+    optimizer = kgc.ClippedOptimizer("sgd", "auto")
+    optimizer.build(model.trainable_variables)
+    assert isinstance(optimizer.clipper, kgc.UpdateRatioClip)

@@ -237,3 +237,24 @@ def test_a_loss_scale_of_ones_own_applies_by_its_own_method():
     assert calls == [1, 1]
     assert optimizer.inner_optimizer.skipped_steps == 1
     np.testing.assert_allclose(ops.convert_to_numpy(weight), [0.5])
+
+
+class Signs(keras.optimizers.SGD):
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign_sub(variable, ops.cast(learning_rate, variable.dtype) * ops.sign(gradient))
+
+
+class Hundredfold(keras.optimizers.SGD):
+    def apply(self, grads, trainable_variables=None):
+        super().apply([100.0 * g for g in grads], trainable_variables)
+
+
+@pytest.mark.parametrize("Own", [Signs, Hundredfold, keras.optimizers.SGD])
+def test_a_limit_holds_for_the_update_of_a_subclass_of_sgd(Own):
+    if keras.backend.backend() == "torch" and Own is Signs:
+        pytest.skip("PyTorch updates lists of variables")
+    weight = keras.Variable(np.ones((4, 2), "float32"), name="kernel")
+    optimizer = kgc.ClippedOptimizer(Own(0.1, momentum=0.0), kgc.UpdateRatioClip(0.01))
+    optimizer.apply([ops.ones((4, 2))], [weight])
+    moved = np.linalg.norm(ops.convert_to_numpy(weight) - 1.0, axis=0)
+    np.testing.assert_allclose(moved, 0.01 * 2.0, rtol=1e-4)
