@@ -117,7 +117,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        variables = list(variables)
+        variables = [*{id(v): v for v in variables}.values()]  # each once
         aggregation.check_scope(self.strategy)
         with aggregation.outside_of_traces(variables), one_scan():
             self._inner_update.build(variables)
@@ -168,6 +168,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         Args:
             grads: one gradient per variable; None and `tf.IndexedSlices` are allowed.
             trainable_variables: the variables; None for those that the optimizer was built with.
+                The gradients of a variable that comes twice are added up, and clipped once.
             scale: the loss scale, if a `LossScaleOptimizer` calls.
 
         Raises:
@@ -220,8 +221,10 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
                 "the variables that it was built with; after unfreezing a layer, compile with a "
                 "new optimizer."
             ) from None
-        by_position = dict(zip(named, grads, strict=True))
-        return [by_position.get(i) for i in range(len(self._trainable_variables))], named
+        gradients: list[Gradient] = [None] * len(self._trainable_variables)
+        for i, gradient in zip(named, grads, strict=True):  # of a variable named twice, the sum
+            gradients[i] = arithmetic.added(gradients[i], gradient)
+        return gradients, [*dict.fromkeys(named)]
 
     def _written(self) -> list[keras.Variable]:
         """All variables that an update may write."""

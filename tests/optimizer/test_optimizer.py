@@ -300,6 +300,24 @@ def test_missing_gradients_and_frozen_layers():
     optimizer.apply([], [])  # as in Keras: nothing to do
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("is_built", [True, False])
+def test_gradients_of_a_variable_that_comes_twice_are_added_up(is_built, steps):
+    """As of two losses that share a layer: `apply(g_actor + g_critic, actor + critic)`."""
+    ours, other = keras.Variable([1.0, 1.0]), keras.Variable([1.0])
+    optimizer = kgc.ClippedOptimizer(
+        keras.optimizers.SGD(1.0), kgc.AbsoluteClip(0.5), gradient_accumulation_steps=steps
+    )
+    if is_built:
+        optimizer.build([ours, other])
+    rows = tf.IndexedSlices(tf.constant([0.2]), tf.constant([0]), tf.constant([2]))
+    for _ in range(steps or 1):
+        gradients = [tf.constant([0.1, 0.4]), tf.ones(1), None, rows, tf.constant([0.0, 0.4])]
+        optimizer.apply(gradients, [ours, other, other, ours, ours])
+    np.testing.assert_allclose(ours.numpy(), [0.7, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(other.numpy(), [0.5])
+
+
 def test_trainable_flags_change_between_two_fits():
     model, _, _ = train(
         2,
