@@ -45,7 +45,7 @@ def positive(
     if result is None:
         raise ValueError(
             f"{owner}: `{name}` must be a positive number, but is {value!r} of type "
-            f"{type(value).__name__}. Pass a number such as 0.1."
+            f"{type(value).__name__}. Pass a number."
         )
     if not math.isfinite(result) or result <= 0:
         raise ValueError(

@@ -121,6 +121,7 @@ class ActivationGate:
             ValueError: another kind of model (compile it as a `ClippedModel` instead), or no
                 layer to gate.
         """
+        _check_model(model)
         if any(isinstance(layer, GatedInput) for layer in _compat.all_layers(model)):
             raise ValueError(f"ActivationGate: the model {model.name!r} is gated already.")
         if not any(self.selects(layer) for layer in _units(model)):
@@ -248,6 +249,7 @@ def instrument(gate: ActivationGate, model: keras.Model) -> None:
     Raises:
         ValueError: the model is built and the gate selects no layer of it.
     """
+    _check_model(model)
     units = _units(model)
     if not any(gate.selects(layer) for layer in units) and model.built:
         raise ValueError(gate._no_layer(model))
@@ -276,6 +278,11 @@ class _GatedCall:
             return self._call(*args, **kwargs)
         finally:
             _ACTIVE.reset(token)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"ActivationGate: `model` must be a keras.Model, but is {model!r}.")
 
 
 def _units(model: keras.Model) -> list[keras.layers.Layer]:

@@ -374,6 +374,11 @@ class ClippedModel(ClippedTrainStep, keras.Model):
         """A `ClippedModel`, functional if it is given inputs and outputs."""
         if cls is ClippedModel and _is_functional(args, kwargs):
             return super().__new__(ClippedFunctional, *args, **kwargs)
+        if cls is ClippedModel and args and isinstance(args[0], keras.Model):
+            raise ValueError(
+                f"ClippedModel: {args[0]!r} is a model. Write ClippedModel(model.inputs, "
+                "model.outputs)."
+            )
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: object, **kwargs: object) -> None:

@@ -1,6 +1,7 @@
 """What DESIGN promises under "None means off": a ValueError with the argument, value and remedy."""
 
 import keras
+import numpy as np
 import pytest
 from helpers import loss, net
 
@@ -54,6 +55,14 @@ def test_bad_number(make, name, value):
         (lambda: kgc.ActivationGate(layers="("), "regular expression"),
         (lambda: kgc.ActivationGate(layers=[]), "layers"),
         (lambda: kgc.serialize(3), "3"),
+        (lambda: kgc.AbsoluteClip()([1.0], [2.0]), "each of `grads`"),
+        (lambda: kgc.AbsoluteClip()([np.ones(3)], [keras.Variable([1.0, 2.0])]), "(2,)"),
+        (lambda: kgc.UpdateRatioClip()([keras.Variable([1.0])], [np.ones(1)]), "(grads, var"),
+        (lambda: kgc.unit_axes("model"), "'model'"),
+        (lambda: kgc.ActivationGate().insert(keras.layers.Dense(1)), "keras.Model"),
+        (lambda: kgc.ActivationGate().attach(None), "keras.Model"),
+        (lambda: kgc.ClippedModel(net()), "model.inputs"),
+        (lambda: kgc.report(3), "run_dir"),
     ],
 )
 def test_unknown_words(make, word):

@@ -138,6 +138,13 @@ class Clipper(Limit):
                 f"{type(self).__name__}: `grads` and `variables` must match one to one, but "
                 f"there are {len(grads)} gradients and {len(variables)} variables."
             )
+        for gradient, variable in zip(grads, variables, strict=True):
+            is_swapped = isinstance(gradient, keras.Variable) > isinstance(variable, keras.Variable)
+            if is_swapped or not _may_be_of(gradient, variable):
+                raise ValueError(
+                    f"{type(self).__name__}: each of `grads` must have the shape of its variable, "
+                    f"but {gradient!r} came for {variable!r}. Write clipper(grads, variables)."
+                )
         self.check_variables(variables)
         merged = [arithmetic.merge_duplicate_rows(g) for g in grads]
         hyper = {k: current_value(v, 0) for k, v in self.hyperparameters().items()}
@@ -203,6 +210,18 @@ class Clipper(Limit):
             if value is not None:
                 parts.append(f"{f.name}={shown(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _may_be_of(gradient: Gradient, variable: keras.Variable) -> bool:
+    """Whether a gradient may have the shape of `variable`; one of a trace may be unknown."""
+    if not hasattr(variable, "shape"):
+        return False
+    known = gradient is None or arithmetic.is_sparse(gradient)
+    shape = variable.shape if known else ops.convert_to_tensor(gradient).shape
+    if getattr(shape, "rank", 0) is None:
+        return True
+    pairs = zip(shape, variable.shape, strict=False)
+    return len(shape) == len(variable.shape) and all(a in (None, b) for a, b in pairs)
 
 
 def shown(value: object) -> str:

@@ -78,10 +78,10 @@ def unit_axes(model: keras.Model) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: the model has no trainable variables yet.
     """
-    if not model.trainable_variables:
+    if not getattr(model, "trainable_variables", None):
         raise ValueError(
-            "unit_axes: `model` has no trainable variables. Build it first, e.g. by calling it on "
-            "a batch."
+            f"unit_axes: `model` ({model!r}) has no trainable variables. Pass a model, and build "
+            "it first, e.g. by calling it on a batch."
         )
     variables = [v for v in model.trainable_variables if len(v.shape) > 1]
     return {path_of(v): u.axes for v, u in zip(variables, units_of(variables), strict=True)}

@@ -79,6 +79,10 @@ def report(run_dir: str | os.PathLike, output: str | os.PathLike | None = None) 
         ValueError: `run_dir` holds no samples, or its files are unreadable.
         ImportError: jinja2 or matplotlib is not installed.
     """
+    if not isinstance(run_dir, (str, os.PathLike)):
+        raise ValueError(
+            f"report: `run_dir` must be a folder, but is {run_dir!r}. Pass that of a ClipMonitor."
+        )
     folder = Path(run_dir)
     if not (folder / MONITOR_CSV).exists() and (folder / "monitor" / MONITOR_CSV).exists():
         folder /= "monitor"
