@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_tensorflow()
             from tuning.search_run import Search
 
-            return Search(recipe, given, args, folder, argv).run()
+            return Search(recipe, given, args, folder).run()
         except ModuleNotFoundError as error:
             remedy = "`make venv`, or pip install '.[recipes,tuning]' in the checkout"
             raise RecipeError(f"{error.name} is missing: {remedy}") from error

@@ -36,24 +36,15 @@ _SPACE = "search space: "  # prefix of hyper-parameter names in search.json
 class Search:
     """A search of a recipe's thresholds.
 
-    `given` are the recipe options that the user set, `args` the search's own flags, `argv` the
-    command line, which workers are started with.
+    `given` are the recipe options that the user set, `args` the search's own flags.
 
     Raises:
         RecipeError: options that contradict each other.
         ValueError: an objective of unknown direction, or an invalid search space.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        given: Mapping[str, Any],
-        args: Namespace,
-        folder: Path,
-        argv: Sequence[str],
-    ):
-        self.recipe, self.given, self.args = recipe, given, args
-        self.folder, self.argv = folder, argv
+    def __init__(self, recipe: Recipe, given: Mapping[str, Any], args: Namespace, folder: Path):
+        self.recipe, self.given, self.args, self.folder = recipe, given, args, folder
         self.role = workers.role()
         if self.role == "chief" and args.workers:
             raise RecipeError("--workers starts a chief of its own: unset KERASTUNER_TUNER_ID")
@@ -99,7 +90,7 @@ class Search:
 
     def _run_trials(self) -> None:
         args = self.args
-        with workers.started(args.workers, self.argv, self.folder) as processes:
+        with workers.started(args.workers, self.folder) as processes:
             self.oracle = self._new_oracle()
             tuner = self._tuner(self.oracle)
             self.oracle.on_change = self._on_change

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,20 @@ def role() -> str:
 
 
 @contextlib.contextmanager
-def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[processes.Processes]:
-    """Makes this process the chief and starts workers; they end with the context.
+def started(number: int, folder: Path) -> Iterator[processes.Processes]:
+    """Makes this process the chief and starts workers by its own command line.
 
-    They take the GPUs in turn, and the chief none. Their output goes to `folder/worker-K.log`. With
-    no worker the process keeps its role.
+    They end with the context, take the GPUs in turn, and write to `folder/worker-K.log`. With no
+    worker the process keeps its role.
     """
     if not number:
         yield {}
         return
-    _become_chief()
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    values = ("chief", LOOPBACK, str(port))
+    os.environ |= {**dict(zip(_NAMES, values, strict=True)), "no_grpc_proxy": LOOPBACK}
     gpus, environments = _gpus(), {}
     for k in range(number):
         own = {"KERASTUNER_TUNER_ID": f"worker-{k}", _PARENT: str(os.getpid())}
@@ -59,25 +63,12 @@ def started(number: int, argv: Sequence[str], folder: Path) -> Iterator[processe
         # Workers may share a GPU.
         growth = {"TF_FORCE_GPU_ALLOW_GROWTH": "true"}
         environments[f"worker-{k}"] = {**growth, **os.environ, **own}
+    command = [sys.executable, *sys.orig_argv[1:]]
     with processes.started(
-        [*_program(), *argv], environments, lambda name: open(folder / f"{name}.log", "a")
+        command, environments, lambda name: open(folder / f"{name}.log", "a")
     ) as workers:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
         yield workers
-
-
-def _become_chief() -> None:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
-    values = ("chief", LOOPBACK, str(port))
-    os.environ |= {**dict(zip(_NAMES, values, strict=True)), "no_grpc_proxy": LOOPBACK}
-
-
-def _program() -> list[str]:
-    """The command line of this program without its arguments: a script or a module."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [sys.executable, *(["-m", spec.name] if spec is not None else [sys.argv[0]])]
 
 
 def _gpus() -> list[str]:
@@ -101,15 +92,13 @@ def heartbeat(folder: Path) -> Iterator[None]:
     done = threading.Event()
 
     def beat():
-        count = 0
         while not done.wait(BEAT_SECONDS):
             if parent and os.getppid() != parent:
                 os._exit(1)  # nothing else would stop this process
-            count += 1
             with contextlib.suppress(OSError):  # a network disk may fail for a moment
-                path.write_text(str(count))
+                path.write_text(str(time.monotonic()))
 
-    path.write_text("0")
+    path.write_text("")
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
     thread.start()
     try:

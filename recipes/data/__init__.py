@@ -4,10 +4,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from recipes.data import images, tfds
+from recipes.data import images
 from recipes.data.image_folder import IMAGE_FOLDER, image_folder_splits
 from recipes.data.sets import LARGE_SHUFFLE_BUFFER, SMALL_SHUFFLE_BUFFER, Data, Split, normalise
 from recipes.data.stream import Feed
+from recipes.data.tfds import EMBEDDED, tfds_splits
 
 __all__ = ["Data", "Feed", "Split", "load", "load_named"]
 # Data sets not to mirror: digits and signs would change their meaning.
@@ -21,7 +22,7 @@ def load_named(options: Any) -> Data:
 
 
 def load(
-    dataset: str = tfds.EMBEDDED,
+    dataset: str = EMBEDDED,
     data_dir: str | None = None,
     image_size: int = 224,
     augment: str = "auto",
@@ -57,9 +58,7 @@ def load(
         parts, class_names, note = image_folder_splits(data_dir, on_bad_data)
         small = False
     else:
-        builder = tfds.open_builder(dataset, data_dir, download)
-        image_key, label_key, class_names, small = tfds.features_of(builder)
-        parts, note = tfds.splits_of(builder, image_key, label_key, splits, data_dir)
+        parts, class_names, note, small = tfds_splits(dataset, data_dir, download, splits)
     read = tf.io.read_file if files else tf.identity
     if augment == "auto":
         augment = "shift" if small else "imagenet"

@@ -25,11 +25,11 @@ from recipes.data.image_folder import problems_of, report_bad
 from recipes.errors import DataError
 
 COLUMNS = ("center", "left", "right", "steering", "throttle", "brake", "speed")
+_NEEDED = COLUMNS[:4]
 # Part of the height cut off above (sky) and below (bonnet): Bojarski et al. 2016 feed such a strip.
 _CROP_TOP, _CROP_BOTTOM = 0.35, 0.1
 _GAP = 10  # frames between two parts of the split, one to two seconds
 _FOLDS, _RIDGE = 5, 0.03
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,12 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
             rows = [[cell.strip() for cell in cells] for cells in reader]
         except csv.Error as error:
             raise DataError(f"{path}, row {reader.line_num}: {error}; not a driving log") from None
-    columns = {name: i for i, name in enumerate(COLUMNS)}
-    if rows and "steering" in [cell.lower() for cell in rows[0]]:
-        columns = {cell.lower(): i for i, cell in enumerate(rows[0])}
-        missing = [c for c in COLUMNS[:4] if c not in columns]
+    columns: Sequence[str] = COLUMNS
+    if rows and "steering" in (head := [cell.lower() for cell in rows[0]]):
+        columns, rows[0] = head, []
+        missing = [name for name in _NEEDED if name not in columns]
         if missing:
             raise DataError(f"{path}, row 1: the header has no column {missing[0]!r}")
-        rows[0] = []
     frames, problems = [], {}
     for row, cells in enumerate(rows, start=1):
         try:
@@ -105,18 +104,18 @@ def read_log(path: str | os.PathLike, on_bad_data: str = "refuse") -> list[Frame
     return good
 
 
-def _frame(cells: list[str], columns: dict[str, int], folder: Path, row: int) -> Frame:
-    needed = max(columns[name] for name in COLUMNS[:4])
-    if len(cells) <= needed:
-        raise DataError(f"{len(cells)} columns where {needed + 1} or more are needed")
-    text = cells[columns["steering"]]
+def _frame(cells: Sequence[str], columns: Sequence[str], folder: Path, row: int) -> Frame:
+    needed = 1 + max(columns.index(name) for name in _NEEDED)
+    if len(cells) < needed:
+        raise DataError(f"{len(cells)} columns where {needed} or more are needed")
+    *views, text = (cells[columns.index(name)] for name in _NEEDED)
     try:
         steering = float(text)
     except ValueError:
         steering = math.nan
-    if not abs(steering) <= _LARGEST:
+    if not abs(steering) <= np.finfo(np.float32).max:
         raise DataError(f"steering={text!r} is not a finite number")
-    center, left, right = (_find_image(cells[columns[name]], folder) for name in COLUMNS[:3])
+    center, left, right = (_find_image(view, folder) for view in views)
     return Frame(center, left, right, steering, row)
 
 
@@ -312,6 +311,6 @@ def _features(path: Path) -> np.ndarray:
 
 
 def _as_split(examples: list[tuple[Path, float]]) -> data.Split:
-    paths = [str(path) for path, _ in examples]
-    angles = np.array([angle for _, angle in examples], "float32")
-    return data.Split(tf.data.Dataset.from_tensor_slices((paths, angles)), len(examples))
+    paths, angles = zip(*examples, strict=True)
+    columns = ([str(path) for path in paths], np.array(angles, "float32"))
+    return data.Split(tf.data.Dataset.from_tensor_slices(columns), len(examples))

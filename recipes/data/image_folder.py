@@ -74,16 +74,7 @@ def problems_of(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def report_bad(problems: Sequence[str], on_bad_data: str, what: str) -> None:
-    """Prints the problems ("skip"), or raises an error with the first of them ("refuse").
-
-    Args:
-        problems: one line each, starting with file and row.
-        on_bad_data: str, "skip" or "refuse".
-        what: str, the source, for the message.
-
-    Raises:
-        DataError: there is a problem under "refuse".
-    """
+    """Prints the problems found in `what` ("skip"), or raises a DataError ("refuse")."""
     if not problems:
         return
     count = f"{len(problems)} bad {'entry' if len(problems) == 1 else 'entries'} in {what}"

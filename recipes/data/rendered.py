@@ -4,7 +4,6 @@ Each is drawn on the first call, into the recipes' cache. Same arguments, same f
 """
 
 import contextlib
-import csv
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from keras_gradclip.files import write_csv
 from recipes.data.driving_log import COLUMNS
 
 # Not under version control; safe to delete.
@@ -28,14 +28,25 @@ _SIDE_CAMERA = 0.8  # metres from the centre camera
 _CURVATURE_GAIN, _OFFSET_GAIN, _HEADING_GAIN = 20.0, SIDE_CORRECTION / _SIDE_CAMERA, 1.0
 
 
-def made_once(target: Path, make: Callable[[Path], object]) -> Path:
-    """The folder `target`, filled by `make(folder)` on the first call.
+def rendered_drive() -> Path:
+    """The folder of the embedded drive, rendered on the first call."""
+    return _cached("driving_rendered-1", render_drive)
+
+
+def rendered_signs() -> Path:
+    """The folder of the embedded signs, rendered on the first call."""
+    return _cached("signs_rendered-1", render_signs)
+
+
+def _cached(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the cache, filled by `make(folder)` on the first call.
 
     Several processes may call this at once: the first to finish moves its result into place.
     """
+    target = CACHE / name
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as scratch:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=CACHE) as scratch:
             made = Path(scratch) / "made"
             make(made)
             with contextlib.suppress(OSError):  # another process was first
@@ -67,23 +78,16 @@ def render_drive(folder: str | os.PathLike, frames: int = 1000, seed: int = 0) -
     steering = (_CURVATURE_GAIN * curvature - _OFFSET_GAIN * offset - _HEADING_GAIN * heading).clip(
         -1, 1
     )
-    log = folder / "driving_log.csv"
-    with log.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for i in range(frames):
-            cells = []
-            for camera, shift in (
-                ("center", 0.0),
-                ("left", -_SIDE_CAMERA),
-                ("right", _SIDE_CAMERA),
-            ):
-                name = f"IMG/{camera}_{i:05d}.jpg"
-                pixels = _scene(i, curvature[i], offset[i] + shift, heading[i], light[i], rng)
-                Image.fromarray(pixels).save(folder / name, quality=90)
-                cells.append(name)
-            writer.writerow([*cells, f"{steering[i]:.5f}", "0.5", "0", "15"])
-    return log
+    cameras = {"center": 0.0, "left": -_SIDE_CAMERA, "right": _SIDE_CAMERA}
+    rows = []
+    for i in range(frames):
+        names = [f"IMG/{camera}_{i:05d}.jpg" for camera in cameras]
+        rows.append([*names, f"{steering[i]:.5f}", 0.5, 0, 15])
+        for name, shift in zip(names, cameras.values(), strict=True):
+            pixels = _scene(i, curvature[i], offset[i] + shift, heading[i], light[i], rng)
+            Image.fromarray(pixels).save(folder / name, quality=90)
+    write_csv(folder / "driving_log.csv", COLUMNS, rows)
+    return folder / "driving_log.csv"
 
 
 def _wave(rng, frames: int, periods: tuple[int, ...]) -> np.ndarray:
@@ -112,21 +116,29 @@ def _scene(metres, curvature, offset, heading, light, rng) -> np.ndarray:
     return (image * light + noise).clip(0, 255).astype("uint8")
 
 
-def rendered_drive() -> Path:
-    """The folder of the embedded drive, rendered on the first call."""
-    return made_once(CACHE / "driving_rendered-1", render_drive)
-
-
-SIGNS = (
-    "stop",
-    "yield",
-    "no_entry",
-    "speed_limit",
-    "priority",
-    "turn_left",
-    "turn_right",
-    "parking",
-)
+_RED, _WHITE, _BLUE, _YELLOW, _BLACK = "#c8102e", "#f4f4f0", "#0b4ea2", "#f2c300", "#202020"
+# The shapes of each sign, drawn one over the other, in units of its radius. A disc: its radius; a
+# bar: its corners x0, y0, x1, y1; a polygon: corners, rotation in degrees, radius; an arrow: -1 to
+# the left, 1 to the right.
+SIGNS: dict[str, list[tuple]] = {
+    "stop": [("polygon", _RED, 8, 22.5, 1), ("bar", _WHITE, -0.6, -0.2, 0.6, 0.2)],
+    "yield": [("polygon", _RED, 3, 90, 1), ("polygon", _WHITE, 3, 90, 0.55)],
+    "no_entry": [("disc", _RED, 1), ("bar", _WHITE, -0.7, -0.18, 0.7, 0.18)],
+    "speed_limit": [
+        ("disc", _RED, 1),
+        ("disc", _WHITE, 0.75),
+        ("bar", _BLACK, -0.35, -0.35, -0.05, 0.35),
+        ("bar", _BLACK, 0.1, -0.35, 0.4, 0.35),
+    ],
+    "priority": [("polygon", _WHITE, 4, 0, 1), ("polygon", _YELLOW, 4, 0, 0.75)],
+    "turn_left": [("disc", _BLUE, 1), ("arrow", _WHITE, -1)],
+    "turn_right": [("disc", _BLUE, 1), ("arrow", _WHITE, 1)],
+    "parking": [
+        ("bar", _BLUE, -0.85, -0.85, 0.85, 0.85),
+        ("bar", _WHITE, -0.35, -0.6, -0.1, 0.6),
+        ("bar", _WHITE, -0.1, -0.6, 0.35, 0.05),
+    ],
+}
 
 
 def render_signs(folder: str | os.PathLike, per_class: int = 60, seed: int = 0) -> Path:
@@ -157,54 +169,25 @@ def _draw_sign(sign: str, rng) -> Image.Image:
     clutter = rng.randint(40, 200, (6, 6, 3)).astype("uint8")
     image = Image.fromarray(clutter).resize((size, size), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(image)
-    cx, cy = rng.uniform(20, 28, 2)
-    r = rng.uniform(12, 18)
+    middle, radius = rng.uniform(20, 28, 2), rng.uniform(12, 18)
 
-    def polygon(corners, turn, radius, fill):
-        angles = np.deg2rad(turn) + 2 * np.pi * np.arange(corners) / corners
-        points = [(cx + radius * np.cos(a), cy + radius * np.sin(a)) for a in angles]
-        draw.polygon(points, fill=fill)
+    def at(*points):
+        return [tuple(middle + radius * np.array(point)) for point in points]
 
-    def disc(radius, fill):
-        draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=fill)
-
-    def bar(x0, y0, x1, y1, fill):
-        draw.rectangle((cx + x0 * r, cy + y0 * r, cx + x1 * r, cy + y1 * r), fill=fill)
-
-    red, white, blue, yellow, black = "#c8102e", "#f4f4f0", "#0b4ea2", "#f2c300", "#202020"
-    if sign == "stop":
-        polygon(8, 22.5, r, red)
-        bar(-0.6, -0.2, 0.6, 0.2, white)
-    elif sign == "yield":
-        polygon(3, 90, r, red)
-        polygon(3, 90, 0.55 * r, white)
-    elif sign == "no_entry":
-        disc(r, red)
-        bar(-0.7, -0.18, 0.7, 0.18, white)
-    elif sign == "speed_limit":
-        disc(r, red)
-        disc(0.75 * r, white)
-        bar(-0.35, -0.35, -0.05, 0.35, black)
-        bar(0.1, -0.35, 0.4, 0.35, black)
-    elif sign == "priority":
-        polygon(4, 0, r, white)
-        polygon(4, 0, 0.75 * r, yellow)
-    elif sign == "parking":
-        bar(-0.85, -0.85, 0.85, 0.85, blue)
-        bar(-0.35, -0.6, -0.1, 0.6, white)
-        bar(-0.1, -0.6, 0.35, 0.05, white)
-    else:
-        side = -1 if sign == "turn_left" else 1
-        disc(r, blue)
-        draw.line((cx - side * 0.6 * r, cy, cx + side * 0.3 * r, cy), fill=white, width=4)
-        tip = [(0.75, 0), (0.15, -0.45), (0.15, 0.45)]
-        draw.polygon([(cx + side * x * r, cy + y * r) for x, y in tip], fill=white)
-    pixels = np.asarray(image, "float32") * rng.uniform(0.6, 1.15) + rng.normal(
-        0, 8, (size, size, 3)
-    )
+    for shape, colour, *sizes in SIGNS[sign]:
+        if shape == "disc":
+            (r,) = sizes
+            draw.ellipse(at((-r, -r), (r, r)), colour)
+        elif shape == "bar":
+            draw.rectangle(at(sizes[:2], sizes[2:]), colour)
+        elif shape == "polygon":
+            corners, turn, r = sizes
+            angles = np.deg2rad(turn) + 2 * np.pi * np.arange(corners) / corners
+            draw.polygon(at(*zip(r * np.cos(angles), r * np.sin(angles), strict=True)), colour)
+        else:
+            (side,) = sizes
+            draw.line(at((-0.6 * side, 0), (0.3 * side, 0)), colour, width=4)
+            draw.polygon(at((0.75 * side, 0), (0.15 * side, -0.45), (0.15 * side, 0.45)), colour)
+    light = rng.uniform(0.6, 1.15)
+    pixels = np.asarray(image, "float32") * light + rng.normal(0, 8, (size, size, 3))
     return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
-
-
-def rendered_signs() -> Path:
-    """The folder of the embedded signs, rendered on the first call."""
-    return made_once(CACHE / "signs_rendered-1", render_signs)

@@ -18,12 +18,54 @@ EMBEDDED = "mnist_embedded"
 _SPLITS = {"imagenet2012": ("train[:99%]", "train[99%:]", "validation")}
 
 
-def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
-    """The TFDS builder with this name; with `download` its data are prepared.
+_ROLES = ("train", "validation", "test")
+
+
+def tfds_splits(
+    dataset: str, data_dir: str | None, download: bool, splits: str | None
+) -> tuple[list[Split], tuple[str, ...], str, bool]:
+    """Train, validation and test splits of (encoded image, label); the arguments are `load`'s.
+
+    Returns:
+        The splits, the class names, the names of the splits if unusual, and whether the images are
+        known to be under 96 pixels.
 
     Raises:
-        DataError: no such set, or it could not be downloaded.
+        DataError: the data set is unknown, not prepared, or has no images with labels; or a split
+            is empty, unknown, or shares examples.
     """
+    builder = _builder(dataset, data_dir, download)
+    features = dict(builder.info.features.items())
+    keys = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
+    image, label = (
+        next((key for key in [*keys, *features] if isinstance(features.get(key), kind)), None)
+        for kind in (tfds.features.Image, tfds.features.ClassLabel)
+    )
+    if image is None or label is None:
+        raise DataError(
+            f"dataset={builder.name!r} has features {sorted(features)}: a recipe needs an image "
+            "and a class label"
+        )
+    names = _split_names(builder, splits)
+    parts = [_split(builder, name, image, label, data_dir) for name in names]
+    for role, name, part in zip(_ROLES, names, parts, strict=True):
+        if part.size == 0:
+            raise DataError(f"dataset={builder.name!r}: the {role} split {name!r} is empty")
+    for one, other in itertools.combinations(names, 2):
+        if splits and _share(builder, one, other):
+            raise DataError(
+                f"splits={','.join(names)!r}: {one!r} and {other!r} share examples: test on "
+                "others than the model was trained on or chosen by. Split one in two, such as "
+                "'train[:90%],train[90%:],test'"
+            )
+    note = "" if names == _ROLES else f"its {', '.join(names)}"
+    classes = features[label].names or [str(i) for i in range(features[label].num_classes)]
+    height, width, _ = features[image].shape
+    is_small = height is not None and width is not None and max(height, width) < 96
+    return parts, tuple(classes), note, is_small
+
+
+def _builder(dataset: str, data_dir: str | None, download: bool) -> Any:
     if dataset == EMBEDDED:
         # Runs of older versions may name the folder of the digits.
         if data_dir is not None and not (Path(data_dir) / EMBEDDED).is_dir():
@@ -39,7 +81,10 @@ def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
     except Exception as error:  # TFDS raises a dozen kinds for a bad version or config
         no_name = isinstance(error, tfds.core.DatasetNotFoundError)
         if no_name or first_line(error).startswith("Parsing builder name"):
-            raise DataError(f"dataset={dataset!r} is not a TFDS name: {_hint(dataset)}") from None
+            names = [EMBEDDED, IMAGE_FOLDER, *tfds.list_builders(with_community_datasets=False)]
+            close = difflib.get_close_matches(dataset, names, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
+            raise DataError(f"dataset={dataset!r} is not a TFDS name: {hint}") from None
         raise DataError(f"dataset={dataset!r}: {first_line(error)}") from error
     if download:
         try:
@@ -49,57 +94,6 @@ def open_builder(dataset: str, data_dir: str | None, download: bool) -> Any:
                 f"dataset={dataset!r} could not be downloaded: {first_line(error)}"
             ) from error
     return builder
-
-
-def _hint(dataset: str) -> str:
-    names = [EMBEDDED, IMAGE_FOLDER, *tfds.list_builders(with_community_datasets=False)]
-    close = difflib.get_close_matches(dataset, names, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else "see tfds.list_builders()"
-
-
-def features_of(builder: Any) -> tuple[str, str, tuple[str, ...], bool]:
-    """(image key, label key, class names, whether images are known to be under 96 pixels)."""
-    features = builder.info.features
-    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
-    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
-    keys = builder.info.supervised_keys
-    image = keys[0] if keys and keys[0] in images else next(iter(images), None)
-    label = keys[1] if keys and keys[1] in labels else next(iter(labels), None)
-    if image is None or label is None:
-        raise DataError(
-            f"dataset={builder.name!r} has features {sorted(features)}: a recipe needs an image "
-            "and a class label"
-        )
-    height, width, _ = features[image].shape
-    small = height is not None and width is not None and max(height, width) < 96
-    classes = features[label]
-    names = classes.names or [str(i) for i in range(classes.num_classes)]
-    return image, label, tuple(names), small
-
-
-def splits_of(
-    builder: Any, image_key: str, label_key: str, splits: str | None, data_dir: str | None
-) -> tuple[list[Split], str]:
-    """Train, validation and test splits of (encoded image, label), and their names if unusual.
-
-    Raises:
-        DataError: the set is not prepared, or a split is empty, unknown, or shares examples.
-    """
-    names = _split_names(builder, splits)
-    parts = []
-    for role, name in zip(("train", "validation", "test"), names, strict=True):
-        parts.append(_split(builder, name, image_key, label_key, data_dir))
-        if parts[-1].size == 0:
-            raise DataError(f"dataset={builder.name!r}: the {role} split {name!r} is empty")
-    for one, other in itertools.combinations(names, 2):
-        if splits and _share(builder, one, other):
-            raise DataError(
-                f"splits={','.join(names)!r}: {one!r} and {other!r} share examples: test on "
-                "others than the model was trained on or chosen by. Split one in two, such as "
-                "'train[:90%],train[90%:],test'"
-            )
-    usual = names == ("train", "validation", "test")
-    return parts, "" if usual else f"its {', '.join(names)}"
 
 
 def _share(builder: Any, one: str, other: str) -> bool:
@@ -127,8 +121,8 @@ def _split_names(builder: Any, splits: str | None) -> tuple[str, ...]:
     if builder.name in _SPLITS:
         return _SPLITS[builder.name]
     known = set(builder.info.splits)
-    if {"train", "validation", "test"} <= known:
-        return ("train", "validation", "test")
+    if known.issuperset(_ROLES):
+        return _ROLES
     for test in ("test", "validation"):
         if {"train", test} <= known:
             return ("train[:90%]", "train[90%:]", test)
