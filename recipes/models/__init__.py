@@ -5,7 +5,6 @@ probabilities `[batch, num_classes]` in float32. The names of its layers are sta
 `keras_gradclip.ClipMap` match them. The last layer is `predictions` everywhere.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,23 +17,14 @@ from .layers import AdaptiveAveragePooling2D, LocalResponseNormalization
 
 NETWORKS: dict[str, Callable[..., Any]] = {
     "alexnet": alexnet.alexnet,
-    "vgg16": partial(vgg.vgg, depth=16),
-    "vgg19": partial(vgg.vgg, depth=19),
+    "vgg16": partial(vgg.vgg, 16),
+    "vgg19": partial(vgg.vgg, 19),
     "googlenet": googlenet.googlenet,
     "inception_v2": inception_v2.inception_v2,
     "resnet50": resnet.resnet50,
 }
 
-__all__ = ["NETWORKS", "auxiliary_model_class", "build", "inference_model", "options"]
-
-
-def options(name):
-    """The options of a network and their defaults, as a dict; ValueError if it is unknown."""
-    if name not in NETWORKS:
-        raise ValueError(f"name={name!r} is not a network: use one of {', '.join(NETWORKS)}")
-    parameters = inspect.signature(NETWORKS[name]).parameters.values()
-    own = {p.name: p.default for p in parameters if p.default is not p.empty and p.name != "depth"}
-    return {**own, "batch_norm_momentum": None}
+__all__ = ["NETWORKS", "auxiliary_model_class", "build", "inference_model"]
 
 
 def build(
@@ -58,22 +48,17 @@ def build(
             `recipes.models.googlenet.auxiliary_model_class`.
         batch_norm_momentum: momentum of the moving averages of every batch normalisation. The
             default, 0.99, lags behind the weights in runs of a few hundred steps; 0.9 does not.
-        **network_options: as `options(name)` lists them; the function of each network in this
-            package documents its own.
+        **network_options: keyword arguments of the network's function in this package.
 
     Returns:
         A functional model, not compiled.
 
     Raises:
-        ValueError: unknown name or option, or images too small.
+        ValueError: unknown name, or images too small.
+        TypeError: unknown option.
     """
-    known = options(name)
-    unknown = sorted(set(network_options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{name} has no option {unknown[0]}={network_options[unknown[0]]!r}: "
-            f"its options are {', '.join(known)}"
-        )
+    if name not in NETWORKS:
+        raise ValueError(f"name={name!r} is not a network: use one of {', '.join(NETWORKS)}")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 32:
         raise ValueError(f"image_size={image_size} is too small: resize the images to 32 or more")

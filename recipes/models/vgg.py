@@ -21,9 +21,9 @@ def _with_initializer(base, initializer):
 
 
 def vgg(
+    depth,
     inputs,
     num_classes,
-    depth,
     dropout=0.5,
     initializer="he_normal",
     pool_grid=7,
@@ -36,9 +36,9 @@ def vgg(
     classes.
 
     Args:
+        depth: 16 or 19.
         inputs: images, `[batch, size, size, channels]`, 32 pixels or more.
         num_classes: length of the softmax output.
-        depth: 16 or 19.
         dropout: rate after each of the two hidden dense layers.
         initializer: of the hidden kernels.
         pool_grid: side of the adaptive average pooling before the dense layers, which makes
