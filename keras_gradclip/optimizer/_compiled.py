@@ -171,7 +171,6 @@ class CompiledUpdate:
     def __init__(self, inner: keras.optimizers.Optimizer, mode: bool | str) -> None:
         self._inner = inner
         self.mode = mode
-        self._make_kernel = _KERNELS.get(type(inner))
         #: Path of a variable to the reason why it is left to Keras.
         self._refused: dict[str, str] = {}
         self._impossible = self._why_not()
@@ -186,8 +185,10 @@ class CompiledUpdate:
         self._reason = f"{own} was set on this {kind}" if own else self._impossible
         if self._reason:
             return {}
-        decay = functools.partial(_compat.decay_by_one_rate, self._inner)
-        return {_compat.UPDATE_NATIVES: self._update, _compat.DECAY: decay}
+        methods = {_compat.UPDATE_NATIVES: self._update}
+        if self._inner.weight_decay is not None:
+            methods[_compat.DECAY] = functools.partial(_compat.decay_by_one_rate, self._inner)
+        return methods
 
     def _why_not(self) -> str | None:
         """The reason why no variable can be compiled, or None."""
@@ -198,7 +199,7 @@ class CompiledUpdate:
             return f"the backend is {backend.backend()}, not tensorflow"
         if not _compat.updates_are_replaceable(self._inner):
             return f"{name} or this Keras has its own way to update a list of variables"
-        known = self._make_kernel is not None or type(self._inner) in _GAIN_BY_XLA
+        known = type(self._inner) in _KERNELS or type(self._inner) in _GAIN_BY_XLA
         if not known and self.mode == "auto":
             return f"{name} is not known to gain; compiled=True tries it"
         return None
@@ -231,8 +232,9 @@ class CompiledUpdate:
             (left if reason else chosen).append((gradient, variable))
             if reason:
                 self._refuse(variable, reason)
-        if self._make_kernel is not None:
-            self._update_by_kernels(self._make_kernel, strategy, chosen, learning_rate)
+        if type(self._inner) in _KERNELS:
+            gradients, natives = ([pair[k] for pair in chosen] for k in range(2))
+            self._run(strategy, natives, gradients, learning_rate, True)
         else:
             left += self._update_by_xla(strategy, chosen, learning_rate)
         if left:
@@ -251,73 +253,18 @@ class CompiledUpdate:
 
         if tf.executing_eagerly() or _compat.is_traced_for_xla():
             return None
-        if any(self._unfit(g, v.value) for g, v in zip(gradients, variables, strict=True)):
+        natives = [v.value for v in variables]
+        if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
-        programs = arithmetic.Programs(variables)
-        made: dict[tuple, Callable] = {}
-
-        def of_group(
-            first: Tensor,
-            variables: list[Tensor],
-            gradients: list[Gradient],
-            slots: list[list[Tensor]],
-            rate: Scalar,
-        ) -> list[Tensor]:
-            equation = self._made(made, _EQUATIONS[type(self._inner)], first, rate)
-            gradients = [
-                tf.ensure_shape(tf.cast(g, v.dtype), v.shape)
-                for g, v in zip(gradients, variables, strict=True)
-            ]
-            if len(variables) == 1 and programs.pays(gradients[0]):
-                equation = functools.partial(programs.run, first.device, equation)
-            return _changes(equation, gradients, slots)
-
-        def merged(
-            strategy: Strategy,
-            natives: list[Tensor],
-            gradients: list[Gradient],
-            slots: list[list[Tensor]],
-            rate: Scalar,
-        ) -> list[Tensor]:
-            changes: list[Tensor] = [None] * len(natives)
-            for group in _groups(natives, WORTH_AN_OPERATION):
-                lists = [[of[i] for i in group] for of in (natives, gradients, slots)]
-                new = strategy.extended.update(natives[group[0]], of_group, args=(*lists, rate))
-                for i, change in zip(group, new, strict=True):
-                    changes[i] = change
-            return changes
-
-        slots = [[s.value for s in _compat.slots(self._inner, v) or ()] for v in variables]
-        return _compat.merge_call(
-            merged,
-            [v.value for v in variables],
-            list(gradients),
-            slots,
-            arithmetic.read(learning_rate),
-        )
-
-    def _made(
-        self,
-        made: dict[tuple, Callable],
-        make: MakeKernel | MakeEquation,
-        variable: Tensor,
-        rate: Scalar,
-    ) -> Callable:
-        """The result of `make` in this update, whose scalars are computed once per device."""
-        import tensorflow as tf
-
-        key = (make, variable.device, variable.dtype.name)
-        if key not in made:
-            step = tf.cast(arithmetic.read(self._inner.iterations) + 1, variable.dtype)
-            made[key] = make(self._inner, tf.cast(rate, variable.dtype), step)
-        return made[key]
+        rate = arithmetic.read(learning_rate)
+        return _compat.merge_call(self._run, natives, list(gradients), rate, False)
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
         if arithmetic.is_sparse(gradient):
             return "sparse gradient"
         if variable.dtype.name not in ("float32", "float64"):
             return f"{variable.dtype.name}"
-        if self._make_kernel is not None and _compat.slots(self._inner, variable) is None:
+        if type(self._inner) in _KERNELS and _compat.slots(self._inner, variable) is None:
             return "setting changed after the build"  # Keras raises the error
         return None
 
@@ -327,19 +274,27 @@ class CompiledUpdate:
             raise ValueError(_cannot(f"{reason} of {path}"))
         self._refused[path] = reason
 
-    def _update_by_kernels(
+    def _run(
         self,
-        make: MakeKernel,
         strategy: Strategy,
-        pairs: Sequence[tuple[Gradient, Tensor]],
+        natives: Sequence[Tensor],
+        gradients: Sequence[Gradient],
         learning_rate: Scalar,
-    ) -> None:
+        applies: bool,
+    ) -> list[Tensor]:
+        """Updates native variables, or returns their weight updates; in cross-replica context.
+
+        A variable is updated by a TensorFlow op; small ones together by the equation, as is every
+        weight update that is only returned.
+        """
         import tensorflow as tf
 
-        made: dict[tuple, Callable] = {}
-        has_equation = self.mode == "auto" and type(self._inner) in _EQUATIONS
-        is_open = has_equation and not tf.executing_eagerly()
-        least = WORTH_AN_OPERATION if is_open and arithmetic.runs_on_tensorflow_cpu() else 0
+        inner = self._inner
+        has_equation = type(inner) in _EQUATIONS and not tf.executing_eagerly()
+        shares = has_equation and (not applies or arithmetic.runs_on_tensorflow_cpu())
+        least = WORTH_AN_OPERATION if shares else 0
+        programs = None if applies else arithmetic.Programs(natives)
+        made: dict[tuple, Callable] = {}  # its scalars are computed once per device
 
         def of_group(
             first: Tensor,
@@ -347,24 +302,42 @@ class CompiledUpdate:
             gradients: list[Gradient],
             slots: list[list[Tensor]],
             rate: Scalar,
-        ) -> None:
-            gradients = [tf.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)]
-            if first.shape.num_elements() < least:
-                equation = self._made(made, _EQUATIONS[type(self._inner)], first, rate)
-                changes = _changes(equation, gradients, slots)
-                for variable, change in zip(variables, changes, strict=True):
-                    variable.assign_add(change)
-            else:
-                kernel = self._made(made, make, first, rate)
-                kernel(first.handle, gradients[0], *(slot.handle for slot in slots[0]))
+        ) -> list[Tensor]:
+            by_operation = applies and first.shape.num_elements() >= least
+            make = (_KERNELS if by_operation else _EQUATIONS)[type(inner)]
+            key = (make, first.device, first.dtype)
+            if key not in made:
+                step = tf.cast(arithmetic.read(inner.iterations) + 1, first.dtype)
+                made[key] = make(inner, tf.cast(rate, first.dtype), step)
+            gradients = [
+                tf.ensure_shape(tf.cast(g, v.dtype), v.shape)
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+            if by_operation:
+                made[key](first.handle, gradients[0], *(slot.handle for slot in slots[0]))
+                return []
+            equation = made[key]
+            if programs and len(variables) == 1 and programs.pays(gradients[0]):
+                equation = functools.partial(programs.run, first.device, equation)
+            changes = _changes(equation, gradients, slots)
+            if not applies:
+                return changes
+            for variable, change in zip(variables, changes, strict=True):
+                variable.assign_add(change)
+            return []
 
-        gradients, natives = ([pair[k] for pair in pairs] for k in range(2))
-        slots = [[slot.value for slot in _compat.slots(self._inner, v) or ()] for v in natives]
-        rate = arithmetic.read(learning_rate)
-        for group in _groups(natives, least):
+        slots = [[slot.value for slot in _compat.slots(inner, v) or ()] for v in natives]
+        groups: dict[object, list[int]] = {}  # small variables of a device together
+        for i, v in enumerate(natives):
+            is_small = v.shape.num_elements() < least
+            groups.setdefault((v.device, v.dtype) if is_small else i, []).append(i)
+        result: dict[int, Tensor] = {}
+        for group in groups.values():
             lists = [[of[i] for i in group] for of in (natives, gradients, slots)]
-            first = natives[group[0]]
-            strategy.extended.update(first, of_group, args=(*lists, rate), group=False)
+            arguments = (*lists, arithmetic.read(learning_rate))
+            changes = strategy.extended.update(natives[group[0]], of_group, args=arguments)
+            result |= dict(zip(group, changes, strict=False))
+        return [result[i] for i in sorted(result)]
 
     def _update_by_xla(
         self, strategy: Strategy, pairs: Sequence[tuple[Gradient, Tensor]], learning_rate: Scalar
@@ -427,15 +400,6 @@ class CompiledUpdate:
                 self._inner.update_step(gradient, variable, rate)
 
         return tf.function(run, jit_compile=True, autograph=False)
-
-
-def _groups(variables: Sequence[Tensor], least: int) -> list[list[int]]:
-    """The positions of variables: smaller ones together, each of `least` elements by itself."""
-    groups: dict[object, list[int]] = {}
-    for i, v in enumerate(variables):
-        is_small = v.shape.num_elements() < least
-        groups.setdefault((v.device, v.dtype) if is_small else i, []).append(i)
-    return [*groups.values()]
 
 
 def _changes(
