@@ -11,8 +11,8 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import _compat, aggregation
 from keras_gradclip import _validation as validation
-from keras_gradclip import aggregation
 from keras_gradclip._layers import networks_of
 from keras_gradclip._types import Gradient, Scalar, State, Tensor
 from keras_gradclip.clippers.base import Clipper, current_value
@@ -169,12 +169,17 @@ class Clip:
         if self.state:
             self.keep(self.enforcer.state)
 
-    def note_schedule(self, is_new: bool) -> None:
-        """Notes that a schedule has set the learning rate."""
-        if self.state and self._needs_rate:
+    def on_new_rate(self) -> None:
+        """Tells the clipper if a schedule, or a callback that is one, has set the learning rate."""
+        if not (self.state and self._needs_rate):
+            return
+        goes_on = _compat.is_called_by(
+            keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau
+        )
+        if goes_on or not isinstance(self._inner.learning_rate, keras.Variable):
             state = {key: aggregation.to_numpy(v) for key, v in self.state.items()}
             rate = np.float32(aggregation.to_numpy(self._inner.learning_rate))
-            self.keep(self.enforcer.scheduled(state, rate, is_new))
+            self.keep(self.enforcer.scheduled(state, rate, is_new=not goes_on))
 
 
 def _constant(value: object, shape: Sequence[int], dtype: str | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import _validation as validation
 from keras_gradclip._types import Gradients, Tensor
 
 #: Window length; no finite norm is a spike before half of it is filled.
@@ -25,11 +26,11 @@ class SpikeWindow:
     not stored.
 
     Args:
-        sigmas: σ.
+        sigmas: σ, a positive number.
     """
 
     def __init__(self, sigmas: float) -> None:
-        self.sigmas = sigmas
+        self.sigmas = validation.positive("ClippedOptimizer", "skip_spikes", sigmas)
 
     def build(self, add_variable: Callable[..., keras.Variable]) -> None:
         """Creates the state; every replica writes the same values to its copy."""

@@ -10,9 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import _validation as validation
 from keras_gradclip import aggregation
 from keras_gradclip._types import Config, Gradients, Scalar
-from keras_gradclip.names import layers_of
+from keras_gradclip.names import layers_of, path_of
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 _UPDATE, _SKIPPED = (True, False), (False, True)
@@ -31,8 +32,8 @@ class Telemetry:
     """
 
     def __init__(self, every: bool | int) -> None:
-        self.every = every
         self.build(())  # the figures of nothing
+        self.set_interval(every)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the state for the optimizer's variables."""
@@ -163,6 +164,17 @@ class Telemetry:
             "updates": updates,
             "skipped": skipped,
         }
+
+    def first_nonfinite(self) -> str | None:
+        """The path of the first variable with a non-finite gradient; None: there was none."""
+        number = int(aggregation.to_numpy(self.nonfinite))
+        return path_of(self._variables[number - 1]) if number else None
+
+    def set_interval(self, every: bool | int) -> None:
+        """Sets `every`, and resets all figures."""
+        is_word = isinstance(every, bool)
+        self.every = every if is_word else validation.count("ClippedOptimizer", "telemetry", every)
+        self.reset()
 
     def reset(self) -> None:
         """Resets all figures."""

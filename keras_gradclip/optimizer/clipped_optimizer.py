@@ -85,22 +85,19 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         given = as_clipper(owner, "clipper", None if is_auto else clipper, optional=True)
         steps = validation.steps(owner, "gradient_accumulation_steps", gradient_accumulation_steps)
         validation.choice(owner, "skip_nonfinite", skip_nonfinite, (True, False))
-        if not isinstance(telemetry, bool):
-            validation.steps(owner, "telemetry", telemetry)
         validation.choice(owner, "compiled", compiled, ("auto", True, False))
-        if skip_spikes is not None:
-            skip_spikes = validation.positive(owner, "skip_spikes", skip_spikes)
         strategy = aggregation.current_strategy()
         aggregation.check_strategy(strategy)
         super().__init__(learning_rate=_delegated, name=name)
-        self.skip_nonfinite, self.skip_spikes = skip_nonfinite, skip_spikes
+        self.skip_nonfinite = skip_nonfinite
         self.gradient_accumulation_steps = steps
         self.inner_optimizer = inner_optimizer
         self.strategy = strategy
         self._inner_update = InnerUpdate(inner_optimizer, strategy, compiled)
         self._is_scaled_elsewhere = False
         self._accumulation = Accumulation(steps) if steps and steps > 1 else None
-        self._spikes = SpikeWindow(skip_spikes) if skip_spikes else None
+        self._spikes = None if skip_spikes is None else SpikeWindow(skip_spikes)
+        self.skip_spikes = self._spikes and self._spikes.sigmas
         self._telemetry = Telemetry(telemetry)
         self.watchers: tuple[Watcher, ...] = ()  # called at every update from the next trace on
         self.other_state: Callable[[], Sequence[keras.Variable]] = tuple  # on JAX, of a model
@@ -249,11 +246,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         """Sums over replicas, merges duplicate rows, unscales; then steps or skips.
 
-        Args:
-            indices: positions of the variables to update.
-            scale: the loss scale, if there is a dynamic one.
-            gradients: one per variable of the optimizer.
-            if_present: position to a boolean scalar; if it is false, the variable is not updated.
+        `indices` are positions of the variables to update, unless their flag `if_present` is false.
         """
         new_values = {i: gradients[i] for i in self._overwritten}  # new values, not gradients
         gradients = [None if i in new_values else g for i, g in enumerate(gradients)]
@@ -312,7 +305,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def _skip(
         self, scale: DynamicLossScale | None, gradients: list[Gradient], *_: Mapping[int, Tensor]
     ) -> None:
-        """Skips the update on every replica: not finite, or a spike."""
+        """Skips an update whose gradient is not finite, or a spike; the same on every replica."""
         self._skipped.assign(self._skipped + 1)
         for watcher in (*self.watchers, self._telemetry):
             watcher.on_skip(gradients)
@@ -341,11 +334,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, value: Scalar) -> None:
         self.inner_optimizer.learning_rate = value
-        goes_on = _compat.is_called_by(
-            keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau
-        )
-        if goes_on or not isinstance(self.inner_optimizer.learning_rate, keras.Variable):
-            self._clip.note_schedule(is_new=not goes_on)
+        self._clip.on_new_rate()
 
     def reset_clip_state(self) -> None:
         """Resets the clipper's running state: past norms, the largest learning rate."""
@@ -370,13 +359,9 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """The moving averages, as `SwapEMAWeights` expects them under a loss scale."""
         return self.inner_optimizer._model_variables_moving_average
 
-    def exclude_from_weight_decay(
-        self,
-        var_list: Sequence[keras.Variable] | None = None,
-        var_names: Sequence[str] | None = None,
-    ) -> None:
-        """Excludes variables from the inner optimizer's weight decay."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+    def exclude_from_weight_decay(self, *args: object, **kwargs: object) -> None:
+        """Excludes variables from the inner optimizer's weight decay; arguments as there."""
+        self.inner_optimizer.exclude_from_weight_decay(*args, **kwargs)
 
     def scale_loss(self, loss: Scalar) -> Scalar:
         """`loss` times the inner optimizer's fixed loss scale, if it has one."""
@@ -398,12 +383,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def first_nonfinite_variable(self) -> str | None:
-        """The path of the first variable with a non-finite gradient, in the first such update.
-
-        Of the updates that were skipped, or measured by telemetry; None: there was none.
-        """
-        number = int(aggregation.to_numpy(self._telemetry.nonfinite))
-        return path_of(self._trainable_variables[number - 1]) if number else None
+        """The path of the first variable whose skipped or measured gradient was not finite."""
+        return self._telemetry.first_nonfinite()
 
     @property
     def telemetry(self) -> bool | int:
@@ -412,8 +393,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @telemetry.setter
     def telemetry(self, value: bool | int) -> None:
-        self._telemetry.every = value
-        self._telemetry.reset()
+        self._telemetry.set_interval(value)
 
     def mean_grad_norm(self) -> Scalar:
         """The mean global L2 norm before the clip since the last reset, a scalar; NaN at first."""
