@@ -1,8 +1,7 @@
-"""The one place for names that Keras keeps to itself, or does not have in every version.
+"""Private names of Keras and TensorFlow, and public ones that not every Keras version has.
 
-Each private name says why there is no public way, and `tests/test_compat.py` checks that it still
-behaves as it is used here, so that a new Keras release fails with a plain message. What an older
-Keras lacks is asked of the host, not of its version.
+Each says why no public name would do. `tests/test_compat.py` checks them, so that a new Keras
+release fails with a clear message.
 """
 
 from __future__ import annotations
@@ -12,22 +11,21 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, TypeVar
 
 import keras
 from keras.src.backend.common import global_state
 
-# `keras.Model(inputs, outputs)` returns a `Functional`, whose class has no public name. A model
-# that is both clipped and functional has to inherit from it.
+# The class of `keras.Model(inputs, outputs)`, which has no public name, is a base of clipped
+# functional models.
 from keras.src.models.functional import Functional as Functional
 from keras.src.random import seed_generator
 
 from keras_gradclip._types import Scalar, Strategy, Tensor
 
 T = TypeVar("T")
-# Keras 3.15 brought it; nothing is an instance of an empty tuple.
+# New in Keras 3.15; nothing is an instance of an empty tuple.
 MultiOptimizer: type | tuple = getattr(keras.optimizers, "MultiOptimizer", ())
 
 
@@ -35,19 +33,19 @@ MultiOptimizer: type | tuple = getattr(keras.optimizers, "MultiOptimizer", ())
 def changed(
     optimizer: keras.optimizers.Optimizer, methods: Mapping[str, Callable]
 ) -> Iterator[None]:
-    """Replaces methods of an optimizer, of whatever class, within the context.
+    """Replaces methods of an optimizer of any class within the context.
 
     Args:
         optimizer: the optimizer.
-        methods: by name of a method, a function of (the method it replaces, its arguments).
-            Names that the optimizer lacks are ignored.
+        methods: name of a method to a function of (the replaced method, its arguments); names that
+            the optimizer lacks are ignored.
     """
     new = {
         name: functools.partial(function, getattr(optimizer, name))
         for name, function in methods.items()
         if hasattr(optimizer, name)
     }
-    own: dict[str, object] = optimizer.__dict__  # past `__setattr__`, which tracks
+    own: dict[str, object] = optimizer.__dict__  # `__setattr__` would track them
     before = {name: own[name] for name in new if name in own}
     own.update(new)
     try:
@@ -58,25 +56,25 @@ def changed(
         own.update(before)
 
 
-#: Parts of an optimizer's update, of which none is public. The sum over the replicas: Keras has no
-#: switch for it (Keras 2 had `experimental_aggregate_gradients`), and only TensorFlow has it.
+# The steps of an optimizer's update are private methods.
+#: The sum over replicas, on TensorFlow; no argument turns it off.
 REDUCE = "_all_reduce_sum_gradients"
 #: The decoupled weight decay of a list of variables.
 DECAY = "_apply_weight_decay"
-#: The update of (gradients, variables, learning rate): on every backend, in replica context,
-#: between weight decay and moving averages.
+#: The update of (gradients, variables, learning rate), in replica context, between weight decay and
+#: moving averages.
 UPDATE = "_backend_update_step"
-#: TensorFlow's part of that, of (strategy, pairs of a gradient and a native variable, learning
-#: rate): in cross-replica context where there are replicas.
+#: The part of `UPDATE` on TensorFlow, of (strategy, pairs of a gradient and a native variable,
+#: learning rate), in cross-replica context under a strategy.
 UPDATE_NATIVES = "_distributed_tf_update_step"
-#: The copy of the moving averages into a list of variables.
+#: The assignment of moving averages to a list of variables.
 OVERWRITE = "_overwrite_model_variables_with_average_value"
 
 
 def build_with_all_tracked(optimizer: keras.optimizers.Optimizer, variables: list) -> None:
-    """Build an optimizer so that everything that it remembers is saved.
+    """Builds an optimizer and tracks all its variables, so that they are saved.
 
-    Nadam leaves a product to the tracking, which `LossScaleOptimizer.build` switches off.
+    `LossScaleOptimizer.build` disables the automatic tracking, which Nadam needs for `_u_product`.
     """
     optimizer.build(variables)
     known = {id(v) for v in [*optimizer.variables, *variables]}
@@ -86,22 +84,22 @@ def build_with_all_tracked(optimizer: keras.optimizers.Optimizer, variables: lis
 
 
 def knows(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
-    """Whether a built optimizer has state for a variable; no public method tells."""
+    """Whether a built optimizer has state for a variable; there is no public method."""
     return optimizer._var_key(variable) in optimizer._trainable_variables_indices
 
 
 def trainable_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """The variables that an optimizer was built with; none before."""
+    """The variables that an optimizer was built with."""
     return list(optimizer._trainable_variables)
 
 
 def moving_averages(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> list[tuple[keras.Variable, keras.Variable]]:
-    """Pairs of a variable and its moving average; without variables that have none.
+    """Pairs of a variable and its moving average, for variables that have one.
 
-    Keras pairs the variables that it is given with its list of averages by position: with a layer
-    frozen since the build, a weight would get another's average.
+    Keras pairs a list of variables with its averages by position, which is wrong once a layer is
+    frozen after the build.
     """
     averages = optimizer._model_variables_moving_average
     pairs = [(v, averages[optimizer._get_variable_index(v)]) for v in variables]
@@ -109,7 +107,7 @@ def moving_averages(
 
 
 def _callers() -> Iterator[object]:
-    """What is called `self` in the functions that called the present one, innermost first."""
+    """The variable `self` of each of the last 12 calling functions, innermost first."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(12):
         if frame is None:
@@ -121,8 +119,8 @@ def _callers() -> Iterator[object]:
 def find_wrapping_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """The `LossScaleOptimizer` that is being constructed around `optimizer`, or None.
 
-    `Model.compile` wraps every optimizer in one under `mixed_float16`, and tells the inner one
-    nothing but `inner_optimizer.loss_scale_factor = None`: only the caller tells who it is.
+    Its constructor only sets `inner_optimizer.loss_scale_factor = None`, so it is looked for among
+    the callers of that.
     """
     for caller in _callers():
         is_one = isinstance(caller, keras.optimizers.LossScaleOptimizer)
@@ -132,27 +130,23 @@ def find_wrapping_loss_scale(optimizer: keras.optimizers.Optimizer) -> keras.opt
 
 
 def is_called_by(*kinds: type) -> bool:
-    """Whether a method of one of these is among the callers.
+    """Whether a method of one of these classes is among the callers.
 
-    Keras's callbacks set `optimizer.learning_rate` as anybody does: only the caller tells that it
-    is one more step of the same schedule.
+    Keras's callbacks set `optimizer.learning_rate` like users, but continue a schedule.
     """
     return any(isinstance(caller, kinds) for caller in _callers())
 
 
 def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """`model` and every layer inside it, at any depth.
-
-    `model.layers` stops at the first level and misses the layers inside custom layers.
-    """
+    """`model` and all its layers at any depth; `model.layers` lacks those inside other layers."""
     return list(model._flatten_layers(include_self=True, recursive=True))
 
 
 def replace_optimizer(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
-    """Give a compiled model another optimizer, also in what it saves.
+    """Replaces the optimizer of a compiled model, also in its saved config.
 
-    `compile` again would need the arguments of a subclass's own `compile`, and `auto_scale_loss`,
-    which Keras does not keep.
+    Calling `compile` again would need `auto_scale_loss` and a subclass's own arguments, which
+    Keras does not store.
     """
     model.optimizer = optimizer
     if hasattr(model, "_compile_config"):
@@ -161,25 +155,19 @@ def replace_optimizer(model: keras.Model, optimizer: keras.optimizers.Optimizer)
 
 
 def living_layers() -> list[keras.layers.Layer]:
-    """Every layer that is alive, models included, whoever made it.
-
-    Keras links layers to variables, never back, and keeps no list of layers; Python's garbage
-    collector has one of all objects. `type(x)`: asking a proxy for its `__class__` may run code.
-    """
+    """All layers and models in memory, from the garbage collector: Keras has no list of them."""
+    # `isinstance` may run the code of a proxy object.
     return [x for x in gc.get_objects() if issubclass(type(x), keras.layers.Layer)]
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The variables of a layer, less those of the layers inside, which `variables` has as well.
-
-    Through `vars`, since a layer may be found while it is being made.
-    """
-    own = vars(layer)
+    """The variables of a layer without those of its sublayers."""
+    own = vars(layer)  # the layer may still be under construction
     return [*own.get("_trainable_variables", ()), *own.get("_non_trainable_variables", ())]
 
 
 def not_converted(function: Callable) -> Callable:
-    """`function`, which AutoGraph leaves as it is, as it leaves Keras's own."""
+    """`function` without conversion by AutoGraph, like Keras's own functions."""
     if keras.backend.backend() != "tensorflow":
         return function
     import tensorflow as tf
@@ -188,14 +176,14 @@ def not_converted(function: Callable) -> Callable:
 
 
 def own_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """The layers directly inside a layer; only models have a public list of them."""
+    """The direct sublayers of a layer; only models have a public list."""
     return list(vars(layer).get("_layers", ()))
 
 
 def states(model: keras.Model) -> list[keras.Variable]:
-    """What the layers of a model keep for themselves: batch statistics, states, random states.
+    """The batch statistics, recurrent states and random states of a model's layers.
 
-    Not the weights of frozen layers, which `non_trainable_variables` has, too.
+    `non_trainable_variables` also has the weights of frozen layers.
     """
     found: dict[int, keras.Variable] = {}
     for layer in all_layers(model):
@@ -204,11 +192,11 @@ def states(model: keras.Model) -> list[keras.Variable]:
     return list(found.values())
 
 
-def build_what_counts(model: keras.Model, step: Callable, data: Tensor) -> None:
-    """Make what the loss and the metrics of a compiled model count in, before its first step.
+def build_metrics(model: keras.Model, step: Callable, data: Tensor) -> None:
+    """Creates the variables of a compiled model's loss and metrics before its first step.
 
-    As Keras does for strategies and on other backends. What a custom train step makes of the data
-    only the step knows: it is traced once more, which builds its optimizer, too.
+    Keras does so under strategies and on other backends. A custom train step may change the data,
+    so it is traced once more, which also builds the optimizer.
     """
     parts = (model._compile_loss, model._compile_metrics)
     are_built = all(part is None or part.built for part in parts)
@@ -223,76 +211,51 @@ def build_what_counts(model: keras.Model, step: Callable, data: Tensor) -> None:
     tf.function(step, autograph=False).get_concrete_function(data)
 
 
-def means(metrics: Sequence[keras.metrics.Metric]) -> list[keras.metrics.Metric]:
-    """The metrics that count what they have seen, at any depth: `Model.metrics` nests them."""
-    found: list[keras.metrics.Metric] = []
-    for metric in metrics:
-        found += [metric] if isinstance(metric, keras.metrics.Mean) else []
-        found += means(getattr(metric, "metrics", None) or [])
-    return found
+def build_under(scope: contextlib.ContextDecorator, model: keras.Model) -> None:
+    """Lets a compiled model create the variables of its loss and metrics within `scope`.
 
-
-def build_under(scope: Callable[..., AbstractContextManager], model: keras.Model) -> None:
-    """Let a compiled `model` make what its loss and metrics count in under `scope()`.
-
-    Keras makes it where the first step is traced, by `build` of `CompileLoss` and
-    `CompileMetrics`, which a model keeps to itself, and has no hook.
+    Keras creates them while it traces the first step, in `build` of two private attributes.
     """
     for part in (model._compile_loss, model._compile_metrics):
         if part is not None:
-            part.build = functools.partial(_call_under, scope, part.build)
-
-
-def _call_under(
-    scope: Callable[..., AbstractContextManager], function: Callable, *args: object
-) -> None:
-    with scope():
-        function(*args)
+            part.build = scope(part.build)
 
 
 def method_that_applies(loss_scale: keras.optimizers.Optimizer) -> str:
-    """The method of a `LossScaleOptimizer` to replace: `apply`, or what one of its own calls.
+    """The method of a `LossScaleOptimizer` to replace: `apply`, or `_tf_apply` of a subclass.
 
-    A subclass that overrides `apply` calls Keras's, which on TensorFlow calls `_tf_apply`; there
-    is no public method between the two.
+    A subclass may override `apply` and call Keras's, which calls `_tf_apply` on TensorFlow.
     """
     is_own = type(loss_scale).apply is not keras.optimizers.LossScaleOptimizer.apply
     return "_tf_apply" if is_own and hasattr(loss_scale, "_tf_apply") else "apply"
 
 
 class LocalSymbolicBuild:
-    """Mixin: builds a model under `MultiWorkerMirroredStrategy` from this worker's own batch.
+    """Mixin that builds a model of several workers from this worker's part of a batch.
 
-    For the shapes of a batch Keras takes `strategy.reduce("MEAN", batch, axis=None)`, which fails
-    across workers (keras#20585), and offers no public hook.
+    Keras builds it from `strategy.reduce("MEAN", batch, axis=None)`, which fails across workers
+    (keras#20585), and has no public hook.
     """
 
-    def _local_part(self, batch: Tensor) -> Tensor:
-        """What this process has of a batch that workers share."""
-        raise NotImplementedError  # ClippedTrainStep's, which the mixin is for
-
-    def _spans_workers(self) -> bool:
-        """Whether the model trains on several workers."""
-        raise NotImplementedError  # ClippedTrainStep's, which the mixin is for
+    def _local_batch(self, iterator: Iterable) -> Tensor:
+        """The worker's part of the first batch; None without other workers."""
+        raise NotImplementedError
 
     def _maybe_symbolic_build(
         self, iterator: Iterable | None = None, data_batch: Tensor = None
     ) -> None:
-        if iterator is not None and self._spans_workers():
-            for _, _, batches in iterator:
-                data_batch = self._local_part(next(batches))
-                break
-            iterator = None
+        local = None if iterator is None else self._local_batch(iterator)
+        if local is not None:
+            iterator, data_batch = None, local
         super()._maybe_symbolic_build(  # type: ignore[misc]
             iterator=iterator, data_batch=data_batch
         )
 
 
 def is_traced_for_xla() -> bool:
-    """Whether TensorFlow is tracing a function that XLA will compile (`jit_compile=True`).
+    """Whether TensorFlow is tracing a function with `jit_compile=True`; no public name says so.
 
-    Some operations mean something else there: `ClipByValue` turns a NaN into a limit. TensorFlow
-    marks the graph, or one around it, and has no public way to ask.
+    Some operations differ in XLA: `ClipByValue` turns a NaN into a limit.
     """
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util
@@ -301,24 +264,20 @@ def is_traced_for_xla() -> bool:
 
 
 def get_global_seed_generator() -> keras.random.SeedGenerator | None:
-    """The generator that `keras.random` draws from without a seed; None until it first does.
-
-    Keras has no public name for it, and only sets it, from a seed.
-    """
+    """The generator of `keras.random` without a seed; None before its first use."""
     return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
 
 
 def set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> None:
-    """What `get_global_seed_generator` returned, in its place again."""
+    """Restores the result of `get_global_seed_generator`."""
     global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
 
 
 @contextlib.contextmanager
 def tensorflow_random_state() -> Iterator[None]:
-    """Put back what TensorFlow draws from outside of functions: seeds of operations, the generator.
+    """Restores the seeds of TensorFlow's random operations, and its global generator.
 
-    `tf.random.set_seed` sets the first, and nothing public reads it. Kernels count their draws, so
-    that a seed drawn again needs a new kernel. `tf.random.get_global_generator` makes the second.
+    Nothing public reads the seeds, and `tf.random.get_global_generator` would create a generator.
     """
     from tensorflow.python.eager import context
     from tensorflow.python.ops import stateful_random_ops
@@ -336,11 +295,11 @@ def tensorflow_random_state() -> Iterator[None]:
         if seeds is not None and (host._rng is not seeds or seeds.getstate() != before):
             seeds.setstate(before)
             host._rng = seeds
-            host.clear_kernel_cache()
+            host.clear_kernel_cache()  # kernels count their draws
 
 
-# Where Keras keeps what an update uses, in the order of TensorFlow's kernels; and the setting that
-# turns it on, which may have changed since the optimizer was built.
+# The attributes with an optimizer's slots, in the order of TensorFlow's kernels, and the argument
+# that enables each, which may have changed since the build.
 _ADAM = {"_momentums": None, "_velocities": None, "_velocity_hats": "amsgrad"}
 _SLOTS: dict[type, Mapping[str, str | None]] = {
     keras.optimizers.SGD: {"momentums": "momentum"},
@@ -354,7 +313,7 @@ _SLOTS: dict[type, Mapping[str, str | None]] = {
 def slots(
     optimizer: keras.optimizers.Optimizer, variable: keras.Variable
 ) -> list[keras.Variable] | None:
-    """What an update of a variable by an optimizer of `_SLOTS` uses; None if it was never made."""
+    """The slots of a variable, for an optimizer in `_SLOTS`; None if one was never created."""
     i = optimizer._get_variable_index(variable)
     lists: list[list[keras.Variable] | None] = [
         getattr(optimizer, name, None)
@@ -365,26 +324,26 @@ def slots(
 
 
 def shared_slots(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """What changes once an update and belongs to no variable: the running product of Nadam."""
+    """State of an optimizer that belongs to no variable: the running product of Nadam."""
     product = getattr(optimizer, "_u_product", None)
     return [] if product is None else [product]
 
 
 def muon_uses_adamw(muon: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
-    """Whether a built Muon leaves a variable to AdamW, of which no public name tells."""
+    """Whether a built Muon updates a variable by AdamW; there is no public method."""
     return muon._should_use_adamw(variable)
 
 
 def updates_are_replaceable(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether `UPDATE_NATIVES` of an optimizer is Keras's own."""
+    """Whether an optimizer's class does not override `UPDATE_NATIVES`."""
     own = getattr(type(optimizer), UPDATE_NATIVES, None)
     return own is getattr(keras.optimizers.Optimizer, UPDATE_NATIVES, ())
 
 
 def updates_are_separable(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether an update may be done in parts, some variables after others.
+    """Whether an optimizer's variables may be updated in several calls of `UPDATE`.
 
-    Nadam's own `UPDATE` counts: it multiplies a product once a call.
+    Nadam overrides it, to multiply a product once per call.
     """
     return getattr(type(optimizer), UPDATE) is getattr(keras.optimizers.Optimizer, UPDATE)
 
@@ -394,10 +353,9 @@ def decay_by_one_rate(
     default: Callable[..., None],
     variables: Sequence[keras.Variable],
 ) -> None:
-    """`DECAY` of TensorFlow that multiplies the decay and the learning rate once.
+    """`DECAY` on TensorFlow that multiplies decay and learning rate once, not for each element.
 
-    Keras takes both to each variable in turn, which costs a pass. An optimizer with a decay of its
-    own (Muon) keeps it.
+    An optimizer that overrides `DECAY` (Muon) keeps its own.
     """
     if getattr(type(optimizer), DECAY) is not getattr(keras.optimizers.Optimizer, DECAY):
         default(variables)
@@ -415,16 +373,15 @@ def decay_by_one_rate(
             strategy.extended.update(variable, of_one, args=(rate,), group=False)
 
     native = [v.value if isinstance(v, keras.Variable) else v for v in variables]
-    # One product for all, in float32, or in float64 where a variable is.
     wide = "float64" if any(v.dtype == tf.float64 for v in native) else "float32"
     rate = tf.cast(optimizer.weight_decay, wide) * tf.cast(optimizer.learning_rate, wide)
     merge_call(merged, native, rate)
 
 
 def merge_call(function: Callable[..., T], *args: object) -> T:
-    """`function(strategy, *args)`, in which `strategy.extended.update` serves every replica.
+    """`function(strategy, *args)`, where `strategy.extended.update` reaches every replica.
 
-    The public `merge_call` fails under strategies that have none, and inside of one.
+    The public `merge_call` fails under strategies without it, and inside another one.
     """
     import tensorflow as tf
 
@@ -434,15 +391,14 @@ def merge_call(function: Callable[..., T], *args: object) -> T:
 
 
 def operations_without_xla(function: Any) -> list[str]:
-    """Types of operations in a traced function that XLA cannot compile for this machine.
+    """The types of operations in a traced function that XLA cannot compile on this machine.
 
-    XLA itself would say so only when the step runs. TensorFlow fills its registry, which has no
-    public door, when it compiles for the first time.
+    XLA itself raises the error only when the step runs.
     """
     import tensorflow as tf
     from tensorflow.python.framework import kernels
 
-    with tf.init_scope():
+    with tf.init_scope():  # the first compilation fills the registry
         tf.function(lambda: tf.zeros(()), jit_compile=True)()
     device = "XLA_GPU_JIT" if tf.config.list_physical_devices("GPU") else "XLA_CPU_JIT"
     registry = kernels.get_all_registered_kernels().kernel

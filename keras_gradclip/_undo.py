@@ -75,7 +75,7 @@ class Undo:
 
         def undone(data: Tensor) -> Logs:
             if aggregation.is_tensorflow():
-                _compat.build_what_counts(self._model, step, data)
+                _compat.build_metrics(self._model, step, data)
             optimizer, trained = self._model.optimizer, self._model.trainable_variables
             if not optimizer.built and trained:  # the count of skips has to exist before the step
                 with aggregation.outside_of_traces(trained):
@@ -95,8 +95,7 @@ class Undo:
                 aggregation.cond(
                     is_skipped,
                     functools.partial(aggregation.assign_each, written),
-                    lambda before: None,
-                    (before,),
+                    args=(before,),
                 )
                 return self.counted(logs)
             finally:
@@ -160,7 +159,7 @@ class Undo:
         }
 
     def _is_any_counted(self) -> Scalar:
-        counts = [arithmetic.float32(_now(m.count)) for m in _compat.means(self._model.metrics)]
+        counts = [arithmetic.float32(_now(m.count)) for m in _means(self._model.metrics)]
         return ops.max(ops.stack(counts)) > 0 if counts else True
 
     def of_epoch(self, figures: Config) -> Config:
@@ -177,6 +176,14 @@ class Undo:
             if id(v) in self._copies:
                 # JAX donates each buffer once.
                 self._copies[id(v)].assign(ops.copy(arithmetic.read(v)))
+
+
+def _means(metrics: Sequence[keras.metrics.Metric]) -> list[keras.metrics.Metric]:
+    """The metrics with a count, at any depth: `Model.metrics` nests them."""
+    found = [metric for metric in metrics if isinstance(metric, keras.metrics.Mean)]
+    for metric in metrics:
+        found += _means(getattr(metric, "metrics", None) or [])
+    return found
 
 
 def _now(variable: keras.Variable) -> Tensor:

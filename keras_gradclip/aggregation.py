@@ -1,15 +1,17 @@
-"""Everything that knows `tf.distribute`.
+"""Reductions, variables and conditions under `tf.distribute` strategies, and without one.
 
-The functions on gradients are called in replica context, as `optimizer.apply` is, and work under
-the default strategy, `MirroredStrategy`, `MultiWorkerMirroredStrategy` and strategies without merge
-calls. On the other backends there is one replica, and they do the plain thing: under JAX's
-`keras.distribution.DataParallel` the gradients that come here are already those of the whole batch.
+Unless documented otherwise, functions are called in replica context, like `optimizer.apply`, and
+support no strategy, `MirroredStrategy`, `MultiWorkerMirroredStrategy` and strategies without merge
+calls. The other backends have one replica: under JAX's `keras.distribution.DataParallel` the
+gradients are already those of the whole batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeGuard
 
 import keras
 import numpy as np
@@ -25,7 +27,7 @@ def is_tensorflow() -> bool:
 
 
 def _is_traced_by_jax(x: Tensor) -> bool:
-    """Whether `x` is a value that a compiled JAX step has not computed yet."""
+    """Whether JAX is tracing the step that computes `x`."""
     if backend.backend() != "jax":
         return False
     import jax
@@ -34,9 +36,9 @@ def _is_traced_by_jax(x: Tensor) -> bool:
 
 
 def concrete_value(variable: keras.Variable) -> np.ndarray | None:
-    """What `variable` holds now, also while a step is traced.
+    """The present value of a variable, also while a step is traced.
 
-    None where JAX traces it, and before TensorFlow has run the trace in which it was created.
+    None while JAX traces, and for a variable that the current trace of TensorFlow created.
     """
     value = variable.value
     if _is_traced_by_jax(value):
@@ -52,27 +54,26 @@ def concrete_value(variable: keras.Variable) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def outside_of_traces(variables: Sequence[keras.Variable] = ()) -> Iterator[None]:
-    """A scope to make new variables in: outside of the tf.function that is being traced, if any.
+    """A context that creates variables outside of the tf.function being traced, if possible.
 
-    TensorFlow traces a function again if it made variables, and takes longer for each of them.
-    On replicas, and while `variables`, from which new ones may be copied, hold nothing yet, they
-    are made where they stand.
+    TensorFlow traces a function twice if it creates variables. It is not possible on replicas, or
+    if new variables copy some of `variables` and these are not initialised yet.
     """
     if not can_leave_the_trace(variables):
         yield
         return
     import tensorflow as tf
 
-    def here(next_creator: Callable[..., Tensor], **arguments: object) -> Tensor:
-        # The function being traced catches its variables in an `init_scope` as well.
+    def create(next_creator: Callable[..., Tensor], **arguments: object) -> Tensor:
+        # The traced function would capture variables even in an `init_scope`.
         return next_creator(**{**arguments, "experimental_enable_variable_lifting": False})
 
-    with tf.init_scope(), tf.variable_creator_scope(here):
+    with tf.init_scope(), tf.variable_creator_scope(create):
         yield
 
 
 def can_leave_the_trace(variables: Sequence[keras.Variable] = ()) -> bool:
-    """Whether variables can be created outside of the traced function."""
+    """Whether variables can be created outside of the tf.function being traced."""
     if not is_tensorflow() or current_strategy() is not None:
         return False
     import tensorflow as tf
@@ -87,7 +88,7 @@ def can_leave_the_trace(variables: Sequence[keras.Variable] = ()) -> bool:
 
 
 def current_strategy() -> Strategy | None:
-    """The `tf.distribute` strategy in scope, or None where there is none."""
+    """The `tf.distribute` strategy in scope, or None."""
     if not is_tensorflow():
         return None
     import tensorflow as tf
@@ -96,7 +97,7 @@ def current_strategy() -> Strategy | None:
 
 
 def check_strategy(strategy: Strategy | None) -> None:
-    """Raise a ValueError for an unsupported tf.distribute strategy."""
+    """Raises a ValueError for an unsupported tf.distribute strategy."""
     if strategy is None:
         return
     import tensorflow as tf
@@ -114,7 +115,7 @@ def check_strategy(strategy: Strategy | None) -> None:
 
 
 def check_scope(strategy: Strategy | None) -> None:
-    """Raise a ValueError on several replicas, if an optimizer's `strategy` is None."""
+    """Raises a ValueError on several replicas if an optimizer's `strategy` is None."""
     if strategy is not None or backend.backend() != "tensorflow":
         return
     import tensorflow as tf
@@ -127,9 +128,9 @@ def check_scope(strategy: Strategy | None) -> None:
         )
 
 
-def spans_workers(strategy: Strategy | None) -> bool:
-    """Whether `strategy` (or None) is a `MultiWorkerMirroredStrategy` over a cluster."""
-    if strategy is None or not is_tensorflow():
+def spans_workers(strategy: Strategy | None) -> TypeGuard[Strategy]:
+    """Whether `strategy` is a `MultiWorkerMirroredStrategy` over a cluster."""
+    if strategy is None:
         return False
     import tensorflow as tf
 
@@ -140,11 +141,11 @@ def spans_workers(strategy: Strategy | None) -> bool:
 
 
 def is_chief(strategy: Strategy | None) -> bool:
-    """Whether this process writes the files: the task `chief`, or worker 0 where there is none.
+    """Whether this process writes the files: the task `chief`, or worker 0 if there is none.
 
     True without a cluster.
     """
-    if strategy is None or not spans_workers(strategy):
+    if not spans_workers(strategy):
         return True
     resolver = strategy.cluster_resolver
     if resolver.task_type == "chief":
@@ -153,13 +154,8 @@ def is_chief(strategy: Strategy | None) -> bool:
     return resolver.task_type == "worker" and resolver.task_id == 0 and "chief" not in cluster
 
 
-def local_value(strategy: Strategy, value: Tensor) -> Tensor:
-    """The value of this process's first replica."""
-    return strategy.experimental_local_results(value)[0]
-
-
 def gather_numbers(strategy: Strategy, number: float) -> list[float]:
-    """The numbers that the workers called this with, once a replica; all have to call it."""
+    """The numbers of all workers, each once per replica; all workers have to call this."""
     import tensorflow as tf
 
     @tf.function
@@ -172,34 +168,32 @@ def gather_numbers(strategy: Strategy, number: float) -> list[float]:
 def make_step_function(
     model: keras.Model, step: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """What Keras's `make_train_function` makes of `step`, for a cluster of workers.
+    """A model's train or test function for a cluster, as Keras's `make_train_function` returns it.
 
-    Keras 3.15 averages each entry of the logs with `strategy.reduce("MEAN", v, axis=0)`, which
-    fails on scalars. Here all entries go into one vector, averaged in one small all-reduce, so
-    that the logs of a batch, and what callbacks decide by them, are the same on all workers.
+    Keras 3.15 averages each log with `strategy.reduce("MEAN", v, axis=0)`, which fails on scalars.
+    This function averages all logs in one all-reduce, so that all workers have the same.
 
     Args:
-        model: a compiled Keras model made under the strategy's scope.
-        step: `train_step` or `test_step`, a function of one replica's batch.
+        model: a compiled model, created under the strategy's scope.
+        step: its `train_step` or `test_step`.
 
     Returns:
-        A function of an iterator that runs `steps_per_execution` steps and returns the logs of
-        the last one; StopIteration or `tf.errors.OutOfRangeError` at the end of the data.
+        A function of an iterator that runs `steps_per_execution` steps and returns the last logs;
+        it raises StopIteration or `tf.errors.OutOfRangeError` at the end of the data.
     """
     import tensorflow as tf
 
     strategy = model.distribute_strategy
 
     def one_step(data: Tensor) -> Tensor:
-        # What is absent in a batch comes as an empty Optional.
+        # A part that is missing in a batch is an empty Optional.
         data = keras.tree.map_structure(
             lambda v: None if isinstance(v, tf.experimental.Optional) else v, data
         )
         return _mean_over_replicas(strategy, strategy.run(step, args=(data,)))
 
-    # As Keras does: AutoGraph would only slow the trace down.
-    one_step = tf.autograph.experimental.do_not_convert(one_step)
-    # Fetched in a separate function: otherwise part of a step runs at the end of the data.
+    one_step = tf.autograph.experimental.do_not_convert(one_step)  # as Keras does
+    # A separate function: otherwise part of a step runs at the end of the data.
     fetch: Callable[[Iterator], Tensor] = next
     if not model.run_eagerly:
         one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)
@@ -208,21 +202,21 @@ def make_step_function(
     def function(iterator: Iterator) -> Tensor:
         distributed = isinstance(iterator, tf.distribute.DistributedIterator)
         logs = None
-        # A loop in Python: in a graph's while loop the replicas' merge calls fail.
+        # Merge calls fail in a graph's while loop.
         for _ in range(model.steps_per_execution):
             try:
                 logs = one_step(fetch(iterator) if distributed else next(iterator))
             except (StopIteration, tf.errors.OutOfRangeError):
                 if logs is None:
                     raise
-                break  # the next call will find the end again
+                break  # the next call raises it again
         return logs
 
     return function
 
 
 def _mean_over_replicas(strategy: Strategy, outputs: Tensor) -> Tensor:
-    """The numbers in a nested structure, averaged over all replicas of all workers."""
+    """A nested structure whose numbers are averaged over all replicas of all workers."""
     import tensorflow as tf
 
     leaves = keras.tree.flatten(outputs)
@@ -253,7 +247,7 @@ def _mean_over_replicas(strategy: Strategy, outputs: Tensor) -> Tensor:
 
 
 def check_replica_context() -> None:
-    """Raise a ValueError outside `strategy.run`, where a strategy is in scope."""
+    """Raises a ValueError if a strategy is in scope, but not inside `strategy.run`."""
     if not is_tensorflow():
         return
     import tensorflow as tf
@@ -266,7 +260,7 @@ def check_replica_context() -> None:
 
 
 def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
-    """The gradients summed over the replicas of `strategy`, in one all-reduce; None stays None."""
+    """The gradients summed over the replicas in one all-reduce; None stays None."""
     if strategy is None or strategy.num_replicas_in_sync == 1:
         return grads
     grads = list(grads)
@@ -276,9 +270,9 @@ def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
     present = [i for i, g in enumerate(grads) if g is not None]
     values = [grads[i] for i in present]
     if spans_workers(strategy):
-        # A worker with one replica asks each tensor for its device, and what a variable holds,
-        # read inside a cond, knows none ("destinations can not be empty"): the copy does.
-        # Elsewhere a copy would make N gradients of one tensor that all replicas captured.
+        # On a worker with one replica, a variable's value that is read inside a cond has no device
+        # ("destinations can not be empty"), but its copy has. Elsewhere a copy would turn one
+        # tensor captured by all replicas into N gradients.
         values = [tf.identity(value) for value in values]
     reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, values)
     for i, g in zip(present, reduced, strict=True):
@@ -287,7 +281,7 @@ def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
 
 
 def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> None:
-    """Assign, in replica context, each replica's value to its own copy, and reduce nothing."""
+    """Assigns each replica's values to its own copies of the variables, without a reduction."""
     if not is_tensorflow():
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
@@ -304,7 +298,7 @@ def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -
 def copy_each(
     strategy: Strategy | None, pairs: Iterable[tuple[keras.Variable, keras.Variable]]
 ) -> None:
-    """Copies the second variable of each pair into the first, in cross-replica context."""
+    """Assigns the second variable of each pair to the first, in cross-replica context."""
     for target, source in pairs:
         if strategy is None:
             target.assign(source)
@@ -319,79 +313,56 @@ def _assign(native: Tensor, value: Tensor) -> None:
 def cond(
     flag: Scalar,
     true_fn: Callable[..., None],
-    false_fn: Callable[..., None],
+    false_fn: Callable[..., None] = lambda *args: None,
     args: tuple = (),
     *,
     state: Sequence[keras.Variable] = (),
+    reads: Sequence[keras.Variable] = (),
     cross_replica: bool = False,
+    merges: bool = True,
 ) -> None:
-    """Run `true_fn(*args)` or `false_fn(*args)` for their side effects on variables.
+    """Calls `true_fn(*args)` or `false_fn(*args)` for their effects on variables.
 
-    A plain `tf.cond` in replica context may not hold anything that merges the replicas, which
-    every optimizer update does; so the condition is built in cross-replica context and its
-    branches enter the replicas again. Everything that differs between replicas must come in
-    through `args`: a closure would bring in the first replica's tensors.
+    A `tf.cond` in replica context must not contain merge calls, which every optimizer update has.
+    So the condition is built in cross-replica context, and its branches enter the replicas again.
 
     Args:
-        flag: boolean scalar tensor, the same on every replica.
+        flag: a boolean scalar, the same on every replica.
         true_fn: a function of `args`.
         false_fn: a function of `args`.
-        args: a tuple of nested structures of tensors.
-        state: every variable that the functions may write (needed on JAX alone).
-        cross_replica: call the functions in cross-replica context instead, without `args`.
+        args: nested structures of all tensors that differ between replicas: a closure would
+            capture the first replica's.
+        state: the variables that the functions may write (for JAX).
+        reads: other variables that a function may read (for JAX).
+        cross_replica: call the functions in cross-replica context, without `args`.
+        merges: whether the functions may contain merge calls; if not, a `tf.cond` will do.
     """
     if _is_traced_by_jax(flag):
-        _stateless_cond(flag, true_fn, false_fn, args, state)
+        _stateless_cond(flag, true_fn, false_fn, args, state, reads)
         return
     if not is_tensorflow():
+        # Not `ops.cond`: JAX traces its branches even in eager mode, and would assign tracers.
         (true_fn if bool(flag) else false_fn)(*args)
         return
     import tensorflow as tf
 
-    strategy = current_strategy()
+    strategy = current_strategy() if merges else None
     if strategy is None or tf.__internal__.distribute.strategy_supports_no_merge_call():
         call_args = () if cross_replica else args
-        tf.cond(flag, lambda: true_fn(*call_args), lambda: false_fn(*call_args))
+        branches = (functools.partial(fn, *call_args) for fn in (true_fn, false_fn))
+        tf.cond(flag, *branches)
         return
 
     def merged(distribution: Strategy, flag: Scalar, *args: Tensor) -> None:
         def branch(fn: Callable[..., None]) -> Callable[[], None]:
             if cross_replica:
                 return fn
-
-            def call() -> None:
-                distribution.extended.call_for_each_replica(fn, args=args)
-
-            return call
+            return functools.partial(distribution.extended.call_for_each_replica, fn, args=args)
 
         first = distribution.experimental_local_results(flag)[0]
         tf.cond(first, branch(true_fn), branch(false_fn))
 
     tf.distribute.get_replica_context().merge_call(merged, args=(flag, *args))
-
-
-def local_cond(
-    flag: Scalar,
-    true_fn: Callable[[], None],
-    state: Sequence[keras.Variable],
-    reads: Sequence[keras.Variable] = (),
-) -> None:
-    """Run `true_fn()` if `flag`; it writes `state` alone and merges no replicas.
-
-    On JAX, `reads` are the other variables that it may read.
-    """
-    if _is_traced_by_jax(flag):
-        _stateless_cond(flag, true_fn, lambda: None, (), state, reads)
-        return
-    if not is_tensorflow():
-        # Not `ops.cond`: JAX traces its branches even where nothing is compiled, and what they
-        # assign would be tracers.
-        if bool(flag):
-            true_fn()
-        return
-    import tensorflow as tf
-
-    tf.cond(flag, true_fn, lambda: None)
 
 
 def _stateless_cond(
@@ -400,9 +371,9 @@ def _stateless_cond(
     false_fn: Callable[..., None],
     args: tuple,
     state: Sequence[keras.Variable],
-    reads: Sequence[keras.Variable] = (),
+    reads: Sequence[keras.Variable],
 ) -> None:
-    """`cond` for a compiled JAX step: the branches return the new values of `state`."""
+    """`cond` in a compiled JAX step, where the branches return the new values of `state`."""
     before = [(v, v.value) for v in (*state, *reads)]
 
     def branch(fn: Callable[..., None]) -> Callable[[], list[Tensor]]:
@@ -420,7 +391,7 @@ def _stateless_cond(
 def zeros(
     shape: Sequence[int], name: str, dtype: str = "float32", **placement: str
 ) -> keras.Variable:
-    """A variable into which every replica writes the same, each into its own copy."""
+    """A variable of zeros; every replica writes the same value to its own copy."""
     return keras.Variable(
         initializer="zeros",
         shape=tuple(shape),
@@ -432,23 +403,17 @@ def zeros(
 
 
 def counter(shape: Sequence[int], name: str) -> keras.Variable:
-    """Whole numbers that begin at 0: a count in float32 would stay at 2^24."""
+    """An integer variable of zeros, because a float32 counter would stop at 2^24."""
     return zeros(shape, name, "int32" if backend.backend() == "jax" else "int64")
 
 
 def to_numpy(value: Tensor) -> Tensor:
-    """A host copy; `.numpy()` works under MirroredStrategy, where `int(...)` raises.
-
-    On PyTorch `.numpy()` takes no tensor of a GPU.
-    """
+    """A copy of a tensor or variable on the host."""
     if is_tensorflow() and hasattr(value, "numpy"):
-        return value.numpy()
+        return value.numpy()  # also under MirroredStrategy, where `int(...)` raises
     return ops.convert_to_numpy(value)
 
 
 def local_variable(shape: Sequence[int], dtype: str, name: str) -> keras.Variable:
-    """A variable of zeros of which every replica keeps its own copy.
-
-    Outside the replicas it reads as the sum of the copies, and that is what is saved.
-    """
+    """A variable of zeros with a separate value for each replica; their sum is saved."""
     return zeros(shape, name, dtype, aggregation="sum", synchronization="on_read")

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
 
 import keras
@@ -93,7 +93,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         with self.distribute_scope():
             optimizer = _with_clipper(optimizer, clipper, skip_spikes)
             super().compile(optimizer, *args, **kwargs)  # type: ignore[misc]
-        _compat.build_under(aggregation.outside_of_traces, self)
+        _compat.build_under(aggregation.outside_of_traces(), self)
         clipping, wrapper = _Clipping(), find(self.optimizer)
         object.__setattr__(self, "_clipping", clipping)
         if wrapper is not None:
@@ -155,9 +155,13 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     def _spans_workers(self) -> bool:
         return aggregation.spans_workers(self._distribute_strategy)
 
-    def _local_part(self, batch: Tensor) -> Tensor:
+    def _local_batch(self, iterator: Iterable) -> Tensor:
         strategy = self._distribute_strategy
-        return keras.tree.map_structure(lambda v: aggregation.local_value(strategy, v), batch)
+        if aggregation.spans_workers(strategy):
+            local = strategy.experimental_local_results
+            for _, _, batches in iterator:
+                return keras.tree.map_structure(lambda v: local(v)[0], next(batches))
+        return None
 
     def distribute_scope(self) -> contextlib.AbstractContextManager:
         """The scope of the strategy that the model was built under (a null context if none)."""

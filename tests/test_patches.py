@@ -16,8 +16,8 @@ optimizer/_loss_scale.py setattr(outer, name, functools.partial(_apply_scaled, *
     LossScaleOptimizer asks the first replica alone for infinities
 optimizer/_loss_scale.py outer.scale_loss = functools.partial(_scale_loss, outer)
     its scale is made outside of the trace, which would else be done twice; Keras's takes a constant
-_compat.py part.build = functools.partial(_call_under, scope, part.build)
-    what loss and metrics count in is made outside of the trace
+_compat.py part.build = scope(part.build)
+    the variables of loss and metrics are created outside of the trace
 gate.py object.__setattr__(layer, "call", _GatedCall(layer))
     the gate is at a layer's input, and has no layer of its own
 model.py cls.__bases__ = tuple(

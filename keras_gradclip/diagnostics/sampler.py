@@ -203,11 +203,12 @@ class Sampler:
             return
         inner = self.optimizer.inner_optimizer
         is_due = ops.equal(arithmetic.read(inner.iterations) % self.every, 0)
-        aggregation.local_cond(
+        aggregation.cond(
             ops.logical_or(is_due, self._has_sample < 1),
             functools.partial(self._sample, update),
-            self.state,
-            [*self.variables, *inner.variables],
+            state=self.state,
+            reads=[*self.variables, *inner.variables],
+            merges=False,
         )
 
     def _sample(self, update: ClippedUpdate) -> None:

@@ -136,8 +136,7 @@ class Conditionally:
                 aggregation.cond(
                     flag,
                     lambda g, rate, v=v: default([g], [v], rate),
-                    lambda *_: None,
-                    (g, learning_rate),
+                    args=(g, learning_rate),
                     state=[v, *self._inner.variables],
                 )
         aggregation.assign_each(shared, after)
@@ -222,7 +221,6 @@ class InnerUpdate:
             aggregation.cond(
                 ops.equal(self._inner.iterations % period, 0),
                 functools.partial(self._overwrite_by_averages, variables),
-                lambda: None,
                 cross_replica=True,
             )
 

@@ -65,11 +65,12 @@ class Telemetry:
         if self.every == 1:
             self._measure(update)
         else:
-            aggregation.local_cond(
+            aggregation.cond(
                 ops.equal(arithmetic.read(self.counts)[0] % self.every, 0),
                 functools.partial(self._measure, update),
-                self.state,
-                self._variables,
+                state=self.state,
+                reads=self._variables,
+                merges=False,
             )
         self.counts.assign(self.counts + ops.cast(_UPDATE, self.counts.dtype))
 
@@ -100,7 +101,7 @@ class Telemetry:
             ops.logical_not(ops.all(ops.isfinite(squares))),
         )
         search = functools.partial(self._note_nonfinite, update.gradients)
-        aggregation.local_cond(is_suspect, search, [self.nonfinite])
+        aggregation.cond(is_suspect, search, state=[self.nonfinite], merges=False)
         stats = update.stats
         clipped = counted = ops.zeros_like(squares)
         if stats is not None and any(stats.weights):

@@ -182,7 +182,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             aggregation.cond(
                 self._accumulation.is_due(self._iterations),
                 functools.partial(self._update_accumulated, named, scale, gradients),
-                lambda: None,
                 state=self._written(),
             )
         self._iterations.assign_add(1)
