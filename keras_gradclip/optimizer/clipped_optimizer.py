@@ -474,9 +474,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         }
 
     @classmethod
-    def from_config(
-        cls, config: Config, custom_objects: Config | None = None
-    ) -> keras.optimizers.Optimizer:
+    def from_config(cls, config: Config, custom_objects: Config | None = None) -> ClippedOptimizer:
         """The optimizer of a config, without its state."""
         return cls(**arguments_of(cls, config, custom_objects))
 
