@@ -88,13 +88,6 @@ def dense(gradient: Gradient) -> Gradient:
     return tf.convert_to_tensor(gradient)
 
 
-def added(first: Gradient, second: Gradient) -> Gradient:
-    """The sum of two gradients of one variable, either of which may be None."""
-    if first is None or second is None:
-        return second if first is None else first
-    return dense(first) + dense(second)
-
-
 def with_values(gradient: Gradient, new: Tensor) -> Tensor:
     """`gradient` with `new` in place of its values."""
     if is_sparse(gradient):

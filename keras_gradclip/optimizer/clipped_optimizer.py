@@ -218,8 +218,12 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
                 "new optimizer."
             ) from None
         gradients: list[Gradient] = [None] * len(self._trainable_variables)
-        for i, gradient in zip(named, grads, strict=True):  # of a variable named twice, the sum
-            gradients[i] = arithmetic.added(gradients[i], gradient)
+        for i, gradient in zip(named, grads, strict=True):
+            before = gradients[i]
+            if before is None or gradient is None:
+                gradients[i] = before if gradient is None else gradient
+            else:  # a variable that is named twice
+                gradients[i] = arithmetic.dense(before) + arithmetic.dense(gradient)
         return gradients, [*dict.fromkeys(named)]
 
     def _written(self) -> list[keras.Variable]:
