@@ -15,8 +15,8 @@ from rich.console import Console
 
 from keras_gradclip.files import read_json, write_json
 from keras_gradclip.tuning.hypermodel import as_objective
-from keras_gradclip.tuning.oracles import CONFIRMS, SearchOracle, combinations, make_oracle
-from keras_gradclip.tuning.space import clip_hyperparameters, ranges
+from keras_gradclip.tuning.oracles import CONFIRMS, SearchOracle, make_oracle
+from keras_gradclip.tuning.space import clip_hyperparameters, combinations, ranges
 from recipes.errors import RecipeError, first_line
 from recipes.registry import script_of
 from recipes.training import Recipe
@@ -203,7 +203,8 @@ class Search:
             self.console.print(text, **options)
 
     def _introduce(self) -> None:
-        number, done = self.oracle.search_trials, len(self.oracle.ended)
+        number = self.oracle.search_trials
+        done = sum(trial.status != "RUNNING" for trial in self.oracle.trials.values())
         trials = f"at most {counted(number, 'trial')}" if number else "all trials"
         if self.args.tuner == "grid":
             grid = itertools.islice(combinations(self.oracle.get_space()), 1_000_000)

@@ -139,7 +139,7 @@ def lead(
     beats: dict[str, tuple[str, float]] = {}
     while server.is_alive():
         server.join(1.0)
-        for name in {*oracle.running, *oracle.workers}:
+        for name in oracle.workers:
             process = local.get(name)
             if process is None:
                 lost = _is_silent(_heartbeat_file(folder, name), beats, timeout)

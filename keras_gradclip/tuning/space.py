@@ -17,7 +17,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: A hyper-parameter's value in a trial.
 Value: TypeAlias = str | float | int | bool
+#: A trial's hyper-parameters by name.
+Values: TypeAlias = dict[str, Value]
 NONE = "none"
 #: The clippers searched by default, any of `searchable()`; five dimensions with their thresholds.
 CLIPPERS = (NONE, "absolute", "exponential", "norm", "update_ratio")
@@ -344,6 +346,28 @@ def threshold_of(values: Mapping[str, Value]) -> dict[str, Value]:
         return {}
     stem = f"{alias}/{name}"
     return {n: value for n, value in values.items() if n == stem or n.startswith(f"{stem}/")}
+
+
+def combinations(hp: kt.HyperParameters) -> Iterator[Values]:
+    """All combinations of active values of a space, each parameter's default first.
+
+    Args:
+        hp: `keras_tuner.HyperParameters`.
+    """
+
+    def extend(values: Values, rest: Sequence) -> Iterator[Values]:
+        if not rest:
+            yield dict(values)
+            return
+        parameter, *others = rest
+        hp.values = values
+        if not hp.is_active(parameter):
+            yield from extend(values, others)
+            return
+        for value in dict.fromkeys((parameter.default, *parameter.values)):
+            yield from extend({**values, parameter.name: value}, others)
+
+    yield from extend({}, hp.space)
 
 
 def ranges(hp: kt.HyperParameters) -> dict[str, tuple[float, float]]:

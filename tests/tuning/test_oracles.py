@@ -6,8 +6,9 @@ import math
 import keras_tuner as kt
 import pytest
 
+from keras_gradclip.tuning._kerastuner import MOST_LOSSES
 from keras_gradclip.tuning.divergence import worst_score
-from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, MOST_LOSSES, make_oracle
+from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS, make_oracle
 from keras_gradclip.tuning.space import clip_hyperparameters
 
 KINDS = ("random", "bayesian", "hyperband", "grid")

@@ -9,11 +9,11 @@ import pytest
 
 import keras_gradclip as kgc
 from keras_gradclip.clippers import threshold_of as threshold_name
-from keras_gradclip.tuning.oracles import combinations
 from keras_gradclip.tuning.space import (
     CLIPPERS,
     calibrated_ranges,
     clip_hyperparameters,
+    combinations,
     layer_groups,
     ranges,
     threshold_of,
