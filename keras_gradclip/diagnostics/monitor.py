@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -36,19 +36,6 @@ FIGURES: dict[str, Figure] = {
 }
 
 
-class _Part(NamedTuple):
-    """One optimizer's part of each sample; `at` are the positions of its variables among all."""
-
-    sampler: Sampler
-    label: str
-    at: slice
-
-    def labelled(self, thresholds: Mapping[str, float]) -> dict[str, float]:
-        """Thresholds with the optimizer's label in their names."""
-        prefix = f"{self.label}/" if self.label else ""
-        return {prefix + name: value for name, value in thresholds.items()}
-
-
 class ClipMonitor(keras.callbacks.Callback):
     """Records, for each variable, what the clip does to its gradient.
 
@@ -57,11 +44,11 @@ class ClipMonitor(keras.callbacks.Callback):
     kgc.report("runs/mine")            # runs/mine/report.html
     ```
 
-    One update in `every` is measured, after the sum over replicas and micro-batches, on the
-    device; the host fetches the samples about every `every` batches. The first update of each
-    epoch is always measured. Updates skipped because a gradient was not finite are
-    all counted. It works under MirroredStrategy, with gradient accumulation, steps_per_execution,
-    mixed_float16 and jit_compile, on TensorFlow, JAX and PyTorch.
+    One update in `every` is measured on the device, after the sum over replicas and micro-batches,
+    and the first of each epoch; the host fetches the samples about every `every` batches. Updates
+    skipped because a gradient was not finite are all counted. It works under MirroredStrategy, with
+    gradient accumulation, steps_per_execution, mixed_float16 and jit_compile, on TensorFlow, JAX
+    and PyTorch.
 
     `fit`'s history gets, averaged over the epoch's samples: `grad_norm_after` (global L2 norm
     after the clip), `grad_max` (largest element before it), `clip_angle` (degrees between the
@@ -71,7 +58,7 @@ class ClipMonitor(keras.callbacks.Callback):
     and `clip_fraction` (of all elements) as well; a ClippedModel has its own. All samples are in
     `history`, and in `run_dir`:
 
-    - `monitor.csv`, a row a sample and variable: `step` (updates before it), `epoch`, `variable`
+    - `monitor.csv`, a row per sample and variable: `step` (updates before it), `epoch`, `variable`
       (its path; where a second layer has the same one, with `#2` behind the layer),
       `norm_before`, `norm_after` (L2), `clip_fraction` (0..1), `max_abs` (before the clip),
       `angle` (degrees), `nonfinite` (share of the updates since the last sample);
@@ -87,8 +74,7 @@ class ClipMonitor(keras.callbacks.Callback):
 
     Args:
         run_dir: a folder (created if missing), or None to write nothing.
-        every: measure one update in this many. One measurement reads each gradient about five
-            times.
+        every: measure one update in this many; each reads every gradient about five times.
         tensorboard: log to `run_dir/tensorboard` too.
         log: a function of `(step, figures)`, or several, called with each sample, only on the
             chief: `loggers.to_wandb()`, `to_mlflow()`, `to_trackio()`, or your own. `figures` is
@@ -139,7 +125,7 @@ class ClipMonitor(keras.callbacks.Callback):
         self.history: dict[str, list] = {}
         self.optimizer = optimizer
         self._samplers: list[Sampler] = []
-        self._parts: list[_Part] = []  # empty until the optimizers are built
+        self._labels: list[str] = []  # of the samplers' optimizers
         self._sizes = np.zeros(0)  # elements of each variable
         self._files: RunFiles | None = None
         self._active_logs: list[Log] = []
@@ -169,6 +155,7 @@ class ClipMonitor(keras.callbacks.Callback):
         ]
         self._interval = self.every // UPDATES_IN_A_STEP + 1
         self._fetched_step = 0
+        self.variables = []
         self.history = {k: [] for k in ("step", "epoch", *FIELDS, "thresholds")}
         # Every worker measures, for the logs; only one writes.
         if aggregation.is_chief(optimizers[0].strategy):
@@ -183,7 +170,7 @@ class ClipMonitor(keras.callbacks.Callback):
     def _open(self, at_last: bool = False) -> None:
         """Opens the files once the variables are known; `at_last`: those of the used optimizers."""
         unbuilt = [sampler for sampler in self._samplers if not sampler.state]
-        if self._parts or (unbuilt and not at_last):
+        if self.variables or (unbuilt and not at_last):
             return
         for sampler in unbuilt:
             sampler.optimizer.unwatch(sampler)
@@ -191,19 +178,15 @@ class ClipMonitor(keras.callbacks.Callback):
         if not self._samplers:
             return
         self._fetched_step = self._step()
-        labels = labels_of([sampler.optimizer for sampler in self._samplers])
-        ends = np.cumsum([len(sampler.variables) for sampler in self._samplers])
-        self._parts = [
-            _Part(sampler, label, slice(end - len(sampler.variables), end))
-            for sampler, label, end in zip(self._samplers, labels, ends, strict=True)
-        ]
+        self._labels = labels_of([sampler.optimizer for sampler in self._samplers])
         everything = [v for sampler in self._samplers for v in sampler.variables]
         self.variables = names_of(everything)
         self._sizes = np.array([size_of(v) for v in everything], "float64")
         if self.run_dir is not None and aggregation.is_chief(self._samplers[0].optimizer.strategy):
             starts = [s.start for s in self._samplers for _ in s.variables]
             before = dict(zip(self.variables, starts, strict=True))
-            self._files = RunFiles(self.run_dir, before, _description(self.every, self._parts))
+            by_label = dict(zip(self._labels, self._samplers, strict=True))
+            self._files = RunFiles(self.run_dir, before, _description(self.every, by_label))
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Requests a measurement of the first update."""
@@ -230,16 +213,11 @@ class ClipMonitor(keras.callbacks.Callback):
         """Fetches the remaining samples and adds the epoch's means to the logs."""
         self._open(at_last=True)
         self._fetch()
-        if not self._parts:
+        if not self._samplers:
             return  # no optimizer made an update
-        skipped = [part.sampler.fetch_skipped() for part in self._parts]
-        if any(share.any() for share in skipped):  # a sample without norms
-            thresholds: dict[str, float] = {}
-            row = self._nothing()
-            row["nonfinite"] = np.concatenate(skipped)
-            for part in self._parts:
-                thresholds |= part.labelled(part.sampler.optimizer.clip_hyperparameters)
-            self._keep(self._step(), row, thresholds)
+        rest = [sampler.fetch_skipped() for sampler in self._samplers]
+        if any(sample.skipped.any() for sample in rest):
+            self._keep(self._step(), rest)
         if logs is not None:
             for name, mean in self._means().items():  # a ClippedModel logs two of them itself
                 logs.setdefault(name, mean)
@@ -253,7 +231,7 @@ class ClipMonitor(keras.callbacks.Callback):
         for sampler in self._samplers:
             sampler.optimizer.unwatch(sampler)
             self.model.train_function = None
-        self._samplers, self._parts = [], []
+        self._samplers = []
         self._files, self._active_logs = None, []
 
     # Internals -------------------------------------------------------------------------------
@@ -263,44 +241,45 @@ class ClipMonitor(keras.callbacks.Callback):
         steps = [int(aggregation.to_numpy(s.optimizer.iterations)) for s in self._samplers]
         return max(steps, default=0)
 
-    def _nothing(self) -> dict[str, np.ndarray]:
-        """An empty sample: NaN for every variable."""
-        return {field: np.full(len(self.variables), np.nan) for field in FIELDS}
-
     def _fetch(self) -> None:
         """Fetches new samples; those of several optimizers at one step become one."""
-        samples: dict[tuple[int, int], tuple[dict[str, np.ndarray], dict[str, float]]] = {}
-        for part in self._parts:
-            times: dict[int, int] = {}
-            for sample in part.sampler.fetch():
-                times[sample.step] = times.get(sample.step, 0) + 1
+        if not self.variables:
+            return
+        samples: dict[tuple[int, int], list[Sample | None]] = {}
+        for i, sampler in enumerate(self._samplers):
+            times: Counter[int] = Counter()
+            for sample in sampler.fetch():
+                times[sample.step] += 1
                 key = (sample.step, times[sample.step])
-                row, thresholds = samples.setdefault(key, (self._nothing(), {}))
-                for field, values in _fields_of(sample).items():
-                    row[field][part.at] = values
-                thresholds |= part.labelled(sample.thresholds)
-        for (step, _), (row, thresholds) in sorted(samples.items(), key=lambda item: item[0]):
-            self._keep(step, row, thresholds)
+                samples.setdefault(key, [None] * len(self._samplers))[i] = sample
+        for step, time in sorted(samples):
+            self._keep(step, samples[step, time])
 
-    def _keep(self, step: int, row: dict[str, np.ndarray], thresholds: dict[str, float]) -> None:
-        for name, value in {"step": step, "epoch": self._epoch, "thresholds": thresholds}.items():
+    def _keep(self, step: int, samples: Sequence[Sample | None]) -> None:
+        """Records the samples of all optimizers at one step; None for one without an update."""
+        of_optimizers = [
+            _fields_of(sample, len(sampler.variables))
+            for sample, sampler in zip(samples, self._samplers, strict=True)
+        ]
+        row = {f: np.concatenate([fields[f] for fields in of_optimizers]) for f in FIELDS}
+        thresholds = {
+            f"{label}/{name}" if label else name: value
+            for label, sample in zip(self._labels, samples, strict=True)
+            for name, value in (sample.thresholds.items() if sample else ())
+        }
+        whole = whole_of(row, self._sizes)
+        self._wholes.append(whole)
+        entry = {"step": step, "epoch": self._epoch, **row, "thresholds": thresholds}
+        for name, value in entry.items():
             self.history[name].append(value)
-        for field in FIELDS:
-            self.history[field].append(row[field])
-        self._wholes.append(whole_of(row, self._sizes))
         if self._files is not None:
             self._files.add(step, self._epoch, row, thresholds)
         if self._active_logs:
-            figures = {
-                **self._wholes[-1],
-                **{
-                    f"{f}/{n}": v
-                    for f in FIELDS
-                    for n, v in zip(self.variables, row[f], strict=True)
-                },
-                **{f"threshold/{name}": value for name, value in thresholds.items()},
-            }
-            finite = {name: float(v) for name, v in figures.items() if math.isfinite(v)}
+            figures = whole | {f"threshold/{name}": value for name, value in thresholds.items()}
+            for field, values in row.items():
+                named = zip(self.variables, values.tolist(), strict=True)
+                figures |= {f"{field}/{name}": value for name, value in named}
+            finite = {name: value for name, value in figures.items() if math.isfinite(value)}
             for log in self._active_logs:
                 log(step, finite)
 
@@ -310,15 +289,19 @@ class ClipMonitor(keras.callbacks.Callback):
         samples = {name: [whole[name] for whole in finite] for name in WHOLE}
         samples["nonfinite_fraction"] = [whole["nonfinite_fraction"] for whole in self._wholes]
         means = {name: float(np.mean(v)) if v else math.nan for name, v in samples.items()}
-        norms = samples["grad_norm"]
+        norms = samples["grad_norm"] or [math.nan]
         for percentile in (50, 90, 99):
-            value = float(np.percentile(norms, percentile)) if norms else math.nan
-            means[f"grad_norm_p{percentile}"] = value
+            means[f"grad_norm_p{percentile}"] = float(np.percentile(norms, percentile))
         return means
 
 
-def _fields_of(sample: Sample) -> dict[str, np.ndarray]:
+def _fields_of(sample: Sample | None, count: int) -> dict[str, np.ndarray]:
     """An array `[variables]` for each of `FIELDS`; NaN where a gradient is not finite."""
+    fields = {name: np.full(count, np.nan) for name in FIELDS}
+    if sample is None:
+        return fields
+    if not sample.figures:
+        return {**fields, "nonfinite": sample.skipped}
     is_finite = np.isfinite(sample.figures["norm_before"])
     return {
         **{name: np.where(is_finite, v, np.nan) for name, v in sample.figures.items()},
@@ -368,15 +351,19 @@ def _whole_angle(before: np.ndarray, after: np.ndarray, angles: np.ndarray) -> f
     return math.degrees(math.acos(np.clip(cosine, -1.0, 1.0)))
 
 
-def _description(every: int, parts: Sequence[_Part]) -> Config:
-    """The content of `monitor.json`."""
-    clippers = {part.label: part.sampler.optimizer.clipper for part in parts}
-    serialized = {label: serialize(clipper) for label, clipper in clippers.items()}
-    everything = [v for part in parts for v in part.sampler.variables]
+def _description(every: int, samplers: Mapping[str, Sampler]) -> Config:
+    """The content of `monitor.json`.
+
+    Args:
+        every: as in `ClipMonitor`.
+        samplers: by the label of their optimizer.
+    """
+    everything = [v for sampler in samplers.values() for v in sampler.variables]
     named = zip(names_of(everything), layers_of(everything), strict=True)
+    clippers = {label: sampler.optimizer.clipper for label, sampler in samplers.items()}
     variables = []
-    for part in parts:
-        clipper, own = clippers[part.label], part.sampler.variables
+    for label, clipper in clippers.items():
+        own = samplers[label].variables
         rules = clipper.rule_of(own) if clipper else [("*", None)] * len(own)
         assignments = clipper.assignments(own) if clipper else []
         of_updates = Enforcer(assignments, own, False).limited_updates()
@@ -387,17 +374,18 @@ def _description(every: int, parts: Sequence[_Part]) -> Config:
                     "path": path,
                     "layer": layer,
                     "shape": [int(d) for d in own[i].shape],
-                    "rule": _labelled(part.label, rule),
+                    "rule": _labelled(label, rule),
                     "clipper": _text(chosen),
                     "limits": UPDATES if i in of_updates else "gradients" if chosen else "nothing",
                     "measures": getattr(chosen, "measures", None),
                 }
             )
+    serialized = {label: serialize(clipper) for label, clipper in clippers.items()}
     return {
         "every": every,
         "clipper": serialized.get("", serialized) if any(clippers.values()) else None,
         "clipper_text": "; ".join(_labelled(n, _text(one)) for n, one in clippers.items()),
-        "remembers": any(part.sampler.optimizer.remembers for part in parts),
+        "remembers": any(sampler.optimizer.remembers for sampler in samplers.values()),
         "variables": variables,
     }
 

@@ -277,9 +277,12 @@ class Sampler:
             )
         return samples
 
-    def fetch_skipped(self) -> np.ndarray:
-        """`Sample.skipped` after the last sample."""
-        return self._skipped_since(np.array(aggregation.to_numpy(self._counts)))
+    def fetch_skipped(self) -> Sample:
+        """A sample without figures: the updates skipped since the last one."""
+        inner, thresholds = self.optimizer.inner_optimizer, self.optimizer.clip_hyperparameters
+        counts = np.array(aggregation.to_numpy(self._counts))
+        step = int(aggregation.to_numpy(inner.iterations))
+        return Sample(step, {}, self._skipped_since(counts), 0.0, {**thresholds})
 
     def _skipped_since(self, counts: np.ndarray) -> np.ndarray:
         updates, *nonfinite = counts - self._fetched_counts
