@@ -34,7 +34,7 @@ from keras_gradclip.diagnostics.sampler import (
 from keras_gradclip.files import write_json
 from keras_gradclip.names import layers_of, path_of, size_of
 from keras_gradclip.optimizer._advice import step_bound
-from keras_gradclip.optimizer._inner import ignores_scale
+from keras_gradclip.optimizer._inner import is_plain_sgd
 
 #: Attributes of a `Calibration` that say how its samples were taken.
 SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
@@ -481,7 +481,7 @@ def _suggest(
     figures["largest_rms"] = norms / np.sqrt([max(size_of(v), 1) for v in variables])
     sign_step = figures.pop("sign_step")
     # An optimizer that ignores the gradient's scale is assumed to change each element by η.
-    step = sign_step if ignores_scale(inner) else figures["unit_ratio"]
+    step = figures["unit_ratio"] if is_plain_sgd(inner) else sign_step
     rates = np.array([[s.learning_rate] for s in kept])
     bound = step_bound(inner, variables)
     if bound.anneal is not None:  # the limit falls with the rate, so use the largest so far

@@ -21,7 +21,7 @@ from keras_gradclip.clippers.relative import UpdateRatioClip
 from keras_gradclip.clippers.stateful import PercentileClip
 from keras_gradclip.clippers.units import BIAS, KERNEL, TABLE, Unit, units_of
 from keras_gradclip.names import SCOPES, layers_of, names_of, path_of
-from keras_gradclip.optimizer._inner import ignores_scale
+from keras_gradclip.optimizer._inner import is_plain_sgd
 
 AUTO = "auto"
 LOG = logging.getLogger("keras_gradclip")
@@ -197,7 +197,7 @@ def step_bound(
         variables: the network's trainable variables.
     """
     kernels = count_kernels(variables)
-    if not ignores_scale(inner) and inner.momentum:
+    if is_plain_sgd(inner) and inner.momentum:
         ratio = _ratio(WITH_MOMENTUM, kernels)
         return UpdateRatioClip(ratio, anneal="learning_rate")
     return UpdateRatioClip(_ratio(WITHOUT_MOMENTUM, kernels))

@@ -18,7 +18,7 @@ from keras_gradclip._types import Gradient, Scalar, State, Tensor
 from keras_gradclip.clippers.base import Clipper, current_value
 from keras_gradclip.clippers.enforce import LEARNING_RATE, RATE_IS_SET, Enforcer, combined
 from keras_gradclip.optimizer._advice import warn_of_muon, warn_of_remarks
-from keras_gradclip.optimizer._inner import ignores_scale
+from keras_gradclip.optimizer._inner import is_plain_sgd
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 
 
@@ -76,7 +76,7 @@ class Clip:
             self.clipper.check_variables(every)
             warn_of_muon(self._inner, self.clipper, variables)
         assignments = self.clipper.assignments(variables) if self.clipper else []
-        self.enforcer = Enforcer(assignments, variables, not ignores_scale(self._inner))
+        self.enforcer = Enforcer(assignments, variables, is_plain_sgd(self._inner))
         self.limited = {id(variables[i]): i for i in self.enforcer.limited_updates()}
         warn_of_remarks(self.enforcer)
 

@@ -87,14 +87,14 @@ def _check_arguments(inner: keras.optimizers.Optimizer) -> None:
         )
 
 
-def ignores_scale(inner: keras.optimizers.Optimizer) -> bool:
-    """Whether the update may be other than η·g, so that a limit on it needs the update itself.
+def is_plain_sgd(inner: keras.optimizers.Optimizer) -> bool:
+    """Whether the update is η·g (and momentum), so that the gradient can be limited in its place.
 
-    Of SGD alone it is η·g, and of a subclass that leaves SGD's update as it is.
+    True for SGD and for its subclasses that do not override the update.
     """
     sgd = keras.optimizers.SGD
-    return not isinstance(inner, sgd) or any(
-        getattr(getattr(inner, name), "__func__", None) is not getattr(sgd, name)
+    return isinstance(inner, sgd) and all(
+        getattr(getattr(inner, name), "__func__", None) is getattr(sgd, name)
         for name in ("update_step", "apply", "apply_gradients")
     )
 
