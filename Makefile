@@ -101,7 +101,7 @@ calibrate: venv
 	$(BIN)/python recipes/tools/calibrate.py $(or $(RECIPE),resnet50) $(ARGS)
 
 replicas: venv
-	$(BIN)/python recipes/tools/replicas.py $(ARGS)
+	$(BIN)/python benchmarks/replicas.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -48,6 +48,7 @@ from recipes.errors import DataError, RecipeError
 from recipes.tools import study as runner
 from recipes.training.folder import folder_named
 from recipes.training.recipe import at_chance
+from recipes.words import show_table
 
 CLASSES = 10
 #: What a run decides.
@@ -298,7 +299,7 @@ def _studies(arguments: argparse.Namespace) -> None:
     for study in chosen:
         mine = rows[rows["study"] == study.name]
         if len(mine):
-            runner.show(
+            show_table(
                 table(scored(mine)), f"{study.name}: test accuracy in %, mean (lowest–highest)"
             )
     print(f"results in {file.path} and {arguments.output / 'evidence.md'}")

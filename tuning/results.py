@@ -23,8 +23,8 @@ from keras_gradclip.files import write_csv, write_json
 from keras_gradclip.tuning.divergence import DIVERGED
 from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS
 from keras_gradclip.tuning.space import to_clipper
-from recipes.tools import study
 from recipes.training.recipe import at_chance
+from recipes.words import show_table
 
 #: A p-value below this counts as significant.
 SIGNIFICANCE = 0.05
@@ -361,4 +361,4 @@ def print_table(rows: Sequence[TrialRow], objective, title: str, console: Consol
         if done and row.runs > 1:
             line["runs from .. to"] = f"{show(row.lowest)} .. {show(row.highest)}"
         lines.append(line)
-    study.show(pd.DataFrame(lines), title, console)
+    show_table(pd.DataFrame(lines), title, console)

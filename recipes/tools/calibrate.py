@@ -40,6 +40,7 @@ try:
     from recipes.training import options as opts
     from recipes.training.folder import RUNS, folder_named
     from recipes.training.options import Options
+    from recipes.words import show_table
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
@@ -195,7 +196,7 @@ def calibrate(
     table = write_clippers(found, output)
     draw(output / "calibration.png", found, f"{recipe.name}: gradients and thresholds")
     print(found)
-    study.show(table, "share of the measured layers and updates that each file would have clipped")
+    show_table(table, "share of the measured layers and updates that each file would have clipped")
     print(f"results in {output}")
     if (suggested := "clip-update_ratio.json") in set(table["file"]):
         print(f"train with the same options and --clip-config {output / suggested}")

@@ -35,6 +35,7 @@ try:
     from recipes.training import options as opts
     from recipes.training.folder import check_options, folder_named
     from recipes.training.recipe import at_chance
+    from recipes.words import show_table
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = folder_named(usual if given.output is None else given.output)
         recipe, rates = find_recipe(given.recipe), given.learning_rates
         rows = compare(recipe, rest, given.clippers, rates, given.seeds, output)
-        study.show(
+        show_table(
             study.cross_table(scored(rows), "learning_rate", "clipper", cell_text),
             f"{given.recipe}: best validation accuracy in %, mean (lowest–highest); seeds: "
             + ", ".join(map(str, given.seeds)),

@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # slow imports that flags do not need
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 Row = Mapping[str, Any]
 
@@ -210,19 +209,6 @@ def markdown(table: pd.DataFrame) -> str:
     """The table in Markdown; the first column is left-aligned, the others right-aligned."""
     head = "| " + " | ".join(table.columns) + " |\n|---|" + "---:|" * (len(table.columns) - 1)
     return "\n".join([head, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
-
-
-def show(table: pd.DataFrame, title: str, console: Console | None = None) -> None:
-    """Prints the table; the first column is left-aligned, the others right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-
-    page = Table(title=title)
-    for number, name in enumerate(table.columns):
-        page.add_column(name.replace("_", " "), justify="right" if number else "left")
-    for row in table.to_numpy():
-        page.add_row(*row)
-    (console or Console(markup=False)).print(page)
 
 
 def log_axis(axis: Axes) -> None:

@@ -31,6 +31,7 @@ try:
     from recipes.training import options as opts
     from recipes.training.folder import CLASSES, CONFIG, RESULT, folder_named
     from recipes.training.recipe import at_chance
+    from recipes.words import show_table
 except ModuleNotFoundError as error:
     sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
 
@@ -139,7 +140,7 @@ def train_all(arguments: argparse.Namespace, rest: list[str], flags: list[str]) 
         job = functools.partial(train, name, output / name, rest)
         cells.append(study.Cell({"recipe": name}, name, job, COSTS.get(name, 1.0)))
     rows = zoo.run(cells, functools.partial(outcome, output=output))
-    study.show(table(rows, output), "the zoo on embedded data")
+    show_table(table(rows, output), "the zoo on embedded data")
     print(f"results in {zoo.path}")
     return 1 if rows["error"].any() else 0
 

@@ -33,8 +33,8 @@ def chain(
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a run, in order.
 
-    `monitored` is the folder of the `ClipMonitor`, None for no monitor; `started` is
-    `time.monotonic()` at the beginning of this process's part of the run.
+    `monitored` is the folder of the `ClipMonitor`, or None; `started` is `time.monotonic()` at the
+    start of this process.
     """
     options, feed = setup.options, setup.feed
     # First, so that nothing after it saves a model with a NaN.
@@ -69,9 +69,8 @@ class Backup(keras.callbacks.Callback):
     `keras.callbacks.BackupAndRestore` loses the step within the epoch and the metrics so far, and
     a kill during its write leaves a partial file.
 
-    A run resumed within an epoch has fewer steps in its first one, and Keras fixes the steps per
-    epoch for a whole `fit`. `stop_training` ends that epoch; Keras reads it again only after
-    `on_epoch_end`, so resetting it there lets `fit` continue.
+    The first epoch of a run resumed within an epoch has fewer steps, but Keras fixes the steps per
+    epoch. `stop_training` ends that epoch, and is reset before Keras reads it to end `fit`.
 
     `started` is `time.monotonic()` at the run's start, less the seconds of earlier processes.
     """
@@ -136,11 +135,12 @@ class StopAtNonFinite(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Checks the running loss and gradient norm, which one bad batch makes NaN."""
         logs = logs or {}
-        if not self.skips:
-            is_bad = not math.isfinite(logs.get("loss", 0.0))
-            # A ReLU may hide a NaN from the loss. Before the first update the norm is NaN.
-            if is_bad or (math.isnan(logs.get("grad_norm", 0.0)) and self._seen()["updates"]):
-                raise self.diverged(self.step)
+        is_bad = not math.isfinite(logs.get("loss", 0.0))
+        if math.isnan(logs.get("grad_norm", 0.0)):
+            # A ReLU may hide a NaN from the loss. Before the first update the norm is NaN, too.
+            is_bad |= _optimizer_of(self.model).read_telemetry()["updates"] > 0
+        if is_bad and not self.skips:
+            raise self.diverged(self.step)
         self.step += 1
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -150,22 +150,18 @@ class StopAtNonFinite(keras.callbacks.Callback):
 
     def diverged(self, step: int) -> TrainingDiverged:
         """The error for a step; names the first variable with a NaN gradient."""
-        variable = _optimizer_of(self.model).first_nonfinite_variable
-        layer = None if variable is None else variable.rpartition("/")[0] or variable
-        cause = f"first non-finite gradient: {variable!r}"
-        if variable is None:
-            cause = "the gradients were finite, the update was not: lower the learning rate"
+        layer, cause = None, "the gradients were finite, the update was not: lower --learning-rate"
+        if variable := _optimizer_of(self.model).first_nonfinite_variable:
+            layer = variable.rpartition("/")[0] or variable
+            cause = f"first non-finite gradient: {variable!r}"
         message = f"training diverged to NaN in epoch {self._epoch + 1}: step {step}, {cause}"
         return TrainingDiverged(message, step, layer)
 
     def _all_skipped(self) -> bool:
-        seen = self._seen()
+        seen = _optimizer_of(self.model).read_telemetry()
         # A falling loss scale in float16 may skip a few in a row.
         tolerated = 0 if self.skips else _LOSS_SCALE_SKIPS
         return seen["updates"] == 0 and seen["skipped"] > tolerated
-
-    def _seen(self) -> dict[str, Any]:
-        return _optimizer_of(self.model).read_telemetry()
 
 
 class EpochFiles(keras.callbacks.Callback):
@@ -193,13 +189,15 @@ class EpochFiles(keras.callbacks.Callback):
             logs.setdefault(name, float(seen[name]))
         if seen.get("skipped"):
             logs["skipped"] = int(seen["skipped"])
+        number = {"epoch": float(epoch + 1)}
         figures = {n: float(value) for n, value in sorted(logs.items()) if np.ndim(value) == 0}
-        self.history.append({"epoch": float(epoch + 1), **figures})
+        self.history.append(number | figures)
         columns = (seen["layers"], seen["layer_grad_norm"], seen["layer_clip_fraction"])
         for layer, *values in zip(*columns, strict=True):
             norm, share = (float(f"{value:.6g}") for value in values)
-            row = {"layer": layer, "grad_norm": norm, "clip_fraction": share}
-            self.layers.append({"epoch": float(epoch + 1), **row})
+            self.layers.append(
+                {**number, "layer": layer, "grad_norm": norm, "clip_fraction": share}
+            )
         if not self.setup.writes:
             return
         write_table(self.folder / HISTORY, self.history)

@@ -7,13 +7,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import pandas as pd
+import tensorflow as tf
 
 from keras_gradclip.files import read_csv, read_json, replace_file, write_csv, write_json
 from recipes.data import Data
 from recipes.errors import RecipeError
+from recipes.words import show_table
 
 CLASSES, CONFUSION = "classes.csv", "confusion.png"
 _COUNTED = 2_000  # most classes with a confusion matrix, which needs memory
@@ -71,13 +71,9 @@ class Confusion(keras.metrics.Metric):
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         """Adds a batch of labels [n] and probabilities [n, classes]."""
-        size = self.counts.shape[0]
-        pairs = keras.ops.cast(keras.ops.reshape(y_true, [-1]), "int32") * size
-        pairs += keras.ops.cast(keras.ops.argmax(y_pred, axis=-1), "int32")
-        counts = keras.ops.bincount(pairs, minlength=size * size)
-        self.counts.assign_add(
-            keras.ops.cast(keras.ops.reshape(counts, (size, size)), self.counts.dtype)
-        )
+        guesses, size = tf.argmax(y_pred, axis=-1), self.counts.shape[0]
+        counts = tf.math.confusion_matrix(tf.reshape(y_true, [-1]), guesses, size)
+        self.counts.assign_add(tf.cast(counts, self.counts.dtype))
 
     def result(self) -> Any:
         """The share of correctly predicted images."""
@@ -111,17 +107,12 @@ def write_classes(folder: Path, counts: np.ndarray, names: Sequence[str], title:
 
     `counts` are images by true and predicted class, [classes, classes].
     """
-    images = counts.sum(axis=1)
-    wrong = counts * (1 - np.eye(len(counts)))
-    rows = [
-        (
-            name,
-            int(images[i]),
-            f"{counts[i, i] / images[i]:.4f}" if images[i] else "",
-            names[wrong[i].argmax()] if wrong[i].any() else "",
-        )
-        for i, name in enumerate(names)
-    ]
+    rows = []
+    for i, (name, row) in enumerate(zip(names, counts, strict=True)):
+        images, right = row.sum(), row[i]
+        wrong = np.where(np.arange(len(row)) == i, 0, row)
+        share = f"{right / images:.4f}" if images else ""
+        rows.append((name, images, share, names[int(wrong.argmax())] if wrong.any() else ""))
     write_csv(folder / CLASSES, _COLUMNS, rows)
     draw_confusion(counts, names, folder / CONFUSION, title)
 
@@ -132,13 +123,9 @@ def print_classes(folder: Path) -> None:
     if len(rows) > _PRINTED:
         print(f"accuracy of {len(rows)} classes: {folder / CLASSES}, {folder / CONFUSION}")
     elif rows:
-        table = Table("class", title="test images by class")
-        for name in ("images", "accuracy", "taken for"):
-            table.add_column(name, justify="left" if name == "taken for" else "right")
-        for name, images, accuracy, taken_for in (row.values() for row in rows):
-            share = f"{100 * float(accuracy):.1f} %" if accuracy else ""
-            table.add_row(Text(name), images, share, Text(taken_for))  # Text: no markup
-        Console().print(table)
+        for row in rows:
+            row["accuracy"] = f"{100 * float(row['accuracy']):.1f} %" if row["accuracy"] else ""
+        show_table(pd.DataFrame(rows), "test images by class")
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:

@@ -66,7 +66,7 @@ class Option:
     def __post_init__(self):
         object.__setattr__(self, "flag", self.flag or flag_of(self.name))
 
-    def check(self, value):
+    def check(self, value: Any) -> Any:
         """The value, an int widened to float where a float is due.
 
         Raises:
@@ -74,39 +74,38 @@ class Option:
         """
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        wanted = "" if value is None and self.default is None else self._wanted(value)
-        if wanted:
-            raise RecipeError(f"{self.flag} {json.dumps(value, default=str)}: must be {wanted}")
+        due = "" if value is None and self.default is None else self._due(value)
+        if due:
+            raise RecipeError(f"{self.flag} {json.dumps(value, default=str)}: must be {due}")
         return value
 
-    def _wanted(self, value: Any) -> str:
-        """What the value should have been, or ""."""
+    def _due(self, value: Any) -> str:
+        """What an invalid value should have been, or ""."""
         if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
             return f"a value of type {self.kind.__name__}"
         if self.choices:
             return "" if value in self.choices else f"one of {', '.join(self.choices)}"
         if value == "":
             return "a name of one character or more"
-        if self.kind in (int, float) and isinstance(value, (int, float)):
-            high = _LARGEST if self.high is None and self.kind is int else self.high
-            if not math.isfinite(value):
-                return "a finite number"
-            if self.low is not None and value < self.low:
-                return f"{self.low:g} or more"
-            if high is not None and value > high:
-                return f"{high:.10g} or less"
-            if self.above is not None and value <= self.above:
-                return f"more than {self.above:g}"
+        if self.kind is bool or not isinstance(value, (int, float)):
+            return ""
+        high = _LARGEST if self.high is None and self.kind is int else self.high
+        if not math.isfinite(value):
+            return "a finite number"
+        if self.low is not None and value < self.low:
+            return f"{self.low:g} or more"
+        if high is not None and value > high:
+            return f"{high:.10g} or less"
+        if self.above is not None and value <= self.above:
+            return f"more than {self.above:g}"
         return ""
 
     def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
         """Adds the flag, with `default` in its help."""
-        text = (
-            self.help
-            if default is None or default is False
-            else f"{self.help} (default: {default})"
-        )
-        keywords: dict[str, Any] = {"help": text.replace("%", "%%"), "dest": self.name}
+        text = self.help.replace("%", "%%")
+        if default is not None and default is not False:
+            text += f" (default: {default})"
+        keywords: dict[str, Any] = {"help": text, "dest": self.name}
         if self.kind is bool:
             group.add_argument(self.flag, action=argparse.BooleanOptionalAction, **keywords)
             return
@@ -122,7 +121,10 @@ class Option:
 
 
 def option(default: object, help: str, **more: Any) -> Any:
-    """A field of `Options`; the arguments are those of `Option`."""
+    """A field of `Options`; the arguments are those of `Option`.
+
+    Without a `group` the field has the one of the field before it.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -136,8 +138,7 @@ class Options:
         saved: the content of `config.json`: the recipe's name and every option that makes the run.
     """
 
-    # clipping
-    clipper: str = option("absolute", "the clipping rule")
+    clipper: str = option("absolute", "the clipping rule", group="clipping")
     clip_config: dict | None = option(
         None,
         "JSON of a serialised clipper, also under a key 'clipper' as the tuner's best.json has it",
@@ -148,11 +149,11 @@ class Options:
     activation_gate: bool = option(False, "gate the gradient at large activations")
     gate_clip_value: float | None = option(None, "activation gate: c", above=0)
     gate_gamma: float | None = option(None, "activation gate: factor beyond the gate", above=0)
-    # training
     optimizer: str = option(
         "adamw",
         "the optimizer that receives the clipped gradients (plain sgd is advised against)",
         choices=("adamw", "adam", "sgd", "rmsprop", "lion", "adafactor", "nadam"),
+        group="training",
     )
     learning_rate: float = option(0.001, "peak learning rate, after the warm-up", above=0)
     warmup_epochs: float = option(1.0, "epochs of linear warm-up, before the cosine", low=0)
@@ -174,8 +175,7 @@ class Options:
         "looking at the test set, so that the test set no longer measures anything",
         choices=("improve", "beats-test"),
     )
-    # data
-    dataset: str = option("mnist_embedded", "a TFDS name, or image_folder")
+    dataset: str = option("mnist_embedded", "a TFDS name, or image_folder", group="data")
     data_dir: str | None = option(
         None, "folder of the prepared data set; of image_folder: CLASS/FILE, or train/CLASS/FILE"
     )
@@ -193,9 +193,12 @@ class Options:
         "an unreadable file or row, always reported: stop, or go on without it",
         choices=("refuse", "skip"),
     )
-    # machine
     mixed_precision: str = option(
-        "none", "compute in 16 bits", choices=("none", "float16", "bfloat16"), bare="float16"
+        "none",
+        "compute in 16 bits",
+        choices=("none", "float16", "bfloat16"),
+        bare="float16",
+        group="machine",
     )
     jit: bool = option(False, "compile the step with XLA")
     deterministic: bool = option(
@@ -213,8 +216,9 @@ class Options:
     worker_timeout: int = option(
         600, "multiworker: seconds to wait for a worker before giving up", low=1
     )
-    # run
-    output: str | None = option(None, "folder of the results (default: runs/NAME)", saved=False)
+    output: str | None = option(
+        None, "folder of the results (default: runs/NAME)", saved=False, group="run"
+    )
     resume: bool = option(False, "go on with the run in the output folder", saved=False)
     backup_every: int = option(500, "steps between backups; one more each epoch", low=1)
     keep_backup: bool = option(
@@ -247,24 +251,15 @@ class Options:
             raise AttributeError(f"no option is called {name!r} here")
 
 
-#: The headings in `--help`, by the option that each begins with.
-_GROUPS = {
-    "clipper": "clipping",
-    "optimizer": "training",
-    "dataset": "data",
-    "mixed_precision": "machine",
-    "output": "run",
-}
-
-
 def _fixed_options() -> tuple[Option, ...]:
-    hints, result, group = typing.get_type_hints(Options), [], ""
+    hints, result = typing.get_type_hints(Options), []
+    more: dict[str, Any] = {}
     for field in dataclasses.fields(Options):
         if field.metadata:
-            group = _GROUPS.get(field.name, group)
+            more = {"group": more.get("group"), **field.metadata}  # else the one before's
             kinds = [k for k in typing.get_args(hints[field.name]) if k is not type(None)]
             kind = kinds[0] if kinds else hints[field.name]
-            result.append(Option(field.name, kind, field.default, group=group, **field.metadata))
+            result.append(Option(field.name, kind, field.default, **more))
     return tuple(result)
 
 

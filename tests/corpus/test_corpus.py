@@ -32,7 +32,7 @@ from recipes.registry import RECIPES, find_recipe
 from recipes.training import main
 
 HERE = Path(__file__).resolve().parent
-TOOLS = ("calibrate", "cluster", "compare", "replicas", "zoo")
+TOOLS = ("calibrate", "cluster", "compare", "zoo")
 WORDS = {
     "{run}": [*RUN, "--output", "{tmp}/run"],
     "{search}": [*SEARCH, "--output", "{tmp}/search"],

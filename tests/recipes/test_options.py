@@ -189,7 +189,7 @@ def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(words, near):
 
 COMMANDS = [
     *(script_of(name) for name in RECIPES),
-    *(f"recipes/tools/{n}.py" for n in ("calibrate", "cluster", "compare", "replicas", "zoo")),
+    *(f"recipes/tools/{n}.py" for n in ("calibrate", "cluster", "compare", "zoo")),
     "recipes/predict.py",
     "tuning/search.py",
 ]

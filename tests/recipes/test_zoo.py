@@ -114,7 +114,7 @@ def test_a_run_at_chance_is_called_so(tmp_path):
 
 def test_an_error_in_brackets_is_printed_as_it_is(tmp_path, capsys):
     failed = row("vgg16", error="DataError: [/data/a] and [b]")
-    zoo.study.show(zoo.table(pd.DataFrame([failed]), tmp_path), "title")
+    zoo.show_table(zoo.table(pd.DataFrame([failed]), tmp_path), "title")
     assert "[/data/a] and [b]" in capsys.readouterr().out
 
 

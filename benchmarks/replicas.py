@@ -1,26 +1,22 @@
 """Compares a clipping threshold on 1, 2 and 4 replicas in stock Keras and in this library.
 
-    python recipes/tools/replicas.py
+    make replicas, or python benchmarks/replicas.py
 
 One SGD step with learning rate 1 and a steep loss, under MirroredStrategy over logical CPU devices,
 with the same global batch. A threshold of 0.1 should move no weight by more than 0.1.
 """
 
-import sys
-from collections.abc import Sequence
+import argparse
 from typing import Any
 
-try:
-    from recipes.command_line import Parser, exit_status, import_tensorflow
-    from recipes.tools import study
-except ModuleNotFoundError as error:
-    sys.exit(f"error: no module {error.name}: run `make venv`, then .venv/bin/python (README.md)")
+from recipes.command_line import import_tensorflow
+from recipes.words import show_table
 
 REPLICAS = (1, 2, 4)
 THRESHOLD = 0.1
 
 
-def compare() -> None:
+def main() -> None:
     """Prints the largest weight change of one step, by optimizer and number of replicas."""
     import_tensorflow()
     import keras
@@ -63,19 +59,9 @@ def compare() -> None:
     for name, make_optimizer in optimizers.items():
         table[name] = [largest_change(count, make_optimizer) for count in REPLICAS]
     title = f"Largest weight change of one step, threshold {THRESHOLD}, learning rate 1"
-    study.show(table, title)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Exit status: 0; 2 for an invalid flag; 130 after Ctrl-C."""
-    parser = Parser("python recipes/tools/replicas.py", __doc__)
-
-    def work() -> None:
-        parser.parse_args(argv)
-        compare()
-
-    return exit_status(work)
+    show_table(table, title)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    main()
