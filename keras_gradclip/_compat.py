@@ -20,6 +20,9 @@ from keras.src.backend.common import global_state
 # The class of `keras.Model(inputs, outputs)`, which has no public name, is a base of clipped
 # functional models.
 from keras.src.models.functional import Functional as Functional
+
+# Whether the arguments of `keras.Model` are inputs and outputs.
+from keras.src.models.model import functional_init_arguments as functional_init_arguments
 from keras.src.random import seed_generator
 
 from keras_gradclip._types import Scalar, Strategy, Tensor

@@ -1,4 +1,4 @@
-"""The activation gate: smaller gradients where a layer's input is very large."""
+"""The activation gate, which scales gradients where a layer's input is very large."""
 
 from __future__ import annotations
 
@@ -29,22 +29,21 @@ class ActivationGate:
 
     The layer's own weight gradients come from the un-gated gradient at its output.
 
-    Use it as `ClippedModel.compile(..., activation_gate=ActivationGate())`, which gates the model
-    in place whenever it is called, and no other model that shares its layers; or, for any
-    functional or sequential model, `model = ActivationGate().insert(model)`, which puts
-    `GatedInput` layers before the gated ones.
+    `ClippedModel.compile(..., activation_gate=ActivationGate())` gates that model in place, but no
+    other model with the same layers. `model = ActivationGate().insert(model)` puts `GatedInput`
+    layers into any functional or sequential model.
 
     Args:
         clip_value: c, a positive number.
         gamma: γ, a positive number.
         initial_learning_rate: lr₀, a positive number.
-        layers: which layers to gate: None for every layer with weights, or a regular expression
-            (or a list of them) that matches the layer's name or path in full. A layer is one of
-            the model's or of a model inside it; an LSTM or an attention is gated at its input.
+        layers: None for every layer with weights, or a regular expression (or a list of them) that
+            matches a layer's whole name or path. Layers of nested models count, not sublayers: an
+            LSTM or an attention is gated only at its own input.
 
     Raises:
-        ValueError: a number that is not above 0, or a broken regular expression; and, once the
-            model is known, an expression that matches no layer.
+        ValueError: a number is not above 0, or a regular expression is invalid; once the model is
+            known, no layer matches.
     """
 
     clip_value: float = 0.1
@@ -78,16 +77,28 @@ class ActivationGate:
 
     @property
     def threshold(self) -> float:
-        """c/(γ·lr₀): the |input| above which the gradient is scaled; at most float32's largest."""
+        """c/(γ·lr₀), the |input| above which the gradient is scaled; at most float32's maximum."""
         quotient = self.clip_value / (self.gamma * self.initial_learning_rate)
         return min(quotient, arithmetic.LARGEST)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` itself, a float tensor of any shape, with the gated gradient behind it."""
-        return _gate(x, self.threshold, self.gamma)
+        """`x`, a float tensor of any shape, with the gated gradient."""
+        threshold, gamma = self.threshold, self.gamma
+
+        @ops.custom_gradient
+        def gate(x: Tensor) -> Tensor:
+            def grad(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
+                dx = args[0] if upstream is None else upstream
+                large = ops.abs(ops.cast(x, "float32")) > threshold
+                scaled = arithmetic.scale(dx, gamma)  # γ may be infinite in float16
+                return ops.where(large, scaled, dx)
+
+            return x, grad
+
+        return gate(x)
 
     def selects(self, layer: keras.layers.Layer) -> bool:
-        """True if the input of `layer` is gated."""
+        """Whether the input of `layer` is gated."""
         if isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
             return False
         if self.layers is None:
@@ -96,36 +107,34 @@ class ActivationGate:
         return any(re.fullmatch(p, name) for p in self.layers for name in names)
 
     def attach(self, model: keras.Model) -> None:
-        """Gates the layers of any kind of model in place, for good.
+        """Gates the layers of any model in place, permanently.
 
-        The gate is not saved, and other models that share the layers are gated as well: meant for
-        models that are built anew for each run. Prefer `compile(activation_gate=)` or `insert`.
+        The gate is not saved, and other models with the same layers are gated as well. Prefer
+        `compile(activation_gate=)` or `insert`.
 
         Raises:
             ValueError: the model is built and the gate selects no layer of it.
         """
         instrument(self, model)
-        for layer in _units(model):
+        for layer in _gateable(model):
             layer.call.always = self
 
     def insert(self, model: keras.Model) -> keras.Model:
-        """A model with `GatedInput` layers before the gated layers, which are shared with `model`.
+        """A model with a `GatedInput` layer before each gated layer of `model`.
 
         Args:
-            model: a built functional or sequential model; nested models are gated inside.
+            model: a built functional or sequential model, which may contain others.
 
         Returns:
-            A model of the same kind with the same weights, not compiled. It saves and loads.
+            A model of the same kind with the same layers, not compiled. It can be saved.
 
         Raises:
-            ValueError: another kind of model (compile it as a `ClippedModel` instead), or no
-                layer to gate.
+            ValueError: another kind of model (compile it as a `ClippedModel` instead), a model with
+                a gate, or no layer to gate.
         """
-        _check_model(model)
+        self._check_layers(model)
         if any(isinstance(layer, GatedInput) for layer in _compat.all_layers(model)):
             raise ValueError(f"ActivationGate: the model {model.name!r} is gated already.")
-        if not any(self.selects(layer) for layer in _units(model)):
-            raise ValueError(self._no_layer(model))
         return self._insert(model)
 
     def _insert(self, model: keras.Model) -> keras.Model:
@@ -159,22 +168,24 @@ class ActivationGate:
 
         return keras.models.clone_model(model, clone_function=reuse, call_function=call)
 
-    def _no_layer(self, model: keras.Model) -> str:
-        names = [layer.name for layer in _units(model)][:8]
-        return (
-            f"ActivationGate: layers={self.layers!r} selects no layer of {model.name!r}; its "
-            f"layers begin with {names}. An expression must match the whole name."
-        )
+    def _check_layers(self, model: keras.Model) -> None:
+        layers = _gateable(model)
+        if not any(self.selects(layer) for layer in layers):
+            raise ValueError(
+                f"ActivationGate: layers={self.layers!r} selects no layer of {model.name!r}; its "
+                f"layers begin with {[layer.name for layer in layers][:8]}. An expression must "
+                "match the whole name."
+            )
 
     def get_config(self) -> Config:
-        """The fields, JSON-able."""
+        """The JSON-able arguments."""
         config = dataclasses.asdict(self)
         config["layers"] = None if self.layers is None else list(self.layers)
         return config
 
     @classmethod
     def from_config(cls, config: Config) -> ActivationGate:
-        """The gate that `get_config` described."""
+        """The gate with the arguments of `get_config`."""
         known = [f.name for f in dataclasses.fields(cls)]
         return cls(**validation.config(cls.__name__, config, known))
 
@@ -197,7 +208,7 @@ class GatedInput(keras.layers.Layer):
         self.supports_masking = True
 
     def call(self, inputs: Tensor) -> Tensor:
-        """`inputs`."""
+        """Returns `inputs`."""
         return _map_floats(self.gate, inputs)
 
     def compute_output_shape(self, input_shape: tuple) -> Tensor:
@@ -205,17 +216,13 @@ class GatedInput(keras.layers.Layer):
         return input_shape
 
     def get_config(self) -> Config:
-        """The arguments, JSON-able."""
+        """The JSON-able arguments."""
         gate = keras.saving.serialize_keras_object(self.gate)
         return {**super().get_config(), "gate": gate}
 
 
 def as_gate(value: object) -> ActivationGate | None:
-    """The gate that `value` is or, as a saved config, describes; None for None.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """`value` if it is a gate or None, or the gate of a saved config; else raises a ValueError."""
     if isinstance(value, Mapping) and "class_name" in value:
         value = keras.saving.deserialize_keras_object(dict(value))
     if value is None or isinstance(value, ActivationGate):
@@ -226,8 +233,7 @@ def as_gate(value: object) -> ActivationGate | None:
     )
 
 
-# The gate of the model that is being called. A layer may belong to several models, of which the
-# others are not gated.
+# The gate of the model being called. Its layers may also belong to models without a gate.
 _ACTIVE: contextvars.ContextVar[ActivationGate | None] = contextvars.ContextVar(
     "gate", default=None
 )
@@ -235,7 +241,7 @@ _ACTIVE: contextvars.ContextVar[ActivationGate | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def active(gate: ActivationGate) -> Iterator[None]:
-    """A context in which the layers that `instrument` prepared are gated."""
+    """A context that gates the layers prepared by `instrument`."""
     token = _ACTIVE.set(gate)
     try:
         yield
@@ -244,16 +250,15 @@ def active(gate: ActivationGate) -> Iterator[None]:
 
 
 def instrument(gate: ActivationGate, model: keras.Model) -> None:
-    """Prepares the layers of `model` for `active`, those that are not prepared yet.
+    """Prepares the layers of a model for `active`, also layers created since the last call.
 
     Raises:
         ValueError: the model is built and the gate selects no layer of it.
     """
-    _check_model(model)
-    units = _units(model)
-    if not any(gate.selects(layer) for layer in units) and model.built:
-        raise ValueError(gate._no_layer(model))
-    for layer in units:
+    layers = _gateable(model)
+    if model.built:
+        gate._check_layers(model)
+    for layer in layers:
         if not isinstance(layer.__dict__.get("call"), _GatedCall):
             object.__setattr__(layer, "call", _GatedCall(layer))
 
@@ -272,7 +277,7 @@ class _GatedCall:
         if gate is None or not gate.selects(self._layer):
             return self._call(*args, **kwargs)
         args, kwargs = _map_floats(gate, (args, kwargs))
-        # A layer inside this one (an LSTM's cell) is part of it and not gated again.
+        # Sublayers such as an LSTM's cell are not gated again.
         token = _ACTIVE.set(None)
         try:
             return self._call(*args, **kwargs)
@@ -280,24 +285,17 @@ class _GatedCall:
             _ACTIVE.reset(token)
 
 
-def _check_model(model: object) -> None:
+def _gateable(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers of a model and of its nested models, without sublayers."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"ActivationGate: `model` must be a keras.Model, but is {model!r}.")
-
-
-def _units(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers that a gate may select: those of the model and of the models inside it.
-
-    Not those inside a layer (the cell of an LSTM, the projections of an attention): the gate acts
-    at the input of the whole layer.
-    """
-    units = []
+    layers = []
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            units += _units(layer)
+            layers += _gateable(layer)
         elif not isinstance(layer, (GatedInput, keras.layers.InputLayer)):
-            units.append(layer)
-    return units
+            layers.append(layer)
+    return layers
 
 
 def _map_floats(fn: Callable[[Tensor], Tensor], structure: Tensor) -> Tensor:
@@ -305,7 +303,7 @@ def _map_floats(fn: Callable[[Tensor], Tensor], structure: Tensor) -> Tensor:
 
     def one(x: Tensor) -> Tensor:
         is_tensor = ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
-        # Sparse and ragged tensors pass: few layers take them, and custom gradients do not.
+        # Custom gradients do not support sparse and ragged tensors.
         special = getattr(x, "sparse", False) or any(
             hasattr(x, name) for name in ("dense_shape", "row_splits")
         )
@@ -314,18 +312,3 @@ def _map_floats(fn: Callable[[Tensor], Tensor], structure: Tensor) -> Tensor:
         return x
 
     return tree.map_structure(one, structure)
-
-
-def _gate(x: Tensor, threshold: float, gamma: float) -> Tensor:
-    """`x`, with the gradient scaled by γ where |x| is above the threshold."""
-
-    @ops.custom_gradient
-    def gate(x: Tensor) -> Tensor:
-        def grad(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
-            dx = args[0] if upstream is None else upstream
-            large = ops.abs(ops.cast(x, "float32")) > threshold
-            return ops.where(large, arithmetic.scale(dx, gamma), dx)  # γ may be infinite in float16
-
-        return x, grad
-
-    return gate(x)

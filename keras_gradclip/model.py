@@ -21,14 +21,14 @@ from keras_gradclip.optimizer._clip import ClipHyperparameters
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find
 
 T = TypeVar("T")
-#: What `keras_gradclip.get` takes.
+#: An argument of `keras_gradclip.get`.
 ClipperLike = Clipper | str | Config | None
-#: Updates. Figures of every update would cost as much as the clip itself, or twice that.
+#: Updates between two measurements; each costs as much as one or two clips.
 MEASURED_EVERY = 8
 
 
 class _TelemetryMetric(keras.metrics.Metric):
-    """A view of a mean that the optimizer accumulates; it has no state of its own."""
+    """A view of a mean that the optimizer accumulates, without state of its own."""
 
     def __init__(self, name: str, mean: Callable[[], Scalar], reset: Callable[[], None]) -> None:
         super().__init__(name=name)
@@ -39,13 +39,21 @@ class _TelemetryMetric(keras.metrics.Metric):
 
 
 class _Clipping:
-    """The result of `compile`; a plain object, so that Keras tracks nothing in it twice."""
+    """The state that `compile` creates, in a plain object, so that Keras does not track it twice.
+
+    Attributes:
+        metrics: the two figures that `fit` logs.
+        warned: names of figures that a metric of the user has.
+        gate: the activation gate.
+        hidden: whether the figures are hidden, as in an evaluation.
+        undo: restores the model after a skipped update.
+    """
 
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
-        self.warned: set[str] = set()  # names of ours that a user's metric has
+        self.warned: set[str] = set()
         self.gate: gate.ActivationGate | None = None
-        self.hidden = False  # the figures: while nothing is clipped
+        self.hidden = False
         self.undo: Undo | None = None
 
 
@@ -61,9 +69,8 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     `ClippedOptimizer`. `fit` logs `grad_norm` (global L2 norm before the clip) and
     `clip_fraction` (elements or norms clipped / all), both means over every 8th update of the
     epoch; over every update with `ClippedOptimizer(..., telemetry=True)`.
-    `train_step` is Keras's own: override it as you like; whatever it applies through
-    `self.optimizer` is clipped, and whatever it returns from `compute_metrics` or
-    `get_metrics_result` has the two figures.
+    `train_step` is Keras's own and may be overridden: gradients applied by `self.optimizer` are
+    clipped, and the results of `compute_metrics` and `get_metrics_result` include the two figures.
     """
 
     def compile(
@@ -75,19 +82,19 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         skip_spikes: float | None = None,
         **kwargs: object,
     ) -> None:
-        """As `keras.Model.compile`, with three arguments more.
+        """`keras.Model.compile` with three more arguments.
 
         Args:
-            optimizer: as in Keras; or a `ClippedOptimizer`, and then no `clipper`.
+            optimizer: as in Keras, or a `ClippedOptimizer`.
             *args: as in Keras.
-            clipper: a clipper, anything that `keras_gradclip.get` takes, None (no clipping), or
-                "auto", as of `ClippedOptimizer`.
+            clipper: see `ClippedOptimizer`.
             activation_gate: an `ActivationGate`, or None.
-            skip_spikes: as of `ClippedOptimizer`.
+            skip_spikes: see `ClippedOptimizer`.
             **kwargs: as in Keras.
 
         Raises:
-            ValueError: a clipper beside a `ClippedOptimizer`, or what `ClippedOptimizer` refuses.
+            ValueError: an argument that `ClippedOptimizer` refuses, or `clipper` or `skip_spikes`
+                together with a `ClippedOptimizer`.
         """
         new_gate = gate.as_gate(activation_gate)
         with self.distribute_scope():
@@ -109,7 +116,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             wrapper.other_state = tuple if undo is None else lambda: undo.state
         self._set_gate(new_gate)
 
-    _clipping = _Clipping()  # of a model that is not compiled
+    _clipping = _Clipping()  # before `compile`
     optimizer: keras.optimizers.Optimizer
 
     def _set_gate(self, new_gate: gate.ActivationGate | None) -> None:
@@ -139,18 +146,18 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             )
 
     def __call__(self, *args: object, **kwargs: object) -> Tensor:
-        """As in Keras, with the model's activation gate."""
+        """Calls the model as Keras does, with its activation gate."""
         active = self._clipping.gate
         with gate.active(active) if active else contextlib.nullcontext():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def stateless_call(self, *args: object, **kwargs: object) -> tuple:
-        """As in Keras, which trains through it on JAX, with the model's activation gate."""
+        """Calls the model as Keras does to train on JAX, with its activation gate."""
         active = self._clipping.gate
         with gate.active(active) if active else contextlib.nullcontext():
             return super().stateless_call(*args, **kwargs)  # type: ignore[misc]
 
-    _distribute_strategy: Strategy | None = None  # which Keras sets on TensorFlow
+    _distribute_strategy: Strategy | None = None  # set by Keras on TensorFlow
 
     def _spans_workers(self) -> bool:
         return aggregation.spans_workers(self._distribute_strategy)
@@ -164,23 +171,23 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return None
 
     def distribute_scope(self) -> contextlib.AbstractContextManager:
-        """The scope of the strategy that the model was built under (a null context if none)."""
+        """The scope of the strategy under which the model was created; else a null context."""
         strategy = self._distribute_strategy
         return contextlib.nullcontext() if strategy is None else strategy.scope()
 
     @property
     def metrics(self) -> list[keras.Variable]:
-        """Keras's metrics; while training, also `grad_norm` and `clip_fraction`.
+        """Keras's metrics; in training also `grad_norm` and `clip_fraction`.
 
-        A metric of your own with one of these names keeps it, and ours is left out.
+        A figure is left out if another metric has its name.
         """
         own = super().metrics  # type: ignore[misc]
         return [*own, *self._figures({metric.name for metric in own})]
 
     def get_metrics_result(self) -> Config:
-        """As in Keras; a result of your own called as one of the two figures keeps its name.
+        """Keras's results with the two figures, unless another result has the name of a figure.
 
-        NaN for an epoch whose updates were all skipped.
+        All are NaN for an epoch whose updates were all skipped.
         """
         logs = self._without_figures(super().get_metrics_result)  # type: ignore[misc]
         undo = self._clipping.undo
@@ -189,7 +196,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return {**logs, **{figure.name: figure.result() for figure in self._figures(logs)}}
 
     def reset_metrics(self) -> None:
-        """As in Keras; the two figures begin anew as well, also one that is left out."""
+        """Resets Keras's metrics and the two figures, even one that is left out."""
         super().reset_metrics()  # type: ignore[misc]
         clipping = self._clipping
         if clipping.metrics and not clipping.hidden:
@@ -198,7 +205,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             clipping.undo.on_reset_metrics()
 
     def _figures(self, names: Collection[str]) -> list[_TelemetryMetric]:
-        """The two figures, less those whose name is taken; none while nothing is clipped."""
+        """The visible figures without those whose name is among `names`."""
         clipping = self._clipping
         if clipping.hidden:
             return []
@@ -206,22 +213,21 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             if taken not in clipping.warned:
                 clipping.warned.add(taken)
                 warnings.warn(
-                    f"ClippedModel: a metric of yours is called {taken!r} and keeps the name, so "
-                    "that the figure of the clip is not logged. Rename yours to have both; "
-                    "`optimizer.read_telemetry()` has it, too.",
+                    f"ClippedModel: a metric of yours is called {taken!r}, so the clip's figure of "
+                    "that name is not logged. Rename yours, or call `optimizer.read_telemetry()`.",
                     stacklevel=4,
                 )
         return [metric for metric in clipping.metrics if metric.name not in names]
 
     def fit(self, *args: object, **kwargs: object) -> keras.callbacks.History:
-        """As in Keras; under MultiWorkerMirroredStrategy, the chief alone writes files.
+        """Trains as in Keras; under MultiWorkerMirroredStrategy, only the chief writes files.
 
-        There every worker calls `fit` with the same arguments. The batch size is that of all
-        workers together, and each takes its part of every batch. Shuffled arrays need the same
-        seed on every worker (`keras.utils.set_random_seed`).
+        There all workers call `fit` with the same arguments. The batch size is global, and each
+        worker takes its part of every batch. Shuffled arrays need the same seed on every worker
+        (`keras.utils.set_random_seed`).
         """
         wrapper = find(getattr(self, "optimizer", None))
-        if wrapper is not None and wrapper.watchers:  # an interrupted `fit` left a watcher
+        if wrapper is not None and wrapper.watchers:  # left by an interrupted `fit`
             wrapper.watchers, self.train_function = (), None
         if not self._spans_workers():
             return super().fit(*args, **kwargs)  # type: ignore[misc]
@@ -231,11 +237,11 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             return super().fit(*given.args, **given.kwargs)  # type: ignore[misc]
 
     def evaluate(self, *args: object, **kwargs: object) -> Config | list[float]:
-        """As in Keras; nothing is clipped here, so the two figures do not appear."""
+        """Evaluates as in Keras, without the two figures."""
         return self._without_figures(super().evaluate, *args, **kwargs)  # type: ignore[misc]
 
     def test_on_batch(self, *args: object, **kwargs: object) -> Config | list[float]:
-        """As in Keras; nothing is clipped here, so the two figures do not appear."""
+        """Evaluates a batch as in Keras, without the two figures."""
         return self._without_figures(super().test_on_batch, *args, **kwargs)  # type: ignore[misc]
 
     def _without_figures(self, fn: Callable[..., T], *args: object, **kwargs: object) -> T:
@@ -246,33 +252,33 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         finally:
             clipping.hidden = before
 
-    def make_train_function(self, force: bool = False) -> Callable:
-        """As in Keras, and `steps_per_execution` works on several replicas as well."""
+    def make_train_function(self, force: bool = False) -> None:
+        """Makes Keras's function; `steps_per_execution` also works on several replicas."""
         clipping, undo = self._clipping, self._clipping.undo
         if clipping.gate is not None:
-            gate.instrument(clipping.gate, self)  # layers may have been made since compile
+            gate.instrument(clipping.gate, self)  # layers may have been created since compile
         if clipping.metrics and backend.backend() == "jax":
-            return self._make_stateless(force)
-        if undo is None:
-            return self._make_unrolled("train", force)
-        if backend.backend() == "torch":  # whose function looks for the train step when it runs
+            self._make_stateless(force)
+        elif undo is None:
+            self._make_unrolled("train", force)
+        elif backend.backend() == "torch":  # its function looks up the train step at each call
             before = self.train_function
-            result = self._make_unrolled("train", force)
+            self._make_unrolled("train", force)
             if self.train_function is not before:
                 self.train_function = undo.around(self.train_function)
-            return result
-        with self._with_train_step(undo.around(self.train_step)):
-            return self._make_unrolled("train", force)
+        else:
+            with self._with_train_step(undo.around(self.train_step)):
+                self._make_unrolled("train", force)
 
-    def make_test_function(self, force: bool = False) -> Callable:
-        """As in Keras, and `steps_per_execution` works on several replicas as well."""
-        return self._make_unrolled("test", force)
+    def make_test_function(self, force: bool = False) -> None:
+        """Makes Keras's function; `steps_per_execution` also works on several replicas."""
+        self._make_unrolled("test", force)
 
     train_step: Callable[..., Tensor]
 
     @contextlib.contextmanager
     def _with_train_step(self, step: Callable[..., Tensor]) -> Iterator[None]:
-        """A context in which `self.train_step`, which Keras compiles, is `step`."""
+        """A context that replaces `self.train_step`, which Keras compiles."""
         own = self.__dict__.get("train_step")
         object.__setattr__(self, "train_step", step)
         try:
@@ -282,11 +288,10 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             if own is not None:
                 object.__setattr__(self, "train_step", own)
 
-    def _make_stateless(self, force: bool) -> Callable:
-        """Keras's function on JAX, with the two figures taken from the state it returns.
+    def _make_stateless(self, force: bool) -> None:
+        """Makes Keras's train function on JAX, where a step takes and returns all state.
 
-        While a step runs on JAX, the optimizer's variables have no values: its state goes in and
-        comes out, and the figures are read from that.
+        The figures are computed from the returned state, as variables have no values meanwhile.
         """
         train_step, undo = self.train_step, self._clipping.undo
         if undo is not None:
@@ -307,51 +312,45 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             return logs, state
 
         with self._with_train_step(step):
-            return super().make_train_function(force)  # type: ignore[misc]
+            super().make_train_function(force)  # type: ignore[misc]
 
     steps_per_execution: int
     metrics_variables: list[keras.Variable]
 
-    def _make_unrolled(self, kind: str, force: bool) -> Callable:
-        """Keras's function; on several replicas, with its steps in a Python loop.
+    def _make_unrolled(self, kind: str, force: bool) -> None:
+        """Makes Keras's train or test function; on several replicas, its steps in a Python loop.
 
-        Keras puts the steps into a while loop in the graph, in which the replicas' merge calls
-        fail ("must feed a value for placeholder"). Given anything but a TensorFlow iterator, its
-        function loops in Python over the same compiled step.
+        Keras's while loop in the graph fails on the replicas' merge calls ("must feed a value for
+        placeholder"). For any iterator but TensorFlow's, its function loops in Python.
         """
-        attribute = f"{kind}_function"
+        attribute, strategy = f"{kind}_function", self._distribute_strategy
         before = getattr(self, attribute)
         if self._spans_workers():
             if before is None or force:
                 step = getattr(self, f"{kind}_step")
                 setattr(self, attribute, aggregation.make_step_function(self, step))
-            return before
-        result = getattr(super(), f"make_{kind}_function")(force)
-        replicas = (
-            1
-            if self._distribute_strategy is None
-            else self._distribute_strategy.num_replicas_in_sync
-        )
+            return
+        getattr(super(), f"make_{kind}_function")(force)
         steps = getattr(self, attribute)
-        if steps is before or self.steps_per_execution == 1 or replicas == 1:
-            return result
+        if steps is before or self.steps_per_execution == 1 or strategy is None:
+            return
 
         def python_loop(iterator: Iterator) -> Config:
-            first = next(iterator)  # StopIteration is what Keras expects at the end
+            first = next(iterator)  # may raise StopIteration, as Keras expects
             return steps(itertools.chain([first], iterator))
 
-        setattr(self, attribute, python_loop)
-        return result
+        if strategy.num_replicas_in_sync > 1:
+            setattr(self, attribute, python_loop)
 
     def get_compile_config(self) -> Config:
-        """What `compile_from_config` needs, JSON-able."""
+        """The JSON-able argument of `compile_from_config`."""
         config = super().get_compile_config()  # type: ignore[misc]
         if config:
             config["activation_gate"] = keras.saving.serialize_keras_object(self._clipping.gate)
         return config
 
     def compile_from_config(self, config: Config) -> None:
-        """Compiles as `get_compile_config` says and creates the optimizer's variables."""
+        """Compiles from the result of `get_compile_config`, and builds the optimizer."""
         if type(self).compile is not ClippedTrainStep.compile:
             super().compile_from_config(config)  # type: ignore[misc]  # warns, as in Keras
             return
@@ -363,7 +362,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
 class ClippedModel(ClippedTrainStep, keras.Model):
-    """A `keras.Model` that compiles with a clipper: see `ClippedTrainStep`.
+    """A `keras.Model` with the arguments and logs of `ClippedTrainStep`.
 
     Subclass it, or build it from the inputs and outputs of a functional graph:
 
@@ -375,8 +374,8 @@ class ClippedModel(ClippedTrainStep, keras.Model):
     """
 
     def __new__(cls, *args: object, **kwargs: object) -> ClippedModel:
-        """A `ClippedModel`, functional if it is given inputs and outputs."""
-        if cls is ClippedModel and _is_functional(args, kwargs):
+        """Creates a `ClippedModel`, a functional one from inputs and outputs."""
+        if cls is ClippedModel and _compat.functional_init_arguments(args, kwargs):
             return super().__new__(ClippedFunctional, *args, **kwargs)
         if cls is ClippedModel and args and isinstance(args[0], keras.Model):
             raise ValueError(
@@ -386,32 +385,23 @@ class ClippedModel(ClippedTrainStep, keras.Model):
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        if _is_functional(args, kwargs):
-            # Keras would make `ClippedModel` itself functional, and with it every later subclass.
+        if _compat.functional_init_arguments(args, kwargs):
+            # Keras would make `ClippedModel` itself functional, and all its subclasses.
             _make_functional(type(self))
         super().__init__(*args, **kwargs)
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
 class ClippedFunctional(ClippedModel, _compat.Functional):
-    """What `ClippedModel(inputs, outputs)` is."""
+    """The class of `ClippedModel(inputs, outputs)`."""
 
-    # By this signature alone does Keras 3.12 know a functional model that it can save.
+    # Keras 3.12 saves a functional model only with this signature.
     def __init__(self, *args: object, **kwargs: object) -> None:
         _compat.Functional.__init__(self, *args, **kwargs)
 
 
-def _is_functional(args: tuple, kwargs: Config) -> bool:
-    """True for the arguments `(inputs, outputs)`, by Keras's own rule."""
-    return (
-        len(args) == 2
-        or (len(args) == 1 and "outputs" in kwargs)
-        or ("inputs" in kwargs and "outputs" in kwargs)
-    )
-
-
 def _make_functional(cls: type) -> None:
-    """Puts the functional model among the bases of a user's subclass of `ClippedModel`."""
+    """Replaces `ClippedModel` by `ClippedFunctional` among the bases of a user's subclass."""
     if issubclass(cls, _compat.Functional):
         return
     for base in cls.__bases__:
@@ -425,7 +415,7 @@ def _make_functional(cls: type) -> None:
 def _with_clipper(
     optimizer: keras.optimizers.Optimizer, clipper: ClipperLike, skip_spikes: float | None
 ) -> keras.optimizers.Optimizer:
-    """`optimizer` in a `ClippedOptimizer`; one that clips already as it is."""
+    """`optimizer`, wrapped in a `ClippedOptimizer` unless it is one."""
     if optimizer is None:
         if clipper is not None:
             raise ValueError(f"compile: `clipper` ({clipper!r}) needs an optimizer, not None.")
@@ -434,14 +424,10 @@ def _with_clipper(
         optimizer = keras.optimizers.get(optimizer)
     if find(optimizer) is None:
         return ClippedOptimizer(optimizer, clipper, skip_spikes=skip_spikes)
-    if skip_spikes is not None:
-        raise ValueError(
-            f"compile: `skip_spikes` ({skip_spikes!r}) was given beside a ClippedOptimizer. "
-            "Write ClippedOptimizer(..., skip_spikes=...)."
-        )
-    if clipper is not None:
-        raise ValueError(
-            f"compile: `clipper` ({clipper!r}) was given beside a ClippedOptimizer, which has the "
-            "clipper already. Give it in one place."
-        )
+    for name, value in (("clipper", clipper), ("skip_spikes", skip_spikes)):
+        if value is not None:
+            raise ValueError(
+                f"compile: `{name}` ({value!r}) was given beside a ClippedOptimizer. Give it in "
+                f"one place: ClippedOptimizer(..., {name}=...)."
+            )
     return optimizer

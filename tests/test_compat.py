@@ -19,6 +19,8 @@ def test_functional_is_what_keras_model_returns():
     assert type(model) is _compat.Functional, (
         "keras.Model(inputs, outputs) no longer returns keras.src.models.functional.Functional"
     )
+    assert _compat.functional_init_arguments((inputs, model.outputs), {})
+    assert not _compat.functional_init_arguments((), {"name": "model"})
 
 
 def test_a_layer_has_its_own_variables_and_layers_and_is_found():

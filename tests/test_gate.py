@@ -6,7 +6,7 @@ import pytest
 from helpers import CLASSES, data, loss, net, strategy, train, weights
 
 import keras_gradclip as kgc
-from keras_gradclip.gate import _units
+from keras_gradclip.gate import _gateable
 
 tf = pytest.importorskip("tensorflow")
 
@@ -172,8 +172,8 @@ def test_insert_saves_and_loads_in_a_plain_model(kind, tmp_path):
 def test_chosen_layers_only():
     model = net()
     gate = kgc.ActivationGate(layers=["head", "bo.*"])
-    assert [layer.name for layer in _units(model) if gate.selects(layer)] == ["body", "head"]
-    assert [layer.name for layer in _units(model) if GATE.selects(layer)] == [
+    assert [layer.name for layer in _gateable(model) if gate.selects(layer)] == ["body", "head"]
+    assert [layer.name for layer in _gateable(model) if GATE.selects(layer)] == [
         *("stem", "body", "head")
     ]
 
