@@ -199,6 +199,7 @@ def _is_turned(run: Run) -> bool:
 
 def _curves(run: Run) -> str:
     """An SVG of line charts over the steps."""
+    from matplotlib.figure import Figure
 
     def largest(name: str) -> Lines:
         return {"": (run.steps, over_samples(np.nanmax, run.figures[name], axis=1))}
@@ -219,7 +220,7 @@ def _curves(run: Run) -> str:
     elif moving:
         charts.append(("Thresholds", moving, True))
     rows = -(-len(charts) // 2)
-    figure = _figure(2.7 * rows)
+    figure = Figure(figsize=(11, 2.7 * rows), dpi=144)
     for i, chart in enumerate(charts):
         _draw_lines(figure.add_subplot(rows, 2, i + 1), *chart)
     return _svg(figure)
@@ -254,28 +255,31 @@ def _maps(run: Run) -> str:
     """An SVG of heat maps: rows are layers, columns samples."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
 
-    norms, share = run.figures["norm_before"], Normalize(0, 1)
-    relative = norms / np.maximum(over_samples(np.nanmedian, norms), TINY)
+    figures, share = run.figures, Normalize(0, 1)
+    median = over_samples(np.nanmedian, figures["norm_before"])
+    relative = figures["norm_before"] / np.maximum(median, TINY)
     maps: list[tuple[str, np.ndarray, Normalize]] = []
     if run.clipped.any():
-        maps.append(("Share clipped", run.figures["clip_fraction"], share))
+        maps.append(("Share clipped", figures["clip_fraction"], share))
     if np.any(relative > 0):
         title = "Norm before the clip, as a multiple of the layer's median"
         maps.append((title, relative, LogNorm()))
     if _is_turned(run):
-        maps.append(("Angle, degrees", run.figures["angle"], Normalize(0)))
-    if np.nanmax(run.figures["nonfinite"]) > 0:
-        maps.append(("Share not finite", run.figures["nonfinite"], share))
+        maps.append(("Angle, degrees", figures["angle"], Normalize(0)))
+    if np.nanmax(figures["nonfinite"]) > 0:
+        maps.append(("Share not finite", figures["nonfinite"], share))
     if not maps:
         return ""
     colours = colormaps["viridis"].with_extremes(bad="lightgrey")
-    count = len(run.steps)
-    columns = np.array_split(np.arange(count), min(count, COLUMNS))
-    figure = _figure(len(maps) * (1.0 + 0.17 * min(len(run.layers), NAMED_LAYERS)))
-    for axes, (title, values, norm) in zip(
-        figure.subplots(len(maps), squeeze=False)[:, 0], maps, strict=True
-    ):
+    columns = np.array_split(np.arange(len(run.steps)), min(len(run.steps), COLUMNS))
+    at_x = np.unique(np.linspace(0, len(columns) - 1, 6).astype(int))
+    at_y = np.arange(0, len(run.layers), -(-len(run.layers) // NAMED_LAYERS))
+    height = len(maps) * (1.0 + 0.17 * min(len(run.layers), NAMED_LAYERS))
+    figure = Figure(figsize=(11, height), dpi=144)
+    rows = figure.subplots(len(maps), squeeze=False)[:, 0]
+    for axes, (title, values, norm) in zip(rows, maps, strict=True):
         cells = np.stack([over_samples(np.nanmean, values[c]) for c in columns], axis=1)
         cells = np.ma.masked_invalid(cells)
         image = axes.imshow(cells, colours, norm, aspect="auto", interpolation="nearest")
@@ -283,17 +287,9 @@ def _maps(run: Run) -> str:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(False)
-        at = np.unique(np.linspace(0, len(columns) - 1, 6).astype(int))
-        axes.set_xticks(at, [f"{run.steps[columns[i][0]]:,}" for i in at])
-        at = np.arange(0, len(run.layers), -(-len(run.layers) // NAMED_LAYERS))
-        axes.set_yticks(at, [_short(run.layers[i]) for i in at], fontsize=8)
+        axes.set_xticks(at_x, [f"{run.steps[columns[i][0]]:,}" for i in at_x])
+        axes.set_yticks(at_y, [_short(run.layers[i]) for i in at_y], fontsize=8)
     return _svg(figure)
-
-
-def _figure(height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(11, height), dpi=144)
 
 
 def _svg(figure: Figure) -> str:
