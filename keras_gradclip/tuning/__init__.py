@@ -8,13 +8,6 @@ Neither is imported before a name that needs it is used.
 
 import importlib
 
-_PACKAGES = {
-    "keras_tuner": "keras-tuner",
-    "optuna": "optuna",
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "tensorboard": "tensorboard",
-}
 _MODULES = {
     "ClipHyperModel": "hypermodel",
     "as_objective": "hypermodel",
@@ -35,11 +28,9 @@ def __getattr__(name: str) -> object:
     try:
         module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     except ModuleNotFoundError as error:
-        package = _PACKAGES.get((error.name or "").partition(".")[0])
-        if package is None:
-            raise
+        package = (error.name or "").partition(".")[0].replace("_", "-")
         raise ImportError(
-            f"keras_gradclip.tuning.{name} needs {error.name}: pip install {package}."
+            f"keras_gradclip.tuning.{name} needs {package}: pip install {package}."
         ) from error
     return getattr(module, name)
 

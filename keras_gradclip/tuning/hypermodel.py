@@ -29,8 +29,8 @@ class ClipHyperModel(kt.HyperModel):
     without a clipper. This one adds the space of `clip_hyperparameters` and wraps the optimizer.
     The best model saves and loads with its clipper; a `ClippedModel` also with its activation gate.
 
-    A trial that diverges (a loss, a weight or the objective that is not finite, or a weight beyond
-    1e8) stops at once and reports the worst possible value: it ranks last.
+    A trial diverges if a loss, a weight or the objective is not finite, or a weight grows beyond
+    1e8. It stops at once and reports the worst possible value, so it ranks last.
 
     Args:
         build_model: a function `hp -> compiled keras.Model`, or a `keras_tuner.HyperModel`, such as
@@ -46,7 +46,7 @@ class ClipHyperModel(kt.HyperModel):
     Raises:
         ValueError: not a hypermodel, several objectives, or a mistake in the space; when a trial is
             built, an uncompiled model, an optimizer that already clips, or a hyper-parameter of
-            the hypermodel whose name belongs to this space.
+            the hypermodel with a name of this space.
     """
 
     def __init__(
@@ -57,11 +57,19 @@ class ClipHyperModel(kt.HyperModel):
         **space: object,
     ) -> None:
         super().__init__()
-        self.hypermodel = _as_hypermodel(build_model)
+        is_class_or_model = isinstance(build_model, (type, keras.Model))
+        if isinstance(build_model, kt.HyperModel):
+            self.hypermodel = build_model
+        elif callable(build_model) and not is_class_or_model:
+            self.hypermodel = _FromFunction(build_model)
+        else:
+            raise ValueError(
+                "ClipHyperModel: `build_model` must be a function of hp that returns a compiled "
+                f"model, or an instance of keras_tuner.HyperModel, but is {build_model!r}."
+            )
         self.objective = as_objective(objective)
-        if diverged_value is None:
-            diverged_value = worst_score(self.objective.direction)
-        self.diverged_value = diverged_value
+        worst = worst_score(self.objective.direction)
+        self.diverged_value = worst if diverged_value is None else diverged_value
         self.space: Config = space
         declared = kt.HyperParameters()
         # Raises on a mistake in the space.
@@ -135,26 +143,14 @@ class _FromFunction(kt.HyperModel):
         self.build = build
 
 
-def _as_hypermodel(build_model: Build | kt.HyperModel) -> kt.HyperModel:
-    if isinstance(build_model, kt.HyperModel):
-        return build_model
-    if isinstance(build_model, (type, keras.Model)) or not callable(build_model):
-        raise ValueError(
-            "ClipHyperModel: `build_model` must be a function of hp that returns a compiled "
-            f"model, or an instance of keras_tuner.HyperModel, but is {build_model!r}."
-        )
-    return _FromFunction(build_model)
-
-
 def _set_learning_rate(
     optimizer: keras.optimizers.Optimizer, value: Value, others: Mapping[str, Value]
 ) -> None:
     """Sets the learning rate; warns if one of the hypermodel's `others` may set it, too."""
     if not hasattr(optimizer.learning_rate, "assign"):
         raise ValueError(
-            "ClipHyperModel: the optimizer's learning rate is a schedule, so that `learning_rate` "
-            "cannot be set from the trial. Leave it out of the space, or build the schedule from "
-            "hp in `build`."
+            "ClipHyperModel: the optimizer's learning rate is a schedule, so that a trial cannot "
+            "set `learning_rate`. Leave it out of the space, or build the schedule from hp."
         )
     before = np.float32(keras.ops.convert_to_numpy(optimizer.learning_rate))
     for name, other in others.items():
@@ -248,19 +244,18 @@ def as_objective(objective: object, direction: str | None = None) -> kt.Objectiv
     Raises:
         ValueError: the direction is not known from the name and not given; several objectives.
     """
-    if isinstance(objective, kt.Objective):
-        if not hasattr(objective, "direction") or hasattr(objective, "objectives"):
-            raise ValueError("objective: one objective was expected, but several came.")
+    if isinstance(objective, kt.Objective) and not hasattr(objective, "objectives"):
         return objective
     if not isinstance(objective, str):
         raise ValueError(
-            f"objective: a metric's name or keras_tuner.Objective was expected, not {objective!r}."
+            "objective: must be a metric's name or a single keras_tuner.Objective, but is "
+            f"{objective!r}."
         )
     if direction is None:
         direction = infer_metric_direction(objective)
     if direction is None:
         raise ValueError(
-            f"objective: whether {objective!r} should be large or small is not known; say "
-            "--direction max or min, or keras_tuner.Objective(name, direction)."
+            f"objective: whether {objective!r} should be large or small is not known. Pass "
+            "keras_tuner.Objective(name, direction), or --direction max or min."
         )
     return kt.Objective(objective, direction)

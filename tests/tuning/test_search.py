@@ -374,7 +374,7 @@ def test_mirrored(tmp_path):
         (["--threshold-range", "1", "0.1"], "must be 0 <= low < high"),
         (["--threshold", "0.1"], "--threshold is searched here: use --threshold-range"),
         (["--clip-config", "x.json"], "x.json: No such file"),
-        (["--objective", "steering"], "say --direction max or min"),
+        (["--objective", "steering"], "--direction max or min"),
         (["--learning-rate-range", "1e-9", "1e-8"], "must contain the baseline's learning rate"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
