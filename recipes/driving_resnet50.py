@@ -5,7 +5,7 @@ Command: `python recipes/driving_resnet50.py`, or with a log of the Udacity simu
 
 Learns the steering angle from camera frames of an embedded rendered drive, or of a folder with a
 `driving_log.csv`. The side cameras' correction is fitted to the log, and the loss is Huber's. The
-closing table has separate errors for curves and straights, and those of constant answers.
+closing table has separate errors for curves and straights, and those of constant predictions.
 docs/driving.md gives the reasons, and results on a recorded drive.
 
 Command: `python recipes/driving_resnet50.py --task signs`, or with real signs

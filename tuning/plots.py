@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,10 @@ _SHOWN = 5  # learning curves
 _UNCLIPPED = "tab:red"
 
 
-def draw(
-    rows: Sequence[TrialRow],
-    path,
-    objective,
-    title: str,
-    folder: Path | None = None,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
-) -> None:
+def draw(rows: Sequence[TrialRow], path, objective, title: str, folder: Path | None = None) -> None:
     """Draws scores by threshold, the runs that the verdict compares, and learning curves.
 
-    The rows are `ranked`. `folder` has the trials, for their curves; `ranges` has the limits of the
-    axes by hyper-parameter.
+    The rows are `ranked`; `folder` has the trials, for their curves.
     """
     done = [row for row in rows if row.status == "completed"]
     names = list(dict.fromkeys(name for row in rows for name in threshold_of(row.values)))
@@ -43,7 +35,7 @@ def draw(
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     above, below = halves
     if names and done:
-        _scores(above, rows, names, objective, ranges or {})
+        _scores(above, rows, names, objective)
     if done:
         left, right = below.subfigures(1, 2, width_ratios=(1.55, 1))
         _seeds(left.add_subplot(), rows, objective)
@@ -57,7 +49,7 @@ def _scale(objective) -> tuple[float, str]:
     return (100.0, f"{name}, %") if "accuracy" in objective.name else (1.0, name)
 
 
-def _scores(figure, rows, names, objective, ranges) -> None:
+def _scores(figure, rows, names, objective) -> None:
     """One panel per hyper-parameter, one mark per trial: colour is clip fraction, red unclipped."""
     factor, label = _scale(objective)
     done = [row for row in rows if row.status == "completed"]
@@ -86,13 +78,14 @@ def _scores(figure, rows, names, objective, ranges) -> None:
                 )
         lost = [r.values[name] for r in rows if r.status == "diverged" and name in r.values]
         worst = [bottom if is_max else top] * len(lost)
-        axis.plot(lost, worst, "x", color=_UNCLIPPED, markersize=8, clip_on=False)
+        axis.scatter(lost, worst, marker="x", color=_UNCLIPPED, s=64, clip_on=False)
         if best is not None and best.status == "completed":
             axis.axhline(factor * best.score, color=_UNCLIPPED)
             axis.axhspan(factor * best.lowest, factor * best.highest, color=_UNCLIPPED, alpha=0.15)
         study.log_axis(axis)
-        axis.set(xlim=ranges.get(name), ylim=(bottom, top), xlabel=name.replace("/", " "))
+        axis.set(ylim=(bottom, top), xlabel=name.replace("/", " "))
         axis.margins(x=0.1)
+        axis.tick_params("x", rotation=60, labelsize="small")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(label)
     if not is_max and bottom > 0 and top / bottom > 20:
@@ -155,18 +148,17 @@ def _curves(axis, done, objective, folder: Path | None) -> None:
     own = [row for row in done if not row.confirms]
     for row in [*own[:_SHOWN], *(row for row in own[_SHOWN:] if row.baseline)]:
         colour = _UNCLIPPED if row.baseline else f"C{own.index(row) % _SHOWN + 4}"
-        text: str | None = textwrap.fill(f"{show(row.score)}: {describe(row.values)}", 80)
         paths = sorted(folder.glob(f"trial_{row.trial}/run-*/history.csv")) if folder else []
         for path in paths:
             values = [line[objective.name] for line in read_csv(path) if objective.name in line]
             epochs = range(1, len(values) + 1)
+            text = f"trial {row.trial}: {show(row.score)}" if path == paths[0] else None
             axis.plot(epochs, factor * np.array(values), "o-", ms=3, color=colour, label=text)
-            text = None  # one legend entry per trial
     axis.set_title("learning curves of the best (red: the unclipped baseline)", size=9)
     axis.set(xlabel="epoch", ylabel=label)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if axis.lines:
-        axis.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(0.0, -0.2), frameon=False)
+        axis.legend(fontsize="small")
     else:
         axis.text(0.5, 0.5, "the runs are on other machines", transform=axis.transAxes, ha="center")

@@ -16,7 +16,7 @@ from rich.console import Console
 from keras_gradclip.files import read_json, write_json
 from keras_gradclip.tuning.hypermodel import as_objective
 from keras_gradclip.tuning.oracles import CONFIRMS, SearchOracle, make_oracle
-from keras_gradclip.tuning.space import clip_hyperparameters, combinations, ranges
+from keras_gradclip.tuning.space import clip_hyperparameters, combinations
 from recipes.errors import RecipeError, first_line
 from recipes.registry import script_of
 from recipes.training import Recipe
@@ -247,8 +247,8 @@ class Search:
         best, answer = self._write(rows), results.verdict(rows, objective)
         title = f"{self.recipe.name}: {counted(len(rows), 'trial')}"
         results.print_table(rows, objective, title, self.console)
-        picture, limits = self.folder / "search.png", ranges(self.hyperparameters)
-        plots.draw(rows, picture, objective, title, self.folder / PROJECT, limits)
+        picture = self.folder / "search.png"
+        plots.draw(rows, picture, objective, title, self.folder / PROJECT)
         for status, what in (("diverged", "diverged and rank last"), ("failed", "failed")):
             number = sum(row.status == status for row in rows)
             if number:

@@ -370,23 +370,6 @@ def combinations(hp: kt.HyperParameters) -> Iterator[Values]:
     yield from extend({}, hp.space)
 
 
-def ranges(hp: kt.HyperParameters) -> dict[str, tuple[float, float]]:
-    """The ranges (low, high) of the numbers of a space, by name.
-
-    Args:
-        hp: `keras_tuner.HyperParameters`.
-    """
-    result = {}
-    for parameter in hp.space:
-        config = parameter.get_config()
-        numbers = [config.get("min_value"), config.get("max_value")]
-        if "values" in config:
-            numbers = [v for v in config["values"] if isinstance(v, float)]
-        if numbers and all(isinstance(v, (int, float)) for v in numbers):
-            result[parameter.name] = (min(numbers), max(numbers))
-    return result
-
-
 def _threshold_names(alias: str, threshold: str, groups: Iterable[str] | None) -> list[str]:
     return [f"{alias}/{threshold}{f'/{group}' if group else ''}" for group in groups or [""]]
 

@@ -42,8 +42,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             "correction",
             float,
             None,
-            "added to the left camera's angle and taken from the right's, in the log's units "
-            "(default: fitted to the log)",
+            "added to the left camera's angle and subtracted from the right's (default: fitted)",
             data,
             low=0,
         ),
@@ -51,7 +50,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             "keep_straight",
             float,
             1.0,
-            "share of the training frames with an angle of exactly 0 that stay",
+            "share of the training frames with an angle of exactly 0 to keep",
             data,
             low=0,
             high=1,
@@ -60,7 +59,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             "stretches",
             int,
             4,
-            "pieces of the drive, each split 80/10/10 in time; 1 holds out its last fifth",
+            "pieces of the drive, each split in time: 80 % training, 10 % validation, 10 % test",
             data,
             low=1,
         ),
@@ -68,8 +67,7 @@ def options(image_width: int) -> tuple[Option, ...]:
             "huber_delta",
             float,
             0.05,
-            "errors beyond it count linearly: large answers with the mean angle of an image, small "
-            "with the median, which key strokes leave at 0",
+            "Huber loss: errors up to it count squared, larger ones linearly",
             above=0,
         ),
         Option("dead_zone", float, None, "has no effect any more", low=0),
@@ -136,18 +134,18 @@ def report(result) -> list[tuple[str, str]]:
     model = keras.saving.load_model(folder / "best.keras", compile=False)
     errors, rows = [], []
     for name, frames in zip(PARTS, drive.parts, strict=True):
-        answers = predict(model, drive, frames)
+        predictions = predict(model, drive, frames)
         angles = np.array([frame.steering for frame in frames])
-        errors.append({"part": name, **scores(angles, answers, drive.mean_angle)})
-        for frame, answer in zip(frames, answers, strict=True):
-            rows.append((frame.row, name, frame.steering, float(answer)))
-    draw_frames(drive.parts[2], answers, folder / "frames.png")  # of the last part, the test
+        errors.append({"part": name, **scores(angles, predictions, drive.mean_angle)})
+        for frame, prediction in zip(frames, predictions, strict=True):
+            rows.append((frame.row, name, frame.steering, float(prediction)))
+    draw_frames(drive.parts[2], predictions, folder / "frames.png")  # of the last part, the test
     rows.sort()
     write_csv(folder / "steering.csv", list(errors[0]), errors)
     write_csv(folder / "angles.csv", ("row", "part", "angle", "answer"), rows)
     draw_angles(rows, folder / "drive.png", result.recipe)
     table = [
-        ("mean errors", "in the log's units (in brackets: those of constant answers)"),
+        ("mean errors", "in the log's units (in brackets: those of constant predictions)"),
         ("side cameras corrected by", f"{drive.correction:.3f}"),
     ]
     for row in errors[1:]:
@@ -183,12 +181,12 @@ def predict(model, drive: "Drive", frames: Sequence) -> np.ndarray:
     return model.predict(images.batch(64), verbose=0)[:, 0]
 
 
-def scores(angles: np.ndarray, answers: np.ndarray, mean_angle: float) -> dict[str, float]:
+def scores(angles: np.ndarray, predictions: np.ndarray, mean_angle: float) -> dict[str, float]:
     """Errors of the model and of constant predictions, in the units of the log.
 
     Args:
         angles: float [frames], the log's.
-        answers: float [frames], the model's.
+        predictions: float [frames], the model's.
         mean_angle: the mean over the training frames.
 
     Returns:
@@ -197,7 +195,7 @@ def scores(angles: np.ndarray, answers: np.ndarray, mean_angle: float) -> dict[s
         variance of `angles`, NaN if that is 0; `curves`, a count; `curve_mae` and `straight_mae`
         above and below `CURVE`, NaN without frames.
     """
-    error, constant = np.abs(angles - answers), np.abs(angles - mean_angle)
+    error, constant = np.abs(angles - predictions), np.abs(angles - mean_angle)
     curve = np.abs(angles) > CURVE
     variance = float(np.var(angles))
 
@@ -223,7 +221,7 @@ def scores(angles: np.ndarray, answers: np.ndarray, mean_angle: float) -> dict[s
 def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title: str) -> None:
     """Draws the log's and the model's angle over the drive as a PNG file.
 
-    Each of the `rows` is (row of the log, part, angle, answer), in the order of the log.
+    Each of the `rows` is (row of the log, part, angle, prediction), in the order of the log.
     """
     from matplotlib.figure import Figure
 
@@ -231,9 +229,9 @@ def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title
     figure = Figure(figsize=(14, 1 + 2 * len(lines)), layout="constrained", dpi=100)
     figure.suptitle(f"{title}: the log's angle and the model's (test orange, validation blue)")
     for axis, line in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines, strict=True):
-        at, parts, angles, answers = zip(*(rows[i] for i in line), strict=True)
+        at, parts, angles, predictions = zip(*(rows[i] for i in line), strict=True)
         gap = np.diff(at, prepend=at[0]) > 1  # no line across frames outside the split
-        for values, style in ((angles, LOG_STYLE), (answers, MODEL_STYLE)):
+        for values, style in ((angles, LOG_STYLE), (predictions, MODEL_STYLE)):
             axis.plot(at, np.where(gap, np.nan, values), **style)
         for part, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
             where = np.array(parts) == part
@@ -246,7 +244,7 @@ def draw_angles(rows: Sequence[tuple[int, str, float, float]], path: Path, title
     figure.savefig(path)
 
 
-def draw_frames(frames: Sequence, answers: np.ndarray, path: Path, count: int = 12) -> None:
+def draw_frames(frames: Sequence, predictions: np.ndarray, path: Path, count: int = 12) -> None:
     """Draws frames as a PNG file, the log's angle as a green needle, the model's as a red one.
 
     Half of the frames are the sharpest turn of each time span, half are evenly spaced.
@@ -259,15 +257,17 @@ def draw_frames(frames: Sequence, answers: np.ndarray, path: Path, count: int = 
     rows = -(-len(chosen) // 3)
     figure = Figure(figsize=(10, 2 * rows), layout="constrained", dpi=100)
     for axis, i in zip(figure.subplots(rows, 3, squeeze=False).flat, chosen, strict=False):
-        frame, answer = frames[i], float(answers[i])
+        frame, prediction = frames[i], float(predictions[i])
         with Image.open(frame.center) as image:
             axis.imshow(image)
             x, y = image.width / 2, image.height - 1
-        for angle, colour, width in ((frame.steering, "#30e030", 4), (answer, "#ff3020", 2)):
+        for angle, colour, width in ((frame.steering, "#30e030", 4), (prediction, "#ff3020", 2)):
             turn = np.deg2rad(90 * np.clip(angle, -1, 1))
             tip = (x + y / 2 * np.sin(turn), y - y / 2 * np.cos(turn))
             axis.plot((x, tip[0]), (y, tip[1]), color=colour, linewidth=width)
-        axis.set_title(f"row {frame.row}: log {frame.steering:+.2f}, model {answer:+.2f}", size=8)
+        axis.set_title(
+            f"row {frame.row}: log {frame.steering:+.2f}, model {prediction:+.2f}", size=8
+        )
     for axis in figure.axes:
         axis.set_axis_off()
     figure.savefig(path)

@@ -226,13 +226,14 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("objective", [ACCURACY, LOSS])
+@pytest.mark.filterwarnings("error:constrained_layout")
 def test_the_picture_shows_what_clips_and_what_diverged(tmp_path, objective):
     rows = [
         *confirmed(0.9, 0.8, 0.02, objective.direction),
         row("6", math.nan, 0.09, status="diverged"),
         row("7", math.nan, status="failed"),
     ]
-    plots.draw(rows, tmp_path / "a.png", objective, "net", ranges={"absolute/threshold": (0.01, 1)})
+    plots.draw(rows, tmp_path / "a.png", objective, "net")
     first = pixels(tmp_path / "a.png")
     for changed in (
         [dataclasses.replace(r, clip_fraction=0.9) for r in rows],  # colour
@@ -254,6 +255,7 @@ def test_the_picture_shows_what_clips_and_what_diverged(tmp_path, objective):
         [row("1", 0.8, 0.02), row("0", math.nan, status="diverged")],
     ],
 )
+@pytest.mark.filterwarnings("error:constrained_layout")
 def test_a_picture_of_next_to_nothing(rows, tmp_path):
     plots.draw(rows, tmp_path / "a.png", ACCURACY, "net")
     assert (pixels(tmp_path / "a.png") < 128).sum() > 100  # at least the verdict
