@@ -41,10 +41,10 @@ OPTIONS = {
         _option(
             "tuner",
             "random",
-            "what chooses the next trial",
+            "the algorithm that chooses the next trial",
             choices=("random", "bayesian", "hyperband", "grid"),
         ),
-        _option("max_trials", None, "baseline included (10; a grid: all)", int, low=2),
+        _option("max_trials", None, "the baseline included (10; all of a grid)", int, low=2),
         _option("objective", None, "any logged metric (the recipe's: val_accuracy ...)"),
         _option("direction", None, "if the objective does not imply it", choices=("max", "min")),
         _option(
@@ -79,7 +79,7 @@ OPTIONS = {
         _option("search_gate", False, "also search the activation gate", bool),
         _option("groups", False, "a separate threshold for stem, stages and head", bool),
         _option("fix_learning_rate", False, "search at the recipe's own learning rate", bool),
-        _option("points", 4, "grid: values of each number", int, low=2),
+        _option("points", 4, "grid: values per number", int, low=2),
     ),
 }
 
@@ -87,7 +87,7 @@ OPTIONS = {
 def build_parser(description: str, argv: Sequence[str] = ()) -> Parser:
     """The parser of the search's own flags; all others are left to the recipe.
 
-    The help shows the ranges of the `--clippers` in `argv` only, `--help-clippers` those of all.
+    The help shows the range flags of the `--clippers` in `argv`; `--help-clippers` shows all.
     """
     parser = Parser(
         "python tuning/search.py",
@@ -168,8 +168,8 @@ def recipe_options(
 ) -> dict[str, Any]:
     """The recipe's options that a search keeps fixed, by name.
 
-    `rest` are the arguments that are no `flags` of the search; one of those is suggested for a
-    misspelt flag.
+    `rest` are the arguments that the search's parser did not know, `flags` its flags, which are
+    suggested for a misspelt one.
 
     Raises:
         RecipeError: an invalid option, or one that the search sets itself.

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from keras_gradclip.files import read_csv
 from keras_gradclip.tuning.space import threshold_of
@@ -43,25 +45,25 @@ def draw(rows: Sequence[TrialRow], path, objective, title: str, folder: Path | N
     figure.savefig(path)
 
 
-def _scale(objective) -> tuple[float, str]:
-    """A factor and an axis label; accuracies are shown in per cent."""
-    name = objective.name.replace("_", " ")
-    return (100.0, f"{name}, %") if "accuracy" in objective.name else (1.0, name)
+def _label(axis: Axis, objective) -> None:
+    """Labels an axis with the objective; accuracies are shown in per cent."""
+    axis.set_label_text(objective.name.replace("_", " "))
+    if "accuracy" in objective.name:
+        axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _scores(figure, rows, names, objective) -> None:
     """One panel per hyper-parameter, one mark per trial: colour is clip fraction, red unclipped."""
-    factor, label = _scale(objective)
     done = [row for row in rows if row.status == "completed"]
     is_max = objective.direction == "max"
-    bottom, top = _limits([factor * row.score for row in done], is_max)
+    bottom, top = _limits([row.score for row in done], is_max)
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     shades = ScalarMappable(LogNorm(0.01, 100), "viridis")
     best = contest(rows)[1]
     for axis, name in zip(axes, names, strict=True):
         for row in done:
             if name in row.values:
-                y = factor * row.score
+                y = row.score
                 colour: Any = _UNCLIPPED
                 if row.clipped:
                     colour = shades.to_rgba(np.fmax(100 * row.clip_fraction, 0.01))
@@ -80,14 +82,14 @@ def _scores(figure, rows, names, objective) -> None:
         worst = [bottom if is_max else top] * len(lost)
         axis.scatter(lost, worst, marker="x", color=_UNCLIPPED, s=64, clip_on=False)
         if best is not None and best.status == "completed":
-            axis.axhline(factor * best.score, color=_UNCLIPPED)
-            axis.axhspan(factor * best.lowest, factor * best.highest, color=_UNCLIPPED, alpha=0.15)
+            axis.axhline(best.score, color=_UNCLIPPED)
+            axis.axhspan(best.lowest, best.highest, color=_UNCLIPPED, alpha=0.15)
         study.log_axis(axis)
         axis.set(ylim=(bottom, top), xlabel=name.replace("/", " "))
         axis.margins(x=0.1)
         axis.tick_params("x", rotation=60, labelsize="small")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(label)
+    _label(axes[0].yaxis, objective)
     if not is_max and bottom > 0 and top / bottom > 20:
         axes[0].set_yscale("log")
     _legend(figure, axes[0], best)
@@ -96,7 +98,7 @@ def _scores(figure, rows, names, objective) -> None:
 
 
 def _limits(scores, large: bool) -> tuple[float, float]:
-    """The axis range that fits the better half of the trials; others are drawn at its edge."""
+    """The axis range of the better half of the scores; worse ones are drawn at its edge."""
     ordered = sorted(scores, reverse=large)
     best, middle, worst = ordered[0], ordered[len(ordered) // 2], ordered[-1]
     room = 1.8 * abs(best - middle) or 0.05 * abs(best) or 1.0
@@ -121,13 +123,12 @@ def _legend(figure, axis, unclipped: TrialRow | None) -> None:
 
 def _seeds(axis, rows, objective) -> None:
     """The runs that the verdict compares: one mark for each seed."""
-    factor, label = _scale(objective)
     for place, (row, colour) in enumerate(
         zip(contest(rows), ("tab:blue", _UNCLIPPED), strict=True)
     ):
         if row is None:
             continue
-        finite = [factor * score for score in row.scores if math.isfinite(score)]
+        finite = [score for score in row.scores if math.isfinite(score)]
         axis.scatter(finite, [place] * len(finite), s=90, alpha=0.6, color=colour)
         if finite:
             axis.vlines(np.mean(finite), place - 0.2, place + 0.2, color=colour, linewidth=2)
@@ -136,14 +137,14 @@ def _seeds(axis, rows, objective) -> None:
         text += "\nother seeds" if row.confirms else "\nthe search's own run"
         across = axis.get_yaxis_transform()
         axis.text(0.5, place + 0.27, text, transform=across, ha="center", size=8)
-    axis.set(yticks=[0, 1], yticklabels=["clipped", "unclipped"], ylim=(-0.5, 1.8), xlabel=label)
+    axis.set(yticks=[0, 1], yticklabels=["clipped", "unclipped"], ylim=(-0.5, 1.8))
+    _label(axis.xaxis, objective)
     axis.grid(axis="x", alpha=0.3)
     axis.set_title("best clipped and best unclipped: one mark for each seed, bar: mean", size=9)
 
 
 def _curves(axis, done, objective, folder: Path | None) -> None:
     """The metric by epoch: the best five trials, and the baseline in red."""
-    factor, label = _scale(objective)
     show = formatter(objective.name)
     own = [row for row in done if not row.confirms]
     for row in [*own[:_SHOWN], *(row for row in own[_SHOWN:] if row.baseline)]:
@@ -153,12 +154,11 @@ def _curves(axis, done, objective, folder: Path | None) -> None:
             values = [line[objective.name] for line in read_csv(path) if objective.name in line]
             epochs = range(1, len(values) + 1)
             text = f"trial {row.trial}: {show(row.score)}" if path == paths[0] else None
-            axis.plot(epochs, factor * np.array(values), "o-", ms=3, color=colour, label=text)
+            axis.plot(epochs, values, "o-", ms=3, color=colour, label=text)
     axis.set_title("learning curves of the best (red: the unclipped baseline)", size=9)
-    axis.set(xlabel="epoch", ylabel=label)
+    axis.set_xlabel("epoch")
+    _label(axis.yaxis, objective)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize="small")
-    else:
-        axis.text(0.5, 0.5, "the runs are on other machines", transform=axis.transAxes, ha="center")

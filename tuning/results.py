@@ -159,26 +159,14 @@ def contest(rows: Sequence[TrialRow]) -> tuple[TrialRow | None, TrialRow | None]
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """A trial's hyper-parameters on one line."""
+    """A trial's hyper-parameters on one line, without those that are "none"."""
     kind = values.get("clipper", "?")
     parts = ["no clipping" if kind == "none" else kind]
-    parts += [
-        f"{name.partition('/')[2]}={_short(value)}"
-        for name, value in values.items()
-        if name.startswith(f"{kind}/") and value != "none"
-    ]
-    if values.get("activation_gate"):
-        parts.append(f"gate c={_short(values['gate/clip_value'])} γ={_short(values['gate/gamma'])}")
-    others = (name for name in values if "/" not in name)
-    ordered = sorted(others, key=lambda name: name != "learning_rate")
-    parts += [
-        f"{n}={_short(values[n])}" for n in ordered if n not in ("clipper", "activation_gate")
-    ]
+    for name, value in values.items():
+        if name not in ("clipper", "activation_gate") and value != "none":
+            text = f"{value:.3g}" if isinstance(value, float) else str(value)
+            parts.append(f"{name.removeprefix(f'{kind}/')}={text}")
     return " ".join(parts)
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def formatter(metric: str) -> Callable[[float], str]:
@@ -341,7 +329,7 @@ def write_hparams(rows: Sequence[TrialRow], folder: Path, objective) -> None:
 
 
 def print_table(rows: Sequence[TrialRow], objective, title: str, console: Console) -> None:
-    """Prints the ranked trials; those that repeat another one come first and have no rank."""
+    """Prints the ranked trials; confirming trials come first and have no rank."""
     show, lines, rank = formatter(objective.name), [], 0
     for row in rows:
         rank += not row.confirms

@@ -46,9 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             from tuning.search_run import Search
 
             return Search(recipe, given, args, folder).run()
-        except ModuleNotFoundError as error:
-            remedy = "`make venv`, or pip install '.[recipes,tuning]' in the checkout"
-            raise RecipeError(f"{error.name} is missing: {remedy}") from error
         except ValueError as error:
             raise RecipeError(first_line(error)) from error
         except RuntimeError as error:

@@ -158,7 +158,7 @@ class Search:
         return {}
 
     def _check_folder(self) -> None:
-        """Writes the search's settings into its folder, or compares them with those of before."""
+        """Writes the search's settings into its folder, or compares them with the saved ones."""
         fixed = dict(self.recipe.options(**self.given).saved)
         for name in (*searched_options(), "recipe"):
             fixed.pop(name, None)

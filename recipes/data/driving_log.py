@@ -254,7 +254,7 @@ def split_by_time(frames: list, stretches: int = 4) -> tuple[list, list, list]:
 
 
 def thin_straight(frames: list[Frame], keep: float) -> list[Frame]:
-    """The frames without a share of those with an angle of exactly 0, removed evenly in time."""
+    """Removes all but a share `keep` of the frames with an angle of exactly 0, evenly in time."""
     straight = np.cumsum([frame.steering == 0 for frame in frames])
     kept = np.floor(straight * keep) > np.floor((straight - 1) * keep)
     return [f for f, stays in zip(frames, kept, strict=True) if f.steering != 0 or stays]
@@ -263,17 +263,17 @@ def thin_straight(frames: list[Frame], keep: float) -> list[Frame]:
 def fit_correction(frames: Sequence[Frame]) -> float:
     """Fits the angle to add for a side camera from the log itself.
 
-    Ridge regression of the angle on small grey images of all three cameras. It is linear in its
-    targets, so its prediction for a held-out centre image is p₀ + c·p₁ for any correction c: p₁,
-    learned from +1 for the left and -1 for the right camera, estimates the car's offset, and the
-    best c is how much this driver steers per offset, Σ p₁(y - p₀) / Σ p₁². Blocks in time are held
-    out.
+    Ridge regression on small grey images of all three cameras, with two targets: the angle, and the
+    camera's side (1 for left, -1 for right). On held-out centre images the first prediction, p₀, is
+    the angle without any correction, and the second, p₁, estimates the car's offset. The correction
+    is how much this driver steers per offset: the c with the least squared error of p₀ + c·p₁,
+    Σ p₁(y - p₀) / Σ p₁². Blocks in time are held out in turn.
 
     Args:
         frames: in order of time.
 
     Returns:
-        c of 0 or more, in the log's units.
+        c, or 0 if it is negative, in the log's units.
     """
     with ThreadPoolExecutor() as pool:
         views = [
@@ -281,17 +281,15 @@ def fit_correction(frames: Sequence[Frame]) -> float:
             for paths in zip(*(frame.cameras for frame in frames), strict=True)
         ]
     angles = np.array([frame.steering for frame in frames])
-    # The targets of each camera: the angle, and its side.
     targets = [np.stack([angles, np.full_like(angles, side)], axis=1) for side in (0, 1, -1)]
-    fold = np.arange(len(frames)) * 4 * _FOLDS // len(frames) % _FOLDS
+    block = np.arange(len(frames)) * 4 * _FOLDS // len(frames) % _FOLDS
     slope = square = 0.0
     for k in range(_FOLDS):
-        here, held = fold != k, fold == k
-        x = np.concatenate([view[here] for view in views])
-        y = np.concatenate([target[here] for target in targets])
+        x = np.concatenate([view[block != k] for view in views])
+        y = np.concatenate([target[block != k] for target in targets])
         gram = x.T @ x + _RIDGE * len(x) * np.eye(x.shape[1])
-        p0, p1 = (views[0][held] @ np.linalg.solve(gram, x.T @ y)).T
-        slope += float(p1 @ (angles[held] - p0))
+        p0, p1 = (views[0][block == k] @ np.linalg.solve(gram, x.T @ y)).T
+        slope += float(p1 @ (angles[block == k] - p0))
         square += float(p1 @ p1)
     return max(0.0, slope / square) if square else 0.0
 

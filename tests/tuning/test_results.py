@@ -214,8 +214,8 @@ def test_trials_csv_has_a_column_a_hyperparameter(tmp_path):
 def test_descriptions():
     values = {"clipper": "exponential", "exponential/gamma": 0.0123, "exponential/rescale": "none"}
     assert describe(values) == "exponential gamma=0.0123"
-    values = {"clipper": "none", "activation_gate": True, "gate/clip_value": 0.1, "gate/gamma": 0.2}
-    assert describe({**values, "units": 16}) == "no clipping gate c=0.1 γ=0.2 units=16"
+    values = {"clipper": "none", "activation_gate": True, "gate/gamma": 0.2, "units": 16}
+    assert describe(values) == "no clipping gate/gamma=0.2 units=16"
 
 
 def pixels(path):
