@@ -151,19 +151,19 @@ def _clipper(description: Config) -> str:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """Five figures of the run: (name, value, note)."""
-    is_finite = np.isfinite(run.global_before)
+    finite = run.finite
     bad = int(np.sum(np.any(run.figures["nonfinite"] > 0, axis=1)))
     is_off = run.description["clipper"] is None
-    norm, change, clipped = "–", "", 0.0
-    if is_finite.any():
-        before, after = run.global_before[is_finite], run.global_after[is_finite]
+    norm, change = "–", ""
+    if len(finite.steps):
+        before, after = finite.global_before, finite.global_after
         norm = f"{np.median(before):.2g}"
         change = f"median; {percent(float(left_of(before, after)))} left after the clip"
-        clipped = run.clipped[is_finite].sum() / max(run.measured[is_finite].sum(), 1)
+    clipped = percent(finite.clipped.sum() / max(finite.measured.sum(), 1))
     return [
         ("measured", f"{len(run.steps)}", f"updates {run.steps.min()} to {run.steps.max()}"),
         ("layers", f"{len(run.layers)}", f"{len(run.description['variables'])} variables"),
-        ("clipped", "off" if is_off else percent(clipped), "of all layers and measured steps"),
+        ("clipped", "off" if is_off else clipped, "of all layers and measured steps"),
         ("global norm", norm, change),
         ("not finite", f"{bad}" if bad else "never", "of the measured steps" if bad else ""),
     ]
@@ -171,11 +171,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def _layer_rows(run: Run) -> list[tuple[str, ...]]:
     """The rows of the table of layers."""
-    is_finite = np.isfinite(run.global_before)
-    if not is_finite.any():
+    finite = run.finite
+    if not len(finite.steps):
         return []
-    clipping = Clipping.of(run, is_finite)
-    norms = run.figures["norm_before"][is_finite]
+    clipping = Clipping.of(finite)
+    norms = finite.figures["norm_before"]
     quantiles = over_samples(functools.partial(np.nanpercentile, q=(50, 90, 100)), norms).T
     return [
         (

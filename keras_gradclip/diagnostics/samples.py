@@ -192,6 +192,21 @@ class Run:
         """The global L2 norm after the clip, `[samples]`."""
         return self._global("norm_after")
 
+    def only(self, samples: np.ndarray | slice) -> Run:
+        """The run with the samples that a mask or a slice selects."""
+        return dataclasses.replace(
+            self,
+            steps=self.steps[samples],
+            figures={name: values[samples] for name, values in self.figures.items()},
+            clipped=self.clipped[samples],
+            measured=self.measured[samples],
+        )
+
+    @property
+    def finite(self) -> Run:
+        """The run with the samples in which the whole gradient is finite."""
+        return self.only(np.isfinite(self.global_before))
+
     def _global(self, name: str) -> np.ndarray:
         return np.sqrt(np.sum(np.where(self.measured, self.figures[name], 0.0) ** 2, axis=1))
 
