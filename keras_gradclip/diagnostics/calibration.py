@@ -23,7 +23,6 @@ from keras_gradclip.clippers.units import units_of
 from keras_gradclip.declarations import MEASURES, Measure, parameters
 from keras_gradclip.diagnostics._put_back import everything_put_back
 from keras_gradclip.diagnostics.sampler import (
-    UPDATES_IN_A_STEP,
     Figure,
     Sample,
     Sampler,
@@ -383,9 +382,8 @@ def calibrate(
             f"but has {len(parts)} parts."
         )
     x, y, weight = (*parts, None, None)[:3]
-    # Enough buffer for the updates between two fetches.
-    capacity = UPDATES_IN_A_STEP * int(getattr(model, "steps_per_execution", 1))
-    samplers = [Sampler("calibrate", one, _figures(beta, eps), capacity) for one in optimizers]
+    batches = int(getattr(model, "steps_per_execution", 1))
+    samplers = [Sampler("calibrate", one, _figures(beta, eps), batches) for one in optimizers]
     watch = _Watch(samplers, count)
     with everything_put_back(model, optimizers), contextlib.ExitStack() as stack:
         for one, sampler in zip(optimizers, samplers, strict=True):

@@ -19,7 +19,6 @@ from keras_gradclip.clippers.base import serialize
 from keras_gradclip.clippers.enforce import Enforcer
 from keras_gradclip.diagnostics.loggers import Log, to_tensorboard
 from keras_gradclip.diagnostics.sampler import (
-    UPDATES_IN_A_STEP,
     Figure,
     Sample,
     Sampler,
@@ -131,8 +130,7 @@ class ClipMonitor(keras.callbacks.Callback):
         self._active_logs: list[Log] = []
         self._epoch = 0
         self._wholes: list[dict[str, float]] = []  # one dict per sample of the epoch
-        self._fetched_batch = self._fetched_step = 0
-        self._interval = 1  # batches between two fetches
+        self._fetched_batch = 0
 
     # Keras calls these -----------------------------------------------------------------------
 
@@ -148,13 +146,10 @@ class ClipMonitor(keras.callbacks.Callback):
         """Attaches to the optimizer and opens the files."""
         self.detach()
         optimizers = watched_optimizers("ClipMonitor", self.model, self.optimizer)
-        updates = UPDATES_IN_A_STEP * int(getattr(self.model, "steps_per_execution", 1))
-        capacity = updates // self.every + 4
+        batches = self.every + int(getattr(self.model, "steps_per_execution", 1))
         self._samplers = [
-            Sampler("ClipMonitor", one, FIGURES, capacity, self.every) for one in optimizers
+            Sampler("ClipMonitor", one, FIGURES, batches, self.every) for one in optimizers
         ]
-        self._interval = self.every // UPDATES_IN_A_STEP + 1
-        self._fetched_step = 0
         self.variables = []
         self.history = {k: [] for k in ("step", "epoch", *FIELDS, "thresholds")}
         # Every worker measures, for the logs; only one writes.
@@ -168,7 +163,7 @@ class ClipMonitor(keras.callbacks.Callback):
         self.model.make_train_function(force=True)  # trace the step with the watcher
 
     def _open(self, at_last: bool = False) -> None:
-        """Opens the files once the variables are known; `at_last`: those of the used optimizers."""
+        """Opens the files once all optimizers are built; `at_last` drops the others."""
         unbuilt = [sampler for sampler in self._samplers if not sampler.state]
         if self.variables or (unbuilt and not at_last):
             return
@@ -177,7 +172,6 @@ class ClipMonitor(keras.callbacks.Callback):
             self._samplers.remove(sampler)
         if not self._samplers:
             return
-        self._fetched_step = self._step()
         self._labels = labels_of([sampler.optimizer for sampler in self._samplers])
         everything = [v for sampler in self._samplers for v in sampler.variables]
         self.variables = names_of(everything)
@@ -197,17 +191,11 @@ class ClipMonitor(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:
         """Fetches samples before the buffer is full."""
-        batches = batch + 1 - self._fetched_batch
-        if batches < self._interval:
-            return
-        self._fetched_batch = batch + 1
-        sync(self.model)
-        self._open()
-        self._fetch()
-        step = self._step()
-        updates, self._fetched_step = step - self._fetched_step, step
-        if updates > 0:  # a batch may be several updates, or part of one
-            self._interval = max(1, self.every * batches // updates)
+        if batch + 1 - self._fetched_batch >= self.every:
+            self._fetched_batch = batch + 1
+            sync(self.model)
+            self._open()
+            self._fetch()
 
     def on_epoch_end(self, epoch: int, logs: Config | None = None) -> None:
         """Fetches the remaining samples and adds the epoch's means to the logs."""
@@ -217,7 +205,7 @@ class ClipMonitor(keras.callbacks.Callback):
             return  # no optimizer made an update
         rest = [sampler.fetch_skipped() for sampler in self._samplers]
         if any(sample.skipped.any() for sample in rest):
-            self._keep(self._step(), rest)
+            self._keep(max(sample.step for sample in rest), rest)
         if logs is not None:
             for name, mean in self._means().items():  # a ClippedModel logs two of them itself
                 logs.setdefault(name, mean)
@@ -235,11 +223,6 @@ class ClipMonitor(keras.callbacks.Callback):
         self._files, self._active_logs = None, []
 
     # Internals -------------------------------------------------------------------------------
-
-    def _step(self) -> int:
-        """The number of updates so far; for several optimizers, the largest."""
-        steps = [int(aggregation.to_numpy(s.optimizer.iterations)) for s in self._samplers]
-        return max(steps, default=0)
 
     def _fetch(self) -> None:
         """Fetches new samples; those of several optimizers at one step become one."""

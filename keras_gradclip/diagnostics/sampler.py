@@ -20,8 +20,8 @@ from keras_gradclip.clippers.units import unit_of
 from keras_gradclip.optimizer._watcher import ClippedUpdate
 from keras_gradclip.optimizer.clipped_optimizer import ClippedOptimizer, find_all
 
-#: Updates per batch to allow for: a `train_step` may call `apply` more than once.
-UPDATES_IN_A_STEP = 16
+#: Updates per batch that the buffer has room for: a `train_step` may make more than one.
+UPDATES_IN_A_BATCH = 16
 
 
 class VariableUpdate:
@@ -131,7 +131,7 @@ class Sampler:
         owner: name of the caller, for a warning.
         optimizer: the optimizer to sample.
         figures: the functions computed for each variable, by name.
-        capacity: the number of samples that the buffer holds.
+        batches: the largest number of batches between two fetches.
         every: sample the updates whose number is a multiple of it.
     """
 
@@ -140,11 +140,12 @@ class Sampler:
         owner: str,
         optimizer: ClippedOptimizer,
         figures: Mapping[str, Figure],
-        capacity: int,
+        batches: int,
         every: int = 1,
     ) -> None:
         self._owner, self.optimizer, self.figures = owner, optimizer, dict(figures)
-        self._capacity, self.every = capacity, every
+        self._capacity = UPDATES_IN_A_BATCH * batches // every + 4
+        self.every = every
         self.state: list[keras.Variable] = []
         self.start = 0  # the number of earlier updates
         self._is_warned = False

@@ -119,14 +119,14 @@ def test_an_interrupted_fit_leaves_no_monitor(model_class):
 def test_updates_beyond_the_buffer_are_warned_of():
     model = sixfold()
     model.optimizer.build(model.trainable_variables)
-    sampler = Sampler("toy", model.optimizer, {"norm": lambda v: v.norm_before}, capacity=4)
+    sampler = Sampler("toy", model.optimizer, {"norm": lambda v: v.norm_before}, batches=1)
     model.optimizer.watch(sampler)
-    model.fit(X, Y, batch_size=8, verbose=0)
-    with pytest.warns(UserWarning, match="toy: 2 of 6 updates"):
+    model.fit(X, Y, batch_size=2, verbose=0)
+    with pytest.warns(UserWarning, match="toy: 4 of 24 updates .* room for 20"):
         samples = sampler.fetch()
-    assert [sample.step for sample in samples] == [2, 3, 4, 5]
+    assert [sample.step for sample in samples] == list(range(4, 24))
     norms = [sample.figures["norm"].item() for sample in samples]
-    np.testing.assert_allclose(norms, [2 * 10.0**p for p in range(2, 6)], rtol=1e-5)
+    np.testing.assert_allclose(norms, ([2 * 10.0**p for p in range(UPDATES)] * 4)[4:], rtol=1e-5)
     assert sampler.fetch() == []
 
 
