@@ -1,7 +1,7 @@
-"""Restores a model and its metrics after a training step whose update is skipped.
+"""Restoring of a model and its metrics after a training step whose update is skipped.
 
-The forward pass writes batch statistics, states of recurrent layers and random states, and the loss
-is counted, before the gradients are checked.
+By the time gradients are checked, the step has written batch statistics, recurrent states, random
+states and metrics.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip._types import Config, Scalar, Tensor
 
-#: What a train step returns; a custom one may return anything.
+#: The result of a train step; a custom one may return anything.
 Logs: TypeAlias = Mapping[str, Tensor] | object
 
 
 class Undo:
-    """Restores what the training steps of a skipped update have written.
+    """Restores the states of layers and metrics that the steps of a skipped update have written.
 
-    That is the state of layers (`add_weight(trainable=False)`, random states) and of metrics; with
-    accumulation, before the first of the update's steps.
+    With accumulation, to their values before the first of its steps.
 
     Args:
         model: a compiled model.
@@ -37,17 +36,17 @@ class Undo:
         self._wrapper = wrapper
         self._steps = wrapper.gradient_accumulation_steps or 1
         self._is_inside = False
-        #: `id` of a variable to a copy of it, from before the first micro-batch of an update.
+        #: `id` of a variable to a copy from before the first micro-batch of the update.
         self._copies: dict[int, keras.Variable] = {}
         self._has_copies: keras.Variable = None  # 0 before the first micro-batch
 
     @property
     def state(self) -> list[keras.Variable]:
-        """The variables of the state; none without accumulation."""
+        """The variables with copies; none without accumulation."""
         return [*self._copies.values(), *([] if self._has_copies is None else [self._has_copies])]
 
     def build(self) -> None:
-        """Creates the state."""
+        """Creates `state`."""
         if self._steps == 1:
             return
         missing = [v for v in self._written() if id(v) not in self._copies]
@@ -61,52 +60,49 @@ class Undo:
     def _written(self) -> list[keras.Variable]:
         return [*_compat.states(self._model), *self._model.metrics_variables]
 
-    def _signs(self) -> list[keras.Variable]:
-        """Variables that change if an update is skipped: a count rises, or a loss scale falls.
+    def _indicators(self) -> list[keras.Variable]:
+        """Variables that change if an update is skipped: a counter, and maybe a loss scale.
 
-        The second on JAX and PyTorch, where Keras skips without calling the wrapper.
+        On JAX and PyTorch, `LossScaleOptimizer` skips without calling the wrapper.
         """
         outer = self._model.optimizer
         is_called = outer is self._wrapper or aggregation.is_tensorflow()
         return [self._wrapper._skipped, *([] if is_called else [outer.dynamic_scale])]
 
     def around(self, step: Callable[[Tensor], Logs]) -> Callable[[Tensor], Logs]:
-        """The function `step`, a train step that writes variables, followed by the restoring."""
+        """A train step that calls `step` and restores the model if its update was skipped."""
 
-        def undone(data: Tensor) -> Logs:
+        def restoring_step(data: Tensor) -> Logs:
             if aggregation.is_tensorflow():
                 _compat.build_metrics(self._model, step, data)
             optimizer, trained = self._model.optimizer, self._model.trainable_variables
-            if not optimizer.built and trained:  # the count of skips has to exist before the step
+            if not optimizer.built:  # the counter of skips has to exist before the step
+                if not trained:
+                    return step(data)
                 with aggregation.outside_of_traces(trained):
                     optimizer.build(trained)
-            if not optimizer.built:
-                return step(data)
             self.build()
             written = self._written()
             before = [_now(v) for v in written]
-            signs = [_now(v) for v in self._signs()]
+            indicators = [_now(v) for v in self._indicators()]
             if self._steps > 1:
                 before = self._before_the_update(written, before)
             self._is_inside = True
             try:
                 logs = step(data)
-                is_skipped = _was_skipped(signs, [_now(v) for v in self._signs()])
-                aggregation.cond(
-                    is_skipped,
-                    functools.partial(aggregation.assign_each, written),
-                    args=(before,),
-                )
+                is_skipped = _was_skipped(indicators, [_now(v) for v in self._indicators()])
+                restore = functools.partial(aggregation.assign_each, written)
+                aggregation.cond(is_skipped, restore, args=(before,))
                 return self.counted(logs)
             finally:
                 self._is_inside = False
 
-        return undone
+        return restoring_step
 
     def _before_the_update(
         self, written: Sequence[keras.Variable], now: Sequence[Tensor]
     ) -> list[Tensor]:
-        """The values before the first micro-batch of the update, in which they are copied."""
+        """The values before the first micro-batch of the update, which copies them."""
         kept = [self._copies[id(v)] for v in written]
         is_first = self._is_first(_now(self._wrapper._iterations), _now(self._has_copies))
         before = [ops.where(is_first, new, _now(old)) for new, old in zip(now, kept, strict=True)]
@@ -116,20 +112,21 @@ class Undo:
         return before
 
     def _is_first(self, calls: Tensor, has_copies: Tensor) -> Tensor:
-        """Whether a micro-batch is the first of its update, or of a resumed run."""
+        """Whether this is the first micro-batch of its update, or of a resumed run."""
         return ops.logical_or(ops.equal(calls % self._steps, 0), ops.equal(has_copies, 0.0))
 
     def of_state(self, before: Sequence, after: Sequence) -> tuple:
-        """On JAX: the state after a step, restored if the update was skipped.
+        """The state after a step on JAX, restored if the update was skipped.
 
         Args:
-            before: the values of the trainable and other variables, of the optimizer and of the
-                metrics, as a train step gets them.
-            after: the values that it returned.
+            before: the state that the train step got: the values of the trainable variables, the
+                others, the optimizer's and the metrics'.
+            after: the state that it returned.
         """
         optimizer = self._model.optimizer.variables
         old, new = (dict(zip(map(id, optimizer), s[2], strict=True)) for s in (before, after))
-        is_skipped = _was_skipped(*([held[id(v)] for v in self._signs()] for held in (old, new)))
+        indicators = [[values[id(v)] for v in self._indicators()] for values in (old, new)]
+        is_skipped = _was_skipped(*indicators)
         is_first = None
         if self._steps > 1:
             is_first = self._is_first(old[id(self._wrapper._iterations)], old[id(self._has_copies)])
@@ -149,10 +146,10 @@ class Undo:
         return (after[0], states, [new[id(v)] for v in optimizer], metrics)
 
     def counted(self, logs: Logs) -> Logs:
-        """The logs of the restored metrics; `logs` itself before anything was counted."""
+        """`logs` with the results of the restored metrics, once these have counted anything."""
         figures = self._model.get_metrics_result()
         if not isinstance(logs, Mapping) or not {*logs} <= {*figures}:
-            return logs  # a custom train step may return anything, as in Keras
+            return logs  # of a custom train step
         is_any = self._is_any_counted()
         return {
             k: ops.where(is_any, figures[k], ops.cast(v, figures[k].dtype)) for k, v in logs.items()
@@ -163,7 +160,7 @@ class Undo:
         return ops.max(ops.stack(counts)) > 0 if counts else True
 
     def of_epoch(self, figures: Config) -> Config:
-        """The figures of an epoch: NaN, not 0, if all its updates were skipped."""
+        """The metrics of an epoch: NaN instead of 0 if all its updates were skipped."""
         if self._is_inside or not self._wrapper.built:
             return figures
         nothing = ops.logical_not(self._is_any_counted())
@@ -171,7 +168,7 @@ class Undo:
         return {k: ops.where(is_empty, float("nan"), v) for k, v in figures.items()}
 
     def on_reset_metrics(self) -> None:
-        """Begins an epoch: a skipped update must not restore the metrics of the last one."""
+        """Resets the copies of metrics, which belong to the last epoch."""
         for v in self._model.metrics_variables:
             if id(v) in self._copies:
                 # JAX donates each buffer once.
@@ -179,7 +176,7 @@ class Undo:
 
 
 def _means(metrics: Sequence[keras.metrics.Metric]) -> list[keras.metrics.Metric]:
-    """The metrics with a count, at any depth: `Model.metrics` nests them."""
+    """The metrics with a count, also those nested in others of `Model.metrics`."""
     found = [metric for metric in metrics if isinstance(metric, keras.metrics.Mean)]
     for metric in metrics:
         found += _means(getattr(metric, "metrics", None) or [])
@@ -188,18 +185,13 @@ def _means(metrics: Sequence[keras.metrics.Metric]) -> list[keras.metrics.Metric
 
 def _now(variable: keras.Variable) -> Tensor:
     value = arithmetic.read(variable)
-    # PyTorch writes into the tensor that was read.
+    # PyTorch assigns in place.
     return ops.copy(value) if backend.backend() == "torch" else value
 
 
 def _was_skipped(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Whether an update was skipped: a boolean scalar, from `_signs` before and after it."""
+    """Whether an update was skipped, by the `_indicators` before and after it."""
     is_skipped = ops.not_equal(before[0], after[0])
     for old, new in zip(before[1:], after[1:], strict=True):
         is_skipped = ops.logical_or(is_skipped, new < old)
     return is_skipped
-
-
-def may_skip(optimizer: keras.optimizers.Optimizer, wrapper: keras.optimizers.Optimizer) -> bool:
-    """Whether an update of a model may be skipped: by the wrapper, or by a loss scale around it."""
-    return bool(wrapper.skip_nonfinite or wrapper.skip_spikes or optimizer is not wrapper)

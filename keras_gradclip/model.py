@@ -14,7 +14,7 @@ from keras import backend
 
 from keras_gradclip import _compat, aggregation, gate
 from keras_gradclip._types import Config, Scalar, Strategy, Tensor
-from keras_gradclip._undo import Undo, may_skip
+from keras_gradclip._undo import Undo
 from keras_gradclip._workers import chief_writes
 from keras_gradclip.clippers.base import Clipper
 from keras_gradclip.optimizer._clip import ClipHyperparameters
@@ -111,9 +111,11 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
             }
             reset = wrapper.reset_telemetry
             clipping.metrics = [_TelemetryMetric(name, mean, reset) for name, mean in means.items()]
-            undo = Undo(self, wrapper) if may_skip(self.optimizer, wrapper) else None
-            clipping.undo = undo
-            wrapper.other_state = tuple if undo is None else lambda: undo.state
+            wrapper.other_state = tuple
+            is_scaled = self.optimizer is not wrapper
+            if is_scaled or wrapper.skip_nonfinite or wrapper.skip_spikes:
+                undo = clipping.undo = Undo(self, wrapper)
+                wrapper.other_state = lambda: undo.state
         self._set_gate(new_gate)
 
     _clipping = _Clipping()  # before `compile`
