@@ -1,7 +1,4 @@
-"""`python -m keras_gradclip`: a run's report, what a clipper would hit, and the installation.
-
-Its flags are in `command_line`.
-"""
+"""The commands of `python -m keras_gradclip`, whose flags are in `command_line`."""
 
 from __future__ import annotations
 
@@ -24,11 +21,14 @@ from keras_gradclip.optimizer.clipped_optimizer import find
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status: 0, or 2 after a line that begins with `error:`."""
+    """Runs a command and returns its exit status: 0, or 2 after a line `error: ...`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        for module in imports_of(arguments):  # before the flags: they register clippers
-            _import(module)
+        for module in imports_of(arguments):  # they may register clippers with flags
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # anything that a user's module raises
+                raise ValueError(f"--import {module}: {type(error).__name__}: {error}") from error
         options = parse(arguments, declarations())
         if options.command == "describe":
             _describe(options)
@@ -42,17 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(f"--import {module}: {type(error).__name__}: {error}") from error
-
-
 def _describe(options: argparse.Namespace) -> None:
-    model = _load(options.model, compile=options.clipper in (None, AUTO))
+    is_of_model = options.clipper in (None, AUTO)
+    model = _load(options.model, compile=is_of_model)
     reason = ""
-    if options.clipper in (None, AUTO):
+    if is_of_model:
         optimizer = getattr(model, "optimizer", None)
         wrapper = find(optimizer)
         clipper = None if wrapper is None else wrapper.clipper
@@ -60,11 +54,9 @@ def _describe(options: argparse.Namespace) -> None:
         if inner is not None:
             if not inner.built:
                 inner.build(model.trainable_variables)
-            chosen, reason = advice(inner, model.trainable_variables)
-            if options.clipper == AUTO:
-                clipper = chosen
-            elif chosen != clipper:
-                reason = ""
+            chosen, why = advice(inner, model.trainable_variables)
+            clipper = chosen if options.clipper == AUTO else clipper
+            reason = why if chosen == clipper else ""
     else:
         clipper = get({"class_name": options.clipper, "config": options.clipping})
     if clipper is None:
@@ -81,12 +73,12 @@ def _load(path: str, *, compile: bool) -> keras.Model:
         raise ValueError(f"describe: there is no file {path!r}. Name a file of model.save(...).")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the optimizer's state, which nobody needs here
+            warnings.simplefilter("ignore")  # about the optimizer's state, which is not needed
             return keras.saving.load_model(path, compile=compile)
-    except Exception as error:  # Keras stumbles over what is no model in a dozen ways
+    except Exception as error:  # Keras raises many types
         reason = str(error).strip().partition("\n")[0].partition(". ")[0][:200]
         raise ValueError(
-            f"describe: {path} cannot be loaded as a Keras model ({reason}). Layers of your own "
+            f"describe: {path} cannot be loaded as a Keras model ({reason}). Custom layers "
             "need --import MODULE."
         ) from error
 

@@ -1,11 +1,7 @@
-"""Arithmetic on one gradient, or on a list of them.
+"""Arithmetic on gradients, with `keras.ops` or a faster operation of the backend.
 
-Everything here is written on `keras.ops`; where a backend has one fused operation for what
-`keras.ops` does in two passes, the dispatch is in this module and nowhere else.
-
-A *gradient* is a dense tensor, or a `tf.IndexedSlices` (the gradient of an embedding: some rows
-of the variable). The functions here take both; sparse gradients are expected without duplicate
-rows (`merge_duplicate_rows`).
+A gradient is a dense tensor, or a `tf.IndexedSlices` with some rows of an embedding table, each
+row once (see `merge_duplicate_rows`).
 """
 
 from __future__ import annotations
@@ -23,46 +19,37 @@ from keras_gradclip import _compat
 from keras_gradclip._types import Gradient, Tensor
 from keras_gradclip.names import size_of
 
-# exp(80) = 5.5e34 still fits float32: a larger exponent would turn a zero gradient into
-# 0 * inf = NaN, and thresholds beyond it clip nothing anyway.
+#: Largest exponent: exp(80) = 5.5e34 fits float32, and 0 * inf would be NaN.
 MAX_EXPONENT = 80.0
-
-# Far below any useful threshold, far above float32's subnormal numbers.
+#: Far below any useful threshold, far above float32's subnormal numbers.
 TINY = 1e-30
-
-# Of float32. A limit beyond it is as good as none, but infinity over infinity is NaN.
+#: Largest limit; with an infinite one, inf / inf would be NaN.
 LARGEST = float(np.finfo("float32").max)
-
-# Elements. Below, what a gradient costs is the number of operations on it; above, the memory that
-# they go through. In ResNet-50, 172 of 214 gradients are below and hold 8 % of the elements.
+#: Elements below which the number of operations matters, and above it the memory traffic. In
+#: ResNet-50, 172 of 214 gradients are smaller and hold 8 % of the elements.
 SMALL = 1 << 16
-
-# Elements. Below, an XLA compilation (about a second) is not worth its while.
+#: Elements that make an XLA compilation (about a second) worthwhile.
 WORTH_COMPILING = 1 << 20
-
-# Elements. Below, a square and a sum take less than the 0.1 ms that a convolution starts with.
+#: Elements that make the start of a convolution (0.1 ms) worthwhile.
 WORTH_CONVOLVING = 1 << 20
-
-# Rows. A column of so many is added up to 1e-5; longer ones are not.
+#: Rows that TensorFlow sums with a relative error below 1e-5.
 LONG = 1 << 12
-
-# Elements of a row, where several are put side by side: for a convolution, and for XLA.
+#: Elements of a row made of several rows, for a convolution and for XLA.
 SIDE_BY_SIDE, SIDE_BY_SIDE_XLA = 1 << 15, 1 << 13
-
-# Of which XLA adds up the squares of a matrix, see `_folded_squares`.
+#: Blocks of `_folded_squares`.
 XLA_BLOCKS = 8
 
 
 def is_sparse(gradient: Gradient) -> bool:
-    """Whether `gradient` is a `tf.IndexedSlices` (told by its fields: TensorFlow may be absent)."""
+    """Whether `gradient` is a `tf.IndexedSlices`."""
     return hasattr(gradient, "dense_shape") and hasattr(gradient, "indices")
 
 
 def read(value: Tensor) -> Tensor:
-    """The present value of a variable, as a tensor; tensors and numbers as they are.
+    """The present value of a variable; tensors and numbers as they are.
 
-    `keras.ops.convert_to_tensor` hands a TensorFlow variable through, to be read whenever it is
-    used: after an assignment that would be the new value.
+    `keras.ops.convert_to_tensor` returns a TensorFlow variable itself, whose value may change
+    before it is used.
     """
     if isinstance(value, keras.Variable):
         value = value.value
@@ -75,12 +62,12 @@ def read(value: Tensor) -> Tensor:
 
 
 def values(gradient: Gradient) -> Tensor:
-    """The dense values of a gradient: itself, or the rows that a sparse gradient holds."""
+    """The values of a gradient, for a sparse one those of its rows."""
     return gradient.values if is_sparse(gradient) else ops.convert_to_tensor(gradient)
 
 
 def dense(gradient: Gradient) -> Gradient:
-    """A gradient as a dense tensor: Keras's own conversion lets an IndexedSlices through."""
+    """A gradient as a dense tensor; Keras's conversion does not convert an IndexedSlices."""
     if not is_sparse(gradient):
         return gradient
     import tensorflow as tf
@@ -89,28 +76,27 @@ def dense(gradient: Gradient) -> Gradient:
 
 
 def with_values(gradient: Gradient, new: Tensor) -> Tensor:
-    """`gradient` with `new` in place of its values."""
+    """`gradient` with other values."""
     if is_sparse(gradient):
         return type(gradient)(new, gradient.indices, gradient.dense_shape)
     return new
 
 
 def matching_rows(weight: Tensor, gradient: Gradient) -> Tensor:
-    """The part of `weight` that lines up with `values(gradient)`."""
+    """The rows of `weight` that correspond to `values(gradient)`."""
     return ops.take(weight, gradient.indices, axis=0) if is_sparse(gradient) else weight
 
 
 def clip_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """clip(x, low, high), of scalars or tensors of x's shape; NaN stays NaN."""
+    """clip(x, low, high) by scalars or tensors of x's shape; NaN stays NaN."""
     if runs_on_tensorflow_cpu() and not _compat.is_traced_for_xla():
         import tensorflow as tf
 
-        # One pass over x where ops.clip runs a minimum and a maximum. XLA fuses the two anyway,
-        # and its ClipByValue drops a NaN, as CUDA's does.
+        # One pass, where ops.clip takes two. In XLA and on CUDA, ClipByValue drops a NaN.
         return tf.raw_ops.ClipByValue(t=x, clip_value_min=low, clip_value_max=high)
     clipped = ops.clip(x, low, high)
     if backend.backend() == "tensorflow" and _compat.is_traced_for_xla():
-        # XLA fuses this as well. Before TensorFlow 2.21 its minimum and maximum drop a NaN, too.
+        # Before TensorFlow 2.21, XLA's minimum and maximum drop a NaN.
         return ops.where(ops.isnan(x), x, clipped)
     return clipped
 
@@ -126,12 +112,12 @@ def runs_on_tensorflow_cpu() -> bool:
 
 
 def float32(x: Tensor) -> Tensor:
-    """`x` in float32 (no operation where it already is)."""
+    """`x` in float32."""
     return ops.cast(x, "float32")
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """The sum of x², a float32 scalar whatever x's dtype: float16 overflows at 256² ."""
+    """The sum of x² as a float32 scalar: float16 overflows at 256²."""
     x = float32(x)
     if backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -146,7 +132,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 def column_squares(x: Tensor) -> Tensor:
-    """The sum of x² over all axes but the last, which stay as dimensions of 1; float32."""
+    """The sum of x² over all axes but the last, kept as dimensions of 1; float32."""
     x, shape = float32(x), tuple(x.shape)
     is_xla = _is_for_xla_on_cpu(x)
     is_known = all(shape)  # and not empty
@@ -154,8 +140,8 @@ def column_squares(x: Tensor) -> Tensor:
     is_large = rows * columns >= WORTH_CONVOLVING
     if not (is_xla or is_large or rows > LONG) or not runs_on_tensorflow_cpu():
         return ops.sum(ops.square(x), axis=tuple(range(len(shape) - 1)), keepdims=True)
-    # TensorFlow adds up a column one element after the other, and so loses digits with every
-    # thousand of them. Rows side by side make each sum one of few numbers: about the root of all.
+    # TensorFlow sums a column element by element, which loses digits in long columns. With several
+    # rows side by side, each sum is one of fewer numbers: about the square root of all.
     limit = max((SIDE_BY_SIDE_XLA if is_xla else SIDE_BY_SIDE) // columns, 1)
     width = 1 << (min(math.isqrt(rows), limit).bit_length() - 1)
     block = width * (XLA_BLOCKS if is_xla else 1)
@@ -175,12 +161,12 @@ def column_squares(x: Tensor) -> Tensor:
 
 
 def _apart(sums: Tensor) -> Tensor:
-    """Sums of squares that XLA does not take for a part of the next sum, to add up all at once."""
+    """Sums of squares that XLA does not merge with the next sum."""
     return ops.abs(sums)
 
 
 def unit_squares(x: Tensor, axes: Sequence[int] | None) -> Tensor:
-    """The sum of x² over `axes`, which stay as dimensions of 1; a scalar over all; float32."""
+    """The sum of x² over `axes`, kept as dimensions of 1; a scalar for all axes; float32."""
     if axes is None or len(axes) == len(x.shape):
         return sum_of_squares(x)
     if tuple(axes) == tuple(range(len(x.shape) - 1)):
@@ -200,10 +186,10 @@ def _is_for_xla_on_cpu(x: Tensor) -> bool:
 
 
 def _folded_squares(x: Tensor) -> Tensor:
-    """The squares of a matrix, its rows added up in `XLA_BLOCKS` blocks: fewer rows are left.
+    """The squares of a matrix, summed over `XLA_BLOCKS` blocks of rows.
 
-    On a CPU, XLA adds up a column as the order of a float sum demands, one element after the other
-    from the memory. A sum of blocks goes through it in vectors: an eighth is left for the order.
+    On a CPU, XLA sums a column element by element. A sum of blocks is vectorised and leaves an
+    eighth of the rows.
     """
     rows = x.shape[0] // XLA_BLOCKS
     blocks = [x[k * rows : (k + 1) * rows] for k in range(XLA_BLOCKS)]
@@ -211,10 +197,9 @@ def _folded_squares(x: Tensor) -> Tensor:
 
 
 def _convolved_squares(x: Tensor) -> Tensor:
-    """The sum of the squares of each column of a matrix.
+    """The sum of squares of each column of a matrix, as the gradient of a 1 × 1 depthwise filter.
 
-    The gradient of a 1 × 1 depthwise filter is a sum of products, column by column: one pass
-    without a temporary, where a square and a sum take up to three times as long.
+    One pass without a temporary; a square and a sum take up to three times as long.
     """
     import tensorflow as tf
 
@@ -240,7 +225,7 @@ def exp_of(beta: Tensor, weight: Tensor) -> Tensor:
 
 
 def scale(x: Tensor, factor: Tensor) -> Tensor:
-    """x·factor, taken in float32 (float64 for a float64 x) and returned in x's dtype."""
+    """x·factor in x's dtype, computed in float32 (float64 for a float64 x)."""
     if backend.standardize_dtype(x.dtype) == "float64":
         return x * ops.cast(factor, "float64")
     return ops.cast(float32(x) * factor, x.dtype)
@@ -249,13 +234,13 @@ def scale(x: Tensor, factor: Tensor) -> Tensor:
 def fractions_over(
     xs: Sequence[Tensor], limits: Sequence[Tensor], sizes: Sequence[float]
 ) -> list[Tensor]:
-    """For each x the number of its elements with |x| > limit, over its size; float32 scalars.
+    """The fraction of elements with |x| > limit, for each x; float32 scalars.
 
     Args:
-        xs: float tensors.
-        limits: for each a scalar, or a tensor of its shape.
-        sizes: the numbers of elements of the variables: the rows that a sparse gradient does not
-            hold are not clipped.
+        xs: values of gradients.
+        limits: scalars, or tensors of the shapes of `xs`.
+        sizes: the numbers of elements of the variables, including rows that a sparse gradient
+            lacks.
     """
     cast = {
         (id(limit), x.dtype): ops.cast(limit, x.dtype) for x, limit in zip(xs, limits, strict=True)
@@ -265,28 +250,28 @@ def fractions_over(
     def over(x: Tensor, limit: Tensor) -> Tensor:
         return float32(ops.abs(x) > limit)
 
-    counts = _figures(over, xs, limits)
+    counts = _sums(over, xs, limits)
     return [n / max(size, 1) for n, size in zip(counts, sizes, strict=True)]
 
 
 def sums_of_squares(xs: Sequence[Tensor]) -> list[Tensor]:
-    """`sum_of_squares` of each x, for figures: a little less exact, and fewer operations."""
-    return _figures(lambda x: ops.square(float32(x)), xs, whole=sum_of_squares)
+    """`sum_of_squares` of each x, with fewer operations and slightly less precision."""
+    return _sums(lambda x: ops.square(float32(x)), xs, whole=sum_of_squares)
 
 
-def _figures(
+def _sums(
     fn: Callable[..., Tensor], *lists: Sequence[Tensor], whole: Callable[..., Tensor] | None = None
 ) -> list[Tensor]:
-    """The sum of fn(x, ...), elementwise, for each x; vectors are treated as one.
+    """The sum of the elementwise fn(x, ...) for each x, computed for all small x at once.
 
-    `whole` does the same at once for a tensor that is left alone.
+    `whole` computes the sum for a large x.
     """
     whole = whole or (lambda *tensors: ops.sum(fn(*tensors)))
     small: dict[Tensor, list[int]] = {}
     result: list[Tensor] = [None] * len(lists[0])
     for i, tensors in enumerate(zip(*lists, strict=True)):
         shape = tuple(tensors[0].shape)
-        # Larger ones lose too much in float32 if their elements are added one by one.
+        # `segment_sum` adds element by element, too imprecise for larger ones.
         if None not in shape and 0 < math.prod(shape) <= 4096:
             small.setdefault(tensors[0].dtype, []).append(i)
         else:
@@ -295,7 +280,7 @@ def _figures(
         counts = [int(np.prod(lists[0][i].shape)) for i in group]
         flat = [_flat([tensors[i] for i in group], counts) for tensors in lists]
         ids = np.repeat(np.arange(len(group), dtype="int32"), counts)
-        figures = ops.broadcast_to(fn(*flat), (len(ids),))  # what comes of scalars is one
+        figures = ops.broadcast_to(fn(*flat), (len(ids),))  # all may be scalars
         totals = ops.segment_sum(figures, ops.convert_to_tensor(ids), num_segments=len(group))
         for i, total in zip(group, ops.unstack(totals, num=len(group)), strict=True):
             result[i] = total
@@ -303,7 +288,7 @@ def _figures(
 
 
 def _flat(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """The tensors one behind the other; scalars repeated, or as one if they are the same."""
+    """The concatenated tensors, with scalars repeated; a single scalar if all are the same."""
     if all(t is tensors[0] for t in tensors) and len(tensors[0].shape) == 0:
         return tensors[0]
     rows = [
@@ -316,15 +301,15 @@ def _flat(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 def clip_factors(
     squares: Sequence[Tensor], limits: Sequence[Tensor], sizes: Sequence[int]
 ) -> list[Tensor]:
-    """`clip_factor` of each scope, a list of float32 scalars.
+    """The `clip_factor` of each scope.
 
     Args:
-        squares: the squared norm of each scope, float32 scalars.
-        limits: what each norm may be at most, float32 scalars.
-        sizes: the number of elements of each scope.
+        squares: the squared norms, float32 scalars.
+        limits: the largest norms, float32 scalars.
+        sizes: the numbers of elements.
     """
-    # TensorFlow's CPU runs an operation when its inputs are there: with a factor of its own, a
-    # large gradient is scaled while it is still in the cache. Small ones share their operations.
+    # On a CPU, a large gradient with a separate factor is scaled while it is in the cache. Small
+    # ones share operations.
     result: list[Tensor] = [None] * len(squares)
     together = [i for i, size in enumerate(sizes) if size < SMALL or not runs_on_tensorflow_cpu()]
     for i in {*range(len(sizes))} - {*together}:
@@ -339,18 +324,17 @@ def clip_factors(
 
 
 def clip_factor(norm: Tensor, max_norm: Tensor) -> Tensor:
-    """min(1, max_norm/norm); 0 where the norm is not finite.
+    """min(1, max_norm/norm); 0 if the norm is not finite.
 
-    A factor of 0 keeps one infinite element from spoiling its whole scope: the finite gradients
-    beside it become 0 and only the element itself becomes NaN, where `global_clipnorm` of Keras
-    makes every gradient NaN.
+    Then finite gradients in the scope become 0, and only an infinite element becomes NaN. Keras's
+    `global_clipnorm` makes every gradient NaN.
     """
     max_norm = clip_between(ops.convert_to_tensor(max_norm), TINY, LARGEST)
     return ops.where(ops.isfinite(norm), max_norm / ops.maximum(norm, max_norm), 0.0)
 
 
 def divided(gradients: Sequence[Gradient], divisor: Tensor) -> list[Tensor]:
-    """Each gradient over a scalar, in its dtype; float16 in float32, as a scale may exceed it."""
+    """Each gradient over a scalar, in its dtype; a loss scale may be infinite in float16."""
     if isinstance(divisor, (int, float)) and divisor == 1:
         return list(gradients)
 
@@ -364,30 +348,24 @@ def divided(gradients: Sequence[Gradient], divisor: Tensor) -> list[Tensor]:
 
 
 def rescaled(mode: str, before: Tensor, after: Tensor) -> Tensor:
-    """A clipped gradient with the L2 norm ("norm") or largest element ("max") of before.
+    """`after`, scaled to the L2 norm ("norm") or largest element ("max") of `before`.
 
-    A gradient of 0 stays 0; where the ratio of the two is not finite, it counts as 1.
+    A zero gradient stays zero, and a ratio that is not finite counts as 1.
     """
     size = max_abs if mode == "max" else lambda x: ops.sqrt(sum_of_squares(x))
     old, new = size(before), size(after)
-    ratio = ops.where(
-        new > 0, old / ops.where(new > 0, new, ops.ones_like(new)), ops.zeros_like(new)
-    )
-    return scale(after, ops.where(ops.isfinite(ratio), ratio, ops.ones_like(ratio)))
+    ratio = ops.where(new > 0, old / ops.where(new > 0, new, 1.0), 0.0)
+    return scale(after, ops.where(ops.isfinite(ratio), ratio, 1.0))
 
 
 def all_finite(gradients: Sequence[Gradient]) -> Tensor:
-    """A boolean scalar: every element of every gradient is finite (None entries are ignored)."""
+    """Whether all elements of all gradients are finite, a boolean scalar."""
     flags = [ops.all(ops.isfinite(values(g))) for g in gradients if g is not None]
     return ops.all(ops.stack(flags))
 
 
 def merge_duplicate_rows(gradient: Gradient) -> Tensor:
-    """A sparse gradient in which every row occurs once; other gradients as they are.
-
-    An embedding that looked up a row four times gives that row four times; a norm or a clip must
-    see their sum.
-    """
+    """A sparse gradient with the sum of rows that occur several times; others as they are."""
     if gradient is None or not is_sparse(gradient):
         return gradient
     import tensorflow as tf
@@ -399,13 +377,12 @@ def merge_duplicate_rows(gradient: Gradient) -> Tensor:
 
 
 class Programs:
-    """XLA programs of functions that are applied to one large gradient at a time.
+    """Functions of one large gradient, compiled by XLA, which goes through memory only once.
 
-    TensorFlow writes the result of each operation to memory; XLA goes through it once. Variables
-    of one shape share a program.
+    Gradients of one shape share a program.
 
     Args:
-        variables: those whose gradients will come, dense: their shapes decide what pays.
+        variables: the variables, whose shapes decide for which gradients a compilation pays.
     """
 
     def __init__(self, variables: Sequence[keras.Variable]) -> None:
@@ -420,7 +397,7 @@ class Programs:
         self._programs: dict[object, Callable[..., Tensor]] = {}
 
     def pays(self, x: Tensor) -> bool:
-        """Whether a program for `x` is worth its compilation, here and now."""
+        """Whether a program for `x` is worth its compilation."""
         if backend.backend() != "tensorflow" or tuple(x.shape) not in self._shapes:
             return False
         import tensorflow as tf

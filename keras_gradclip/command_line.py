@@ -1,6 +1,6 @@
-"""Command lines: the shared parser, and the flags of `python -m keras_gradclip`.
+"""The parser of all command lines, and the flags of `python -m keras_gradclip`.
 
-Imports no Keras, so that `--help` and a mistake in a flag are answered at once.
+Imports no Keras, so that `--help` and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _PROGRAM = "python -m keras_gradclip"
 COMMANDS = {
     "report": "Writes the HTML page of a monitored run.",
     "describe": "Says which rule of a clipper hits which variable of a saved model.",
-    "doctor": "Prints versions, devices, and what a trial update did.",
+    "doctor": "Prints versions, devices, and the result of a trial update.",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviated flags, which raises exceptions on mistakes.
+    """A parser without abbreviated flags that raises exceptions.
 
     Args:
         prog: the command as typed.
-        description: `--help` begins with its first line and the examples, and ends with the rest.
-        examples: command lines; by default the indented lines of the description.
+        description: a line and a text, printed before and after the flags.
+        examples: command lines; by default the indented paragraph of the description.
         usage: replaces `prog [--FLAG VALUE ...]`.
         **keywords: arguments of `argparse.ArgumentParser`.
     """
 
-    #: The exception type for mistakes.
+    #: The exception.
     mistake: type[Exception] = ValueError
 
     def __init__(
@@ -62,31 +62,31 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def flags(self) -> list[str]:
-        """All flags."""
+        """The names of all flags."""
         return list(self._option_string_actions)
 
     def format_help(self) -> str:
-        """The help text, with the flags common to all commands last."""
+        """The help, with the general flags last."""
         self._action_groups.sort(key=lambda group: group is self._optionals)
         return super().format_help()
 
-    def parse_args(  # type: ignore[override]  # of three signatures
+    def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parses as argparse does; suggests a similar flag for an unknown one."""
+        """Parses all arguments; suggests a similar flag for an unknown one."""
         result, rest = self.parse_known_args(args, namespace)
         if rest:
             self.refuse(rest)
         return result
 
     def refuse(self, words: Sequence[str], more: Iterable[str] = ()) -> NoReturn:
-        """Raises if there are unknown words; `more` are flags to suggest besides the parser's."""
+        """Raises an error about unknown words; `more` are flags to suggest besides its own."""
         first = next((word for word in words if word.startswith("--")), "").partition("=")[0]
         near = did_you_mean(first, [*self.flags, *more]) if first else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{near}")
 
     def error(self, message: str) -> NoReturn:
-        """Raises an exception, where argparse prints the usage and exits."""
+        """Raises `mistake`."""
         raise self.mistake(f"{message} (see --help)")
 
     def add_clippers(
@@ -96,9 +96,9 @@ class Parser(argparse.ArgumentParser):
         chosen: str | None,
         defaults: Mapping[str, object],
     ) -> None:
-        """Adds the flags of the chosen clipper, and `--help-clippers`, which shows those of all.
+        """Adds the flags of the chosen clipper, if known, and `--help-clippers` for all of them.
 
-        `defaults` are values by flag for the help; an unknown clipper has no flags.
+        `defaults` replaces defaults in the help, by flag.
         """
         sections = []
         for alias, declaration in declarations.items():
@@ -127,23 +127,20 @@ def early(arguments: Sequence[str], *flags: str) -> dict[str, list[str]]:
 
 
 def imports_of(arguments: Sequence[str]) -> list[str]:
-    """The modules named by `--import`."""
+    """The values of `--import`."""
     return early(arguments, "--import")["import"]
 
 
 def parse(arguments: Sequence[str], declarations: Mapping[str, Declaration]) -> argparse.Namespace:
-    """The command line of `python -m keras_gradclip`.
+    """The parsed arguments of `python -m keras_gradclip`; raises a ValueError on a mistake.
 
     Args:
-        arguments: the words after it.
+        arguments: the arguments.
         declarations: the clippers by alias.
 
     Returns:
-        A namespace with `command`, a key of `COMMANDS`; of `describe` also `clipping`, the values
-        of the clipper's parameters.
-
-    Raises:
-        ValueError: a mistake, in one line.
+        A namespace with `command`, a key of `COMMANDS`; for `describe` also `clipping`, the given
+        values of the clipper's parameters.
     """
     if not arguments or arguments[0] not in COMMANDS:
         lines = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
@@ -153,14 +150,13 @@ def parse(arguments: Sequence[str], declarations: Mapping[str, Declaration]) -> 
         root.parse_args(arguments[:1])
     name, *rest = arguments
     program = f"{_PROGRAM} {name}"
+    if name == "describe":
+        return _parse_describe(program, rest, declarations)
+    places = " RUN [--output PAGE]" if name == "report" else ""
+    parser = Parser(program, COMMANDS[name], usage=program + places)
     if name == "report":
-        parser = Parser(program, COMMANDS[name], usage=f"{program} RUN [--output PAGE]")
         parser.add_argument("run", metavar="RUN", help="the folder of a ClipMonitor, or of a run")
         parser.add_argument("--output", metavar="PAGE", help="(default: report.html in RUN)")
-    elif name == "describe":
-        return _parse_describe(program, rest, declarations)
-    else:
-        parser = Parser(program, COMMANDS[name], usage=program)
     return parser.parse_args(rest, argparse.Namespace(command=name))
 
 
@@ -183,7 +179,7 @@ def _parse_describe(
         dest="modules",
         metavar="MODULE",
         action="append",
-        help="import first, for clippers and layers of your own",
+        help="a module to import first, with custom clippers and layers",
     )
     classes = {declaration.name: alias for alias, declaration in declarations.items()}
     given = early(arguments, "--clipper")["clipper"]
@@ -206,12 +202,9 @@ def _parse_describe(
 
 
 def answer_before_keras(arguments: Sequence[str]) -> None:
-    """Prints `--help` or a mistake and exits, without importing Keras.
-
-    Not used with `--import`, whose clippers may add flags.
-    """
+    """Prints `--help` or a mistake and exits, without importing Keras."""
     try:
-        if not imports_of(arguments):
+        if not imports_of(arguments):  # they may register clippers with flags
             parse(arguments, declared())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,9 +1,8 @@
 """Declarations of clippers: parameters, the row in the docs, and the figure to calibrate.
 
-Command lines, search spaces, `calibrate` and the table in the docs are generated from these and the
-registry. `declarations.json` is a copy of the parameters of this package's clippers for command
-lines, which parse flags before they import Keras; `python -m keras_gradclip.clippers.cards` writes
-it, and a test compares.
+Command lines, search spaces, `calibrate` and the table in the docs are generated from these.
+`declarations.json` is a copy of the parameters for command lines, which parse flags before they
+import Keras; `python -m keras_gradclip.clippers.cards` writes it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _TYPES = {"number": float, "count": int, "word": str}
 TABLE = Path(__file__).with_suffix(".json")
 
 #: number: a float above 0. count: an integer of at least 1. word: one of `choices`. object: a value
-#: without a flag (a dict of axes, a list of clippers), never searched.
+#: without a flag and never searched, such as a dict of axes or a list of clippers.
 Kind = Literal["number", "count", "word", "object"]
 
 
@@ -36,16 +35,16 @@ class Parameter:
         default: the field's default, or `dataclasses.MISSING`.
         kind: see `Kind`.
         help: half a line for `--help`.
-        range: (low, high) of useful values, the range of a search; None: not searched.
-        log: the range is searched on a log scale.
-        choices: the words of a "word"; includes None if the choice is optional.
-        search: a search varies it by default.
+        range: (low, high) of useful values and of a search; None if it is not searched.
+        log: search on a log scale.
+        choices: the values of a "word"; with None if the choice is optional.
+        search: vary it in a search by default.
         live: may be a schedule, and may change during training without a retrace.
-        threshold: decides how much is clipped; `calibrate` suggests it, and groups of layers may
-            have separate ones.
+        threshold: determines how much is clipped: `calibrate` suggests it, and a search may vary it
+            by groups of layers.
         below: exclusive upper bound.
         at_most: inclusive upper bound.
-        flag: the flag's name with underscores, if different from the parameter's.
+        flag: the flag's name with underscores, if different from `name`.
         note: a hint in the error message for a wrong word.
     """
 
@@ -65,11 +64,7 @@ class Parameter:
     note: str = ""
 
     def check(self, owner: str, value: Any) -> Any:
-        """The validated value: a float, an int, a schedule or a word.
-
-        Raises:
-            ValueError: the parameter does not accept this value.
-        """
+        """The validated value; raises a ValueError if the parameter does not accept it."""
         if self.live or self.kind == "number":
             check = validation.threshold if self.live else validation.positive
             return check(owner, self.name, value, below=self.below, at_most=self.at_most)
@@ -80,11 +75,7 @@ class Parameter:
         return value
 
     def read(self, text: str) -> float | int | str:
-        """The number or word in a command line's `text`, before `check`.
-
-        Raises:
-            ValueError: `text` is not a number.
-        """
+        """The value of a flag before `check`; raises a ValueError if it must be a number."""
         return _TYPES[self.kind](text)
 
     def add_to(
@@ -96,15 +87,15 @@ class Parameter:
         searched: bool = False,
         help: str = "",
     ) -> None:
-        """Adds the flag to a parser; the value is None if it is not given.
+        """Adds the flag to a parser; without it, the namespace has None.
 
         Args:
             parser: an `argparse` parser or group.
-            flag: replaces the parameter's flag (with underscores); the name in the namespace.
-            default: replaces the declared default in the help.
-            searched: add the flag of a search instead: `--max-norm-range LOW HIGH`,
-                `--rescales WORD ...`.
-            help: replaces the declared help.
+            flag: replaces `self.flag` as the flag (with underscores) and name in the namespace.
+            default: replaces the default in the help.
+            searched: add a search's flag instead: `--max-norm-range LOW HIGH`, `--rescales WORD
+                ...`.
+            help: replaces the help.
         """
         flag, default = flag or self.flag, self.default if default is None else default
         notes = [] if default is None or searched else [f"default: {default}"]
@@ -129,24 +120,24 @@ class Parameter:
 def parameter(default: object, *, help: str, kind: Kind | None = None, **declared: Any) -> Any:
     """A dataclass field that declares a hyper-parameter; the arguments are `Parameter`'s.
 
-    `kind` is derived from `choices` and the default's type; `search` from the presence of a range.
+    By default, `kind` follows from the other arguments, and `search` is true with a range.
     """
     if kind is None:
-        is_live = declared.get("live", False)
-        is_count = isinstance(default, int) and not isinstance(default, bool) and not is_live
-        is_number = is_live or isinstance(default, float)
-        is_word = bool(declared.get("choices"))
-        kind = "word" if is_word else "count" if is_count else "number" if is_number else "object"
+        if declared.get("choices"):
+            kind = "word"
+        elif declared.get("live") or isinstance(default, float):
+            kind = "number"
+        else:
+            kind = "count" if type(default) is int else "object"
     declared = {"search": declared.get("range") is not None, **declared}
     made = Parameter("", default, kind, help, **declared)
     return dataclasses.field(default=default, metadata={_KEY: made})
 
 
 def parameters(clipper: Any) -> tuple[Parameter, ...]:
-    """The hyper-parameters of a clipper or of a clipper's class, in the order of its fields.
+    """The hyper-parameters of a clipper or its class, in the order of its fields.
 
-    A field not declared by `parameter` has the kind "object", and is live if the class lists it in
-    `live`.
+    A field without `parameter` is an "object", and live if the class lists it in `live`.
     """
     result = []
     for f in dataclasses.fields(clipper):
@@ -158,13 +149,7 @@ def parameters(clipper: Any) -> tuple[Parameter, ...]:
 
 
 class Declaration(NamedTuple):
-    """The part of a clipper that command lines need.
-
-    Attributes:
-        name: the class name.
-        summary: the first line of its docstring.
-        parameters: the parameters that a flag can set.
-    """
+    """The class name of a clipper, its docstring's first line, and its parameters with a flag."""
 
     name: str
     summary: str
@@ -172,14 +157,14 @@ class Declaration(NamedTuple):
 
     @classmethod
     def of(cls, clipper: type) -> Declaration:
-        """The declaration of a clipper's class."""
+        """The declaration of a class."""
         summary = (inspect.getdoc(clipper) or "").partition("\n")[0]
         flagged = tuple(p for p in parameters(clipper) if p.kind != "object")
         return cls(clipper.__name__, summary, flagged)
 
 
 def declared() -> dict[str, Declaration]:
-    """The clippers of this package by alias, read from `declarations.json`."""
+    """The declarations of this package's clippers by alias, from `declarations.json`."""
     content = json.loads(TABLE.read_text(encoding="utf-8"))
     result = {}
     for alias, (name, summary, rows) in content.items():
@@ -190,7 +175,7 @@ def declared() -> dict[str, Declaration]:
 
 
 def as_json(declarations: Mapping[str, Declaration]) -> str:
-    """The text of `declarations.json`: the values that differ from the defaults of `Parameter`."""
+    """The text of `declarations.json`, with one parameter per line, without defaults."""
     usual = {f.name: f.default for f in dataclasses.fields(Parameter)}
     sections = []
     for alias, (name, summary, parameters) in declarations.items():
@@ -207,10 +192,10 @@ Flags = dict[str, dict[str, Parameter]]
 
 
 def flags_of(declarations: Mapping[str, Declaration], reserved: Collection[str] = ()) -> Flags:
-    """The flags (with underscores) and parameters of each clipper.
+    """The flags (with underscores) and parameters of each clipper by alias.
 
-    Clippers may share a flag. If it is `reserved`, or has a different kind in another clipper, the
-    clipper's name comes first: `my_clipper_epochs`.
+    Clippers may share a flag. One that is `reserved`, or of another kind elsewhere, gets the
+    clipper's alias as a prefix: `my_clipper_epochs`.
     """
     kinds: dict[str, str] = {}
     result: Flags = {}
@@ -226,10 +211,10 @@ class Measure(NamedTuple):
     """A figure of a layer's gradient that a threshold limits.
 
     Attributes:
-        text: a description.
-        needs: parameters of the clipper that the `Calibration` has as attributes.
-        at_most: the attribute of the `Calibration` that caps suggestions: a larger figure means
-            that the learning rate is too high.
+        text: its description.
+        needs: parameters of the clipper that the figure depends on, attributes of `Calibration`.
+        at_most: the attribute of `Calibration` that caps suggestions; a larger figure means that
+            the learning rate is too high.
     """
 
     text: str
@@ -237,7 +222,7 @@ class Measure(NamedTuple):
     at_most: str | None = None
 
 
-#: The figures that `calibrate` can measure; a clipper names one in `measures`.
+#: The figures that `calibrate` measures; a clipper names one in `measures`.
 MEASURES = {
     "layer_norm": Measure("L2 norm of the layer's gradient"),
     "largest_element": Measure("largest element"),
