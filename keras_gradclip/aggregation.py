@@ -280,6 +280,21 @@ def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
     return grads
 
 
+def only_with(gradients: Gradients) -> contextlib.AbstractContextManager:
+    """A context whose operations run only in a step that computes gradients.
+
+    Where the size of the data is unknown, TensorFlow begins one step more at its end, and runs
+    whatever does not depend on the batch: counts would rise, in Keras too. The last gradient is
+    the first that a backward pass computes, so that nothing waits for it.
+    """
+    if backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    last = next(g for g in reversed(gradients) if g is not None)
+    return tf.control_dependencies([tf.convert_to_tensor(getattr(last, "values", last))])
+
+
 def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> None:
     """Assigns each replica's values to its own copies of the variables, without a reduction."""
     if not is_tensorflow():

@@ -175,16 +175,17 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if not grads:
             return
         gradients, named = self._collect(grads, trainable_variables)
-        if self._accumulation is None:
-            self._update(named, scale, gradients, {})
-        else:
-            self._accumulation.add(gradients)
-            aggregation.cond(
-                self._accumulation.is_due(self._iterations),
-                functools.partial(self._update_accumulated, named, scale, gradients),
-                state=self._written(),
-            )
-        self._iterations.assign_add(1)
+        with aggregation.only_with(gradients):
+            if self._accumulation is None:
+                self._update(named, scale, gradients, {})
+            else:
+                self._accumulation.add(gradients)
+                aggregation.cond(
+                    self._accumulation.is_due(self._iterations),
+                    functools.partial(self._update_accumulated, named, scale, gradients),
+                    state=self._written(),
+                )
+            self._iterations.assign_add(1)
 
     def _collect(
         self, grads: Sequence[Gradient], trainable_variables: Sequence[keras.Variable] | None

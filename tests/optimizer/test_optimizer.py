@@ -1,12 +1,15 @@
 """ClippedOptimizer behaves as the inner optimizer does to everything around it."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
-from helpers import data, loss, needs_muon, net, train, variables, weights
+from helpers import data, loss, needs_muon, net, strategy, train, variables, weights
 from keras import ops
 
 import keras_gradclip as kgc
+from keras_gradclip import aggregation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Muon:UserWarning")
 
@@ -316,6 +319,42 @@ def test_gradients_of_a_variable_that_comes_twice_are_added_up(is_built, steps):
         optimizer.apply(gradients, [ours, other, other, ours, ours])
     np.testing.assert_allclose(ours.numpy(), [0.7, 0.5], rtol=1e-6)
     np.testing.assert_allclose(other.numpy(), [0.5])
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+@pytest.mark.parametrize("replicas", [0, 2])
+def test_the_end_of_data_of_unknown_size_is_no_step(replicas, steps):
+    """Keras counts one more there, and Adam's rate with it."""
+    x, y = data(48)
+    scope = strategy(replicas)
+
+    def trained(is_known):
+        with scope.scope() if scope else contextlib.nullcontext():
+            model = net(kgc.ClippedModel)
+            inner = keras.optimizers.Adam(1e-2)
+            clipper = kgc.PercentileClip(90, window=4)
+            optimizer = kgc.ClippedOptimizer(inner, clipper, steps, telemetry=True)
+            model.compile(optimizer, loss())
+        batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(16, drop_remainder=True)
+        if not is_known:
+            batches = batches.filter(lambda *_: True)
+        model.fit(batches, epochs=3, verbose=0)
+        found = optimizer.read_telemetry()
+        return [weights(model), int(aggregation.to_numpy(optimizer.iterations)), found["updates"]]
+
+    known, unknown = trained(True), trained(False)
+    assert unknown[1:] == known[1:] == ([9, 3] if steps is None else [4, 1])
+    np.testing.assert_allclose(unknown[0], known[0], atol=1e-6)
+
+
+def test_calibrate_measures_nothing_at_the_end_of_data():
+    x, y = data(48)
+    model = net(kgc.ClippedModel)
+    model.compile("sgd", loss())
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(16).filter(lambda *_: True)
+    found = kgc.calibrate(model, batches, steps=10)
+    assert np.all(found.samples["global"] > 0)
+    assert found.updates == 10
 
 
 def test_trainable_flags_change_between_two_fits():
