@@ -97,8 +97,7 @@ class Search:
             self._introduce()
             if processes or self.role == "chief":
                 workers.lead(
-                    *(tuner.search, self.oracle, self.folder, args.worker_timeout),
-                    *(processes, self.say),
+                    tuner.search, self.oracle, self.folder, args.worker_timeout, processes, self.say
                 )
             else:
                 tuner.search()
