@@ -19,7 +19,7 @@ from rich.console import Console
 from scipy.stats import PermutationMethod, mannwhitneyu
 
 import keras_gradclip as kgc
-from keras_gradclip.files import write_csv, write_json
+from keras_gradclip.files import replace_file, write_json
 from keras_gradclip.tuning.divergence import DIVERGED
 from keras_gradclip.tuning.oracles import BASELINE, CONFIRMS
 from keras_gradclip.tuning.space import to_clipper
@@ -262,12 +262,11 @@ _FIELDS = (
 def write_trials(rows: Sequence[TrialRow], path: Path) -> None:
     """Writes `trials.csv`: one row per trial, best first; unused hyper-parameters stay empty."""
     names = sorted({name for row in rows for name in row.values})
-    lines = []
-    for rank, row in enumerate(rows, 1):
-        line = {"rank": rank, **{name: getattr(row, name) for name in _FIELDS}, **row.values}
-        line["scores"] = " ".join(f"{score:.7g}" for score in row.scores)
-        lines.append({n: "" if value != value else value for n, value in line.items()})  # no NaN
-    write_csv(path, ["rank", *_FIELDS, *names], lines)
+    lines = [{**{name: getattr(row, name) for name in _FIELDS}, **row.values} for row in rows]
+    table = pd.DataFrame(lines, columns=[*_FIELDS, *names], dtype=object)
+    table["scores"] = [" ".join(f"{score:.7g}" for score in row.scores) for row in rows]
+    table.index += 1
+    replace_file(path, lambda scratch: table.to_csv(scratch, index_label="rank"))
 
 
 def write_best(

@@ -98,7 +98,7 @@ def heartbeat(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a network disk may fail for a moment
                 path.write_text(str(time.monotonic()))
 
-    path.write_text("")
+    path.write_text("0")
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
     thread.start()
     try:
@@ -136,7 +136,7 @@ def lead(
 
     server = threading.Thread(target=run, daemon=True, name="chief")
     server.start()
-    beats: dict[str, tuple[str, float]] = {}
+    beats: dict[str, tuple[str | None, float]] = {}
     while server.is_alive():
         server.join(1.0)
         for name in oracle.workers:
@@ -160,13 +160,13 @@ def lead(
         raise error
 
 
-def _is_silent(path: Path, beats: dict[str, tuple[str, float]], timeout: float) -> bool:
+def _is_silent(path: Path, beats: dict[str, tuple[str | None, float]], timeout: float) -> bool:
     """Whether a heartbeat file is unchanged for `timeout` seconds; `beats` stores the last."""
     try:
         beat = path.read_text()
     except OSError:
         return False  # no shared folder, or a moment's failure: not lost
-    before, since = beats.get(path.name, ("", 0.0))
+    before, since = beats.get(path.name, (None, 0.0))
     if beat != before:
         beats[path.name] = (beat, time.monotonic())
         return False
