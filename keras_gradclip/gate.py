@@ -99,7 +99,8 @@ class ActivationGate:
 
     def selects(self, layer: keras.layers.Layer) -> bool:
         """Whether the input of `layer` is gated."""
-        if isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
+        is_layer = isinstance(layer, keras.layers.Layer)  # in a graph operations stand among them
+        if not is_layer or isinstance(layer, (keras.Model, GatedInput, keras.layers.InputLayer)):
             return False
         if self.layers is None:
             return bool(layer.weights)
@@ -303,9 +304,10 @@ def _map_floats(fn: Callable[[Tensor], Tensor], structure: Tensor) -> Tensor:
 
     def one(x: Tensor) -> Tensor:
         is_tensor = ops.is_tensor(x) or isinstance(x, keras.KerasTensor)
-        # Custom gradients do not support sparse and ragged tensors.
-        special = getattr(x, "sparse", False) or any(
-            hasattr(x, name) for name in ("dense_shape", "row_splits")
+        # Custom gradients do not support sparse and ragged tensors. A graph's `sparse` is no help:
+        # Keras sets it for x * 0.1, too.
+        special = getattr(x, "ragged", False) or any(
+            hasattr(x, name) for name in ("dense_shape", "row_splits", "nse")
         )
         if is_tensor and not special and "float" in keras.backend.standardize_dtype(x.dtype):
             return fn(x)

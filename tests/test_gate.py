@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import CLASSES, data, loss, net, strategy, train, weights
+from keras import ops
 
 import keras_gradclip as kgc
 from keras_gradclip.gate import _gateable
@@ -265,10 +266,13 @@ def test_a_call_that_the_user_replaced_is_kept():
     np.testing.assert_array_equal(model(x), 7.0)
 
 
-def test_sparse_inputs_pass():
+@pytest.mark.parametrize("way", ["compile", "insert"])
+def test_sparse_inputs_pass(way):
     inputs = keras.Input((8,), sparse=True)
     model = kgc.ClippedModel(inputs, keras.layers.Dense(2)(inputs))
-    model.compile("sgd", "mse", activation_gate=GATE)
+    if way == "insert":
+        model = GATE.insert(model)
+    model.compile("sgd", "mse", **{"activation_gate": GATE} if way == "compile" else {})
     x = tf.sparse.from_dense(np.eye(4, 8, dtype="float32"))
     model.fit(tf.data.Dataset.from_tensors((x, np.ones((4, 2)))), verbose=0)
 
@@ -294,6 +298,24 @@ def test_integer_inputs_and_masks_pass():
     want = model.predict(x, verbose=0)
     model.compile("sgd", "mse", activation_gate=GATE)
     np.testing.assert_array_equal(model.predict(x, verbose=0), want)
+
+
+def test_operations_in_a_graph_are_not_gated():
+    inputs = keras.Input((5, 1))
+    h = keras.layers.GRU(3, return_sequences=True)(keras.layers.Masking()(inputs))
+    h = ops.matmul(h, ops.transpose(h, (0, 2, 1)))
+    h = keras.layers.Dense(2, name="head")(keras.layers.Flatten()(h)[:, 1:] * 2.0)
+    model = keras.Model(inputs, h)
+    x = np.array([[3.0, -2.0, 1.0, 0.0, 0.0]], "float32")[..., None]
+    plain = model.predict(x, verbose=0)
+    compiled = kgc.ClippedModel(inputs, h)
+    compiled.compile("sgd", "mse", activation_gate=GATE)
+    inserted = GATE.insert(model)
+    np.testing.assert_array_equal(inserted.predict(x, verbose=0), plain)
+    gradients = [input_gradient(m, x) for m in (inserted, compiled, model)]
+    for ours, theirs in zip(*gradients[:2], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert not np.allclose(gradients[0][0], gradients[2][0])
 
 
 def test_insert_needs_a_graph():
