@@ -23,25 +23,18 @@ class ByVariable(Generic[T]):
     """A weak mapping from variables to values, by identity: variables are not hashable."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref, T]] = {}
+        self._values: dict[int, T] = {}
 
     def __contains__(self, variable: keras.Variable) -> bool:
-        entry = self._entries.get(id(variable))
-        return entry is not None and entry[0]() is variable
+        return id(variable) in self._values
 
     def __getitem__(self, variable: keras.Variable) -> T:
-        if variable not in self:
-            raise KeyError(variable)
-        return self._entries[id(variable)][1]
+        return self._values[id(variable)]
 
     def __setitem__(self, variable: keras.Variable, value: T) -> None:
-        key = id(variable)
-        entry = weakref.ref(variable, lambda ref: self._forget(key, ref))
-        self._entries[key] = (entry, value)
-
-    def _forget(self, key: int, ref: weakref.ref) -> None:
-        if key in self._entries and self._entries[key][0] is ref:
-            del self._entries[key]
+        if variable not in self:
+            weakref.finalize(variable, self._values.pop, id(variable))
+        self._values[id(variable)] = value
 
 
 #: The layer of each variable looked up so far, or None.

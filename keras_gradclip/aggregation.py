@@ -148,10 +148,8 @@ def is_chief(strategy: Strategy | None) -> bool:
     if not spans_workers(strategy):
         return True
     resolver = strategy.cluster_resolver
-    if resolver.task_type == "chief":
-        return True
-    cluster = resolver.cluster_spec().as_dict()
-    return resolver.task_type == "worker" and resolver.task_id == 0 and "chief" not in cluster
+    job = "chief" if "chief" in resolver.cluster_spec().as_dict() else "worker"
+    return (resolver.task_type, resolver.task_id) == (job, 0)
 
 
 def gather_numbers(strategy: Strategy, number: float) -> list[float]:
@@ -168,10 +166,11 @@ def gather_numbers(strategy: Strategy, number: float) -> list[float]:
 def make_step_function(
     model: keras.Model, step: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """A model's train or test function for a cluster, as Keras's `make_train_function` returns it.
+    """A train or test function of several replicas, as `make_train_function` of Keras makes it.
 
-    Keras 3.15 averages each log with `strategy.reduce("MEAN", v, axis=0)`, which fails on scalars.
-    This function averages all logs in one all-reduce, so that all workers have the same.
+    Keras's loop over `steps_per_execution` in the graph fails on merge calls ("must feed a value
+    for placeholder"). On a cluster its `strategy.reduce("MEAN", v, axis=0)` fails on scalar logs;
+    one all-reduce averages all logs here, so that all workers have the same.
 
     Args:
         model: a compiled model, created under the strategy's scope.
@@ -202,7 +201,6 @@ def make_step_function(
     def function(iterator: Iterator) -> Tensor:
         distributed = isinstance(iterator, tf.distribute.DistributedIterator)
         logs = None
-        # Merge calls fail in a graph's while loop.
         for _ in range(model.steps_per_execution):
             try:
                 logs = one_step(fetch(iterator) if distributed else next(iterator))
@@ -219,28 +217,23 @@ def _mean_over_replicas(strategy: Strategy, outputs: Tensor) -> Tensor:
     """A nested structure whose numbers are averaged over all replicas of all workers."""
     import tensorflow as tf
 
-    leaves = keras.tree.flatten(outputs)
-    replicas = [strategy.experimental_local_results(leaf) for leaf in leaves]
-
-    def is_number(values: Sequence[Tensor]) -> bool:
-        return all(
+    result: list[Tensor] = []
+    means: dict[int, Tensor] = {}
+    for i, leaf in enumerate(keras.tree.flatten(outputs)):
+        values = strategy.experimental_local_results(leaf)
+        result.append(values[0])
+        if all(
             isinstance(v, tf.Tensor)
             and (v.dtype.is_floating or v.dtype.is_integer)
             and v.shape.is_fully_defined()
             for v in values
-        )
-
-    numbers = [i for i, values in enumerate(replicas) if is_number(values)]
-    result = [values[0] for values in replicas]
-    if numbers:
-        # float64 holds every int32 and float32 exactly.
-        means = [
-            tf.reshape(tf.add_n([tf.cast(v, tf.float64) for v in values]) / len(values), [-1])
-            for values in (replicas[i] for i in numbers)
-        ]
-        mean = strategy.reduce("MEAN", tf.concat(means, axis=0), axis=None)
-        parts = tf.split(mean, [int(m.shape[0]) for m in means])
-        for i, part in zip(numbers, parts, strict=True):
+        ):  # float64 represents every int32 and float32 exactly
+            total = tf.add_n([tf.cast(v, tf.float64) for v in values])
+            means[i] = tf.reshape(total / len(values), [-1])
+    if means:
+        mean = strategy.reduce("MEAN", tf.concat([*means.values()], axis=0), axis=None)
+        parts = tf.split(mean, [int(m.shape[0]) for m in means.values()])
+        for i, part in zip(means, parts, strict=True):
             like = result[i]
             result[i] = tf.cast(tf.reshape(part, like.shape), like.dtype)
     return keras.tree.pack_sequence_as(outputs, result)
@@ -248,8 +241,6 @@ def _mean_over_replicas(strategy: Strategy, outputs: Tensor) -> Tensor:
 
 def check_replica_context() -> None:
     """Raises a ValueError if a strategy is in scope, but not inside `strategy.run`."""
-    if not is_tensorflow():
-        return
     import tensorflow as tf
 
     if tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context():
@@ -263,21 +254,17 @@ def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
     """The gradients summed over the replicas in one all-reduce; None stays None."""
     if strategy is None or strategy.num_replicas_in_sync == 1:
         return grads
-    grads = list(grads)
     import tensorflow as tf
 
-    context = tf.distribute.get_replica_context()
-    present = [i for i, g in enumerate(grads) if g is not None]
-    values = [grads[i] for i in present]
+    present = [g for g in grads if g is not None]
     if spans_workers(strategy):
         # On a worker with one replica, a variable's value that is read inside a cond has no device
         # ("destinations can not be empty"), but its copy has. Elsewhere a copy would turn one
         # tensor captured by all replicas into N gradients.
-        values = [tf.identity(value) for value in values]
-    reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-    for i, g in zip(present, reduced, strict=True):
-        grads[i] = g
-    return grads
+        present = [tf.identity(g) for g in present]
+    context = tf.distribute.get_replica_context()
+    sums = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present))
+    return [None if g is None else next(sums) for g in grads]
 
 
 def only_with(gradients: Gradients) -> contextlib.AbstractContextManager:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeVar
@@ -105,12 +104,11 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         object.__setattr__(self, "_clipping", clipping)
         if wrapper is not None:
             wrapper.telemetry = wrapper.telemetry or MEASURED_EVERY
-            means = {
-                "grad_norm": wrapper.mean_grad_norm,
-                "clip_fraction": wrapper.mean_clip_fraction,
-            }
             reset = wrapper.reset_telemetry
-            clipping.metrics = [_TelemetryMetric(name, mean, reset) for name, mean in means.items()]
+            clipping.metrics = [
+                _TelemetryMetric("grad_norm", wrapper.mean_grad_norm, reset),
+                _TelemetryMetric("clip_fraction", wrapper.mean_clip_fraction, reset),
+            ]
             wrapper.other_state = tuple
             is_scaled = self.optimizer is not wrapper
             if is_scaled or wrapper.skip_nonfinite or wrapper.skip_spikes:
@@ -161,9 +159,6 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
 
     _distribute_strategy: Strategy | None = None  # set by Keras on TensorFlow
 
-    def _spans_workers(self) -> bool:
-        return aggregation.spans_workers(self._distribute_strategy)
-
     def _local_batch(self, iterator: Iterable) -> Tensor:
         strategy = self._distribute_strategy
         if aggregation.spans_workers(strategy):
@@ -178,7 +173,7 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         return contextlib.nullcontext() if strategy is None else strategy.scope()
 
     @property
-    def metrics(self) -> list[keras.Variable]:
+    def metrics(self) -> list[keras.metrics.Metric]:
         """Keras's metrics; in training also `grad_norm` and `clip_fraction`.
 
         A figure is left out if another metric has its name.
@@ -211,14 +206,13 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         clipping = self._clipping
         if clipping.hidden:
             return []
-        for taken in [m.name for m in clipping.metrics if m.name in names]:
-            if taken not in clipping.warned:
-                clipping.warned.add(taken)
-                warnings.warn(
-                    f"ClippedModel: a metric of yours is called {taken!r}, so the clip's figure of "
-                    "that name is not logged. Rename yours, or call `optimizer.read_telemetry()`.",
-                    stacklevel=4,
-                )
+        for taken in {m.name for m in clipping.metrics}.intersection(names) - clipping.warned:
+            clipping.warned.add(taken)
+            warnings.warn(
+                f"ClippedModel: a metric of yours is called {taken!r}, so the clip's figure of "
+                "that name is not logged. Rename yours, or call `optimizer.read_telemetry()`.",
+                stacklevel=4,
+            )
         return [metric for metric in clipping.metrics if metric.name not in names]
 
     def fit(self, *args: object, **kwargs: object) -> keras.callbacks.History:
@@ -231,10 +225,11 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         wrapper = find(getattr(self, "optimizer", None))
         if wrapper is not None and wrapper.watchers:  # left by an interrupted `fit`
             wrapper.watchers, self.train_function = (), None
-        if not self._spans_workers():
+        strategy = self._distribute_strategy
+        if not aggregation.spans_workers(strategy):
             return super().fit(*args, **kwargs)  # type: ignore[misc]
         given = inspect.signature(super().fit).bind(*args, **kwargs)  # type: ignore[misc]
-        with chief_writes(self._distribute_strategy, given.arguments.get("callbacks")) as callbacks:
+        with chief_writes(strategy, given.arguments.get("callbacks")) as callbacks:
             given.arguments["callbacks"] = callbacks
             return super().fit(*given.args, **given.kwargs)  # type: ignore[misc]
 
@@ -262,19 +257,19 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         if clipping.metrics and backend.backend() == "jax":
             self._make_stateless(force)
         elif undo is None:
-            self._make_unrolled("train", force)
+            self._make_step_function("train", force)
         elif backend.backend() == "torch":  # its function looks up the train step at each call
             before = self.train_function
-            self._make_unrolled("train", force)
+            self._make_step_function("train", force)
             if self.train_function is not before:
                 self.train_function = undo.around(self.train_function)
         else:
             with self._with_train_step(undo.around(self.train_step)):
-                self._make_unrolled("train", force)
+                self._make_step_function("train", force)
 
     def make_test_function(self, force: bool = False) -> None:
         """Makes Keras's function; `steps_per_execution` also works on several replicas."""
-        self._make_unrolled("test", force)
+        self._make_step_function("test", force)
 
     train_step: Callable[..., Tensor]
 
@@ -319,30 +314,16 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
     steps_per_execution: int
     metrics_variables: list[keras.Variable]
 
-    def _make_unrolled(self, kind: str, force: bool) -> None:
-        """Makes Keras's train or test function; on several replicas, its steps in a Python loop.
-
-        Keras's while loop in the graph fails on the replicas' merge calls ("must feed a value for
-        placeholder"). For any iterator but TensorFlow's, its function loops in Python.
-        """
+    def _make_step_function(self, kind: str, force: bool) -> None:
+        """Makes the train or test function; see `aggregation.make_step_function`."""
         attribute, strategy = f"{kind}_function", self._distribute_strategy
-        before = getattr(self, attribute)
-        if self._spans_workers():
-            if before is None or force:
-                step = getattr(self, f"{kind}_step")
-                setattr(self, attribute, aggregation.make_step_function(self, step))
-            return
-        getattr(super(), f"make_{kind}_function")(force)
-        steps = getattr(self, attribute)
-        if steps is before or self.steps_per_execution == 1 or strategy is None:
-            return
-
-        def python_loop(iterator: Iterator) -> Config:
-            first = next(iterator)  # may raise StopIteration, as Keras expects
-            return steps(itertools.chain([first], iterator))
-
-        if strategy.num_replicas_in_sync > 1:
-            setattr(self, attribute, python_loop)
+        replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+        is_loop = replicas > 1 and self.steps_per_execution > 1
+        if not (is_loop or aggregation.spans_workers(strategy)):
+            getattr(super(), f"make_{kind}_function")(force)
+        elif force or getattr(self, attribute) is None:
+            step = getattr(self, f"{kind}_step")
+            setattr(self, attribute, aggregation.make_step_function(self, step))
 
     def get_compile_config(self) -> Config:
         """The JSON-able argument of `compile_from_config`."""
