@@ -38,7 +38,8 @@ from keras_gradclip.optimizer._inner import is_plain_sgd
 #: Attributes of a `Calibration` that say how its samples were taken.
 SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
 
-#: Of `max_ratio`: κ of 1e-3 and of 2e-3 serve the same learning rates (docs/evidence.md).
+#: The smallest suggested share of `max_ratio`: κ of 1e-3 and of 2e-3 serve the same learning rates
+#: (docs/evidence.md).
 LEAST_SHARE = 0.5
 
 
@@ -200,7 +201,7 @@ class Calibration:
             if _counts_units(measure) and not kernels:
                 continue
             pattern = re.escape(path) + "(/[^/]+)?"
-            if measure == "unit_ratio":  # "sign_step" skips vectors by itself
+            if measure == "unit_ratio":  # "unit_step" is for a clipper of all variables
                 names = "|".join(map(re.escape, dict.fromkeys(kernels)))
                 pattern = f"{re.escape(path)}/({names})"
             rules[pattern] = self._clipper(kind, limits[:, i], segments)
@@ -233,7 +234,7 @@ class Calibration:
         # A segment without gradients takes the threshold of the whole run.
         levels = np.where((levels > 0) & (whole > 0), levels, whole)
         if at_most := _measure(kind).at_most:
-            # After divergence gradients are near 0, and the threshold must not be.
+            # After divergence gradients are near 0; the threshold must not follow.
             most = getattr(self, at_most)
             least = LEAST_SHARE * most
             has_kernel = np.array([layer in self.kernels for layer in self.layers])

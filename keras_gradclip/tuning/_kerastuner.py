@@ -136,9 +136,9 @@ class SearchOracle(kt.Oracle):
             return STOPPED
         sign = -1 if self.objective.direction == "max" else 1
         ended.sort(key=lambda t: (sign * t.score, t.trial_id))  # a reload loses their order
-        # Of each kind the best, even if all of it diverged: other seeds may not.
+        # The best of each kind, even if all of it diverged: with other seeds it may not.
         best = {t.hyperparameters.values["clipper"] == "none": t for t in reversed(ended)}
-        chosen = sorted(best.values(), key=ended.index)  # the better first: it may be interrupted
+        chosen = sorted(best.values(), key=ended.index)  # the better one first
         confirmed = {t.hyperparameters.values.get(CONFIRMS) for t in self.trials.values()}
         for trial in chosen:
             if trial.trial_id not in confirmed:

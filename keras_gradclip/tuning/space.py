@@ -12,13 +12,11 @@ that a trial has no unused parameter.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import keras
@@ -28,6 +26,7 @@ import keras_gradclip as kgc
 from keras_gradclip.clippers import Parameter, parameters, selectable
 from keras_gradclip.clippers import threshold_of as threshold_name
 from keras_gradclip.clippers.units import units_of
+from keras_gradclip.files import read_json
 from keras_gradclip.names import did_you_mean, layer_of
 
 if TYPE_CHECKING:
@@ -67,15 +66,15 @@ def calibrated_ranges(path: str | os.PathLike) -> dict[str, tuple[float, float]]
         ValueError: the file is not a saved calibration.
     """
     try:
-        thresholds = json.loads(Path(path).read_text())["calibration"]["thresholds"]
+        thresholds = read_json(path)["calibration"]["thresholds"]
         known = {
             alias: [x for x in of_layer.values() if x and 0 < x < math.inf]
             for alias, of_layer in thresholds.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"calibration {str(path)!r} is no file that keras_gradclip.calibrate(...).save() "
-            f"wrote: {type(error).__name__}: {error}."
+            f"calibration {str(path)!r} was not written by keras_gradclip.calibrate(...).save(): "
+            f"{type(error).__name__}: {error}."
         ) from error
     result: dict[str, tuple[float, float]] = {}
     names: set[str] = set()
@@ -124,7 +123,7 @@ def clip_hyperparameters(
             in the range that the clipper suggests.
 
     Returns:
-        A dict of the active hyper-parameters by name, for `to_clipper` and `to_gate`.
+        The active hyper-parameters by name, for `to_clipper` and `to_gate`.
 
     Raises:
         ValueError: an unknown name or word, or an empty or reversed range.
@@ -148,7 +147,7 @@ def clip_hyperparameters(
             continue
         with hp.conditional_scope("clipper", [alias]):
             for p in known[alias].values():
-                # Of two parameters with one name, one may not be worth searching.
+                # A range without a clipper's name is for parameters that are worth searching.
                 shared = varied.get(p.name) if p.search or p.kind == "word" else None
                 declare.parameter(alias, p, varied.get(f"{alias}/{p.name}", shared))
     if activation_gate:
@@ -190,7 +189,7 @@ class _Declaration:
                     f"clip_hyperparameters: `{p.name}` {list(given or ())} holds nothing for "
                     f"{alias!r}, which takes {', '.join(words)}."
                 )
-            if own != [p.default or NONE]:  # else what `to_clipper` takes anyway
+            if own != [p.default or NONE]:  # `to_clipper` uses the default anyway
                 self.word(name, own)
             return
         limits = given or p.range
