@@ -30,6 +30,7 @@ from keras_gradclip.diagnostics.sampler import (
     sync,
     watched_optimizers,
 )
+from keras_gradclip.diagnostics.samples import by_layer
 from keras_gradclip.files import write_json
 from keras_gradclip.names import layers_of, path_of, size_of
 from keras_gradclip.optimizer._advice import step_bound
@@ -487,29 +488,23 @@ def _suggest(
         rates = np.maximum.accumulate(np.maximum(rates, arithmetic.TINY))
     figures["unit_step"] = step * rates
 
-    owners = np.array(layers_of(variables))
-    layers = list(dict.fromkeys(owners.tolist()))
-    is_kernel = np.array(
-        [len(u.axes) < len(v.shape) for u, v in zip(units_of(variables), variables, strict=True)]
-    )
-
-    def by_layer(measure: str) -> np.ndarray:
-        counted = is_kernel if _counts_units(measure) else np.ones_like(is_kernel)
-        combine = np.linalg.norm if measure == "layer_norm" else np.max
-        result = np.full((len(kept), len(layers)), np.nan)
-        for k, layer in enumerate(layers):
-            if (own := (owners == layer) & counted).any():
-                result[:, k] = combine(figures[measure][:, own], axis=1)
-        return result
-
+    owners, units = layers_of(variables), units_of(variables)
+    is_kernel = [len(u.axes) < len(v.shape) for u, v in zip(units, variables, strict=True)]
     kernels: dict[str, list[str]] = {}
     for i in np.flatnonzero(is_kernel):
-        kernels.setdefault(owners[i].item(), []).append(path_of(variables[i]).rpartition("/")[2])
-    of_layers = {kind: by_layer(selectable()[kind].measures or "") for kind in kinds()}
+        kernels.setdefault(owners[i], []).append(path_of(variables[i]).rpartition("/")[2])
+    largest = {name: by_layer(np.maximum, values, owners) for name, values in figures.items()}
+    largest["layer_norm"] = np.sqrt(by_layer(np.add, norms**2, owners))
+    for measure in filter(_counts_units, figures):
+        of_kernels = np.where(is_kernel, figures[measure], np.nan)
+        largest[measure] = by_layer(np.fmax, of_kernels, owners)
     return Calibration(
-        layers,
+        list(dict.fromkeys(owners)),
         kernels,
-        {**of_layers, "global": np.linalg.norm(norms, axis=1)},
+        {
+            **{kind: largest[selectable()[kind].measures or ""] for kind in kinds()},
+            "global": np.linalg.norm(norms, axis=1),
+        },
         nonfinite=len(samples) - len(kept) + skipped,
         max_ratio=bound.max_ratio,
         anneal=bound.anneal,

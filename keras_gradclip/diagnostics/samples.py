@@ -265,7 +265,7 @@ def read_run(run_dir: str | os.PathLike) -> Run:
         name: (np.array([step for step, _ in of]), np.array([value for _, value in of]))
         for name, of in pairs.items()
     }
-    return _by_layer(rows, description, thresholds, tuple(problems))
+    return _run_of(rows, description, thresholds, tuple(problems))
 
 
 def _description(path: Path) -> Config:
@@ -289,7 +289,19 @@ def _description(path: Path) -> Config:
     return content
 
 
-def _by_layer(
+def by_layer(combine: np.ufunc, values: np.ndarray, owners: Sequence[str]) -> np.ndarray:
+    """Values `[samples, variables]` combined over the variables of each layer: `[samples, layers]`.
+
+    Args:
+        combine: the function, such as `np.add`.
+        values: the array.
+        owners: the layer of each variable.
+    """
+    masks = [np.array(owners) == layer for layer in dict.fromkeys(owners)]
+    return np.stack([combine.reduce(values[:, mask], axis=1) for mask in masks], axis=1)
+
+
+def _run_of(
     rows: Sequence[Mapping[str, str]],
     description: Config,
     thresholds: Thresholds,
@@ -311,29 +323,24 @@ def _by_layer(
         samples[-1][:, i] = [float(row[field]) for field in FIELDS]
     values = dict(zip(FIELDS, np.stack(samples, axis=1), strict=True))
 
-    owners = np.array([v["layer"] for v in variables])
+    owners = [v["layer"] for v in variables]
     sizes = np.array([max(math.prod(v["shape"]), 1) for v in variables], "float64")
-    layers = list(dict.fromkeys(owners.tolist()))
     has_row = is_measured(values)
     of_variable = {name: np.where(has_row, array, 0.0) for name, array in values.items()}
     fraction = of_variable["clip_fraction"]
 
-    def by_layer(combine: np.ufunc, array: np.ndarray) -> np.ndarray:
-        """`[samples, layers]`: an array `[samples, variables]` combined over each layer."""
-        return np.stack([combine.reduce(array[:, owners == name], 1) for name in layers], axis=1)
-
-    measured = by_layer(np.logical_or, has_row)
-    figures = {name: by_layer(np.maximum, of_variable[name]) for name in FIELDS}
+    measured = by_layer(np.logical_or, has_row, owners)
+    figures = {name: by_layer(np.maximum, of_variable[name], owners) for name in FIELDS}
     for name in ("norm_before", "norm_after"):
-        figures[name] = np.sqrt(by_layer(np.add, of_variable[name] ** 2))
-    elements = by_layer(np.add, has_row * sizes)
-    figures["clip_fraction"] = by_layer(np.add, fraction * sizes) / np.maximum(elements, 1.0)
+        figures[name] = np.sqrt(by_layer(np.add, of_variable[name] ** 2, owners))
+    elements = np.maximum(by_layer(np.add, has_row * sizes, owners), 1.0)
+    figures["clip_fraction"] = by_layer(np.add, fraction * sizes, owners) / elements
     return Run(
         np.array(steps),
-        layers,
+        list(dict.fromkeys(owners)),
         {name: np.where(measured, figure, np.nan) for name, figure in figures.items()},
-        by_layer(np.logical_or, fraction > 0),
-        np.any(by_layer(np.logical_or, (fraction > 0) & (fraction < 1)), axis=0),
+        by_layer(np.logical_or, fraction > 0, owners),
+        np.any(by_layer(np.logical_or, (fraction > 0) & (fraction < 1), owners), axis=0),
         measured,
         thresholds,
         description,
