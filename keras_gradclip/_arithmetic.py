@@ -236,11 +236,8 @@ def fractions_over(
 ) -> list[Tensor]:
     """The fraction of elements with |x| > limit, for each x; float32 scalars.
 
-    Args:
-        xs: values of gradients.
-        limits: scalars, or tensors of the shapes of `xs`.
-        sizes: the numbers of elements of the variables, including rows that a sparse gradient
-            lacks.
+    A limit is a scalar or has the shape of x. A size is that of the variable, including rows that
+    a sparse gradient lacks.
     """
     cast = {
         (id(limit), x.dtype): ops.cast(limit, x.dtype) for x, limit in zip(xs, limits, strict=True)
@@ -301,13 +298,7 @@ def _flat(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 def clip_factors(
     squares: Sequence[Tensor], limits: Sequence[Tensor], sizes: Sequence[int]
 ) -> list[Tensor]:
-    """The `clip_factor` of each scope.
-
-    Args:
-        squares: the squared norms, float32 scalars.
-        limits: the largest norms, float32 scalars.
-        sizes: the numbers of elements.
-    """
+    """The `clip_factor` of each scope, from its squared norm, its limit and its size."""
     # On a CPU, a large gradient with a separate factor is scaled while it is in the cache. Small
     # ones share operations.
     result: list[Tensor] = [None] * len(squares)
@@ -379,10 +370,7 @@ def merge_duplicate_rows(gradient: Gradient) -> Tensor:
 class Programs:
     """Functions of one large gradient, compiled by XLA, which goes through memory only once.
 
-    Gradients of one shape share a program.
-
-    Args:
-        variables: the variables, whose shapes decide for which gradients a compilation pays.
+    Gradients of one shape share a program. The variables' shapes decide where it pays.
     """
 
     def __init__(self, variables: Sequence[keras.Variable]) -> None:

@@ -38,10 +38,8 @@ def changed(
 ) -> Iterator[None]:
     """Replaces methods of an optimizer of any class within the context.
 
-    Args:
-        optimizer: the optimizer.
-        methods: name of a method to a function of (the replaced method, its arguments); names that
-            the optimizer lacks are ignored.
+    `methods` maps the name of a method to a function of (the replaced method, its arguments); names
+    that the optimizer lacks are ignored.
     """
     new = {
         name: functools.partial(function, getattr(optimizer, name))

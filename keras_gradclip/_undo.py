@@ -24,11 +24,8 @@ Logs: TypeAlias = Mapping[str, Tensor] | object
 class Undo:
     """Restores the states of layers and metrics that the steps of a skipped update have written.
 
-    With accumulation, to their values before the first of its steps.
-
-    Args:
-        model: a compiled model.
-        wrapper: its ClippedOptimizer.
+    With accumulation, to their values before the first of its steps. The model is compiled with
+    the ClippedOptimizer `wrapper`.
     """
 
     def __init__(self, model: keras.Model, wrapper: keras.optimizers.Optimizer) -> None:

@@ -161,11 +161,7 @@ def made_of(owner: str, name: str, value: object, make: Callable[[Any], Any]) ->
 def config(
     owner: str, value: object, known: Iterable[str], needed: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """A copy of a config.
-
-    Raises:
-        ValueError: `value` is not a dict, has a key that is not `known`, or lacks one of `needed`.
-    """
+    """A copy of a config; raises a ValueError for an unknown or missing key."""
     known = list(known)
     if not isinstance(value, Mapping):
         raise ValueError(

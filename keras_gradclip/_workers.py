@@ -31,19 +31,9 @@ Callbacks: TypeAlias = (
 def chief_writes(strategy: Strategy | None, callbacks: Callbacks) -> Iterator[Callbacks]:
     """Redirects the files of Keras's callbacks to a temporary folder on all workers but the chief.
 
-    All workers run all callbacks, because saving a model may read a variable that each replica has
-    for itself, and that read sums over the workers. Other callbacks have to find the chief by
-    themselves.
-
-    Args:
-        strategy: the model's strategy, or None.
-        callbacks: the `callbacks` argument of `fit`.
-
-    Yields:
-        The callbacks to run in this process.
-
-    Raises:
-        ValueError: only some of the workers have a backup for BackupAndRestore.
+    Yields the callbacks to run in this process. All workers run all callbacks, because saving a
+    model may read a variable that each replica has for itself, which sums over the workers. Custom
+    callbacks have to find the chief by themselves.
     """
     if not aggregation.spans_workers(strategy):
         yield callbacks

@@ -172,10 +172,6 @@ def make_step_function(
     for placeholder"). On a cluster its `strategy.reduce("MEAN", v, axis=0)` fails on scalar logs;
     one all-reduce averages all logs here, so that all workers have the same.
 
-    Args:
-        model: a compiled model, created under the strategy's scope.
-        step: its `train_step` or `test_step`.
-
     Returns:
         A function of an iterator that runs `steps_per_execution` steps and returns the last logs;
         it raises StopIteration or `tf.errors.OutOfRangeError` at the end of the data.

@@ -56,12 +56,7 @@ def write_json(
 
 
 def read_json(path: PathLike) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON.
-        OSError: the file cannot be read.
-    """
+    """The content of a JSON file; raises a ValueError if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -122,14 +117,8 @@ def read_csv(
 ) -> list[dict[str, Any]]:
     """The rows of a CSV file without an incomplete last line; [] if there is no file.
 
-    Args:
-        path: the file.
-        numbers: convert numbers to floats.
-        needs: columns that the file must have.
-
-    Raises:
-        ValueError: the file is not CSV, lacks a column, or a line has more or fewer fields than the
-            header.
+    With `numbers`, numbers are floats. Raises a ValueError if the file is not CSV, lacks a column
+    in `needs`, or a line has more or fewer fields than the header.
     """
     if not Path(path).exists():
         return []

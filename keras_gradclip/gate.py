@@ -195,10 +195,7 @@ class ActivationGate:
 class GatedInput(keras.layers.Layer):
     """The identity, with the gradient of an `ActivationGate`.
 
-    Args:
-        gate: an `ActivationGate`.
-
-    Input and output: a tensor of any shape and dtype; integers pass without a gate.
+    Input and output are tensors of any shape and dtype; integers pass without a gate.
     """
 
     def __init__(self, gate: ActivationGate, **kwargs: Tensor) -> None:
@@ -251,11 +248,7 @@ def active(gate: ActivationGate) -> Iterator[None]:
 
 
 def instrument(gate: ActivationGate, model: keras.Model) -> None:
-    """Prepares the layers of a model for `active`, also layers created since the last call.
-
-    Raises:
-        ValueError: the model is built and the gate selects no layer of it.
-    """
+    """Prepares the layers of a model for `active`, also layers created since the last call."""
     layers = _gateable(model)
     if model.built:
         gate._check_layers(model)

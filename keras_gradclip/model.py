@@ -38,21 +38,13 @@ class _TelemetryMetric(keras.metrics.Metric):
 
 
 class _Clipping:
-    """The state that `compile` creates, in a plain object, so that Keras does not track it twice.
-
-    Attributes:
-        metrics: the two figures that `fit` logs.
-        warned: names of figures that a metric of the user has.
-        gate: the activation gate.
-        hidden: whether the figures are hidden, as in an evaluation.
-        undo: restores the model after a skipped update.
-    """
+    """The state that `compile` creates, in a plain object, which Keras does not track."""
 
     def __init__(self) -> None:
         self.metrics: list[_TelemetryMetric] = []
-        self.warned: set[str] = set()
+        self.hidden = False  # whether the metrics are hidden, as in an evaluation
+        self.warned: set[str] = set()  # the names that a metric of the user has, too
         self.gate: gate.ActivationGate | None = None
-        self.hidden = False
         self.undo: Undo | None = None
 
 
