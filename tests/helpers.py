@@ -1,4 +1,4 @@
-"""A small conv net, a little data, and one way to train it under n replicas."""
+"""A small convolutional network, its data, and a function to train it on n replicas."""
 
 import contextlib
 

@@ -1,8 +1,7 @@
-"""What test_multiworker.py compares, run in one process and as one worker of several.
+"""Scenarios of test_multiworker.py, which run in one process and on several workers.
 
-As a script, with the checkout on PYTHONPATH: `multiworker_scenarios.py FOLDER NAME ...` runs the
-scenarios under the strategy that TF_CONFIG describes and writes what they return into
-`FOLDER/NAME-INDEX.npz`.
+The script `multiworker_scenarios.py FOLDER NAME ...`, with the checkout on PYTHONPATH, runs the
+scenarios under the strategy of TF_CONFIG and writes their results into `FOLDER/NAME-INDEX.npz`.
 """
 
 import contextlib

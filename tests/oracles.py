@@ -1,11 +1,11 @@
-"""What is promised, in float64 NumPy, slow and plain on purpose: clippers, and one whole update.
+"""Clippers and a whole update in float64 NumPy, slow and simple: the oracles of the tests.
 
 A clipper is its limit L. Element by element g' = clip(g, −L, L); over any other scope
 g' = g·min(1, L/‖g‖), where all gradients of a scope share ‖g‖.
 
-An update: add up micro-batches → sum over replicas → (sparse rows merged) → unscale → anything not
-finite, or a spike? skip, and the loss scale falls → clip → SGD or Adam (→ where a clipper limits
-weight updates: the change of the weights, clipped).
+An update: add up micro-batches → sum over replicas → (merge sparse rows) → unscale → skip if not
+finite or a spike, and lower the loss scale → clip → SGD or Adam (→ clip the weight update, if the
+clipper limits it).
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Other people's implementations that the tests and the benchmark compare with."""
+"""Other implementations that the tests and the benchmark compare with."""
 
 import importlib.util
 from pathlib import Path

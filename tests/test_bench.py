@@ -1,4 +1,4 @@
-"""The benchmark runs, at toy size; what it measures is nobody's business here."""
+"""The benchmark runs at toy size; its results are not checked."""
 
 import csv
 import subprocess

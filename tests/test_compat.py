@@ -1,4 +1,4 @@
-"""The private names that `_compat` uses: a new Keras that changes one is told here, plainly."""
+"""The private names of `_compat`: a Keras release that changes one fails with a clear message."""
 
 import inspect
 import re
@@ -211,7 +211,7 @@ def test_keras_still_updates_between_decay_and_averages():
 
 
 def test_nadam_alone_counts_its_updates():
-    """An update that counts must not be done in two parts."""
+    """Its updates must not be done in two parts."""
     assert _compat.updates_are_separable(keras.optimizers.Adam())
     assert not _compat.updates_are_separable(keras.optimizers.Nadam())
 

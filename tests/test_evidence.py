@@ -1,4 +1,4 @@
-"""The study: rows that are there are not trained again, and what the tables say of them."""
+"""The evidence study: finished rows are not trained again, and the tables show them."""
 
 import dataclasses
 

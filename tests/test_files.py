@@ -1,4 +1,4 @@
-"""Files are whole or not there: a full disk, a failing writer, a line cut off by a kill."""
+"""Files after a full disk, a failing writer, or a kill in the middle of a line."""
 
 import errno
 import os

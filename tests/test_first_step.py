@@ -1,4 +1,4 @@
-"""The first step is traced once: what it needs is made before it, not in it."""
+"""The first step is traced only once: all variables are created before its trace."""
 
 import contextlib
 
@@ -35,7 +35,7 @@ def with_heads(cls, count):
 
 
 def count_traces(base, optimizer, heads=1, **arguments):
-    """How often the first step of a network with so many outputs is traced."""
+    """The number of traces of the first step of a network with several outputs."""
     cls, traces = counting(base)
     model = with_heads(cls, heads)
     model.compile(optimizer, LOSS, **arguments)
@@ -98,7 +98,7 @@ def test_a_loss_scale_is_made_as_keras_makes_it():
 
 
 class Unfreeze(keras.callbacks.Callback):
-    """Chooses what is trained when Keras has made the function that trains it."""
+    """Chooses the trained layers after Keras has made the train function."""
 
     def on_train_begin(self, logs=None):
         self.model.trainable = True
@@ -175,7 +175,7 @@ def test_a_custom_loop_has_nothing_to_warn_of(skip_nonfinite, caplog):
 
 
 class Unbuilt(keras.Model):
-    """Has no variable before it is called, which is in the trace."""
+    """Creates its variables in its first call, which is traced."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the dispatch picks for large gradients, against the same oracles; replicas included."""
+"""Kernels for large gradients against the oracles, also on replicas."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ def large(seed=0):
 
 
 def traced(clipper, gs, vs):
-    """The clip inside a graph, where XLA may have it, and the graph."""
+    """The clip in a graph, which may compile it, and the graph."""
     step = tf.function(lambda *gs: clipper(list(gs), vs), autograph=False)
     concrete = step.get_concrete_function(*gs)
     return step(*gs), concrete.graph
@@ -92,7 +92,7 @@ def test_compiled_keeps_nan_and_bounds_infinity():
 @pytest.mark.parametrize("jit_compile", [True, False])
 @pytest.mark.parametrize("name", ["absolute", "exponential"])
 def test_nan_stays_in_a_compiled_step(name, jit_compile, inside):
-    """XLA's ClipByValue would make a limit of it."""
+    """XLA's ClipByValue would turn it into a limit."""
     vs = variables()
     gs = [tf.fill(v.shape, np.float32(np.nan)) for v in vs]
 
@@ -109,7 +109,7 @@ def test_nan_stays_in_a_compiled_step(name, jit_compile, inside):
 
 
 def test_sparse_beside_large_gradients():
-    """The number of looked-up rows changes from step to step: nothing for XLA."""
+    """The number of rows changes from step to step, so that XLA cannot compile it."""
     vs = [*large(), keras.Variable(np.ones((50, 3), "float32"), name="embeddings")]
     gs, g64 = gradients(vs)
 
@@ -222,7 +222,7 @@ def test_column_squares(shape):
     ids=str,
 )
 def test_precision_does_not_depend_on_the_shape(shape, jit_compile):
-    """Equal numbers, of which a long sum loses most, to the fifth digit."""
+    """Equal numbers, the worst case of a long sum, are exact to five digits."""
     x = tf.fill(shape, tf.constant(0.1, "float32"))
     square, count = float(np.float32(0.1)) ** 2, np.prod(shape)
     functions = {arithmetic.sum_of_squares: count}

@@ -1,4 +1,4 @@
-"""What DESIGN promises under "None means off": a ValueError with the argument, value and remedy."""
+"""Wrong arguments: a ValueError with the argument, the value and the remedy."""
 
 import keras
 import numpy as np

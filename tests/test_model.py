@@ -1,4 +1,4 @@
-"""ClippedTrainStep and ClippedModel: the ways of building, and what fit logs."""
+"""ClippedTrainStep and ClippedModel: ways to build them, and the logs of `fit`."""
 
 import keras
 import numpy as np
@@ -93,7 +93,7 @@ def test_keras_applications_body():
 
 @pytest.mark.parametrize("telemetry, measured", [(True, [0, 1, 2, 3]), (3, [0, 3]), (False, [0])])
 def test_grad_norm_and_clip_fraction_are_means_over_the_epoch(telemetry, measured):
-    """`ClippedModel` itself measures every 8th update, from the epoch's first on."""
+    """By default, every 8th update is measured, from the first of the epoch."""
     x, y = data(32)
     model = net()
     inner, clipper = keras.optimizers.SGD(0.0), kgc.AbsoluteClip(0.05)

@@ -1,4 +1,4 @@
-"""The notebooks of the site run, and what they show is small and names no machine."""
+"""The notebooks of the site run; their output is small and names no machine."""
 
 import os
 import re

@@ -1,9 +1,9 @@
-"""How many functions of ours an update passes from `fit` to the weight, and in how many files.
+"""The number of the plugin's functions and files that an update passes from `fit` to the weight.
 
-What the next reader of an update has to open, counted in the first step of `fit`, which traces:
-with model and optimizer built beforehand, and with the build inside. A comprehension or a generator
-belongs to the function that it stands in. The numbers only ever go down; `python tests/test_path.py
-[absolute|update_ratio|norm]` prints them, and the functions in the order in which they are entered.
+A reader of an update has to open them. They are counted in the first step of `fit`, which traces,
+with model and optimizer built before or in it; comprehensions and generators do not count. The
+numbers must not rise: `PYTHONPATH=. python tests/test_path.py [absolute|update_ratio|norm]` prints
+them, and the functions in the order of their first call.
 """
 
 import gc

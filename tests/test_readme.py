@@ -25,7 +25,7 @@ def blocks(name):
 
 
 def run_pages(names, folder):
-    """What the pages' blocks print, run one after the other in one process of their own."""
+    """The output of the pages' blocks, run one after the other in a separate process."""
     code = json.dumps({name: "\n".join(blocks(name)) for name in names})
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
@@ -77,14 +77,14 @@ def test_every_linked_file_exists():
 
 
 def test_every_printed_command_finds_its_environment():
-    """A bare `python recipes/...` fails where nobody activated .venv."""
+    """A bare `python recipes/...` fails unless .venv is activated."""
     for name in (*PAGES, "recipes/README.md"):
         bare = re.search(r"(?<![\w/])python (recipes|tuning)/\S+", (ROOT / name).read_text())
         assert not bare, f"{name}: write .venv/bin/{bare[0]}"
 
 
 def test_no_text_installs_what_no_index_has():
-    """The package is in no index yet: pip gets it from a checkout."""
+    """The package is not in an index yet: pip installs it from a checkout."""
     sources = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.ipynb")]
     for folder in ("keras_gradclip", "recipes", "tuning", "docs"):
         sources += [p for kind in ("py", "md") for p in (ROOT / folder).rglob(f"*.{kind}")]

@@ -1,4 +1,4 @@
-"""What is released installs and works where there is no checkout."""
+"""The wheel and the source distribution install and work without a checkout."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_a_distribution_installs_in_an_empty_environment(kind, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_editable_install_runs_the_recipes_from_any_folder(tmp_path):
-    """Without what they need: here it is about where they are found."""
+    """Without dependencies: only the location matters here."""
     source = tmp_path / "source"
     run("git", "clone", "--quiet", str(ROOT), str(source))
     venv.create(tmp_path / "own", with_pip=True)

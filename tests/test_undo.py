@@ -1,4 +1,4 @@
-"""A skipped update leaves no trace in the model and its metrics, as if its batches had not come."""
+"""A skipped update leaves the model and its metrics as they were without its batches."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ y = x[:, :1].copy()
 
 
 class OwnStep(kgc.ClippedModel):
-    """As somebody may write it; it trains as Keras does."""
+    """A custom train step that trains as Keras does."""
 
     def train_step(self, *args):
         return super().train_step(*args)
@@ -36,7 +36,7 @@ def network(model_class=kgc.ClippedModel):
 
 
 def trained(batches, *, bad=(), steps=None, replicas=0, model_class=kgc.ClippedModel, **arguments):
-    """A model after these batches, some of them spoiled by one NaN, and its history."""
+    """A model trained on these batches, some with one NaN, and its history."""
     data = x.copy()
     for i in bad:
         data[i * BATCH + BATCH - 1] = np.nan  # the last example: of the last replica
@@ -117,7 +117,7 @@ def test_a_skipped_update_is_as_if_its_batches_had_not_come(case, bad, steps):
 
 
 def test_a_plain_model_cannot():
-    """What this is about; the optimizer alone does not know the model."""
+    """The reason for all this: the optimizer alone does not know the model."""
     model, history = trained(range(8), bad=[3], model_class=keras.Model)
     assert model.optimizer.skipped_steps == 1
     assert np.isnan(history["loss"][0])
@@ -182,7 +182,7 @@ def test_spikes_and_states_of_recurrent_layers():
 
 
 def test_an_epoch_that_ends_in_an_update_counts_its_own_batches():
-    """What the epoch before has counted is not brought back."""
+    """The metrics of the epoch before are not restored."""
     model = network()
     optimizer = kgc.ClippedOptimizer(
         keras.optimizers.SGD(0.01), None, skip_nonfinite=True, gradient_accumulation_steps=3

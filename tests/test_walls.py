@@ -1,4 +1,4 @@
-"""Imports point one way: the walls of the house, read from the import graph."""
+"""The import graph: the plugin's modules import in one direction, and only some of each other."""
 
 import graphlib
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 grimp = pytest.importorskip("grimp")
 
-#: The plugin's rooms, from the ground up; a room imports those before it and itself.
+#: The plugin's layers from the bottom up; each imports only itself and the layers before it.
 ROOMS = (
     ("_validation", "declarations", "command_line"),  # without Keras
     ("_types", "_compat", "_layers", "names", "files"),
@@ -17,7 +17,7 @@ ROOMS = (
     ("optimizer",),
     ("gate", "_undo", "model"),
     ("diagnostics",),
-    ("", "tuning", "__main__"),  # the package itself, and what stands on it
+    ("", "tuning", "__main__"),  # the package itself, and modules that import it
 )
 
 
@@ -65,10 +65,10 @@ def test_the_plugin_stands_alone(graph):
     for other in ("recipes", "tuning"):
         assert not graph.find_shortest_chains("keras_gradclip", other), other
     assert not graph.find_shortest_chains("recipes", "tuning")
-    assert "benchmarks" not in graph.modules  # nobody imports what only measures
+    assert "benchmarks" not in graph.modules  # measures only, imported by nobody
 
 
-#: A private module of the plugin, and who outside of it needs which part of it.
+#: Modules outside of the plugin that import one of its private modules, and why.
 KNOWN_OUTSIDERS = {
     ("recipes.training.checkpoint", "keras_gradclip._compat"),  # layers at any depth
 }
@@ -112,7 +112,7 @@ def test_private_names_of_hosts_live_in_one_module(graph, package, private, home
 
 
 def test_the_package_loads_neither_kerastuner_nor_matplotlib():
-    """In a process of its own: what is imported inside a function does not count."""
+    """In a separate process, because imports inside functions do not count."""
     code = (
         "import sys, keras; before = set(sys.modules); import keras_gradclip; "
         "heavy = {'keras_tuner', 'matplotlib', 'jinja2', 'optuna', 'tensorflow_datasets'}; "

@@ -1,4 +1,4 @@
-"""Four CPU devices for JAX, asked for before it starts; TensorFlow's are in tests/conftest.py."""
+"""Four CPU devices for JAX, set before it starts; TensorFlow's are set in tests/conftest.py."""
 
 import os
 

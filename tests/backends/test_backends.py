@@ -25,7 +25,7 @@ RTOL, ATOL = 2e-5, 2e-6
 
 
 def model_of(model_class=kgc.ClippedModel, seed=3):
-    """Two linear layers: the gradients are easy to write down, and too large without a clip."""
+    """Two linear layers, whose gradients are simple and too large without a clip."""
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((4,))
     h = keras.layers.Dense(5, name="one", bias_initializer="random_normal")(inputs)
@@ -93,7 +93,7 @@ def check(model, want, rtol=RTOL):
 
 
 def twin(clipper):
-    """What NumPy makes of a clipper, as `numpy_run` calls it."""
+    """The NumPy version of a clipper, for `numpy_run`."""
     clip = oracles.Clip(clipper)
     return lambda g, w, step: clip(g, w, PATHS, step)
 
@@ -349,7 +349,7 @@ def test_a_loss_scale_optimizer_around():
 
 
 def test_mixed_float16():
-    """The loss is scaled by 2**15 on the way; the clip sees what is left without that."""
+    """The loss is scaled by 2**15, but the clip sees unscaled gradients."""
     keras.config.set_dtype_policy("mixed_float16")
     x, y = data(1)
     model = model_of()
@@ -408,7 +408,7 @@ def test_steps_per_execution():
 
 
 def test_the_figures_in_every_kind_of_logs():
-    """Batch logs run along with the updates; validation and evaluation do not disturb them."""
+    """Batch logs follow the updates; validation and evaluation do not change them."""
     seen = []
 
     class Look(keras.callbacks.Callback):
@@ -504,7 +504,7 @@ def test_a_train_step_of_ones_own():
 
 @pytest.mark.parametrize("clipper", [kgc.NormClip(0.5), kgc.ExponentialClip(0.7, 0.2)], ids=str)
 def test_apply_in_a_loop_of_ones_own(clipper):
-    """`apply` builds by itself, takes None, and needs no scope that the backend would give."""
+    """`apply` builds the optimizer, accepts None, and needs no scope of the backend."""
     x, y = data(1)
     model = model_of(keras.Model)
     before = model.get_weights()
@@ -626,7 +626,7 @@ def test_cond_writes_what_the_chosen_branch_writes(outer, inner, want):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_monitor(every, tmp_path):
-    """Five updates, the third left out: what is sampled is what NumPy says."""
+    """Five updates, the third skipped: the samples are those of NumPy."""
     x, y = data(5)
     x[2 * BATCH, 0] = np.nan
     model = model_of()
@@ -681,7 +681,7 @@ def test_calibrate_puts_everything_back(follow):
 )
 @pytest.mark.parametrize("rows", [1000003, 1 << 20])
 def test_norms_of_long_variables(rows, clipper, norm):
-    """Equal numbers, of which a long sum loses most, to the fifth digit."""
+    """Equal numbers, the worst case of a long sum, are exact to five digits."""
     g = np.full((rows, 3), 0.1, "float32")
     variable = keras.Variable(np.zeros(g.shape, "float32"), name="kernel")
     (clipped,) = clipper([ops.convert_to_tensor(g)], [variable])
@@ -738,7 +738,7 @@ if BACKEND == "jax":  # elsewhere Keras takes no jit by itself on a CPU
 
 @functools.cache
 def run_of(feature, how):
-    """The figures of a model after two epochs with a feature, and what it measured."""
+    """The weights and measurements of a model after two epochs with a feature."""
     x, y = data(6)
     if "skips" in feature or feature in ("monitor", "loss scale"):
         x[2 * BATCH, 0] = np.nan
@@ -803,7 +803,7 @@ def test_telemetry_in_a_loop_of_ones_own(telemetry):
 
 @pytest.fixture
 def data_parallel():
-    """A function of a number of devices: train on as many from then on."""
+    """A function that sets the number of devices for the following training."""
     devices = keras.distribution.list_devices("cpu")
     assert len(devices) >= 4, "XLA_FLAGS must ask for four devices before JAX starts"
 

@@ -1,4 +1,4 @@
-"""A metric of the user's that is called as one of the two figures keeps its name."""
+"""A user's metric with the name of one of the two figures keeps it."""
 
 import warnings
 
@@ -18,7 +18,7 @@ not_jax = pytest.mark.skipif(BACKEND == "jax", reason="a train step on JAX is wr
 
 
 class Constant(keras.metrics.Metric):
-    """A metric whose result is the same whatever comes."""
+    """A metric with a constant result."""
 
     def update_state(self, *args, **kwargs):
         pass
@@ -28,7 +28,7 @@ class Constant(keras.metrics.Metric):
 
 
 class Several(Constant):
-    """A metric with a result of several names."""
+    """A metric with several results."""
 
     def __init__(self, inner):
         super().__init__(name="several")

@@ -1,4 +1,4 @@
-"""`calibrate` puts back all that a training step may change, on every backend."""
+"""`calibrate` restores all that a training step may change, on every backend."""
 
 import random
 
@@ -56,7 +56,7 @@ def optimizers():
 
 
 def parts():
-    """For each kind of state layers that have it; in a row, so that one training shows them all."""
+    """Layers with each kind of state, in one model, so that one training covers them all."""
     return {
         "counted, drawn": [
             layers.Dropout(0.3),
@@ -89,7 +89,7 @@ def fit(model):
 
 
 def run(make, calibrates, **arguments):
-    """Losses and weights of an epoch after another, with or without `calibrate` in between."""
+    """Losses and weights of a second epoch, with or without `calibrate` before it."""
     keras.utils.set_random_seed(1)
     model = make()
     fit(model)
@@ -169,7 +169,7 @@ def draws():
 
 @pytest.mark.parametrize("drawn", [False, True])
 def test_what_set_random_seed_sets_is_put_back(drawn):
-    """Also where nothing was drawn before, so that Keras has no generator yet."""
+    """Also before the first draw, when Keras has no generator yet."""
     model = model_with(layers.Dropout(0.1))
 
     def prepare():

@@ -1,4 +1,4 @@
-"""What a monitor and `calibrate` watch: several optimizers, others than the model's, late ones."""
+"""`ClipMonitor` and `calibrate` with several optimizers, some not the model's, or built late."""
 
 import csv
 
@@ -32,7 +32,7 @@ def clipped(inner, max_norm=0.5, **arguments):
 
 
 def several(kind="map"):
-    """An optimizer for layer "one", another for layer "two"; the map has a third in vain."""
+    """An optimizer for layer "one" and one for "two"; a third has no variables."""
     first, second = clipped(keras.optimizers.SGD(0.01), 0.5), clipped("adam", 2.0)
     if kind != "function":
         rules = {"one/.*": first, "nothing/.*": clipped("rmsprop")}
@@ -44,7 +44,7 @@ def several(kind="map"):
 
 
 def alone(part):
-    """The same run watched with one optimizer for everything, of which a part is looked at."""
+    """A part of the figures of the same run with a single optimizer."""
     monitor = kgc.ClipMonitor(every=1)
     stacked(clipped(keras.optimizers.SGD(0.01))).fit(X, Y, callbacks=[monitor], **FIT)
     return np.array([row[part] for row in monitor.history["norm_before"]])
