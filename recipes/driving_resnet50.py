@@ -18,13 +18,13 @@ signs take 105 seconds of processor time. Result (seed 0): 97.5 % validation and
 accuracy, 80 images each.
 """
 
-import argparse
 import dataclasses
 import sys
 from typing import Any
 
 try:
     from recipes.driving import steering
+    from recipes.plugin import command_line
     from recipes.training import Recipe, main
     from recipes.training.options import Option
 except ModuleNotFoundError as error:
@@ -98,10 +98,9 @@ SIGNS = Recipe(
 
 def choose(argv):
     """The recipe of the task that a command line names."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default="steering")
+    task = command_line.early(argv, "--task")["task"]
     # Any other word is rejected by the recipe's own check.
-    return SIGNS if parser.parse_known_args(argv)[0].task == "signs" else RECIPE
+    return SIGNS if task[-1:] == ["signs"] else RECIPE
 
 
 if __name__ == "__main__":

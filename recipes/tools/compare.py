@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,9 @@ try:
     from recipes.plugin import files
     from recipes.registry import RECIPES, find_recipe
     from recipes.tools import study
+    from recipes.training import Recipe
     from recipes.training import options as opts
-    from recipes.training.folder import check_options, folder_named
+    from recipes.training.folder import BACKUP, BEST, CONFIG, HISTORY, differences, folder_named
     from recipes.training.recipe import at_chance
     from recipes.words import show_table
 except ModuleNotFoundError as error:
@@ -52,34 +53,29 @@ _OF_HISTORY = ("epoch", "val_accuracy", "clip_fraction")
 OWN = "recipe"
 
 
-def clipper_values(text: str) -> dict:
+def clipper_values(recipe: Recipe, text: str) -> Mapping[str, Any]:
     """The options of one value of `--clippers`.
 
     `"norm:max_norm=5,scope=global"` gives `{"clipper": "norm", "max_norm": 5.0, "scope":
     "global"}`, `"recipe"` gives `{}`.
 
     Raises:
-        RecipeError: an unknown clipper or parameter, or a value that is not a number.
+        RecipeError: an unknown clipper or parameter, or an invalid value.
     """
-    name, _, tail = text.partition(":")
-    if name == OWN and not tail:
+    if text == OWN:
         return {}
-    names = (*opts.clippers(), opts.NONE)
-    if name not in names:
-        raise RecipeError(f"--clippers {text}: must start with {OWN} or one of {', '.join(names)}")
-    flags = {p.name: (flag, p) for flag, p in opts.clipper_flags().get(name, {}).items()}
-    values: dict = {"clipper": name}
+    name, _, tail = text.partition(":")
+    flags = {
+        p.name: flag for flag, p in opts.clipper_flags(recipe.extra_options).get(name, {}).items()
+    }
+    words = ["--clipper", name]
     for part in filter(None, tail.split(",")):
         key, _, value = part.partition("=")
-        if key not in flags:
-            allowed = ", ".join(flags) or "none"
-            raise RecipeError(f"--clippers {text}: {key!r} is not a parameter of {name}: {allowed}")
-        flag, parameter = flags[key]
-        try:
-            values[flag] = parameter.read(value)
-        except ValueError:
-            raise RecipeError(f"--clippers {text}: {key}={value!r} is not a number") from None
-    return values
+        words += [opts.flag_of(flags.get(key, key)), value]
+    try:
+        return opts.parse(recipe, words).given
+    except RecipeError as error:
+        raise RecipeError(f"--clippers {text}: {error}") from None
 
 
 def folder_of(output: Path, row: study.Row) -> Path:
@@ -88,37 +84,35 @@ def folder_of(output: Path, row: study.Row) -> Path:
     return output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
 
 
-def run_cell(recipe, values: dict, folder: Path) -> dict:
+def run_cell(recipe: Recipe, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Trains one run and returns its results; resumes an interrupted run in `folder`."""
     import pandas as pd
 
     from recipes.training import run
 
-    resume = (folder / "config.json").exists()
+    resume = (folder / CONFIG).exists()
     options = dataclasses.replace(recipe.options(**values), resume=resume)
     try:
         result = run(recipe, options, folder)
     except TrainingDiverged as error:
-        rows = pd.DataFrame(files.read_csv(folder / "history.csv"), columns=_OF_HISTORY)
-        row: dict[str, Any] = {
+        rows = pd.DataFrame(files.read_csv(folder / HISTORY), columns=_OF_HISTORY)
+        return {
             "status": "diverged",
             "val_accuracy": rows["val_accuracy"].max(),
             "clip_fraction": rows["clip_fraction"].mean(),
             "epochs": len(rows),
             "diverged_step": error.step,
         }
-    else:
-        assert result is not None  # None only on a worker
-        guess = 1 / result.data.num_outputs
-        row = {
-            "status": "at chance" if at_chance(result.best, guess) else "learned",
-            "val_accuracy": result.best,
-            "test_accuracy": result.test.get("accuracy", ""),
-            "clip_fraction": result.clip_fraction,
-            "epochs": len(result.history),
-            "seconds": round(result.seconds, 1),
-        }
-    return row
+    assert result is not None  # None only on a worker
+    guess = 1 / result.data.num_outputs
+    return {
+        "status": "at chance" if at_chance(result.best, guess) else "learned",
+        "val_accuracy": result.best,
+        "test_accuracy": result.test.get("accuracy", ""),
+        "clip_fraction": result.clip_fraction,
+        "epochs": len(result.history),
+        "seconds": round(result.seconds, 1),
+    }
 
 
 def outcome(row: study.Row) -> str:
@@ -148,7 +142,14 @@ def draw(rows: pd.DataFrame, path: Path, title: str) -> None:
     study.draw(path, rows, title, measures)
 
 
-def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Path) -> pd.DataFrame:
+def compare(
+    recipe: Recipe,
+    rest: Sequence[str],
+    clippers: Sequence[str],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    output: Path,
+) -> pd.DataFrame:
     """Runs the cells that have no row in `output`; returns all rows.
 
     `rest` are options for every run, as on the recipe's command line.
@@ -166,7 +167,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
     clipping = opts.clipping_names(recipe.extra_options)
     cells = []
     for rate, seed, clipper in itertools.product(learning_rates, seeds, clippers):
-        chosen = clipper_values(clipper)
+        chosen = clipper_values(recipe, clipper)
         values = {n: v for n, v in shared.items() if not chosen or n not in clipping}
         values |= {**chosen, "learning_rate": rate, "seed": seed}
         recipe.options(**values)  # check every cell before the first run
@@ -175,11 +176,16 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
         cells.append(study.Cell(key, f"{clipper} at {rate:g}, seed {seed}", job))
     output.mkdir(parents=True, exist_ok=True)
     # Options of all cells: rows with different ones must not share a table.
-    common = dict(recipe.options(**shared).saved)
-    for name in ("learning_rate", "seed"):
-        common.pop(name)
+    varied = ("learning_rate", "seed")
+    common = {n: v for n, v in recipe.options(**shared).saved.items() if n not in varied}
     settings = output / "compare.json"
-    check_options(settings, recipe, common)
+    if settings.exists():
+        before = opts.read_config(settings, recipe)
+        before, now = (opts.with_defaults(recipe, values) for values in (before, common))
+        if changed := differences(before, now):
+            raise RecipeError(
+                f"{output} was begun with other options: name another --output ({changed})"
+            )
     table = study.StudyFile(output / "compare.csv", KEY, RESULTS, _NUMBERS)
     table.read()  # detects damage before anything is written
     files.write_json(settings, common)
@@ -189,7 +195,7 @@ def compare(recipe, rest: list[str], clippers, learning_rates, seeds, output: Pa
 
     def after(row: study.Row) -> None:
         # Hundreds of megabytes a cell; not before it has its row, or a kill would leave neither.
-        for name in ("backup.npz", "best.keras"):
+        for name in (BACKUP, BEST):
             (folder_of(output, row) / name).unlink(missing_ok=True)
         picture()
 
@@ -210,15 +216,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         given, rest = parser.parse_known_args(argv)
-        opts.parse(find_recipe(given.recipe), rest, parser.flags)
+        recipe = find_recipe(given.recipe)
+        opts.parse(recipe, rest, parser.flags)  # suggests one of them for a misspelt flag
         usual = f"runs/compare-{given.recipe}"
         output = folder_named(usual if given.output is None else given.output)
-        recipe, rates = find_recipe(given.recipe), given.learning_rates
-        rows = compare(recipe, rest, given.clippers, rates, given.seeds, output)
+        rows = compare(recipe, rest, given.clippers, given.learning_rates, given.seeds, output)
+        seeds = ", ".join(map(str, given.seeds))
         show_table(
             study.cross_table(scored(rows), "learning_rate", "clipper", cell_text),
-            f"{given.recipe}: best validation accuracy in %, mean (lowest–highest); seeds: "
-            + ", ".join(map(str, given.seeds)),
+            f"{given.recipe}: best validation accuracy in %, mean (lowest–highest); seeds: {seeds}",
         )
         print(f"results in {output / 'compare.csv'} and {output / 'compare.png'}")
 

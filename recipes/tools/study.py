@@ -61,11 +61,6 @@ class StudyFile:
     results: Sequence[str]
     numbers: Sequence[str] = ()
 
-    @property
-    def columns(self) -> list[str]:
-        """All columns, in the order of the file."""
-        return [*self.key, *self.results]
-
     def read(self) -> pd.DataFrame:
         """The rows, with `numbers` as floats and everything else as text.
 
@@ -74,9 +69,10 @@ class StudyFile:
         """
         import pandas as pd
 
+        columns = [*self.key, *self.results]
         with plain_errors():
-            rows = files.read_csv(self.path, numbers=False, needs=self.columns)
-        columns = list(rows[0]) if rows else self.columns  # the user may have added some
+            rows = files.read_csv(self.path, numbers=False, needs=columns)
+        columns = list(rows[0]) if rows else columns  # the user may have added some
         try:
             frame = pd.DataFrame(rows, columns=columns, dtype=str)
             return frame.astype(dict.fromkeys(self.numbers, float))
@@ -109,8 +105,7 @@ class StudyFile:
         Args:
             cells: the cells in order.
             outcome: returns the text about a row in the log.
-            pace: seconds for each unit of `cost` on two CPU cores, for the first estimate if
-                the file has no rows; or None.
+            pace: usual seconds per unit of `cost`, for the estimate before the first row; or None.
             after: called with each new row.
 
         Returns:
@@ -120,16 +115,15 @@ class StudyFile:
 
         before = self.read()
         known = [self.identity(row) for row in before.to_dict("records")]
-        asked = {self.identity(cell.key): cell for cell in cells}  # one that is named twice once
+        asked = {self.identity(cell.key): cell for cell in cells}  # each once
         left = [cell for key, cell in asked.items() if key not in known]
         took = zip(known, pd.to_numeric(before["seconds"], errors="coerce"), strict=True)
         paces = [s / asked[key].cost for key, s in took if key in asked and s >= 0]  # no NaN
+        usual = [] if pace is None else [pace]
         cost = sum(cell.cost for cell in left)
         if left:
-            print(
-                f"{len(left)} of {len(asked)} runs to do: {_estimate(paces, pace, cost)}",
-                flush=True,
-            )
+            estimate = _estimate(paces or usual, cost)
+            print(f"{len(left)} of {len(asked)} runs to do: {estimate}", flush=True)
         for number, cell in enumerate(left, start=1):
             print(f"{number} of {len(left)}: {cell.name}", flush=True)
             begun, cost = time.monotonic(), cost - cell.cost
@@ -138,7 +132,7 @@ class StudyFile:
             row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
             paces.append(float(row["seconds"]) / cell.cost)
             files.append_csv(self.path, list(before), [[row.get(name, "") for name in before]])
-            more = f"; {_estimate(paces, pace, cost)} left" if number < len(left) else ""
+            more = f"; {_estimate(paces, cost)} left" if number < len(left) else ""
             print(f"  {outcome(row)}, {duration(seconds)}{more}", flush=True)
             after(row)
         rows = self.read()
@@ -159,13 +153,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _estimate(paces: Sequence[float], usual: float | None, cost: float) -> str:
-    """How long runs of this `cost` will take; paces are seconds per unit of it."""
-    if paces:
-        return f"about {duration(statistics.median(paces) * cost)}"
-    if usual is not None:
-        return f"about {duration(usual * cost)} on two CPU cores"
-    return "the first of them tells how long"
+def _estimate(paces: Sequence[float], cost: float) -> str:
+    """The expected duration of runs of this `cost`; paces are seconds per unit of it."""
+    if not paces:
+        return "the first one tells how long"
+    return f"about {duration(statistics.median(paces) * cost)}"
 
 
 # ----------------------------------------------------------------------------- table and picture

@@ -31,11 +31,7 @@ class Setup:
     """Everything a run trains with.
 
     Attributes:
-        recipe: `Recipe`.
-        options: `Options`.
-        data: `recipes.data.Data`.
-        feed: `recipes.data.Feed`, its batches.
-        clipper: `keras_gradclip.Clipper`, or None.
+        feed: the batches of `data`.
         strategy: the tf.distribute strategy, or None on a single device.
         cluster: the workers on several machines, or None.
         writes: whether this process writes the files; of several workers only the chief does.
@@ -63,19 +59,16 @@ class Setup:
         clip = "no clipping" if self.clipper is None else textwrap.shorten(repr(self.clipper), 160)
         gate = ", activation gate" if options.activation_gate else ""
         kind = device_kind() + ("s" if replicas > 1 else "")
-        precision = "float32"
-        if options.mixed_precision != "none":
-            precision = f"mixed {options.mixed_precision}"
+        precision = keras.config.dtype_policy().name
         schedule = f"warm-up of {counted(warmup, 'update')}, then cosine" if warmup else "cosine"
-        sizes = (data.train.size, data.validation.size, data.test.size)
+        note = f" ({data.note})" if data.note else ""
         return [
             f"{self.recipe.name}: {self.exported.count_params():,} parameters, {clip}{gate}",
             f"  {options.optimizer} at {options.learning_rate:g} ({schedule}), "
             f"{counted(options.epochs, 'epoch')} of {counted(self.feed.steps, 'step')}, "
             f"batch {options.batch_size}, seed {options.seed}",
-            f"  {data.name}: {sizes[0]:,} training, {sizes[1]:,} validation, {sizes[2]:,} test "
-            f"examples{f' ({data.note})' if data.note else ''}; on {replicas} {kind} in "
-            f"{precision}",
+            f"  {data.name}: {data.train.size:,} training, {data.validation.size:,} validation, "
+            f"{data.test.size:,} test examples{note}; on {replicas} {kind} in {precision}",
         ]
 
     def create_state(self) -> None:
@@ -108,16 +101,15 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
     clipper = build_clipper(options)
     cluster = multiworker.read_cluster() if options.strategy == "multiworker" else None
     strategy = make_strategy(options, cluster)
-    losses = multiworker.named_losses(options, cluster) if cluster else contextlib.nullcontext()
-    with dtype_policy(options.mixed_precision), losses:
-        data = load_data(recipe, options)
-        feed = Feed(
-            data,
-            options.batch_size,
-            options.seed,
-            options.limit_steps,
-            strategy if cluster else None,
-        )
+    with contextlib.ExitStack() as stack:
+        stack.callback(keras.config.set_dtype_policy, keras.config.dtype_policy())
+        if options.mixed_precision != "none":
+            keras.config.set_dtype_policy(f"mixed_{options.mixed_precision}")
+        if cluster:
+            stack.enter_context(multiworker.named_losses(options, cluster))
+        data = recipe.load_data(options) if recipe.load_data else load_named(options)
+        sharded = strategy if cluster else None
+        feed = Feed(data, options.batch_size, options.seed, options.limit_steps, sharded)
         # After the data, whose preparation may draw random numbers.
         keras.utils.set_random_seed(options.seed)
         with strategy.scope() if strategy else contextlib.nullcontext(), plain_errors():
@@ -168,29 +160,13 @@ def device_kind() -> str:
     return "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
 
 
-@contextlib.contextmanager
-def dtype_policy(mixed_precision: str) -> Iterator[None]:
-    """Sets Keras's dtype policy ("none", "float16" or "bfloat16") within the context."""
-    before = keras.config.dtype_policy()
-    if mixed_precision != "none":
-        keras.config.set_dtype_policy(f"mixed_{mixed_precision}")
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
 def warnings(options: Options) -> list[str]:
     """Warnings about unusual options."""
     lines = []
     if options.optimizer == "sgd" and options.momentum == 0:
-        lines.append(
-            "plain SGD; the authors of the method advise an adaptive optimizer such as adamw"
-        )
+        lines.append("plain SGD: the authors of the method advise an adaptive optimizer, as adamw")
     if options.mixed_precision == "float16" and device_kind() == "CPU":
-        lines.append(
-            "float16 on a CPU is many times slower than float32: use --mixed-precision none"
-        )
+        lines.append("float16 on a CPU is many times slower than float32")
     return lines
 
 
@@ -226,11 +202,9 @@ def build_model(recipe: Recipe, options: Options, data: Data, clipper: Any, step
     model = build_network(recipe, options, data.num_outputs)
     gate = None
     if options.activation_gate:
-        extra: dict[str, Any] = {"clip_value": options.gate_clip_value, "gamma": options.gate_gamma}
-        gate = kgc.ActivationGate(
-            initial_learning_rate=options.learning_rate,
-            **{name: value for name, value in extra.items() if value is not None},
-        )
+        given: dict[str, Any] = {"clip_value": options.gate_clip_value, "gamma": options.gate_gamma}
+        given = {name: value for name, value in given.items() if value is not None}
+        gate = kgc.ActivationGate(initial_learning_rate=options.learning_rate, **given)
     optimizer = kgc.ClippedOptimizer(
         build_optimizer(options, model, steps),
         clipper,
@@ -270,33 +244,17 @@ def build_optimizer(options: Options, model: Any, steps: int) -> Any:
         warmup_steps=warmup,
     )
     config: dict[str, object] = {"learning_rate": schedule}
-    if options.weight_decay:
+    if options.weight_decay or options.optimizer == "adamw":  # whose own default is not 0
         config["weight_decay"] = options.weight_decay
-    elif options.optimizer == "adamw":
-        config["weight_decay"] = 0.0
     if options.optimizer == "sgd":
         config["momentum"] = options.momentum
-    classes = {
-        "adamw": keras.optimizers.AdamW,
-        "adam": keras.optimizers.Adam,
-        "sgd": keras.optimizers.SGD,
-        "rmsprop": keras.optimizers.RMSprop,
-        "lion": keras.optimizers.Lion,
-        "adafactor": keras.optimizers.Adafactor,
-        "nadam": keras.optimizers.Nadam,
-    }
-    optimizer = classes[options.optimizer](**config)
+    optimizer = type(keras.optimizers.get(options.optimizer))(**config)
     if options.weight_decay:
         variables = model.trainable_variables
         units = zip(variables, units_of(variables), strict=True)
         rest = [variable for variable, unit in units if not unit.is_kernel]
         optimizer.exclude_from_weight_decay(var_list=rest)
     return optimizer
-
-
-def load_data(recipe: Recipe, options: Options) -> Data:
-    """The recipe's data, or the data set named by the options."""
-    return recipe.load_data(options) if recipe.load_data else load_named(options)
 
 
 def build_loss(recipe: Recipe, options: Options) -> Any:

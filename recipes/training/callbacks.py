@@ -16,20 +16,16 @@ from keras_gradclip.optimizer.clipped_optimizer import find
 from recipes.errors import TrainingDiverged
 from recipes.training import checkpoint
 from recipes.training.build import Setup
-from recipes.training.checkpoint import Selection, Start
+from recipes.training.checkpoint import Start
 from recipes.training.evaluation import write_names
 from recipes.training.folder import BACKUP, BEST, HISTORY, LAYERS, write_table
 
+_LINE = "{:>9} {:>9} {:>11} {:>11} {:>9} {:>9} {:>8}"  # of an epoch
 _LOSS_SCALE_SKIPS = 20  # from 2^15 down to 2^-5: no loss scale needs more
 
 
 def chain(
-    setup: Setup,
-    start: Start,
-    folder: Path,
-    selection: Selection,
-    monitored: Path | None,
-    started: float,
+    setup: Setup, start: Start, folder: Path, monitored: Path | None, started: float
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a run, in order.
 
@@ -45,12 +41,12 @@ def chain(
     if setup.cluster is not None:  # so that all workers validate with the same moving statistics
         average = functools.partial(checkpoint.average_statistics, setup.model)
         result.append(keras.callbacks.LambdaCallback(on_test_begin=lambda logs: average()))
-    result.append(EpochFiles(folder, setup, start, selection))
+    result.append(EpochFiles(folder, setup, start))
     if setup.writes and options.tensorboard:
         result.append(keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False))
     if setup.writes and options.verbose != "quiet":
         bar = options.verbose == "bar" or (options.verbose == "auto" and sys.stdout.isatty())
-        metric, done = selection.monitor.removeprefix("val_"), start.step % feed.steps
+        metric, done = setup.recipe.monitor.removeprefix("val_"), start.step % feed.steps
         result.append(Progress(metric, done, bar))
     if monitored is not None:
         result.append(kgc.ClipMonitor(monitored, every=options.monitor))
@@ -173,12 +169,11 @@ class EpochFiles(keras.callbacks.Callback):
     `grad_norm` and `clip_fraction` to the logs. Of several workers only the chief writes.
     """
 
-    def __init__(self, folder: Path, setup: Setup, start: Start, selection: Selection):
+    def __init__(self, folder: Path, setup: Setup, start: Start):
         super().__init__()
         self.folder = folder
         self.setup = setup
         self.history, self.layers = start.history, start.layers
-        self.selection = selection
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Appends the epoch's rows; saves `setup.exported` if the epoch is the best so far."""
@@ -202,7 +197,8 @@ class EpochFiles(keras.callbacks.Callback):
             return
         write_table(self.folder / HISTORY, self.history)
         write_table(self.folder / LAYERS, self.layers)
-        if self.selection.kept(self.history) == len(self.history) - 1:
+        kept = self.setup.recipe.kept(self.setup.options.select_best, self.history)
+        if kept == len(self.history) - 1:
             write_names(self.folder / BEST, self.setup.data)
             replace_file(self.folder / BEST, self.setup.exported.save)
 
@@ -245,7 +241,8 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Prints the header."""
-        self._print("epoch", "loss", self.metric, "validation", "clipped", "rate", "seconds")
+        names = ("epoch", "loss", self.metric, "validation", "clipped", "rate", "seconds")
+        print(_LINE.format(*names), flush=True)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Starts a progress bar."""
@@ -265,7 +262,7 @@ class Progress(keras.callbacks.Callback):
         self.done = 0
         if self._progress is not None:
             print("\r" + " " * 79, end="\r")
-        self._print(
+        cells = (
             f"{epoch + 1}/{self.params['epochs']}",
             f"{logs['loss']:.4g}",
             f"{logs[self.metric]:.4f}",
@@ -274,8 +271,4 @@ class Progress(keras.callbacks.Callback):
             f"{logs['learning_rate']:.2g}",
             f"{time.monotonic() - self._started:.0f}",
         )
-
-    def _print(self, *cells: str) -> None:
-        widths = (9, 10, max(10, len(self.metric) + 2), 12, 10, 10, 9)
-        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        print(line, flush=True)
+        print(_LINE.format(*cells), flush=True)

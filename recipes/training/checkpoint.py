@@ -1,9 +1,9 @@
-"""The backup of a run, the step where it begins, and the selection of its best model."""
+"""The backup of a run, and the step where the run begins."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,11 @@ def load_backup(path: PathLike) -> dict[str, Any]:
 
 
 def check_fits(backup: Mapping[str, Any], model: Any) -> None:
-    """Raises a ValueError if the content of `load_backup` is of a different model."""
+    """Checks that the content of `load_backup` is of this model.
+
+    Raises:
+        ValueError: it belongs to a different network or optimizer.
+    """
     shapes = [tuple(variable.shape) for variable in state_variables(model)]
     if shapes != [value.shape for value in backup["values"]]:
         raise ValueError(
@@ -118,42 +122,6 @@ def average_statistics(model: Any) -> None:
         variable.assign(tf.reshape(value, variable.shape))
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """The rule that selects the epoch whose model is kept.
-
-    Attributes:
-        rule: "improve" (the metric got better), or "beats-test" (better than on the test split).
-        monitor: the validation metric, with its `val_`.
-        mode: "max" or "min".
-    """
-
-    rule: str
-    monitor: str
-    mode: str
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The metrics that the rule reads."""
-        test = "test_" + self.monitor.removeprefix("val_")
-        return (self.monitor, *([test] if self.rule == "beats-test" else ()))
-
-    @property
-    def sign(self) -> float:
-        """The factor (1 or -1) that makes larger scores better."""
-        return {"max": 1.0, "min": -1.0}[self.mode]
-
-    def kept(self, history: Sequence[Mapping[str, Any]]) -> int | None:
-        """The index of the kept epoch in the history; None if none was kept."""
-        scores = [self.sign * row[self.monitor] for row in history]
-        places = [i for i, score in enumerate(scores) if math.isfinite(score)]
-        if self.rule == "improve":
-            return max(places, key=scores.__getitem__, default=None)
-        test = "test_" + self.monitor.removeprefix("val_")
-        better = [i for i in places if scores[i] > self.sign * history[i][test]]
-        return better[-1] if better else None
-
-
 Rows = list[dict[str, Any]]
 
 
@@ -177,13 +145,12 @@ class Start:
     finished: bool = False
 
 
-def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
+def find_start(setup: Setup, folder: Path) -> Start:
     """The `Start` of the run in a folder; writes nothing.
 
     Args:
         setup: the run's `Setup`, its state created.
         folder: the run's folder.
-        selection: the rule whose columns of the history must hold numbers.
 
     Raises:
         RecipeError: the backup or a table is damaged, belongs to a different network, or differs
@@ -195,10 +162,10 @@ def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
         with plain_errors():
             content = load_backup(backup)
             check_fits(content, setup.model)
-        rows = _tables(folder, selection, content["step"] // steps)
+        rows = _tables(setup, folder, content["step"] // steps)
         start = Start(content["step"], content["seconds"], *rows, content)
     elif options.resume and result.exists():
-        rows = _tables(folder, selection, options.epochs)
+        rows = _tables(setup, folder, options.epochs)
         if len(rows[0]) < options.epochs:
             raise RecipeError(
                 f"--resume: the run in {folder} ended after {counted(len(rows[0]), 'epoch')}, "
@@ -218,9 +185,12 @@ def find_start(setup: Setup, folder: Path, selection: Selection) -> Start:
     return start
 
 
-def _tables(folder: Path, selection: Selection, epochs: int) -> tuple[Rows, Rows]:
+def _tables(setup: Setup, folder: Path, epochs: int) -> tuple[Rows, Rows]:
     """The rows of `history.csv` and `layers.csv` up to an epoch; later ones are trained again."""
+    needed = [setup.recipe.monitor]
+    if setup.options.select_best == "beats-test":
+        needed.append(setup.recipe.test_metric)
     return (
-        folders.read_epochs(folder / folders.HISTORY, selection.needs, epochs),
-        folders.read_epochs(folder / folders.LAYERS, ("grad_norm", "clip_fraction"), epochs),
+        folders.read_history(folder / folders.HISTORY, needed, epochs),
+        folders.read_history(folder / folders.LAYERS, ("grad_norm", "clip_fraction"), epochs),
     )

@@ -15,6 +15,7 @@ from recipes.data import Data
 from recipes.errors import RecipeError
 from recipes.words import show_table
 
+NAMES = ".classes.json"  # of `best.keras`: best.classes.json
 CLASSES, CONFUSION = "classes.csv", "confusion.png"
 _COUNTED = 2_000  # most classes with a confusion matrix, which needs memory
 _PRINTED = 20  # most classes printed; the CSV file has all
@@ -23,16 +24,11 @@ _NAMED = 120  # most classes that are all named in the picture
 _COLUMNS = ("class", "images", "accuracy", "taken_for")
 
 
-def names_file(model: Path) -> Path:
-    """The path of a model's class names: `best.classes.json` for `best.keras`."""
-    return model.with_suffix(".classes.json")
-
-
 def write_names(model: Path, data: Data) -> None:
     """Writes the class names and decoding options that `recipes/predict.py` reads."""
     if data.decoding:
         content = {"classes": list(data.class_names), "decoding": dict(data.decoding)}
-        write_json(names_file(model), content)
+        write_json(model.with_suffix(NAMES), content)
 
 
 def read_names(model: Path) -> tuple[list[str], Mapping[str, Any]]:
@@ -41,7 +37,7 @@ def read_names(model: Path) -> tuple[list[str], Mapping[str, Any]]:
     Raises:
         RecipeError: the file of names is missing or damaged.
     """
-    path = names_file(model)
+    path = model.with_suffix(NAMES)
     try:
         content = read_json(path)
     except FileNotFoundError:
@@ -83,9 +79,9 @@ class Confusion(keras.metrics.Metric):
 def evaluate(
     model: keras.Model, batches: Any, data: Data, folder: Path, loss: Any, metrics: Sequence[Any]
 ) -> dict[str, float]:
-    """The loss and metrics of a compiled model over batches of (x, y).
+    """Evaluates a model, which it compiles with loss and metrics, over batches of (x, y).
 
-    For a classifier with named classes, at most 2,000, also writes `classes.csv` and
+    Of a classifier with at most 2,000 named classes it also writes `classes.csv` and
     `confusion.png`.
     """
     size, label = len(data.class_names), batches.element_spec[1]
@@ -142,7 +138,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: 
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
     figure.colorbar(image, ax=axis, label="% of the class", fraction=0.046, pad=0.02)
     ticks = range(0, size, -(-size // _NAMED))
-    labels = [_short(names[i]) for i in ticks]
+    labels = [f"{names[i]:.24}" for i in ticks]
     font = min(9, 700 / len(labels))
     wide = len(labels) * max(map(len, labels)) > 40
     axis.set_yticks(ticks, labels, fontsize=font, parse_math=False)
@@ -157,7 +153,3 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the font lacks
         replace_file(path, lambda scratch: figure.savefig(scratch, bbox_inches="tight"))
-
-
-def _short(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import math
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,20 +66,18 @@ def open_run(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     that nothing is overwritten or shared with a run that starts at the same time. A folder given by
     `--output` must be empty or missing. `--resume` uses the newest default folder, or `--output`.
     """
-    options = parsed.options
-    folder = RUNS / recipe.name
-    if options.output is not None:
-        folder = folder_named(options.output)
+    options, output = parsed.options, parsed.options.output
+    folder = RUNS / recipe.name if output is None else folder_named(output)
     if options.resume:
         return _reopen(recipe, parsed)
     if options.strategy == "multiworker" and not multiworker.read_cluster().is_chief:
         # Only the chief checks that the folder is free; it may exist by now.
         return options, folder
-    if options.output:
+    if output:
         if folder.exists() and not _is_empty(folder):
             raise RecipeError(
-                f"--output {folder} is not an empty folder: name another, or go on with the run in "
-                "it with --resume"
+                f"--output {folder} is not an empty folder: name another, or resume its run with "
+                "--resume"
             )
         return options, folder
     number = 1
@@ -96,14 +96,9 @@ def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
     if not path.exists():
         raise RecipeError(f"--resume: no run in {folder} (it has no {CONFIG})")
     saved = opts.read_config(path, recipe)
-    given = {**parsed.config, **parsed.given}
-    options = opts.resolve(recipe, saved, given)
-    changed = differences(
-        opts.with_defaults(recipe, saved),
-        opts.with_defaults(recipe, options.saved),
-        _FREE_ON_RESUME,
-    )
-    if changed:
+    options = opts.resolve(recipe, saved, {**parsed.config, **parsed.given})
+    before, now = (opts.with_defaults(recipe, values) for values in (saved, options.saved))
+    if changed := differences(before, now, _FREE_ON_RESUME):
         raise RecipeError(
             f"--resume: the run in {folder} was started with other values of {changed}; leave them "
             "out, or start a new run"
@@ -112,6 +107,8 @@ def _reopen(recipe: Recipe, parsed: opts.Parsed) -> tuple[Options, Path]:
 
 
 def _newest(recipe: Recipe) -> Path:
+    """The default folder with the highest number: `runs/resnet50` is the first."""
+
     def number(folder: Path) -> int:
         tail = folder.name.removeprefix(recipe.name).removeprefix("-")
         return int(tail or 1) if not tail or tail.isdigit() else 0
@@ -133,24 +130,6 @@ def differences(
     names = sorted(name for name in now.keys() & before.keys() if name not in free)
     changed = [name for name in names if before[name] != now[name]]
     return ", ".join(f"{name} ({before[name]!r}, now {now[name]!r})" for name in changed)
-
-
-def check_options(path: Path, recipe: Recipe, now: Mapping[str, Any]) -> None:
-    """Checks that a recipe's options saved in a file, if there is one, are the present ones.
-
-    Raises:
-        RecipeError: the saved options differ, or the file is damaged.
-    """
-    if not path.exists():
-        return
-    before = opts.read_json(path)
-    changed = "no recipe"
-    if isinstance(before, dict) and "recipe" in before:
-        changed = differences(*(opts.with_defaults(recipe, options) for options in (before, now)))
-    if changed:
-        raise RecipeError(
-            f"{path.parent} was begun with other options: name another --output ({changed})"
-        )
 
 
 @contextlib.contextmanager
@@ -190,15 +169,17 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     with locked(folder):
         if not resume and (folder / CONFIG).exists():
             raise RecipeError(
-                f"{folder} holds a run already: name another folder, or go on with it by --resume"
+                f"{folder} holds a run already: name another folder, or resume it with --resume"
             )
         try:
             yield
-        except RunFailed:
-            raise
-        except BaseException:
-            if not resume and _is_empty(folder, CONFIG, CLASSES):
-                _remove(folder)
+        except BaseException as error:
+            keeps = resume or isinstance(error, RunFailed)
+            if not keeps and _is_empty(folder, CONFIG, CLASSES):
+                shutil.rmtree(folder)
+                if folder.parent == RUNS:
+                    with contextlib.suppress(OSError):  # not empty
+                        RUNS.rmdir()
             raise
 
 
@@ -208,23 +189,20 @@ def _is_empty(folder: Path, *besides: str) -> bool:
     return all(name.startswith(".partial-") for name in names)
 
 
-def _remove(folder: Path) -> None:
-    """Removes the folder of a run that never began, and `runs/` if it is empty."""
-    for entry in folder.iterdir():
-        entry.unlink()
-    folder.rmdir()
-    if folder.parent == RUNS:
-        with contextlib.suppress(OSError):  # not empty
-            RUNS.rmdir()
-
-
-def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_history(
+    path: str | os.PathLike[str], needed: Sequence[str] = (), last: float = math.inf
+) -> list[dict[str, Any]]:
     """The rows of a run's `history.csv` or `layers.csv`, without empty cells.
 
     Epochs are counted from 1; version 0.1 counted from 0.
 
+    Args:
+        path: the file; without one there are no rows.
+        needed: columns that must hold numbers, besides "epoch".
+        last: the last epoch to return; a resumed run repeats the later ones.
+
     Raises:
-        RecipeError: the file is damaged.
+        RecipeError: the file is damaged; names it and the line.
     """
     try:
         rows = files.read_csv(path)
@@ -232,32 +210,14 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise RecipeError(str(error)) from None
     rows = [{name: value for name, value in row.items() if value != ""} for row in rows]
     for line, row in enumerate(rows, 2):
-        if not isinstance(row.get("epoch"), float):
-            raise RecipeError(f"{path}, line {line}: no number of an epoch")
+        for name in ("epoch", *needed):
+            if not isinstance(row.get(name), float):
+                raise RecipeError(
+                    f"{path}, line {line}: no number in the column {name!r}: restore the file, or "
+                    "start a new run"
+                )
     if rows and rows[0]["epoch"] == 0:
         rows = [{**row, "epoch": row["epoch"] + 1} for row in rows]
-    return rows
-
-
-def read_epochs(path: Path, needed: Sequence[str], last: int) -> list[dict[str, Any]]:
-    """The rows of a run's table up to epoch `last`; a resumed run repeats the later epochs.
-
-    Args:
-        path: `history.csv` or `layers.csv`.
-        needed: columns that must hold numbers.
-        last: the number of epochs done.
-
-    Raises:
-        RecipeError: the file is damaged; names it and the line.
-    """
-    rows = read_history(path)
-    for line, row in enumerate(rows, 2):
-        wrong = next((c for c in needed if not isinstance(row.get(c), float)), None)
-        if wrong:
-            raise RecipeError(
-                f"{path}, line {line}: no number in the column {wrong!r}: restore the file, or "
-                "start a new run"
-            )
     return [row for row in rows if row["epoch"] <= last]
 
 

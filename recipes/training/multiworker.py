@@ -1,8 +1,8 @@
 """Training on several machines: the cluster, and a one-line error if a worker is missing.
 
-TensorFlow's `MultiWorkerMirroredStrategy` reads the environment variable TF_CONFIG; after a mistake
-in it, it waits forever for workers. Here TF_CONFIG is checked first, and every wait has a time-out.
-See docs/cluster.md.
+After a mistake in the environment variable TF_CONFIG, TensorFlow's `MultiWorkerMirroredStrategy`
+waits forever for workers. Here TF_CONFIG is checked first, and every wait has a time-out. See
+docs/cluster.md.
 """
 
 import contextlib
@@ -136,7 +136,11 @@ def join(options: Options, cluster: Cluster) -> Any:
 
 
 def check_port(cluster: Cluster) -> None:
-    """Raises a RecipeError if another program uses this worker's port."""
+    """Checks that this worker's port is free.
+
+    Raises:
+        RecipeError: another program uses it.
+    """
     name, address = cluster.tasks[cluster.here]
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
@@ -179,10 +183,10 @@ def waiting(cluster: Cluster, timeout: float) -> Iterator[None]:
 
 
 def lost(cluster: Cluster, error: Exception, timeout: float) -> WorkerLost | None:
-    """The message for a TensorFlow error caused by a lost worker; None for other causes.
+    """The error to raise for a TensorFlow error caused by a lost worker; None for other causes.
 
-    A collective operation fails within seconds when a worker's connection or heartbeat breaks, and
-    after `timeout` seconds when a worker is alive but does not join it.
+    A collective operation fails within seconds of a lost connection or heartbeat, and after
+    `timeout` seconds if a worker is alive but does not join it.
     """
     import tensorflow as tf
 

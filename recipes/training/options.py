@@ -39,14 +39,14 @@ class Option:
     Attributes:
         name: str, with underscores.
         kind: type of the value: int, float, str, bool, or dict (a JSON file on the command line).
-        default: the value where nobody gives one; None: left to the library or not in use.
+        default: the value if none is given; None: the library's default, or not used.
         help: str.
         group: str, heading in `--help`.
         choices: allowed words, or ().
         low, high: bounds of a number, inclusive.
         above: exclusive lower bound of a number.
-        saved: bool, False for what does not belong to the run itself (where it is written ...).
-        bare: value of the flag without an argument, or None where it needs one.
+        saved: bool, whether `config.json` has it; False for options such as the output folder.
+        bare: value of the flag without an argument, or None if it needs one.
         flag: str, the name as on the command line.
     """
 
@@ -135,23 +135,18 @@ class Options:
     Attributes:
         clipping: values of the chosen clipper's parameters, by name; its defaults are left out.
         extra: values of the recipe's `extra_options`, which are attributes too.
-        saved: the content of `config.json`: the recipe's name and every option that makes the run.
+        saved: the content of `config.json`: the recipe's name and all options that affect the run.
     """
 
     clipper: str = option("absolute", "the clipping rule", group="clipping")
-    clip_config: dict | None = option(
-        None,
-        "JSON of a serialised clipper, also under a key 'clipper' as the tuner's best.json has it",
-    )
-    imports: str | None = option(
-        None, "modules that register clippers of your own, separated by commas", flag="--import"
-    )
+    clip_config: dict | None = option(None, "JSON file of a serialised clipper, as best.json")
+    imports: str | None = option(None, "modules with custom clippers, a,b,c", flag="--import")
     activation_gate: bool = option(False, "gate the gradient at large activations")
     gate_clip_value: float | None = option(None, "activation gate: c", above=0)
     gate_gamma: float | None = option(None, "activation gate: factor beyond the gate", above=0)
     optimizer: str = option(
         "adamw",
-        "the optimizer that receives the clipped gradients (plain sgd is advised against)",
+        "the optimizer of the clipped gradients (plain sgd is advised against)",
         choices=("adamw", "adam", "sgd", "rmsprop", "lion", "adafactor", "nadam"),
         group="training",
     )
@@ -165,14 +160,11 @@ class Options:
     accumulate: int = option(1, "micro-batches added up before an update", low=1)
     skip_nonfinite: bool = option(False, "skip updates whose gradients are not finite")
     seed: int = option(0, "order, augmentation, initial weights and dropout", low=0, high=2**32 - 1)
-    limit_steps: int | None = option(
-        None, "at most so many batches an epoch and in each evaluation", low=1
-    )
+    limit_steps: int | None = option(None, "most batches per epoch and per evaluation", low=1)
     select_best: str = option(
         "improve",
-        "which model is kept: improve, when validation gets better; beats-test, when validation"
-        " accuracy exceeds test accuracy, which is not the default because it chooses by "
-        "looking at the test set, so that the test set no longer measures anything",
+        "the epoch kept: improve, the best in validation; beats-test, the last that scores higher "
+        "in validation than in test, which chooses by looking at the test set",
         choices=("improve", "beats-test"),
     )
     dataset: str = option("mnist_embedded", "a TFDS name, or image_folder", group="data")
@@ -189,9 +181,7 @@ class Options:
     )
     flip: bool | None = option(None, "mirror half of the training images")
     on_bad_data: str = option(
-        "refuse",
-        "an unreadable file or row, always reported: stop, or go on without it",
-        choices=("refuse", "skip"),
+        "refuse", "unreadable files and rows: stop, or report them", choices=("refuse", "skip")
     )
     mixed_precision: str = option(
         "none",
@@ -201,39 +191,23 @@ class Options:
         group="machine",
     )
     jit: bool = option(False, "compile the step with XLA")
-    deterministic: bool = option(
-        False, "kernels that compute the same twice on a GPU too, at some cost; CPUs do without it"
-    )
-    devices: int = option(
-        1, "GPUs (of each worker), or logical CPU devices where there are none", low=1, high=1024
-    )
+    deterministic: bool = option(False, "reproducible kernels on a GPU, which are slower")
+    devices: int = option(1, "GPUs (of each worker), or logical CPU devices", low=1, high=1024)
     strategy: str = option(
         "auto",
-        "auto: mirrored on more than one device; multiworker: several machines, as TF_CONFIG "
-        "says (see docs/cluster.md)",
+        "auto: mirrored on several devices; multiworker: several machines (docs/cluster.md)",
         choices=("auto", "none", "mirrored", "multiworker"),
     )
-    worker_timeout: int = option(
-        600, "multiworker: seconds to wait for a worker before giving up", low=1
-    )
-    output: str | None = option(
-        None, "folder of the results (default: runs/NAME)", saved=False, group="run"
-    )
-    resume: bool = option(False, "go on with the run in the output folder", saved=False)
+    worker_timeout: int = option(600, "multiworker: seconds to wait for a worker", low=1)
+    output: str | None = option(None, "results (default: runs/NAME)", saved=False, group="run")
+    resume: bool = option(False, "resume the run in the output folder", saved=False)
     backup_every: int = option(500, "steps between backups; one more each epoch", low=1)
-    keep_backup: bool = option(
-        False,
-        "keep the backup after the last epoch, so that --resume with more epochs can go on from it",
-    )
+    keep_backup: bool = option(False, "keep the backup, to --resume with more epochs after the end")
     tensorboard: bool = option(True, "write TensorBoard logs")
-    monitor: int = option(
-        0,
-        "measure each variable's gradient every N updates and write monitor/report.html; 0: off",
-        low=0,
-    )
+    monitor: int = option(0, "measure every Nth update, for monitor/report.html; 0: off", low=0)
     verbose: str = option(
         "auto",
-        "bar: a line an epoch, and a progress bar until then; line: no bar; quiet: neither",
+        "line: a line per epoch; bar: a progress bar, too (auto: in a terminal); quiet: neither",
         choices=("auto", "bar", "line", "quiet"),
         saved=False,
     )
@@ -267,7 +241,7 @@ OPTIONS = _fixed_options()
 
 
 def by_name(extra: Iterable[Option] = ()) -> dict[str, Option]:
-    """The options but for the clippers' by name, those of the recipe included."""
+    """All options by name, the recipe's included, except clippers' parameters."""
     options = {o.name: o for o in (*OPTIONS, *extra)}
     choices = (*clippers(), NONE)
     return options | {"clipper": dataclasses.replace(options["clipper"], choices=choices)}
@@ -277,7 +251,7 @@ def by_name(extra: Iterable[Option] = ()) -> dict[str, Option]:
 
 
 def clippers() -> dict[str, declarations.Declaration]:
-    """The clippers that can be chosen, by name: where Keras is there, the registered ones."""
+    """The available clippers by name; custom ones too, once Keras is imported."""
     if "keras_gradclip.clippers" not in sys.modules:
         return declarations.declared()
     from keras_gradclip.clippers import cards
@@ -286,13 +260,13 @@ def clippers() -> dict[str, declarations.Declaration]:
 
 
 def clipper_flags(extra: Iterable[Option] = ()) -> declarations.Flags:
-    """The flags of all clippers, clear of the other options'."""
+    """The flags of all clippers, renamed where they clash with other options."""
     names = [o.name for o in (*OPTIONS, *extra)]
     return declarations.flags_of(clippers(), [*names, "import", "config", "help", "help_clippers"])
 
 
 def clipping_names(extra: Iterable[Option] = ()) -> set[str]:
-    """The options that choose a clipper."""
+    """The names of all options about the clipper."""
     flags = clipper_flags(extra).values()
     return {"clipper", "clip_config", *(name for names in flags for name in names)}
 
@@ -320,7 +294,7 @@ def import_modules(names: object) -> None:
 
 
 def _of_clipper(flags: declarations.Flags, clipper: str, values: Mapping) -> dict[str, Any]:
-    """Values by flag as values by parameter, checked."""
+    """Checked values by parameter, from values by flag."""
     known, result = flags.get(clipper, {}), {}
     for flag, value in values.items():
         if flag not in known:
@@ -338,9 +312,9 @@ def _choose(
 ) -> tuple[str, dict | None, dict[str, Any]]:
     """The clipper of a run: its name, the serialised clipper or None, its parameters' values.
 
-    The sources come in rising order; the last one is the user's own. One that names another clipper
-    than those before it leaves out what they say for theirs, so that a recipe's threshold does not
-    outlive its clipper.
+    `sources` are in rising order of priority; the last is the command line. One that names another
+    clipper discards the parameters of the sources before it, so that a recipe's threshold is not
+    used for another clipper.
     """
     clipper, serialised = Options.clipper, None
     values: dict[str, Any] = {}
@@ -366,7 +340,7 @@ def _choose(
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """A command line: what it gave itself, what its `--config` holds, and all options merged."""
+    """A parsed command line: its own values, those of its `--config`, and all options merged."""
 
     given: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -394,12 +368,12 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
     Args:
         recipe: `Recipe`.
         argv: the words after the program.
-        beside: flags of a command that gives the recipe what it does not know itself.
+        beside: more flags to suggest for a misspelt one, of a command that passes on the rest.
 
     Raises:
         RecipeError: anything wrong with the flags or the files that they name.
     """
-    # First of all, and from the file too: which clippers, and so which flags, are there.
+    # The flags depend on these three.
     early = command_line.early(argv, "--import", "--config", "--clipper")
     first = {name: values[-1] for name, values in early.items() if values}
     for names in (recipe.settings.get("imports"), first.get("import")):
@@ -434,8 +408,8 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
         import_modules(source.get("imports"))
     clipping = clipping_names(recipe.extra_options)
     values = {option.name: option.default for option in (*OPTIONS, *recipe.extra_options)}
-    values |= _checked(recipe.settings, recipe, f"recipe {recipe.name}: ")
-    values |= {**_checked(config, recipe), **_checked(given, recipe)}
+    for source, origin in zip(sources, (f"recipe {recipe.name}: ", "", ""), strict=True):
+        values |= _checked(source, recipe, origin)
     chosen = [{n: v for n, v in s.items() if n in clipping and v is not None} for s in sources]
     flags = clipper_flags(recipe.extra_options)
     values["clipper"], values["clip_config"], settings = _choose(flags, chosen)
@@ -456,18 +430,18 @@ def resolve(recipe, config: Mapping, given: Mapping) -> Options:
     return Options(**fixed, clipping=settings, extra=extra, saved=saved)
 
 
-def _checked(source: Mapping, recipe, what: str = "") -> dict[str, Any]:
-    """The values that a source has for all but the clippers' own options."""
+def _checked(source: Mapping, recipe, origin: str = "") -> dict[str, Any]:
+    """The checked values in a source, except those of clippers' parameters."""
     known, clipping = by_name(recipe.extra_options), clipping_names(recipe.extra_options)
     for name in source:
         if name not in known and name not in clipping:
             near = command_line.did_you_mean(name, [*known, *clipping])
-            raise RecipeError(f"{what}unknown option {name!r}{near}")
+            raise RecipeError(f"{origin}unknown option {name!r}{near}")
     return {name: known[name].check(v) for name, v in source.items() if name in known}
 
 
 def _check_together(values: Mapping[str, Any]) -> None:
-    """Raises over options that contradict each other."""
+    """Checks that options do not contradict each other."""
     for name in ("gate_clip_value", "gate_gamma"):
         if values[name] is not None and not values["activation_gate"]:
             raise RecipeError(f"{flag_of(name)} needs --activation-gate")
@@ -526,13 +500,13 @@ def read_clip_config(path: str | os.PathLike) -> dict:
 
 
 def with_defaults(recipe, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Saved options, with what they leave out because it is the default of their clipper."""
+    """Saved options, with the defaults of their clipper's parameters."""
     flags = clipper_flags(recipe.extra_options).get(str(saved.get("clipper")), {})
     return {**{flag: parameter.default for flag, parameter in flags.items()}, **saved}
 
 
 def as_words(recipe, values: Mapping) -> list[str]:
-    """The command line that gives these values, those that are None left out."""
+    """The flags for these values, without those that are None."""
     known, words = by_name(recipe.extra_options), []
     for name, value in values.items():
         flag = known[name].flag if name in known else flag_of(name)

@@ -35,47 +35,54 @@ def draw_curves(
     """
     run = pd.DataFrame(history).apply(pd.to_numeric, errors="coerce").set_index("epoch")
     norms, shares = (_by_layer(layers, name) for name in ("grad_norm", "clip_fraction"))
-    heights = [2.9, 2.9] + ([min(1.5 + 0.13 * len(norms), 6.0)] if len(norms) else [])  # inches
+    mosaic: list[Any] = [["loss", "metric"], ["norm", "share"]]
+    heights = [2.9, 2.9]  # inches
+    if len(shares):
+        mosaic.append(["map", "map"])
+        heights.append(min(1.5 + 0.13 * len(shares), 6.0))
     figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=110)
     figure.suptitle(title)
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    axes = [figure.add_subplot(grid[i, j]) for i in (0, 1) for j in (0, 1)]
-    for axis, name in zip(axes, ("loss", metric), strict=False):
+    axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
+    if len(shares):
+        _heat_map(axes.pop("map"), 100 * shares)
+
+    for axis, name in ((axes["loss"], "loss"), (axes["metric"], metric)):
         for prefix, label in (("", "training"), ("val_", "validation"), ("test_", "test")):
             if prefix + name in run:
                 axis.plot(run.index, run[prefix + name], label=label, **_STYLE)
         axis.set_ylabel(name.replace("_", " "))
     drawn = run.filter(regex="^(val_|test_)?loss$")
     if drawn.min(axis=None) > 0 and drawn.max(axis=None) > 10 * drawn.min(axis=None):
-        _logarithmic(axes[0])
+        _logarithmic(axes["loss"])
 
+    axis = axes["norm"]
     if len(norms):
         low, middle, high = norms.quantile([0.1, 0.5, 0.9]).to_numpy()
-        axes[2].fill_between(norms.columns, low, high, alpha=0.25, label="layers, 10 to 90 %")
-        axes[2].plot(norms.columns, middle, label="median layer", **_STYLE)
+        axis.fill_between(norms.columns, low, high, alpha=0.25, label="layers, 10 to 90 %")
+        axis.plot(norms.columns, middle, label="median layer", **_STYLE)
     if "grad_norm" in run:
-        axes[2].plot(run.index, run["grad_norm"], color="black", label="all layers", **_STYLE)
+        axis.plot(run.index, run["grad_norm"], color="black", label="all layers", **_STYLE)
         if (run["grad_norm"] > 0).any():
-            _logarithmic(axes[2])
-    axes[2].set_ylabel("gradient norm before the clip")
-    percent = 100 * run.get("clip_fraction", pd.Series(dtype=float))
-    axes[3].plot(percent.index, percent, color="tab:red", **_STYLE)
-    axes[3].set_ylabel("clipped, % of all")
+            _logarithmic(axis)
+    axis.set_ylabel("gradient norm before the clip")
+
+    percent, axis = 100 * run.get("clip_fraction", pd.Series(dtype=float)), axes["share"]
+    axis.plot(percent.index, percent, color="tab:red", **_STYLE)
+    axis.set_ylabel("clipped, % of all")
     if percent.median() < _RARE and percent.max() > 0:
         # From all to next to nothing within a run; below a millionth is drawn as none.
-        axes[3].set_yscale("symlog", linthresh=1e-4)
-        axes[3].set_ylim(bottom=0, top=2 * percent.max())
+        axis.set_yscale("symlog", linthresh=1e-4)
+        axis.set_ylim(bottom=0, top=2 * percent.max())
     else:
-        axes[3].set_ylim(-2, 102)
-    for axis in axes:
+        axis.set_ylim(-2, 102)
+
+    for axis in axes.values():
         axis.set_xlabel("epoch")
         axis.set_xlim(run.index.min() - 0.5, run.index.max() + 0.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
-    if len(shares):
-        _heat_map(figure.add_subplot(grid[2, :]), 100 * shares)
     figure.savefig(path)
 
 

@@ -1,8 +1,9 @@
-"""A recipe (what differs from network to network), and the result of a run."""
+"""Recipes (network, data and settings of a run), and their results."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # --help need not wait for TensorFlow
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What differs from network to network.
+    """The network, data and settings of a run.
 
     Attributes:
         name: str, also the folder under `runs/`.
@@ -59,6 +60,27 @@ class Recipe:
                 "letters, digits, '_', '-' and '.'"
             )
 
+    @property
+    def test_metric(self) -> str:
+        """The `monitor` of the test split, such as `test_accuracy`."""
+        return "test_" + self.monitor.removeprefix("val_")
+
+    def kept(self, rule: str, history: Sequence[Mapping[str, Any]]) -> int | None:
+        """The index of the epoch whose model is kept; None if none is.
+
+        Args:
+            rule: "improve", the epoch that is best by `monitor`, or "beats-test", the last that is
+                better by it than by the same metric on the test split.
+            history: a dict per epoch, as in `history.csv`.
+        """
+        sign = {"max": 1.0, "min": -1.0}[self.mode]
+        scores = [sign * row[self.monitor] for row in history]
+        places = [i for i, score in enumerate(scores) if math.isfinite(score)]
+        if rule == "improve":
+            return max(places, key=scores.__getitem__, default=None)
+        better = [i for i in places if scores[i] > sign * history[i][self.test_metric]]
+        return better[-1] if better else None
+
     def options(self, **values: object) -> Options:
         """The recipe's options with `values` in place of its settings, checked.
 
@@ -70,7 +92,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run achieved.
+    """The result of a run.
 
     Attributes:
         recipe: str, its name.
@@ -104,6 +126,7 @@ class Result:
 def at_chance(accuracy: float, guess: float) -> bool:
     """Whether a classifier's accuracy is about that of guessing, `guess`; so is a NaN.
 
-    What has learned reaches twice that, or a tenth of the way from there to 1 where that is less.
+    A classifier that learned something reaches twice that, or closes a tenth of the gap to 1 if
+    that is less.
     """
     return not accuracy >= min(2 * guess, guess + 0.1 * (1 - guess))

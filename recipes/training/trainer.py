@@ -1,4 +1,4 @@
-"""A run, from its folder and its first step, or its backup, to its result."""
+"""The training run: from its folder, and its first step or backup, to the result."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ from recipes.words import counted
 
 if TYPE_CHECKING:  # flags need not wait for TensorFlow
     from recipes.training.build import Setup
-    from recipes.training.checkpoint import Selection, Start
+    from recipes.training.checkpoint import Start
 
 
 def run(
@@ -32,17 +32,17 @@ def run(
     """Trains, and writes everything into `folder`.
 
     With `--strategy multiworker` every worker calls this. The chief writes and returns a `Result`,
-    the others return None; all see `folder` where a run is resumed.
+    the others return None; to resume a run, all must see `folder`.
 
     Args:
         recipe: `Recipe`.
         options: from `recipe.options(...)`.
-        folder: where the results of this run go; with `options.resume` its run is continued.
+        folder: the folder of the results; with `options.resume`, of the run to continue.
         callbacks: more Keras callbacks, run after the recipe's own.
-        started: `time.monotonic()` at which the run's time begins; None for now.
+        started: `time.monotonic()` at the start of the run's time; None for now.
 
     Raises:
-        RecipeError: a clipper, data set or device that cannot be, or a folder that is in use.
+        RecipeError: an invalid clipper, data set or device, or a folder that is in use.
         TrainingDiverged: NaN; names the variable of the first gradient that was not finite.
         WorkerLost: another worker died or hangs.
         OSError: a full disk, a folder that cannot be written.
@@ -63,8 +63,7 @@ def run(
         if shows:
             print("\n".join([*setup.description(), f"  results in {folder}"]), flush=True)
         setup.create_state()
-        selection = checkpoint.Selection(options.select_best, recipe.monitor, recipe.mode)
-        start, ends = checkpoint.find_start(setup, folder, selection), options.epochs * feed.steps
+        start, ends = checkpoint.find_start(setup, folder), options.epochs * feed.steps
         if shows and start.step:
             print(_progress(start.step, ends, feed.steps), flush=True)
         if setup.writes and not start.finished:
@@ -76,7 +75,7 @@ def run(
             since = f"-from-{start.step}" if start.step else ""
             monitored = folder / f"{folders.MONITOR}{since}"
         if start.step < ends:
-            chain = cb.chain(setup, start, folder, selection, monitored, started)
+            chain = cb.chain(setup, start, folder, monitored, started)
             setup.model.fit(
                 feed.training(start.step),
                 validation_data=feed.evaluation(setup.data.validation),
@@ -91,7 +90,7 @@ def run(
             return None
         if monitored is not None:
             print(f"gradient report: {report(monitored)}")
-        result = _result(setup, start, folder, selection, started)
+        result = _result(setup, start, folder, started)
         if result.history[-1]["epoch"] >= options.epochs:
             files.write_json(folder / folders.RESULT, _summary(result))
             if not options.keep_backup:
@@ -100,27 +99,23 @@ def run(
 
 
 def _progress(done: int, ends: int, steps: int) -> str:
-    """The line on a run that goes on after `done` of `ends` steps, `steps` an epoch."""
+    """The line about a resumed run: `done` of `ends` steps, `steps` per epoch."""
     if done >= ends:
         return "  finished: all steps are done, and nothing is trained"
     epoch, step = divmod(done, steps)
     return f"  going on from epoch {epoch + 1}, step {step + 1} ({counted(done, 'step')} done)"
 
 
-def _result(
-    setup: "Setup", start: "Start", folder: Path, selection: "Selection", started: float
-) -> Result:
-    """What the run achieved; draws its curves."""
+def _result(setup: "Setup", start: "Start", folder: Path, started: float) -> Result:
+    """The result of the run; draws its curves."""
     from recipes.training import plots
 
     recipe, rows = setup.recipe, start.history
     metric = recipe.monitor.removeprefix("val_")
     title = f"{recipe.name} on {setup.data.name}"
     plots.draw_curves(rows, start.layers, folder / "curves.png", title, metric)
-    kept = selection.kept(rows)
-    place = kept
-    if place is None:
-        place = max(range(len(rows)), key=lambda i: selection.sign * rows[i][recipe.monitor])
+    kept = recipe.kept(setup.options.select_best, rows)
+    place = (recipe.kept("improve", rows) or 0) if kept is None else kept
     fractions = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
     return Result(
         recipe=recipe.name,
@@ -139,7 +134,7 @@ def _result(
 
 
 def _summary(result: Result) -> dict[str, object]:
-    """What `result.json` holds."""
+    """The content of `result.json`."""
     return {
         "recipe": result.recipe,
         "monitor": result.monitor,

@@ -84,7 +84,7 @@ def test_every_cell_has_a_row_and_the_verdicts_are_right(fast, tmp_path, capsys)
     }
     assert {(o.epochs, o.limit_steps, o.tensorboard) for o in fast} == {(1, 2, False)}
     out = capsys.readouterr().out
-    assert "8 of 8 runs to do: the first of them tells how long" in out
+    assert "8 of 8 runs to do: the first one tells how long" in out
     assert "recipe at 0.01, seed 3\n  learned, 90.0 %, " in out and "; about 1 s left" in out
     assert "2 of 2 diverged" in out and "11.0 (11.0–11.0), 2 of 2 at chance; 50 % clipped" in out
     with Image.open(tmp_path / "compare.png") as picture:
@@ -154,9 +154,9 @@ def test_rows_of_other_options_do_not_mix(fast, tmp_path, capsys, before, now):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--clippers", "soft"], ["soft", "recipe", "absolute"]),
-        (["--clippers", "norm:threshold=1"], ["threshold", "max_norm"]),
-        (["--clippers", "norm:max_norm=big"], ["max_norm='big'"]),
+        (["--clippers", "soft"], ["--clippers soft: ", "absolute"]),
+        (["--clippers", "norm:threshold=1"], ["--threshold belongs to", "not to 'norm'"]),
+        (["--clippers", "norm:max_norm=big"], ["--max-norm", "'big'"]),
         (["--clippers", "none", "--threshhold", "1"], ["--threshhold"]),
         (["--learning-rates", "-1"], ["learning-rate"]),
         (["--strategy", "multiworker"], ["--strategy multiworker", "one machine"]),
@@ -177,9 +177,9 @@ def test_only_classifiers_are_compared(tmp_path):
 
 
 def test_clipper_words():
-    assert compare.clipper_values("recipe") == {}
-    assert compare.clipper_values("none") == {"clipper": "none"}
-    assert compare.clipper_values("norm:max_norm=5,scope=global") == {
+    assert compare.clipper_values(TINY, "recipe") == {}
+    assert compare.clipper_values(TINY, "none") == {"clipper": "none"}
+    assert compare.clipper_values(TINY, "norm:max_norm=5,scope=global") == {
         "clipper": "norm",
         "max_norm": 5.0,
         "scope": "global",

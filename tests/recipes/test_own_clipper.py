@@ -64,7 +64,7 @@ def test_flags_help_config_compare_search_calibration_and_docs(toy, tmp_path, ca
     assert "Toy clipping: elements under a ceiling." in section
     assert "height of the roof (default: 0.5; useful: 0.1 to 0.9)" in " ".join(section.split())
 
-    assert compare.clipper_values("toy:ceiling=0.2") == {"clipper": "toy", "ceiling": 0.2}
+    assert compare.clipper_values(RECIPE, "toy:ceiling=0.2") == {"clipper": "toy", "ceiling": 0.2}
 
     hp = kt.HyperParameters()
     values = clip_hyperparameters(hp, ["toy"], ceiling=(0.2, 0.4))

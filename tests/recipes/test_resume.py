@@ -207,12 +207,12 @@ def test_killed_twenty_times_at_any_moment(whole, tmp_path):
 def test_rows_of_unfinished_epochs_are_dropped(tmp_path, first):
     path = tmp_path / "history.csv"
     path.write_text(f"epoch,loss\n{first},1.0\n{first + 1},0.5\n{first + 2},0.2")
-    rows = folders.read_epochs(path, ["loss"], 2)
+    rows = folders.read_history(path, ["loss"], 2)
     assert rows == [{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 0.5}]
     folders.write_table(path, [*rows, {"epoch": 3.0, "loss": 0.25, "skipped": 1.0}])
     assert path.read_text().split() == ["epoch,loss,skipped", "1,1.0,", "2,0.5,", "3,0.25,1"]
-    assert folders.read_epochs(path, ["loss"], 0) == []
-    assert folders.read_epochs(tmp_path / "none.csv", ["loss"], 2) == []
+    assert folders.read_history(path, ["loss"], 0) == []
+    assert folders.read_history(tmp_path / "none.csv", ["loss"], 2) == []
 
 
 def test_the_states_of_stateful_layers_are_in_a_backup(tmp_path):

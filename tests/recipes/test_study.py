@@ -82,7 +82,7 @@ def test_the_time_that_is_left_follows_from_the_rows(tmp_path, capsys):
     assert "2 of 5 runs to do: about 4 min\n" in capsys.readouterr().out
     other = study.StudyFile(tmp_path / "other.csv", ("name", "rate"), ("status", "seconds"))
     other.run(cells([], "a", cost=3.0), str, pace=20.0)
-    assert "1 of 1 runs to do: about 60 s on two CPU cores\n" in capsys.readouterr().out
+    assert "1 of 1 runs to do: about 60 s\n" in capsys.readouterr().out
 
 
 def test_rows_that_are_dropped_leave_the_columns_of_the_user(tmp_path):
