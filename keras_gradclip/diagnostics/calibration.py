@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -35,9 +34,6 @@ from keras_gradclip.files import write_json
 from keras_gradclip.names import layers_of, path_of, size_of
 from keras_gradclip.optimizer._advice import step_bound
 from keras_gradclip.optimizer._inner import is_plain_sgd
-
-#: Attributes of a `Calibration` that say how its samples were taken.
-SETTINGS = ("nonfinite", "beta", "eps", "max_ratio", "anneal")
 
 #: The smallest suggested share of `max_ratio`: κ of 1e-3 and of 2e-3 serve the same learning rates
 #: (docs/evidence.md).
@@ -127,24 +123,9 @@ class Calibration:
         """The same samples at a different percentile."""
         return dataclasses.replace(self, percentile=percentile)
 
-    def saved_threshold(self, kind: str, layer: str) -> float | None:
-        """The layer's threshold in `clip_map` and `save`; None if it is not clipped.
-
-        It is `thresholds[kind][layer]`, except for "update_ratio", whose figures are capped.
-        """
-        limit = float(self.limits(kind)[0, self.layers.index(layer)])
-        return None if math.isnan(limit) else limit
-
-    def clipper(self, kind: str, *layers: str, segments: int = 1) -> Clipper | None:
-        """The clipper with the largest threshold of some layers; None if there is nothing to clip.
-
-        Args:
-            kind: as in `clip_map`.
-            *layers: names of layers.
-            segments: as in `clip_map`.
-        """
-        columns = [self.layers.index(layer) for layer in layers]
-        limits = np.fmax.reduce(self.limits(kind, segments)[:, columns], axis=1)
+    def clipper(self, kind: str, layer: str, segments: int = 1) -> Clipper | None:
+        """The clipper of a layer in `clip_map`; None if it is not clipped."""
+        limits = self.limits(kind, segments)[:, self.layers.index(layer)]
         return self._clipper(kind, limits, segments)
 
     def _clipper(self, kind: str, limits: np.ndarray, segments: int) -> Clipper | None:

@@ -176,7 +176,7 @@ def _draw_layers(axis: Any, found: Calibration, kind: str) -> None:
     low, median, high = np.percentile(found.samples[kind][:, shown], (10, 50, 90), axis=0)
     axis.hlines(at, np.maximum(low, 1e-30), high, color="C0", alpha=0.5, label="10 to 90 %")
     axis.scatter(median, at, s=9, color="C0", label="median")
-    saved = [found.saved_threshold(kind, name) or np.nan for name in names]
+    saved = found.limits(kind)[0, shown]
     axis.scatter(saved, at, s=14, color="C3", marker="|", label=f"clip-{kind}.json")
     axis.set_yticks(at, names, fontsize=6 if len(names) > 40 else 9)
     axis.set(ylim=(len(names) - 0.5, -0.5), xlabel=kinds()[kind])
