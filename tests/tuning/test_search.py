@@ -425,6 +425,18 @@ def test_a_worker_whose_data_are_missing_ends_in_one_line(monkeypatch, capsys, t
     assert capsys.readouterr().err == "error: no such data\n"
 
 
+def test_a_worker_is_silent_when_its_file_stops_changing(tmp_path):
+    from tuning.workers import _is_silent
+
+    path, beats = tmp_path / "worker-0.alive", {}
+    assert not _is_silent(path, beats, 0.0)  # there is no file yet
+    for text in ("", "1"):
+        path.write_text(text)
+        assert not _is_silent(path, beats, 0.0)
+        assert not _is_silent(path, beats, 60.0)
+        assert _is_silent(path, beats, 0.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["workers", "variables"])
 def test_a_worker_is_killed_and_every_trial_is_accounted_for(launch, tmp_path):
