@@ -37,16 +37,22 @@ def _option(name: str, default: Any, help: str, kind: type = str, **more: Any) -
 
 OPTIONS = {
     "search": (
-        _option("recipe", "alexnet", "name, or a file that defines RECIPE"),
+        _option("recipe", "alexnet", "its name, or a file that defines RECIPE"),
         _option(
             "tuner",
             "random",
             "the algorithm that chooses the next trial",
             choices=("random", "bayesian", "hyperband", "grid"),
         ),
-        _option("max_trials", None, "the baseline included (10; all of a grid)", int, low=2),
-        _option("objective", None, "any logged metric (the recipe's: val_accuracy ...)"),
-        _option("direction", None, "if the objective does not imply it", choices=("max", "min")),
+        _option(
+            "max_trials",
+            None,
+            "trials, the baseline included (default: 10; of a grid: all)",
+            int,
+            low=2,
+        ),
+        _option("objective", None, "a column of history.csv (default: the recipe's monitor)"),
+        _option("direction", None, "of an objective of unknown direction", choices=("max", "min")),
         _option(
             "budget",
             "small",
@@ -57,25 +63,25 @@ OPTIONS = {
         _option(
             "confirm_runs",
             5,
-            "at the end, runs with other seeds of the best clipped and of the best unclipped "
-            "trial: 4 or more test whether clipping matters",
+            "runs with other seeds of the best clipped and of the best unclipped trial, at the "
+            "end; 4 or more test whether clipping matters",
             int,
             low=0,
         ),
-        _option("output", None, "folder of the search (runs/search-RECIPE)"),
+        _option("output", None, "folder of the search (default: runs/search-RECIPE)"),
         _option("keep_weights", False, "keep best.keras of each run", bool),
-        _option("workers", 0, "processes on this machine", int, low=0),
+        _option("workers", 0, "worker processes to start on this machine", int, low=0),
         _option(
             "worker_timeout",
             60.0,
-            "seconds after which the trial of a silent worker goes to another",
+            "seconds after which the trial of a silent worker goes to another worker",
             float,
             above=0,
         ),
-        _option("traceback", False, "errors with their traceback", bool),
+        _option("traceback", False, "print the traceback of an error", bool),
     ),
     "search space": (
-        _option("calibration", None, "centre the thresholds' ranges on this file of `calibrate`"),
+        _option("calibration", None, "centre the ranges of thresholds on this file of `calibrate`"),
         _option("search_gate", False, "also search the activation gate", bool),
         _option("groups", False, "a separate threshold for stem, stages and head", bool),
         _option("fix_learning_rate", False, "search at the recipe's own learning rate", bool),
@@ -213,19 +219,20 @@ def _by_flag() -> dict[str, Owners]:
 def _add_ranges(parser: Parser, group: argparse._ArgumentGroup, argv: Sequence[str]) -> None:
     """Adds the clippers, the learning rates, and the ranges; clippers may share a flag."""
     usual = ["absolute", "exponential", "norm"]
-    known = ", ".join(opts.clippers())
-    clippers: dict[str, Any] = {"nargs": "+", "metavar": "NAME", "default": usual}
+    text = (
+        f"clippers to search, from {', '.join(opts.clippers())}; none is always included (default: "
+        f"{' '.join(usual)})"
+    )
     early = Parser("", add_help=False)
     for place in (early, group):
-        text = f"of {known}; none is always included (%(default)s)"
-        place.add_argument("--clippers", help=text, **clippers)
+        place.add_argument("--clippers", nargs="+", metavar="NAME", default=usual, help=text)
     chosen = early.parse_known_args(argv)[0].clippers
     group.add_argument(
         "--learning-rate-range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="log (a third to three times the recipe's)",
+        help="log (default: a third to three times the recipe's)",
     )
     page = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     every = page.add_argument_group("ranges and words to search")
@@ -249,11 +256,13 @@ def _help(owners: Owners) -> str:
     first = owners[0][1]
     text = f"{', '.join(alias for alias, _ in owners)}: {first.help}"
     if first.kind == "word":
-        return f"{text}; of {' '.join(_words(owners))} ({first.default or opts.NONE})"
+        words = " ".join(_words(owners))
+        return f"{text}; from {words} (default: {first.default or opts.NONE})"
     suggested = "; ".join(
         f"{a} {p.range[0]:g} {p.range[1]:g}" for a, p in owners if p.threshold and p.range
     )
-    return f"{text}, {'log' if first.log else 'linear'} ({suggested or 'searched if given'})"
+    scale = "log" if first.log else "linear"
+    return f"{text}, {scale} (default: {suggested or 'not searched'})"
 
 
 def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
