@@ -44,13 +44,7 @@ OPTIONS = {
             "the algorithm that chooses the next trial",
             choices=("random", "bayesian", "hyperband", "grid"),
         ),
-        _option(
-            "max_trials",
-            None,
-            "trials, the baseline included (default: 10; of a grid: all)",
-            int,
-            low=2,
-        ),
+        _option("max_trials", None, "with the baseline (default: 10; of a grid: all)", int, low=2),
         _option("objective", None, "a column of history.csv (default: the recipe's monitor)"),
         _option("direction", None, "of an objective of unknown direction", choices=("max", "min")),
         _option(
@@ -219,10 +213,8 @@ def _by_flag() -> dict[str, Owners]:
 def _add_ranges(parser: Parser, group: argparse._ArgumentGroup, argv: Sequence[str]) -> None:
     """Adds the clippers, the learning rates, and the ranges; clippers may share a flag."""
     usual = ["absolute", "exponential", "norm"]
-    text = (
-        f"clippers to search, from {', '.join(opts.clippers())}; none is always included (default: "
-        f"{' '.join(usual)})"
-    )
+    known, default = ", ".join(opts.clippers()), " ".join(usual)
+    text = f"from {known}; none is always included (default: {default})"
     early = Parser("", add_help=False)
     for place in (early, group):
         place.add_argument("--clippers", nargs="+", metavar="NAME", default=usual, help=text)
