@@ -178,7 +178,7 @@ class Search:
         now = json.loads(json.dumps(now))
         before = self._saved()
         if not before:
-            if (self.folder / PROJECT).exists():
+            if (self.folder / PROJECT / "oracle.json").exists():
                 raise RecipeError(f"{self.folder}: has trials but no {SEARCH}: give --output")
             write_json(self.folder / SEARCH, now)
             return
