@@ -55,26 +55,33 @@ def walk_to_the_first_step(argv):
 
     Without the data's and the models' own.
     """
-    root, stays, calls = Path(recipes.__file__).parent, [], set()
+    root, stays, calls = f"{Path(recipes.__file__).parent}/", [], set()
+    names = {}  # of files by the id of their code: None if a call of it says nothing
 
     class Reached(BaseException):
         pass
 
+    def name_of(code):
+        path = code.co_filename.removeprefix(root)
+        is_ours = code.co_filename.startswith(root) and not path.startswith(("data/", "models/"))
+        is_named = not code.co_name.startswith("<") and code.co_name != "__getattr__"
+        return path if is_ours and is_named else None
+
     def follow(frame, event, _):
+        if event != "call":
+            return
         code, caller = frame.f_code, frame.f_back
-        if event != "call" or code.co_name.startswith("<") or code.co_name == "__getattr__":
-            return
-        if code.co_name == "train_step":
-            sys.setprofile(None)
-            raise Reached
-        call = (caller.f_code, caller.f_lineno, code)
-        path = Path(code.co_filename)
-        if call in calls or not path.is_relative_to(root):
-            return
-        calls.add(call)
-        name = str(path.relative_to(root))
-        if not name.startswith(("data/", "models/")) and stays[-1:] != [name]:
-            stays.append(name)
+        if id(code) not in names:
+            if code.co_name == "train_step":
+                sys.setprofile(None)
+                raise Reached
+            names[id(code)] = name_of(code)
+        name = names[id(code)]
+        call = name and (caller.f_code, caller.f_lineno, code)
+        if call and call not in calls:
+            calls.add(call)
+            if stays[-1:] != [name]:
+                stays.append(name)
 
     before = sys.getprofile()
     sys.setprofile(follow)
