@@ -26,7 +26,6 @@ def main() -> None:
 
     import keras_gradclip as kgc
 
-    tf.get_logger().setLevel("ERROR")  # no hints about the six models' functions
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * max(REPLICAS),

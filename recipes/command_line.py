@@ -20,9 +20,9 @@ class Parser(command_line.Parser):
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow and Keras without the messages of their C++ libraries.
+    """Imports TensorFlow and Keras without their notes; these are shown if the import fails.
 
-    TF_CPP_MIN_LOG_LEVEL does not affect these messages. They are shown if the import fails.
+    TF_CPP_MIN_LOG_LEVEL does not affect the notes of the C++ libraries.
     """
     if "tensorflow" in sys.modules:
         return
@@ -33,8 +33,9 @@ def import_tensorflow() -> None:
         failed = True
         try:
             import keras  # noqa: F401
-            import tensorflow  # noqa: F401
+            import tensorflow
 
+            tensorflow.get_logger().setLevel("ERROR")  # no hints where several models are trained
             failed = False
         finally:
             sys.stderr.flush()

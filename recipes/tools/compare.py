@@ -222,8 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = folder_named(usual if given.output is None else given.output)
         rows = compare(recipe, rest, given.clippers, given.learning_rates, given.seeds, output)
         seeds = ", ".join(map(str, given.seeds))
+        table = study.cross_table(scored(rows), "learning_rate", "clipper", cell_text)
         show_table(
-            study.cross_table(scored(rows), "learning_rate", "clipper", cell_text),
+            table.rename(columns={"learning_rate": "learning rate"}),
             f"{given.recipe}: best validation accuracy in %, mean (lowest–highest); seeds: {seeds}",
         )
         print(f"results in {output / 'compare.csv'} and {output / 'compare.png'}")

@@ -197,7 +197,7 @@ class EpochFiles(keras.callbacks.Callback):
             return
         write_table(self.folder / HISTORY, self.history)
         write_table(self.folder / LAYERS, self.layers)
-        kept = self.setup.recipe.kept(self.setup.options.select_best, self.history)
+        kept = self.setup.recipe.kept_epoch(self.setup.options.select_best, self.history)
         if kept == len(self.history) - 1:
             write_names(self.folder / BEST, self.setup.data)
             replace_file(self.folder / BEST, self.setup.exported.save)

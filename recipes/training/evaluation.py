@@ -121,7 +121,8 @@ def print_classes(folder: Path) -> None:
     elif rows:
         for row in rows:
             row["accuracy"] = f"{100 * float(row['accuracy']):.1f} %" if row["accuracy"] else ""
-        show_table(pd.DataFrame(rows), "test images by class")
+        table = pd.DataFrame(rows).rename(columns={"taken_for": "taken for"})
+        show_table(table, "test images by class")
 
 
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:

@@ -65,7 +65,7 @@ class Recipe:
         """The `monitor` of the test split, such as `test_accuracy`."""
         return "test_" + self.monitor.removeprefix("val_")
 
-    def kept(self, rule: str, history: Sequence[Mapping[str, Any]]) -> int | None:
+    def kept_epoch(self, rule: str, history: Sequence[Mapping[str, Any]]) -> int | None:
         """The index of the epoch whose model is kept; None if none is.
 
         Args:

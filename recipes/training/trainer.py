@@ -114,8 +114,8 @@ def _result(setup: "Setup", start: "Start", folder: Path, started: float) -> Res
     metric = recipe.monitor.removeprefix("val_")
     title = f"{recipe.name} on {setup.data.name}"
     plots.draw_curves(rows, start.layers, folder / "curves.png", title, metric)
-    kept = recipe.kept(setup.options.select_best, rows)
-    place = (recipe.kept("improve", rows) or 0) if kept is None else kept
+    kept = recipe.kept_epoch(setup.options.select_best, rows)
+    place = (recipe.kept_epoch("improve", rows) or 0) if kept is None else kept
     fractions = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
     return Result(
         recipe=recipe.name,

@@ -242,7 +242,7 @@ def test_full_disk_leaves_the_last_good_model(capsys, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", scratch)
 
     monkeypatch.setattr(keras.Model, "save", full)
-    monkeypatch.setattr(type(RECIPE), "kept", lambda recipe, rule, history: len(history) - 1)
+    monkeypatch.setattr(type(RECIPE), "kept_epoch", lambda recipe, rule, history: len(history) - 1)
     argv = ["--resume", "--epochs", "2", "--output", str(folder), "--verbose", "quiet"]
     assert "No space left on device" in fails(capsys, argv, 1)
     assert (folder / folders.BEST).read_bytes() == good
@@ -458,7 +458,7 @@ def test_rules_for_the_best_model(rule, rows, kept):
         {"epoch": epoch, "val_accuracy": val, "test_accuracy": test}
         for epoch, (val, test) in enumerate(rows, 1)
     ]
-    assert RECIPE.kept(rule, logs) == kept
+    assert RECIPE.kept_epoch(rule, logs) == kept
 
 
 def test_beats_test_evaluates_the_test_split_and_a_monitor_writes_a_report(tmp_path):
