@@ -47,13 +47,13 @@ class Feed:
 
     def training(self, start_step: int = 0) -> Any:
         """Endless batches of (x, y), shuffled and augmented, from global step `start_step` on."""
-        return self._of_worker(lambda context: self._train_batches(start_step, context))
+        return self._per_worker(lambda context: self._train_batches(start_step, context))
 
     def evaluation(self, split: Split) -> Any:
         """Batches of (x, y) of a split in storage order, the last one possibly smaller."""
-        return self._of_worker(lambda context: self._eval_batches(split, context))
+        return self._per_worker(lambda context: self._eval_batches(split, context))
 
-    def _of_worker(self, make: Callable[[tf.distribute.InputContext], tf.data.Dataset]) -> Any:
+    def _per_worker(self, make: Callable[[tf.distribute.InputContext], tf.data.Dataset]) -> Any:
         if self.workers is None:
             return make(tf.distribute.InputContext())
         return self.workers.distribute_datasets_from_function(make)

@@ -32,10 +32,6 @@ class LocalResponseNormalization(layers.Layer):
         scale = ops.power(self.bias + self.alpha / self.size * window, -self.beta)
         return ops.cast(x * scale, inputs.dtype)
 
-    def compute_output_shape(self, input_shape):
-        """The shape of the input."""
-        return input_shape
-
     def get_config(self):
         """The constructor's arguments."""
         config = super().get_config()
@@ -79,10 +75,6 @@ class AdaptiveAveragePooling2D(layers.Layer):
             return inputs
         rows, columns = self._means(height, inputs.dtype), self._means(width, inputs.dtype)
         return ops.einsum("ih,bhwc,jw->bijc", rows, inputs, columns)
-
-    def compute_output_shape(self, input_shape):
-        """`[batch, grid, grid, channels]`."""
-        return (input_shape[0], self.grid, self.grid, input_shape[3])
 
     def get_config(self):
         """The constructor's arguments."""
