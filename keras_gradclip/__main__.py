@@ -30,19 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception as error:  # anything that a user's module raises
                 raise ValueError(f"--import {module}: {type(error).__name__}: {error}") from error
         options = parse(arguments, declarations())
-        if options.command == "describe":
-            _describe(options)
+        if options.command == "report":
+            print(report(options.run, options.output))
         else:
-            print(
-                report(options.run, options.output) if options.command == "report" else diagnose()
-            )
+            print(_describe(options) if options.command == "describe" else diagnose())
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
-def _describe(options: argparse.Namespace) -> None:
+def _describe(options: argparse.Namespace) -> str:
     is_of_model = options.clipper in (None, AUTO)
     model = _load(options.model, compile=is_of_model)
     reason = ""
@@ -63,9 +61,8 @@ def _describe(options: argparse.Namespace) -> None:
         raise ValueError(
             f"describe: {options.model} was compiled without a clipper. Name one by --clipper."
         )
-    print(clipper.describe(model))
-    if reason:
-        print(f"\nThe choice of clipper='auto': {reason}.")
+    text = clipper.describe(model)
+    return f"{text}\n\nThe choice of clipper='auto': {reason}." if reason else text
 
 
 def _load(path: str, *, compile: bool) -> keras.Model:

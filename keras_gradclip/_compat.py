@@ -316,12 +316,12 @@ def slots(
 ) -> list[keras.Variable] | None:
     """The slots of a variable, for an optimizer in `_SLOTS`; None if one was never created."""
     i = optimizer._get_variable_index(variable)
-    lists: list[list[keras.Variable] | None] = [
+    lists: list[Any] = [
         getattr(optimizer, name, None)
         for name, setting in _SLOTS[type(optimizer)].items()
         if setting is None or getattr(optimizer, setting)
     ]
-    return [slot_list[i] for slot_list in lists if slot_list] if all(lists) else None
+    return [slot_list[i] for slot_list in lists] if all(lists) else None
 
 
 def shared_slots(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
