@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser without abbreviated flags that raises exceptions.
+    """An argument parser without abbreviated flags, whose mistakes raise exceptions.
 
     Args:
         prog: the command as typed.
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         **keywords: arguments of `argparse.ArgumentParser`.
     """
 
-    #: The exception.
+    #: The type of exception.
     mistake: type[Exception] = ValueError
 
     def __init__(

@@ -40,12 +40,7 @@ def replace_file(path: PathLike, write: Callable[[str], object]) -> None:
 
 def write_text(path: PathLike, text: str) -> None:
     """Writes a text file in UTF-8 with plain newlines."""
-
-    def write(scratch: str) -> None:
-        with open(scratch, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-
-    replace_file(path, write)
+    replace_file(path, lambda scratch: Path(scratch).write_text(text, "utf-8", newline=""))
 
 
 def write_json(
@@ -87,10 +82,8 @@ def append_csv(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[o
     Removes an incomplete last line, left by a kill or a full disk.
     """
     _end_last_line(path)
-    fresh = not Path(path).exists() or not Path(path).stat().st_size
     with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([columns, *rows] if fresh else rows)
+        csv.writer(file).writerows(rows if file.tell() else [columns, *rows])
 
 
 def _end_last_line(path: PathLike) -> None:

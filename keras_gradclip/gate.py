@@ -55,11 +55,9 @@ class ActivationGate:
         for name in ("clip_value", "gamma", "initial_learning_rate"):
             value = validation.positive("ActivationGate", name, getattr(self, name))
             object.__setattr__(self, name, value)
-        patterns = self.layers
+        patterns = (self.layers,) if isinstance(self.layers, str) else self.layers
         if patterns is None:
             return
-        if isinstance(patterns, str):
-            patterns = (patterns,)
         if not isinstance(patterns, Sequence) or not patterns:
             raise ValueError(
                 f"ActivationGate: `layers` must be None, a regex or a list of them, not "
