@@ -417,3 +417,29 @@ def test_a_loss_that_a_custom_loop_keeps_in_the_model_is_its_own():
     optimizer = kgc.ClippedOptimizer("sgd", "auto")
     optimizer.build(model.trainable_variables)
     assert isinstance(optimizer.clipper, kgc.UpdateRatioClip)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a train step of TensorFlow")
+@pytest.mark.parametrize("is_built", [True, False])
+def test_auto_guards_what_a_custom_train_step_creates(is_built):
+    """Weights that a traced step creates have no values yet."""
+    import tensorflow as tf
+
+    class Lazy(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = L.Dense(3)
+
+        def train_step(self, x):
+            with tf.GradientTape() as tape:
+                value = tf.reduce_mean(tf.square(self.head(x)))
+            weights = self.trainable_weights
+            self.optimizer.apply_gradients(zip(tape.gradient(value, weights), weights, strict=True))
+            return {"loss": value}
+
+    model, optimizer = Lazy(), kgc.ClippedOptimizer("sgd", "auto")
+    model.compile(optimizer)
+    if is_built:
+        model.head.build((None, 2))
+    model.fit(np.ones((4, 2), "float32"), verbose=0)
+    assert isinstance(optimizer.clipper, kgc.UpdateRatioClip) == is_built
