@@ -100,7 +100,7 @@ class Worker:
             **variables,
             "CUDA_VISIBLE_DEVICES": "-1",
         }
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(
             [PYTHONS[framework], str(HERE / "worker.py"), framework],
             stdin=subprocess.PIPE,
@@ -567,7 +567,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(rows: Sequence[Row], versions: Sequence[str], path: Path) -> None:
     """One line a row; the versions in a comment at the top."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         file.write(f"# {'; '.join(versions)}\n")
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

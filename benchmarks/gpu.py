@@ -266,7 +266,7 @@ def show(title: str, rows: list[dict], path: Path) -> None:
     for r in [dict(zip(columns, columns, strict=True)), *rows]:
         print("  ".join(str(r[c]).ljust(w) for c, w in zip(columns, widths, strict=True)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -81,7 +81,7 @@ class Search:
             self.console = Console(file=out, width=width, **plain)
             errors: contextlib.AbstractContextManager = contextlib.nullcontext()
             # KerasTuner's own output goes to a file.
-            with open(self.folder / "kerastuner.log", "a") as log:
+            with open(self.folder / "kerastuner.log", "a", encoding="utf-8") as log:
                 if not self.args.traceback:
                     errors = contextlib.redirect_stderr(log)
                 with contextlib.redirect_stdout(log), errors, _causes():

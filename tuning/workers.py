@@ -65,7 +65,7 @@ def started(number: int, folder: Path) -> Iterator[processes.Processes]:
         environments[f"worker-{k}"] = {**growth, **os.environ, **own}
     command = [sys.executable, *sys.orig_argv[1:]]
     with processes.started(
-        command, environments, lambda name: open(folder / f"{name}.log", "a")
+        command, environments, lambda name: open(folder / f"{name}.log", "a", encoding="utf-8")
     ) as workers:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a chief trains nothing
         yield workers
@@ -163,7 +163,7 @@ def lead(
 def _is_silent(path: Path, beats: dict[str, tuple[str | None, float]], timeout: float) -> bool:
     """Whether a heartbeat file is unchanged for `timeout` seconds; `beats` stores the last."""
     try:
-        beat = path.read_text()
+        beat = path.read_text(encoding="utf-8")
     except OSError:
         return False  # no shared folder, or a moment's failure: not lost
     before, since = beats.get(path.name, (None, 0.0))

@@ -292,7 +292,10 @@ def test_what_a_worker_started_ends_with_it(tmp_path, capfd):
 def alive(pid):
     """Whether a process runs; what only waits for its parent to look does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except FileNotFoundError:
         return False
 

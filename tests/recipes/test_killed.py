@@ -53,7 +53,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 def start(command, folder):
     """The command, in a process group of its own, with its output where a failure shows it."""
-    with open(folder.parent / "output.log", "a") as log:
+    with open(folder.parent / "output.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, *command, str(folder)],
             stdout=log,

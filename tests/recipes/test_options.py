@@ -140,7 +140,7 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
     write_json(path, {"good": 1})
 
     def half(scratch):
-        with open(scratch, "w") as file:
+        with open(scratch, "w", encoding="utf-8") as file:
             file.write('{"ba')
         raise OSError(28, "No space left on device")
 

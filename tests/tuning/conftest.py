@@ -21,7 +21,7 @@ def read_trials():
     """Reads the lines of a folder's `trials.csv`, as text."""
 
     def read(folder):
-        with open(folder / "trials.csv", newline="") as file:
+        with open(folder / "trials.csv", encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
     return read

@@ -35,7 +35,7 @@ def load_data(options):
     if "HANG" in os.environ:
         _hang(Path(os.environ["HANG"]))
     if "STARTS" in os.environ:
-        with open(os.environ["STARTS"], "a") as file:
+        with open(os.environ["STARTS"], "a", encoding="utf-8") as file:
             file.write(f"{options.clipper} {options.learning_rate} {options.seed}\n")
     rng = np.random.default_rng(0)
     labels = np.arange(64) % 2
@@ -52,11 +52,11 @@ def load_data(options):
 
 def _hang(flag):
     starts = Path(os.environ["STARTS"])
-    done = len(starts.read_text().splitlines()) if starts.exists() else 0
+    done = len(starts.read_text(encoding="utf-8").splitlines()) if starts.exists() else 0
     if done < int(flag.read_text()):
         return
     try:
-        with open(f"{flag}.taken", "x") as file:
+        with open(f"{flag}.taken", "x", encoding="utf-8") as file:
             file.write(str(os.getpid()))
     except FileExistsError:
         return

@@ -205,7 +205,7 @@ def test_a_trial_has_the_score_of_each_run(old):
 def test_trials_csv_has_a_column_a_hyperparameter(tmp_path):
     path = tmp_path / "trials.csv"
     results.write_trials([row("1", 0.9, 0.02), row("0", math.nan, status="failed")], path)
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["rank"], first["trial"], first["absolute/threshold"]) == ("1", "1", "0.02")
     assert (second["status"], second["score"], second["absolute/threshold"]) == ("failed", "", "")

@@ -27,7 +27,7 @@ def search(folder, *more):
 
 
 def trials_of(folder):
-    with open(folder / "trials.csv", newline="") as file:
+    with open(folder / "trials.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
