@@ -216,6 +216,12 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     return runner.cross_table(rows, "clipper", "learning_rate", cell)
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """The table in Markdown; the first column is left-aligned, the others right-aligned."""
+    head = "| " + " | ".join(table.columns) + " |\n|---|" + "---:|" * (len(table.columns) - 1)
+    return "\n".join([head, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
+
+
 def label(clipper: str) -> str:
     """A clipper in a legend, without its rarer parameters."""
     return re.sub(r", (eps|alpha|warmup_steps|option)=[^,)]*", "", clipper)
@@ -245,7 +251,7 @@ def report(studies: Sequence[Study], rows: pd.DataFrame, output: Path) -> None:
         lines = table(mine.assign(clipper="`" + mine["clipper"] + "`"))
         parts.append(
             f"## {title}\n\nTest accuracy in %, mean (lowest–highest) of the seeds {seeds}.\n\n"
-            f"{runner.markdown(lines)}\n"
+            f"{markdown(lines)}\n"
         )
         draw(f"evidence-{study.name}.png", mine, title)
     (output / "evidence.md").write_text("\n".join(parts), encoding="utf-8")

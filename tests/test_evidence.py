@@ -84,7 +84,7 @@ def test_a_run_that_learned_nothing_is_at_chance(tmp_path, monkeypatch, capsys):
     [row] = rows.to_dict("records")
     assert row["status"] == "at chance" and row["test_accuracy"] == pytest.approx(0.1)
     assert "at chance, 10.0 %" in capsys.readouterr().out
-    assert "| none | 10.0, 1 of 1 at chance |" in runner.markdown(
+    assert "| none | 10.0, 1 of 1 at chance |" in evidence.markdown(
         evidence.table(evidence.scored(rows))
     )
 

@@ -197,12 +197,6 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The table in Markdown; the first column is left-aligned, the others right-aligned."""
-    head = "| " + " | ".join(table.columns) + " |\n|---|" + "---:|" * (len(table.columns) - 1)
-    return "\n".join([head, *("| " + " | ".join(row) + " |" for row in table.to_numpy())])
-
-
 def log_axis(axis: Axes) -> None:
     """Makes the x axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
