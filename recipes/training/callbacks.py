@@ -132,9 +132,9 @@ class StopAtNonFinite(keras.callbacks.Callback):
         """Checks the running loss and gradient norm, which one bad batch makes NaN."""
         logs = logs or {}
         is_bad = not math.isfinite(logs.get("loss", 0.0))
-        if math.isnan(logs.get("grad_norm", 0.0)):
+        if not (is_bad or self.skips) and math.isnan(logs.get("grad_norm", 0.0)):
             # A ReLU may hide a NaN from the loss. Before the first update the norm is NaN, too.
-            is_bad |= _optimizer_of(self.model).read_telemetry()["updates"] > 0
+            is_bad = _optimizer_of(self.model).read_telemetry()["updates"] > 0
         if is_bad and not self.skips:
             raise self.diverged(self.step)
         self.step += 1

@@ -70,11 +70,11 @@ def run(
             files.write_json(folder / folders.CONFIG, options.saved)
 
         monitored = None
-        if options.monitor and start.step < ends:
-            # A resumed run measures from there on, in a folder of its own.
-            since = f"-from-{start.step}" if start.step else ""
-            monitored = folder / f"{folders.MONITOR}{since}"
         if start.step < ends:
+            if options.monitor:
+                # A resumed run measures from there on, in a folder of its own.
+                since = f"-from-{start.step}" if start.step else ""
+                monitored = folder / f"{folders.MONITOR}{since}"
             chain = cb.chain(setup, start, folder, monitored, started)
             setup.model.fit(
                 feed.training(start.step),
@@ -103,7 +103,7 @@ def _progress(done: int, ends: int, steps: int) -> str:
     if done >= ends:
         return "  finished: all steps are done, and nothing is trained"
     epoch, step = divmod(done, steps)
-    return f"  going on from epoch {epoch + 1}, step {step + 1} ({counted(done, 'step')} done)"
+    return f"  resuming at epoch {epoch + 1}, step {step + 1} ({counted(done, 'step')} done)"
 
 
 def _result(setup: "Setup", start: "Start", folder: Path, started: float) -> Result:
