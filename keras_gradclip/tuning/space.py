@@ -166,8 +166,13 @@ class _Declaration:
     def __init__(
         self, hp: kt.HyperParameters, points: int | None, groups: Mapping[str, str] | None
     ) -> None:
-        if points is not None and points < 2:
+        if points is not None and not (isinstance(points, int) and points >= 2):
             raise ValueError(f"clip_hyperparameters: `points`={points!r} must be 2 or more.")
+        if groups is not None and not isinstance(groups, Mapping):
+            raise ValueError(
+                f"clip_hyperparameters: `groups` must be a dict from name to regular expression, "
+                f"but is {groups!r}."
+            )
         self.hp, self.points, self.groups = hp, points, groups
         self.values: dict[str, Value] = {}
 
@@ -182,6 +187,7 @@ class _Declaration:
         if given is None and not p.threshold:
             return
         if p.kind == "word":
+            given = [given] if isinstance(given, str) else given
             words = [word or NONE for word in p.choices]
             own = [word for word in given or () if word in words]
             if not own:
@@ -382,10 +388,14 @@ def _rounded(value: Value) -> float:
 
 
 def _bounds(name: str, bounds: Sequence) -> tuple[float, float]:
-    low, high = (float(bound) for bound in bounds)
+    try:
+        low, high = (float(bound) for bound in bounds)
+        shown = f"{low:g} to {high:g}"
+    except (TypeError, ValueError):
+        low = high = math.nan
+        shown = f"{bounds!r}, not (low, high)"
     if not (0 <= low < high < math.inf):
         raise ValueError(
-            f"clip_hyperparameters: the range of {name!r} must be 0 <= low < high, but is "
-            f"{low:g} to {high:g}."
+            f"clip_hyperparameters: the range of {name!r} must be 0 <= low < high, but is {shown}."
         )
     return low, high

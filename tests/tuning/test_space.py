@@ -176,6 +176,12 @@ def test_points_make_a_grid_with_its_ends():
         ({"gamma": (-1, 0.01)}, "range of 'exponential/gamma'"),
         ({"learning_rate": (0.1, 1), "default_learning_rate": 2.0}, "default of 'learning_rate'"),
         ({"points": 1}, "`points`=1 must be 2 or more"),
+        ({"points": "3"}, "`points`='3' must be 2 or more"),
+        ({"learning_rate": 0.1}, r"'learning_rate' must be .*is 0.1, not \(low, high\)"),
+        ({"threshold": [0.1]}, "range of 'absolute/threshold'"),
+        ({"threshold": ("low", "high")}, "range of 'absolute/threshold'"),
+        ({"groups": ["conv.*"]}, "`groups` must be a dict"),
+        ({"scope": "layre"}, r"\['layre'\] holds nothing for 'norm'"),
     ],
 )
 def test_wrong_spaces_are_refused(options, message):
