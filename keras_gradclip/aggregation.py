@@ -40,7 +40,7 @@ def concrete_value(variable: keras.Variable) -> np.ndarray | None:
 
     None while JAX traces, and for a variable that the current trace of TensorFlow created.
     """
-    value = variable.value
+    value = variable.value if isinstance(variable, keras.Variable) else variable
     if _is_traced_by_jax(value):
         return None
     if not is_tensorflow():

@@ -443,3 +443,13 @@ def test_auto_guards_what_a_custom_train_step_creates(is_built):
         model.head.build((None, 2))
     model.fit(np.ones((4, 2), "float32"), verbose=0)
     assert isinstance(optimizer.clipper, kgc.UpdateRatioClip) == is_built
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="variables of TensorFlow")
+def test_auto_for_variables_of_tensorflow():
+    import tensorflow as tf
+
+    kernel, bias = tf.Variable(tf.ones((6, 2)), name="w"), tf.Variable(tf.zeros(2), name="bias")
+    optimizer = kgc.ClippedOptimizer("sgd", "auto")
+    optimizer.apply([tf.ones((6, 2)), tf.ones(2)], [kernel, bias])
+    assert isinstance(optimizer.clipper.default, kgc.UpdateRatioClip)
