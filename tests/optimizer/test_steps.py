@@ -121,8 +121,12 @@ MORE = ("RMSprop", "Lamb", "Nadam", "Adagrad", "Adamax", "Adafactor")
 )
 def test_every_optimizer_is_bounded_and_out_of_reach_nothing_changes(name, jit):
     make = getattr(keras.optimizers, name)
+    # Some take steps in proportion to the weights, and so none to clip for a bias near 0.
+    biases = None if name in ("Lamb", "Adafactor") else "unit"
     wrapped = {
-        ratio: kgc.ClippedOptimizer(make(0.1), kgc.UpdateRatioClip(ratio), telemetry=True)
+        ratio: kgc.ClippedOptimizer(
+            make(0.1), kgc.UpdateRatioClip(ratio, biases=biases), telemetry=True
+        )
         for ratio in (2e-3, 1e6)
     }
     plain = trained(kgc.ClippedOptimizer(make(0.1), None), jit_compile=jit)
