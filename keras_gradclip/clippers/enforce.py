@@ -6,6 +6,7 @@ clipped. Gradients may be dense, sparse or None, of any float dtype, and may con
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -85,6 +86,51 @@ class Weight:
     def rms(self) -> Tensor:
         """The root mean square, a float32 scalar."""
         return self.norm / math.sqrt(max(self.size, 1))
+
+
+class Part(NamedTuple):
+    """The clip of one variable by units or elements.
+
+    Attributes:
+        key: the same for variables that one compiled program can serve.
+        clip: a function of (gradient or weight update, weight, `norm`).
+        weight: the weight.
+        norm: the norms of its units; None for elements.
+    """
+
+    key: tuple[object, ...]
+    clip: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    weight: Weight
+    norm: Tensor | None
+
+
+@dataclasses.dataclass
+class Postponed:
+    """A large gradient that XLA clips in the program that updates the variable.
+
+    TensorFlow writes the result of each operation to memory, such a program the new weight alone.
+
+    Attributes:
+        gradient: before the clip.
+        clip: the clip of the gradient; None: there is none.
+        equation: the weight update as a function of the clipped gradient, if there is a `limit`.
+        limit: the limit of the weight update; None: there is none.
+    """
+
+    gradient: Tensor
+    clip: Part | None = None
+    equation: Callable[[Tensor], Tensor] | None = None
+    limit: Part | None = None
+
+    def clipped(self) -> Tensor:
+        """The clipped gradient."""
+        part = self.clip
+        return part.clip(self.gradient, part.weight.values, part.norm) if part else self.gradient
+
+    def change(self) -> Tensor:
+        """The weight update before its limit."""
+        assert self.equation is not None
+        return self.equation(self.clipped())
 
 
 class Assignment(NamedTuple):
@@ -208,6 +254,15 @@ class Enforcer:
             rule = _Rule(assignment, self.variables, programs)
             (self.on_updates if late else self.on_gradients).append(rule)
             self.state |= {rule.name + name: value for name, value in rule.state.items()}
+        for rules in (self.on_gradients, self.on_updates):
+            limits = collections.Counter(i for rule in rules for i in rule.limited())
+            for rule in rules:
+                own = {i for i in rule.parts if limits[i] == 1} if not rule.calls_apply else set()
+                rule.alone = own - {*rule.by_kernel}
+
+    def alone_on_updates(self) -> set[int]:
+        """Positions of the variables whose weight update one clipper limits by itself."""
+        return {i for rule in self.on_updates for i in rule.alone}
 
     def limited_updates(self) -> set[int]:
         """Positions of the variables whose weight update may be limited."""
@@ -237,6 +292,7 @@ class Enforcer:
         state: State,
         hyper: Hyper,
         weights: Sequence[Tensor | None] | None = None,
+        postpones: bool = False,
     ) -> tuple[list[Gradient], State, ClipStats]:
         """The clipped gradients, the changed state, and a `ClipStats`.
 
@@ -246,18 +302,23 @@ class Enforcer:
             hyper: the values of all clippers, and "learning_rate" (1 if missing).
             weights: None; or, if `grads` are weight updates, the weights before them. Then the new
                 weights are returned, not the clipped updates.
+            postpones: return some of the gradients as `Postponed`.
         """
         clipped, new_state, stats = list(grads), {}, []
         rules = self.on_gradients if weights is None else self.on_updates
         for rule in rules:
             adds = weights is not None and rule is rules[-1]
-            clipped, own_state, own_stats = rule.clip(clipped, weights, state, hyper, adds)
+            arguments = (clipped, weights, state, hyper, adds, postpones)
+            clipped, own_state, own_stats = rule.clip(*arguments)
             new_state.update({rule.name + name: value for name, value in own_state.items()})
             stats.append(own_stats)
         if weights is not None:
             added = set() if rules[-1].calls_apply else rules[-1].limited()
-            left = {i for i, c in enumerate(clipped) if c is not None} - added
-            clipped = [weights[i] + c if i in left else c for i, c in enumerate(clipped)]
+            is_done = [i in added or isinstance(c, Postponed) for i, c in enumerate(clipped)]
+            clipped = [
+                c if done or c is None else weight + c
+                for c, weight, done in zip(clipped, weights, is_done, strict=True)
+            ]
         together = stats[0] if len(stats) == 1 else combined(stats, self.variables)
         return clipped, new_state, together
 
@@ -270,6 +331,7 @@ class _Rule:
         parts: positions of the variables that have one limit for each unit (with the axes that a
             unit spans) or each element (with None); biases after their kernels.
         by_kernel: of the biases among these, positions of the kernels whose units limit them.
+        alone: of `parts`, those with weights of their own that no other clipper limits.
     """
 
     def __init__(
@@ -286,6 +348,7 @@ class _Rule:
         self.wholes: list[list[int]] = []
         self.parts: dict[int, tuple[int, ...] | None] = {}
         self.by_kernel: dict[int, list[int]] = {}
+        self.alone: set[int] = set()
         own = [variables[i] for i in self.members]
         if self.calls_apply:
             self.state = self.clipper.init(own)
@@ -336,10 +399,11 @@ class _Rule:
         state: State,
         hyper: Hyper,
         adds: bool,
+        postpones: bool,
     ) -> tuple[list[Gradient], State, ClipStats]:
         """The clipped gradients, the clipper's new state, and a `ClipStats`.
 
-        `adds`: the weights are added, while they are at hand.
+        `adds`: the weights are added, while they are at hand. `postpones`: see `Enforcer.clip`.
         """
         own_state = {name: state[self.name + name] for name in self.state}
         own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
@@ -356,7 +420,7 @@ class _Rule:
         if self.wholes:
             own_state = clip.wholes(own_state)
         if self.parts:
-            clip.parts()
+            clip.parts(postpones)
         unit = "elements" if self.clipper.scope == "element" else "norms"
         counts = [clip.counts.get(i, 0.0) for i in range(len(grads))]
         return clip.clipped, own_state, ClipStats(clip.fractions, counts, unit)
@@ -454,19 +518,37 @@ class _Clip:
         every = ops.unstack(limits, num=number)
         return [every[n] for n in squares], state
 
-    def parts(self) -> None:
+    def parts(self, postpones: bool) -> None:
         """The same for each unit of a variable; or G' = clip(g, −L, L) for each element."""
         for i, axes in self.rule.parts.items():
-            if self.before[i] is None:
+            before = self.before[i]
+            if before is None:
                 continue
-            x, weight = arithmetic.values(self.before[i]), self._weight([i], axes)
-            pays = i not in self.rule.by_kernel and self.rule.programs.pays(x)
-            if pays and (axes or len(_limit(self.clipper, weight, self.hyper).shape) > 0):
-                y = self._compiled(x, weight)
-            else:
-                y = self._clip(x, weight, self.hyper)
-            self.clipped[i] = arithmetic.with_values(self.before[i], y)
             self.counts[i] = self.rule.counts[i]
+            weight = self._weight([i], axes)
+            if isinstance(before, Postponed):
+                before.limit = self._part(weight)
+                continue
+            x = arithmetic.values(before)
+            pays = i not in self.rule.by_kernel and self.rule.programs.pays(x)
+            if pays and axes is None:
+                pays = len(_limit(self.clipper, weight, self.hyper).shape) > 0
+            if pays and postpones and i in self.rule.alone:
+                self.clipped[i] = Postponed(x, self._part(weight))
+                continue
+            y = self._compiled(x, weight) if pays else self._clip(x, weight, self.hyper)
+            y = weight.values + y if self.adds and not pays else y
+            self.clipped[i] = arithmetic.with_values(before, y)
+
+    def _part(self, weight: Weight) -> Part:
+        def clip(x: Tensor, values: Tensor, norm: Tensor | None) -> Tensor:
+            own = Weight(weight.size, lambda: values, [lambda: values], weight.axes)
+            if norm is not None:
+                own.norm = norm
+            return self._clip(x, own, self.hyper)
+
+        norm = None if weight.axes is None else weight.norm
+        return Part((self.rule.name, weight.axes), clip, weight, norm)
 
     def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
         """A gradient with each unit of the weight, or each element, within its limit."""
@@ -481,7 +563,7 @@ class _Clip:
             y = arithmetic.scale(y, self.clipper.growth(weight, hyper))
         elif self.clipper.rescale:
             y = arithmetic.rescaled(self.clipper.rescale, x, y)
-        return weight.values + y if self.adds else y
+        return y
 
     def _compiled(self, x: Tensor, weight: Weight) -> Tensor:
         """`_clip` as an XLA program, which also computes the weight's norms of units."""
@@ -489,7 +571,8 @@ class _Clip:
 
         def clip(x: Tensor, values: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:
             weight = Weight(size, lambda: values, [lambda: values], axes)
-            return self._clip(x, weight, hyper), None if axes is None else weight.norm
+            y = self._clip(x, weight, hyper)
+            return values + y if self.adds else y, None if axes is None else weight.norm
 
         arguments = (x, weight.values, self.hyper)
         y, norm = self.rule.programs.run((self.rule.name, axes, self.adds), clip, *arguments)
@@ -511,7 +594,9 @@ class _Clip:
             return result
         xs, limits = [], []
         for i in members:
-            x, axes = arithmetic.values(self.before[i]), self.rule.parts[i]
+            before, axes = self.before[i], self.rule.parts[i]
+            is_late = isinstance(before, Postponed)
+            x = before.change() if is_late else arithmetic.values(before)
             xs.append(x if axes is None else ops.sqrt(arithmetic.unit_squares(x, axes)))
             limits.append(_limit(self.clipper, self._weight([i], axes), self.hyper))
         shares = arithmetic.fractions_over(xs, limits, [self.counts[i] for i in members])

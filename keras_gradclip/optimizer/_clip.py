@@ -36,6 +36,7 @@ class Clip:
         state: the clipper's running state by name; empty before `build`.
         enforcer: enforces the clipper's limits; set by `resolve`.
         limited: `id` to position of the variables whose weight update may be limited.
+        alone: `id` of those among them that one clipper limits by itself.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Clip:
         assignments = self.clipper.assignments(variables) if self.clipper else []
         self.enforcer = Enforcer(assignments, variables, is_plain_sgd(self._inner))
         self.limited = {id(variables[i]): i for i in self.enforcer.limited_updates()}
+        self.alone = {id(variables[i]) for i in self.enforcer.alone_on_updates()}
         warn_of_remarks(self.enforcer)
 
     def build(self) -> None:
@@ -111,8 +113,8 @@ class Clip:
                 values[key] = now  # changed since; otherwise keep the given number
         return self.clipper.with_hyperparameters(values)
 
-    def clip(self, gradients: list[Gradient]) -> ClippedUpdate:
-        """Clips and rescales gradients, and counts what was clipped."""
+    def clip(self, gradients: list[Gradient], postpones: bool) -> ClippedUpdate:
+        """Clips and rescales gradients, and counts what was clipped; see `Enforcer.clip`."""
         state = {key: arithmetic.read(v) for key, v in self.state.items()}
         calls = self._inner.iterations
         hyper = {name: current_value(v, calls) for name, v in self.thresholds.items()}
@@ -120,7 +122,7 @@ class Clip:
             rate = self._inner.learning_rate
             hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
             hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
-        clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper)
+        clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper, postpones=postpones)
         return ClippedUpdate(gradients, clipped, stats, hyper, {**state, **new_state})
 
     def clip_changes(
@@ -129,7 +131,7 @@ class Clip:
         finish: Callable[[ClippedUpdate], None],
         variables: Sequence[keras.Variable],
         changes: Sequence[Tensor],
-        before: Sequence[Tensor],
+        before: Sequence[Tensor | None],
     ) -> list[Tensor]:
         """Limits the weight updates of the inner optimizer.
 
@@ -137,11 +139,11 @@ class Clip:
             update: the result of `clip`.
             finish: called with `update` and the new statistics and state.
             variables: the variables.
-            changes: the weight updates, one per variable.
-            before: the weights before the update.
+            changes: the weight updates, one per variable; some are `Postponed`.
+            before: the weights before the update; None for those.
 
         Returns:
-            The new weights.
+            The new weights; `Postponed` stay, with their limit.
         """
         assert update.stats is not None
         every = self.enforcer.variables

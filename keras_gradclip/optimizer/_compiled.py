@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import keras
-from keras import backend
+from keras import backend, ops
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
 from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
+from keras_gradclip.clippers.enforce import Postponed
 from keras_gradclip.names import path_of
 
 if TYPE_CHECKING:
@@ -130,12 +131,29 @@ def _adam_equation(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) 
     return change
 
 
-#: Keras's equations, for limited updates, and for very small variables.
+def _sgd_equation(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Equation:
+    import tensorflow as tf
+
+    del step
+    momentum = tf.cast(inner.momentum, lr.dtype)
+
+    def change(gradient: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if not slots:
+            return -(gradient * lr), []
+        new = slots[0] * momentum - gradient * lr
+        return new * momentum - gradient * lr if inner.nesterov else new, [new]
+
+    return change
+
+
+#: Keras's equations, for limited updates, and for programs that clip and update.
 _EQUATIONS: dict[type, MakeEquation] = {
+    keras.optimizers.SGD: _sgd_equation,
     keras.optimizers.Adam: _adam_equation,
     keras.optimizers.AdamW: _adam_equation,
 }
-#: In elements. For smaller variables the plain equation is faster than TensorFlow's op.
+#: Optimizers whose equation is faster for smaller variables than TensorFlow's op, in elements.
+_SHARED = (keras.optimizers.Adam, keras.optimizers.AdamW)
 WORTH_AN_OPERATION = 1 << 13
 
 # Optimizers with many element-wise operations. Others use norms or matrix products, which XLA
@@ -240,24 +258,66 @@ class CompiledUpdate:
         if left:
             default(strategy, left, learning_rate)
 
+    def has_equation(self) -> bool:
+        """Whether the weight updates are known before they are applied, here and now."""
+        if type(self._inner) not in _EQUATIONS or self._reason:
+            return False
+        import tensorflow as tf
+
+        return not tf.executing_eagerly() and not _compat.is_traced_for_xla()
+
     def steps(
-        self, gradients: Gradients, variables: Sequence[keras.Variable], learning_rate: Scalar
+        self,
+        gradients: Gradients,
+        variables: Sequence[keras.Variable],
+        learning_rate: Scalar,
+        alone: Collection[int],
     ) -> list[Tensor] | None:
         """The weight updates, not yet applied, with the slots updated; in replica context.
 
+        Those of large variables whose `id` is in `alone` are `Postponed`.
+
         None if there is no such function: then update the weights and take the difference.
         """
-        if type(self._inner) not in _EQUATIONS or self._reason:
-            return None
-        import tensorflow as tf
-
-        if tf.executing_eagerly() or _compat.is_traced_for_xla():
+        if not self.has_equation():
             return None
         natives = [v.value for v in variables]
         if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
+        programs = arithmetic.Programs(variables)
         rate = arithmetic.read(learning_rate)
-        return _compat.merge_call(self._run, natives, list(gradients), rate, False)
+        result: list[Tensor] = []
+        for gradient, v in zip(gradients, variables, strict=True):
+            is_late = isinstance(gradient, Postponed)
+            if id(v) in alone and (is_late or programs.pays(gradient)):
+                postponed = gradient if is_late else Postponed(gradient)
+                postponed.equation = functools.partial(self._change, v, rate)
+                result.append(postponed)
+            else:
+                result.append(gradient.clipped() if is_late else gradient)
+        now = [i for i, x in enumerate(result) if not isinstance(x, Postponed)]
+        lists = [[of[i] for i in now] for of in (natives, result)]
+        for i, change in zip(now, _compat.merge_call(self._run, *lists, rate, False), strict=True):
+            result[i] = change
+        return result
+
+    def _change(self, variable: keras.Variable, rate: Tensor, gradient: Tensor) -> Tensor:
+        """The weight update of a variable, computed for figures; nothing is applied."""
+        make = _EQUATIONS[type(self._inner)]
+        step = ops.cast(arithmetic.read(self._inner.iterations) + 1, variable.dtype)
+        equation = make(self._inner, ops.cast(rate, variable.dtype), step)
+        slots = _compat.slots(self._inner, variable) or ()
+        return equation(gradient, [arithmetic.read(slot) for slot in slots])[0]
+
+    def run(
+        self,
+        variables: Sequence[keras.Variable],
+        postponed: Sequence[Postponed],
+        learning_rate: Scalar,
+    ) -> None:
+        """Updates variables by programs that clip; in replica context."""
+        rate = arithmetic.read(learning_rate)
+        _compat.merge_call(self._run, [v.value for v in variables], list(postponed), rate, True)
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
         if arithmetic.is_sparse(gradient):
@@ -290,8 +350,8 @@ class CompiledUpdate:
         import tensorflow as tf
 
         inner = self._inner
-        has_equation = type(inner) in _EQUATIONS and not tf.executing_eagerly()
-        shares = has_equation and (not applies or arithmetic.runs_on_tensorflow_cpu())
+        is_faster = type(inner) in _SHARED and not tf.executing_eagerly()
+        shares = is_faster and (not applies or arithmetic.runs_on_tensorflow_cpu())
         least = WORTH_AN_OPERATION if shares else 0
         programs = None if applies else arithmetic.Programs(natives)
         made: dict[tuple, Callable] = {}  # its scalars are computed once per device
@@ -303,12 +363,16 @@ class CompiledUpdate:
             slots: list[list[Tensor]],
             rate: Scalar,
         ) -> list[Tensor]:
-            by_operation = applies and first.shape.num_elements() >= least
+            is_late = isinstance(gradients[0], Postponed)
+            by_operation = applies and first.shape.num_elements() >= least and not is_late
             make = (_KERNELS if by_operation else _EQUATIONS)[type(inner)]
             key = (make, first.device, first.dtype)
             if key not in made:
                 step = tf.cast(arithmetic.read(inner.iterations) + 1, first.dtype)
                 made[key] = make(inner, tf.cast(rate, first.dtype), step)
+            if is_late:
+                _run_program(made, made[key], gradients[0], first, slots[0])
+                return []
             gradients = [
                 tf.ensure_shape(tf.cast(g, v.dtype), v.shape)
                 for g, v in zip(gradients, variables, strict=True)
@@ -400,6 +464,37 @@ class CompiledUpdate:
                 self._inner.update_step(gradient, variable, rate)
 
         return tf.function(run, jit_compile=True, autograph=False)
+
+
+def _run_program(
+    programs: dict[tuple, Callable],
+    equation: Equation,
+    postponed: Postponed,
+    variable: Tensor,
+    slots: Sequence[Tensor],
+) -> None:
+    """Clips a gradient and updates its variable in one XLA program."""
+    import tensorflow as tf
+
+    clip, limit = postponed.clip, postponed.limit
+
+    def program(
+        x: Tensor, variable: Tensor, slots: Sequence[Tensor], norms: Sequence[Tensor | None]
+    ) -> None:
+        weight = tf.convert_to_tensor(variable)
+        x = clip.clip(x, weight, norms[0]) if clip else x
+        x, new = equation(x, [tf.convert_to_tensor(slot) for slot in slots])
+        x = limit.clip(x, weight, norms[1]) if limit else x
+        for slot, value in zip(slots, new, strict=True):
+            slot.assign(value)
+        variable.assign(weight + x)
+
+    parts = (clip, limit)
+    x, norms = postponed.gradient, [part and part.norm for part in parts]
+    key = (variable.device, x.shape, x.dtype, *(part and part.key for part in parts))
+    if key not in programs:
+        programs[key] = tf.function(program, jit_compile=True, autograph=False)
+    programs[key](x, variable, slots, norms)
 
 
 def _changes(
