@@ -63,12 +63,14 @@ class Weight:
         read: returns the weight; for a sparse gradient, only the rows in the gradient.
         measured: for each variable in the scope a function that returns what a norm is taken over.
         axes: for units, the axes that one unit spans; None: all.
+        compute: computes `norm` in another way.
     """
 
     size: int
     read: Callable[[], Tensor]
     measured: Sequence[Callable[[], Tensor]]
     axes: Sequence[int] | None = None
+    compute: Callable[[], Tensor] | None = None
 
     @property
     def values(self) -> Tensor:
@@ -78,6 +80,8 @@ class Weight:
     @functools.cached_property
     def norm(self) -> Tensor:
         """The L2 norm, a float32 scalar; for units one norm each, broadcastable to `values`."""
+        if self.compute is not None:
+            return self.compute()
         squares = [arithmetic.unit_squares(read(), self.axes) for read in self.measured]
         total = squares[0] if len(squares) == 1 else ops.sum(ops.stack(squares))
         return ops.minimum(ops.sqrt(total), arithmetic.LARGEST)
@@ -89,46 +93,52 @@ class Weight:
 
 
 class Part(NamedTuple):
-    """The clip of one variable by units or elements.
+    """The clip of one variable by units or elements, for a compiled program.
 
     Attributes:
-        key: the same for variables that one compiled program can serve.
-        clip: a function of (gradient or weight update, weight, `norm`).
-        weight: the weight.
-        norm: the norms of its units; None for elements.
+        key: the same for variables that one program can serve.
+        clip: a function of (gradient or weight update, weight, norms of the kernel's units; None
+            but for biases) that returns the clipped one and the norms of the weight's units.
+        read: returns the weight.
     """
 
     key: tuple[object, ...]
-    clip: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    weight: Weight
-    norm: Tensor | None
+    clip: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    read: Callable[[], Tensor]
 
 
 @dataclasses.dataclass
 class Postponed:
-    """A large gradient that XLA clips in the program that updates the variable.
+    """A large gradient, or that of its bias, which XLA clips in the program of the update.
 
-    TensorFlow writes the result of each operation to memory, such a program the new weight alone.
+    TensorFlow writes the result of each operation to memory, such a program only the new weight.
 
     Attributes:
         gradient: before the clip.
         clip: the clip of the gradient; None: there is none.
+        kernel: for a bias, that of its kernel.
         equation: the weight update as a function of the clipped gradient, if there is a `limit`.
         limit: the limit of the weight update; None: there is none.
     """
 
     gradient: Tensor
     clip: Part | None = None
+    kernel: Postponed | None = None
     equation: Callable[[Tensor], Tensor] | None = None
     limit: Part | None = None
 
     def clipped(self) -> Tensor:
-        """The clipped gradient."""
-        part = self.clip
-        return part.clip(self.gradient, part.weight.values, part.norm) if part else self.gradient
+        """The clipped gradient, for figures."""
+        return self._clipped()[0]
+
+    def _clipped(self) -> tuple[Tensor, Tensor | None]:
+        if self.clip is None:
+            return self.gradient, None
+        norm = None if self.kernel is None else self.kernel._clipped()[1]
+        return self.clip.clip(self.gradient, self.clip.read(), norm)
 
     def change(self) -> Tensor:
-        """The weight update before its limit."""
+        """The weight update before its limit, for figures."""
         assert self.equation is not None
         return self.equation(self.clipped())
 
@@ -257,12 +267,11 @@ class Enforcer:
         for rules in (self.on_gradients, self.on_updates):
             limits = collections.Counter(i for rule in rules for i in rule.limited())
             for rule in rules:
-                own = {i for i in rule.parts if limits[i] == 1} if not rule.calls_apply else set()
-                rule.alone = own - {*rule.by_kernel}
+                rule.find_alone(limits)
 
-    def alone_on_updates(self) -> set[int]:
-        """Positions of the variables whose weight update one clipper limits by itself."""
-        return {i for rule in self.on_updates for i in rule.alone}
+    def alone_on_updates(self) -> dict[int, int | None]:
+        """`_Rule.alone` of all rules for weight updates."""
+        return {i: kernel for rule in self.on_updates for i, kernel in rule.alone.items()}
 
     def limited_updates(self) -> set[int]:
         """Positions of the variables whose weight update may be limited."""
@@ -331,7 +340,8 @@ class _Rule:
         parts: positions of the variables that have one limit for each unit (with the axes that a
             unit spans) or each element (with None); biases after their kernels.
         by_kernel: of the biases among these, positions of the kernels whose units limit them.
-        alone: of `parts`, those with weights of their own that no other clipper limits.
+        alone: of `parts`, those that no other clipper limits, with the position of the kernel for a
+            bias of one, and None for the others.
     """
 
     def __init__(
@@ -348,7 +358,7 @@ class _Rule:
         self.wholes: list[list[int]] = []
         self.parts: dict[int, tuple[int, ...] | None] = {}
         self.by_kernel: dict[int, list[int]] = {}
-        self.alone: set[int] = set()
+        self.alone: dict[int, int | None] = {}
         own = [variables[i] for i in self.members]
         if self.calls_apply:
             self.state = self.clipper.init(own)
@@ -376,6 +386,13 @@ class _Rule:
             self.parts |= dict.fromkeys(self.by_kernel)
         parts = self.parts.items()
         self.counts = {i: number_of_units(variables[i], axes or ()) for i, axes in parts}
+
+    def find_alone(self, limits: Mapping[int, int]) -> None:
+        """Sets `alone`, given the number of clippers that limit each variable."""
+        own = [i for i in self.parts if limits[i] == 1]
+        self.alone = dict.fromkeys(i for i in own if i not in self.by_kernel)
+        kernels = {i: self.by_kernel[i] for i in own if i in self.by_kernel}
+        self.alone |= {i: k[0] for i, k in kernels.items() if len(k) == 1 and k[0] in self.alone}
 
     def limited(self) -> set[int]:
         """Positions of the variables that may be clipped."""
@@ -525,30 +542,43 @@ class _Clip:
             if before is None:
                 continue
             self.counts[i] = self.rule.counts[i]
-            weight = self._weight([i], axes)
             if isinstance(before, Postponed):
-                before.limit = self._part(weight)
+                before.limit = self._part(i, axes)
                 continue
-            x = arithmetic.values(before)
-            pays = i not in self.rule.by_kernel and self.rule.programs.pays(x)
+            x, weight = arithmetic.values(before), self._weight([i], axes)
+            if i in self.rule.by_kernel:
+                kernel = self.clipped[self.rule.by_kernel[i][0]]
+                is_late = i in self.rule.alone and isinstance(kernel, Postponed)
+                if is_late and not arithmetic.is_sparse(before):
+                    self.clipped[i] = Postponed(x, self._part(i, axes), kernel)
+                    continue
+                pays = False
+            else:
+                pays = self.rule.programs.pays(x)
             if pays and axes is None:
                 pays = len(_limit(self.clipper, weight, self.hyper).shape) > 0
             if pays and postpones and i in self.rule.alone:
-                self.clipped[i] = Postponed(x, self._part(weight))
+                self.clipped[i] = Postponed(x, self._part(i, axes))
                 continue
             y = self._compiled(x, weight) if pays else self._clip(x, weight, self.hyper)
             y = weight.values + y if self.adds and not pays else y
             self.clipped[i] = arithmetic.with_values(before, y)
 
-    def _part(self, weight: Weight) -> Part:
-        def clip(x: Tensor, values: Tensor, norm: Tensor | None) -> Tensor:
-            own = Weight(weight.size, lambda: values, [lambda: values], weight.axes)
-            if norm is not None:
-                own.norm = norm
-            return self._clip(x, own, self.hyper)
+    def _part(self, i: int, axes: tuple[int, ...] | None) -> Part:
+        size, rule = self.rule.sizes[i], self.rule
+        is_bias, shape = i in rule.by_kernel, rule.variables[i].shape
 
-        norm = None if weight.axes is None else weight.norm
-        return Part((self.rule.name, weight.axes), clip, weight, norm)
+        def clip(
+            x: Tensor, values: Tensor, of_kernel: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
+            weight = Weight(size, lambda: values, [lambda: values], axes)
+            if is_bias and of_kernel is not None:
+                weight.norm = norms_for_bias(rule.units[i], shape, [of_kernel])
+            y = self._clip(x, weight, self.hyper)
+            return y, None if axes is None else weight.norm
+
+        unit = rule.units[i].letters if is_bias else None
+        return Part((rule.name, axes, unit), clip, functools.partial(self._read, i))
 
     def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
         """A gradient with each unit of the weight, or each element, within its limit."""
@@ -582,6 +612,10 @@ class _Clip:
 
     def fractions(self) -> list[Tensor | None]:
         """The clipped share of each variable's elements, or norms; None without a limit."""
+        # May be called in one graph and then in another: norms must be of the same as the result.
+        fresh = self
+        if any(isinstance(x, Postponed) for x in self.clipped):
+            fresh = dataclasses.replace(self, _known={})
         result: list[Tensor | None] = [None] * len(self.before)
         if self.factors:
             clipped = arithmetic.float32(ops.stack([factor for _, factor in self.factors]) < 1.0)
@@ -598,7 +632,7 @@ class _Clip:
             is_late = isinstance(before, Postponed)
             x = before.change() if is_late else arithmetic.values(before)
             xs.append(x if axes is None else ops.sqrt(arithmetic.unit_squares(x, axes)))
-            limits.append(_limit(self.clipper, self._weight([i], axes), self.hyper))
+            limits.append(_limit(self.clipper, fresh._weight([i], axes), self.hyper))
         shares = arithmetic.fractions_over(xs, limits, [self.counts[i] for i in members])
         for i, share in zip(members, shares, strict=True):
             result[i] = share
@@ -618,9 +652,14 @@ class _Clip:
         weight = Weight(size, rows, [rows] if has_rows else measured, axes)
         if i in self.rule.by_kernel:
             units = self.rule.units
-            norms = [self._weight([k], units[k].axes).norm for k in self.rule.by_kernel[i]]
-            norm = norms_for_bias(units[i], self.rule.variables[i].shape, norms)
-            weight.norm = arithmetic.matching_rows(norm, self.before[i])
+            kernels = [self._weight([k], units[k].axes) for k in self.rule.by_kernel[i]]
+
+            def norm() -> Tensor:
+                shape = self.rule.variables[i].shape
+                norms = norms_for_bias(units[i], shape, [kernel.norm for kernel in kernels])
+                return arithmetic.matching_rows(norms, self.before[i])
+
+            weight.compute = norm
         self._known[key] = weight
         return weight
 

@@ -36,7 +36,8 @@ class Clip:
         state: the clipper's running state by name; empty before `build`.
         enforcer: enforces the clipper's limits; set by `resolve`.
         limited: `id` to position of the variables whose weight update may be limited.
-        alone: `id` of those among them that one clipper limits by itself.
+        alone: `id` of those among them that one clipper limits by itself, to that of the kernel for
+            a bias, and to None.
     """
 
     def __init__(
@@ -79,7 +80,10 @@ class Clip:
         assignments = self.clipper.assignments(variables) if self.clipper else []
         self.enforcer = Enforcer(assignments, variables, is_plain_sgd(self._inner))
         self.limited = {id(variables[i]): i for i in self.enforcer.limited_updates()}
-        self.alone = {id(variables[i]) for i in self.enforcer.alone_on_updates()}
+        self.alone = {
+            id(variables[i]): None if kernel is None else id(variables[kernel])
+            for i, kernel in self.enforcer.alone_on_updates().items()
+        }
         warn_of_remarks(self.enforcer)
 
     def build(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import keras
@@ -271,11 +271,11 @@ class CompiledUpdate:
         gradients: Gradients,
         variables: Sequence[keras.Variable],
         learning_rate: Scalar,
-        alone: Collection[int],
+        alone: Mapping[int, int | None],
     ) -> list[Tensor] | None:
         """The weight updates, not yet applied, with the slots updated; in replica context.
 
-        Those of large variables whose `id` is in `alone` are `Postponed`.
+        Those of large variables whose `id` is in `alone`, and of their biases, are `Postponed`.
 
         None if there is no such function: then update the weights and take the difference.
         """
@@ -286,15 +286,22 @@ class CompiledUpdate:
             return None
         programs = arithmetic.Programs(variables)
         rate = arithmetic.read(learning_rate)
-        result: list[Tensor] = []
-        for gradient, v in zip(gradients, variables, strict=True):
-            is_late = isinstance(gradient, Postponed)
-            if id(v) in alone and (is_late or programs.pays(gradient)):
-                postponed = gradient if is_late else Postponed(gradient)
-                postponed.equation = functools.partial(self._change, v, rate)
-                result.append(postponed)
-            else:
-                result.append(gradient.clipped() if is_late else gradient)
+        late: dict[int | None, Postponed] = {}  # by id of the variable
+        for is_bias in (False, True):
+            for gradient, v in zip(gradients, variables, strict=True):
+                if id(v) not in alone or is_bias != (alone[id(v)] is not None):
+                    continue
+                kernel = late.get(alone[id(v)]) if is_bias else None
+                is_late = isinstance(gradient, Postponed)
+                if kernel is not None or (not is_bias and (is_late or programs.pays(gradient))):
+                    postponed = gradient if is_late else Postponed(gradient)
+                    postponed.kernel = kernel
+                    postponed.equation = functools.partial(self._change, v, rate)
+                    late[id(v)] = postponed
+        result: list[Tensor] = [
+            late.get(id(v)) or (g.clipped() if isinstance(g, Postponed) else g)
+            for g, v in zip(gradients, variables, strict=True)
+        ]
         now = [i for i, x in enumerate(result) if not isinstance(x, Postponed)]
         lists = [[of[i] for i in now] for of in (natives, result)]
         for i, change in zip(now, _compat.merge_call(self._run, *lists, rate, False), strict=True):
@@ -363,7 +370,7 @@ class CompiledUpdate:
             slots: list[list[Tensor]],
             rate: Scalar,
         ) -> list[Tensor]:
-            is_late = isinstance(gradients[0], Postponed)
+            is_late = isinstance(gradients[0], Postponed)  # and so are all
             by_operation = applies and first.shape.num_elements() >= least and not is_late
             make = (_KERNELS if by_operation else _EQUATIONS)[type(inner)]
             key = (make, first.device, first.dtype)
@@ -371,7 +378,7 @@ class CompiledUpdate:
                 step = tf.cast(arithmetic.read(inner.iterations) + 1, first.dtype)
                 made[key] = make(inner, tf.cast(rate, first.dtype), step)
             if is_late:
-                _run_program(made, made[key], gradients[0], first, slots[0])
+                _run_program(made, made[key], gradients, variables, slots)
                 return []
             gradients = [
                 tf.ensure_shape(tf.cast(g, v.dtype), v.shape)
@@ -392,9 +399,14 @@ class CompiledUpdate:
 
         slots = [[slot.value for slot in _compat.slots(inner, v) or ()] for v in natives]
         groups: dict[object, list[int]] = {}  # small variables of a device together
-        for i, v in enumerate(natives):
-            is_small = v.shape.num_elements() < least
-            groups.setdefault((v.device, v.dtype) if is_small else i, []).append(i)
+        for i, (v, gradient) in enumerate(zip(natives, gradients, strict=True)):
+            local = strategy.experimental_local_results(gradient)[0]
+            key: object = i
+            if isinstance(local, Postponed):
+                key = id(local.kernel or local)
+            elif v.shape.num_elements() < least:
+                key = (v.device, v.dtype)
+            groups.setdefault(key, []).append(i)
         result: dict[int, Tensor] = {}
         for group in groups.values():
             lists = [[of[i] for i in group] for of in (natives, gradients, slots)]
@@ -469,32 +481,50 @@ class CompiledUpdate:
 def _run_program(
     programs: dict[tuple, Callable],
     equation: Equation,
-    postponed: Postponed,
-    variable: Tensor,
-    slots: Sequence[Tensor],
+    postponed: Sequence[Postponed],
+    variables: Sequence[Tensor],
+    slots: Sequence[Sequence[Tensor]],
 ) -> None:
-    """Clips a gradient and updates its variable in one XLA program."""
+    """Clips and updates a kernel and its biases in one XLA program, the same for one shape."""
     import tensorflow as tf
 
-    clip, limit = postponed.clip, postponed.limit
+    members = sorted(
+        zip(postponed, variables, slots, strict=True), key=lambda member: bool(member[0].kernel)
+    )
 
-    def program(
-        x: Tensor, variable: Tensor, slots: Sequence[Tensor], norms: Sequence[Tensor | None]
-    ) -> None:
-        weight = tf.convert_to_tensor(variable)
-        x = clip.clip(x, weight, norms[0]) if clip else x
-        x, new = equation(x, [tf.convert_to_tensor(slot) for slot in slots])
-        x = limit.clip(x, weight, norms[1]) if limit else x
-        for slot, value in zip(slots, new, strict=True):
-            slot.assign(value)
-        variable.assign(weight + x)
+    def program(xs: Sequence[Tensor], handles: Sequence[Sequence[Tensor]]) -> None:
+        norms: list[Tensor | None] = [None, None]
+        for (of_variable, variable, _), x, own in zip(members, xs, handles, strict=True):
+            weight, *old = (_read(handle, variable) for handle in own)
+            if of_variable.clip:
+                x, norm = of_variable.clip.clip(x, weight, norms[0])
+                norms[0] = norms[0] if of_variable.kernel else norm
+            x, new = equation(x, old)
+            if of_variable.limit:
+                x, norm = of_variable.limit.clip(x, weight, norms[1])
+                norms[1] = norms[1] if of_variable.kernel else norm
+            for handle, value in zip(own, (weight + x, *new), strict=True):
+                tf.raw_ops.AssignVariableOp(resource=handle, value=value)
 
-    parts = (clip, limit)
-    x, norms = postponed.gradient, [part and part.norm for part in parts]
-    key = (variable.device, x.shape, x.dtype, *(part and part.key for part in parts))
+    xs = [of_variable.gradient for of_variable, _, _ in members]
+    handles = [[v.handle for v in (variable, *own)] for _, variable, own in members]
+    key = (variables[0].device, *(_kind(of_variable, v) for of_variable, v, _ in members))
     if key not in programs:
         programs[key] = tf.function(program, jit_compile=True, autograph=False)
-    programs[key](x, variable, slots, norms)
+    programs[key](xs, handles)
+
+
+def _read(handle: Tensor, like: Tensor) -> Tensor:
+    import tensorflow as tf
+
+    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=like.dtype)
+    value.set_shape(like.shape)
+    return value
+
+
+def _kind(postponed: Postponed, variable: Tensor) -> tuple[object, ...]:
+    parts = (postponed.clip, postponed.limit)
+    return (tuple(variable.shape), variable.dtype, *(part and part.key for part in parts))
 
 
 def _changes(

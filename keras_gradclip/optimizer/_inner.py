@@ -162,7 +162,7 @@ class InnerUpdate:
     Attributes:
         compiled: how the inner optimizer's variables are updated.
         limited: `id` of the variables whose weight update may be limited.
-        alone: `id` of those among them that one clipper limits by itself.
+        alone: see `Clip`.
         is_held: whether a `held` context is active.
     """
 
@@ -172,7 +172,7 @@ class InnerUpdate:
         self._inner = inner
         self.compiled = CompiledUpdate(inner, compiled)
         self.limited: Collection[int] = ()
-        self.alone: Collection[int] = ()
+        self.alone: Mapping[int, int | None] = {}
         self.is_held = False
         self._strategy = strategy
         self._entered = 0
