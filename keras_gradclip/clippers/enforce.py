@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
@@ -258,10 +258,10 @@ class Enforcer:
         self.on_gradients: list[_Rule] = []
         self.on_updates: list[_Rule] = []
         self.state: dict[str, object] = {}
-        programs = arithmetic.Programs(variables)
+        large = arithmetic.worth_compiling(variables)
         for assignment in assignments:
             late = assignment.clipper.stage == "update" and not update_is_scaled_gradient
-            rule = _Rule(assignment, self.variables, programs)
+            rule = _Rule(assignment, self.variables, large)
             (self.on_updates if late else self.on_gradients).append(rule)
             self.state |= {rule.name + name: value for name, value in rule.state.items()}
         for rules in (self.on_gradients, self.on_updates):
@@ -316,17 +316,13 @@ class Enforcer:
         clipped, new_state, stats = list(grads), {}, []
         rules = self.on_gradients if weights is None else self.on_updates
         for rule in rules:
-            adds = weights is not None and rule is rules[-1]
-            arguments = (clipped, weights, state, hyper, adds, postpones)
-            clipped, own_state, own_stats = rule.clip(*arguments)
+            clipped, own_state, own_stats = rule.clip(clipped, weights, state, hyper, postpones)
             new_state.update({rule.name + name: value for name, value in own_state.items()})
             stats.append(own_stats)
         if weights is not None:
-            added = set() if rules[-1].calls_apply else rules[-1].limited()
-            is_done = [i in added or isinstance(c, Postponed) for i, c in enumerate(clipped)]
             clipped = [
-                c if done or c is None else weight + c
-                for c, weight, done in zip(clipped, weights, is_done, strict=True)
+                c if c is None or isinstance(c, Postponed) else weight + c
+                for c, weight in zip(clipped, weights, strict=True)
             ]
         together = stats[0] if len(stats) == 1 else combined(stats, self.variables)
         return clipped, new_state, together
@@ -348,10 +344,10 @@ class _Rule:
         self,
         assignment: Assignment,
         variables: Sequence[keras.Variable],
-        programs: arithmetic.Programs,
+        large: Collection[tuple[int, ...]],
     ) -> None:
         self.name, self.clipper, self.members, self.calls_apply = assignment
-        self.variables, self.programs = variables, programs
+        self.variables, self.large = variables, large
         self.names = [*self.clipper.hyperparameters()]
         self.sizes = [size_of(v) for v in variables]
         self.units: list[Unit] = []
@@ -415,12 +411,11 @@ class _Rule:
         weights: Sequence[Tensor | None] | None,
         state: State,
         hyper: Hyper,
-        adds: bool,
         postpones: bool,
     ) -> tuple[list[Gradient], State, ClipStats]:
         """The clipped gradients, the clipper's new state, and a `ClipStats`.
 
-        `adds`: the weights are added, while they are at hand. `postpones`: see `Enforcer.clip`.
+        `postpones`: see `Enforcer.clip`.
         """
         own_state = {name: state[self.name + name] for name in self.state}
         own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
@@ -433,7 +428,7 @@ class _Rule:
             own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
         if self.clipper.stage == "update" and weights is None:
             own_hyper = {**own_hyper, DIVISOR: rate}
-        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper, adds)
+        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper)
         if self.wholes:
             own_state = clip.wholes(own_state)
         if self.parts:
@@ -475,7 +470,6 @@ class _Clip:
         clipped: the same after the clip.
         weights: the weights before weight updates; None: the present ones.
         hyper: the values of the clipper's hyper-parameters, and `DIVISOR`.
-        adds: the weights are added to what is clipped.
         counts: the number of elements, or norms, by position.
         factors: of each whole scope its variables, and what they were multiplied by.
     """
@@ -486,9 +480,9 @@ class _Clip:
     clipped: list[Gradient]
     weights: Sequence[Tensor | None] | None
     hyper: Hyper
-    adds: bool
     counts: dict[int, float] = dataclasses.field(default_factory=dict)
     factors: list[tuple[list[int], Tensor]] = dataclasses.field(default_factory=list)
+    programs: dict[Hashable, Callable] = dataclasses.field(default_factory=dict)
     _known: dict[object, Weight] = dataclasses.field(default_factory=dict)
 
     def wholes(self, state: State) -> State:
@@ -517,7 +511,6 @@ class _Clip:
                 y = arithmetic.scale(x, factor)
                 if self.clipper.rescale:
                     y = arithmetic.rescaled(self.clipper.rescale, x, y)
-                y = self._read(i) + y if self.adds else y
                 self.clipped[i] = arithmetic.with_values(self.before[i], y)
                 self.counts[i] = 1.0 / len(of)
         return state
@@ -538,30 +531,30 @@ class _Clip:
     def parts(self, postpones: bool) -> None:
         """The same for each unit of a variable; or G' = clip(g, −L, L) for each element."""
         for i, axes in self.rule.parts.items():
-            before = self.before[i]
+            before, kernels = self.before[i], self.rule.by_kernel.get(i)
             if before is None:
                 continue
             self.counts[i] = self.rule.counts[i]
+            part = self._part(i, axes)
             if isinstance(before, Postponed):
-                before.limit = self._part(i, axes)
+                before.limit = part
                 continue
             x, weight = arithmetic.values(before), self._weight([i], axes)
-            if i in self.rule.by_kernel:
-                kernel = self.clipped[self.rule.by_kernel[i][0]]
-                is_late = i in self.rule.alone and isinstance(kernel, Postponed)
-                if is_late and not arithmetic.is_sparse(before):
-                    self.clipped[i] = Postponed(x, self._part(i, axes), kernel)
-                    continue
-                pays = False
-            else:
-                pays = self.rule.programs.pays(x)
+            kernel = self.clipped[kernels[0]] if kernels else None
+            pays = not kernels and arithmetic.pays(x, self.rule.large)
             if pays and axes is None:
                 pays = len(_limit(self.clipper, weight, self.hyper).shape) > 0
-            if pays and postpones and i in self.rule.alone:
-                self.clipped[i] = Postponed(x, self._part(i, axes))
+            is_late = isinstance(kernel, Postponed) and not arithmetic.is_sparse(before)
+            if i in self.rule.alone and (is_late or (pays and postpones)):
+                self.clipped[i] = Postponed(x, part, kernel)
                 continue
-            y = self._compiled(x, weight) if pays else self._clip(x, weight, self.hyper)
-            y = weight.values + y if self.adds and not pays else y
+            if pays:
+                arguments = (x, weight.values, None)
+                y, norm = arithmetic.run_compiled(self.programs, part.key, part.clip, *arguments)
+                if norm is not None:
+                    weight.norm = norm
+            else:
+                y = self._clip(x, weight, self.hyper)
             self.clipped[i] = arithmetic.with_values(before, y)
 
     def _part(self, i: int, axes: tuple[int, ...] | None) -> Part:
@@ -577,8 +570,9 @@ class _Clip:
             y = self._clip(x, weight, self.hyper)
             return y, None if axes is None else weight.norm
 
-        unit = rule.units[i].letters if is_bias else None
-        return Part((rule.name, axes, unit), clip, functools.partial(self._read, i))
+        letters = rule.units[i].letters if is_bias else None
+        kind = (rule.name, tuple(shape), rule.variables[i].dtype, axes, letters)
+        return Part(kind, clip, functools.partial(self._read, i))
 
     def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
         """A gradient with each unit of the weight, or each element, within its limit."""
@@ -593,21 +587,6 @@ class _Clip:
             y = arithmetic.scale(y, self.clipper.growth(weight, hyper))
         elif self.clipper.rescale:
             y = arithmetic.rescaled(self.clipper.rescale, x, y)
-        return y
-
-    def _compiled(self, x: Tensor, weight: Weight) -> Tensor:
-        """`_clip` as an XLA program, which also computes the weight's norms of units."""
-        size, axes = weight.size, weight.axes
-
-        def clip(x: Tensor, values: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:
-            weight = Weight(size, lambda: values, [lambda: values], axes)
-            y = self._clip(x, weight, hyper)
-            return values + y if self.adds else y, None if axes is None else weight.norm
-
-        arguments = (x, weight.values, self.hyper)
-        y, norm = self.rule.programs.run((self.rule.name, axes, self.adds), clip, *arguments)
-        if axes is not None:
-            weight.norm = norm
         return y
 
     def fractions(self) -> list[Tensor | None]:

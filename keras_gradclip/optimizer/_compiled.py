@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import keras
@@ -284,20 +284,17 @@ class CompiledUpdate:
         natives = [v.value for v in variables]
         if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
-        programs = arithmetic.Programs(variables)
+        large = arithmetic.worth_compiling(variables)
         rate = arithmetic.read(learning_rate)
         late: dict[int | None, Postponed] = {}  # by id of the variable
-        for is_bias in (False, True):
-            for gradient, v in zip(gradients, variables, strict=True):
-                if id(v) not in alone or is_bias != (alone[id(v)] is not None):
-                    continue
-                kernel = late.get(alone[id(v)]) if is_bias else None
-                is_late = isinstance(gradient, Postponed)
-                if kernel is not None or (not is_bias and (is_late or programs.pays(gradient))):
-                    postponed = gradient if is_late else Postponed(gradient)
-                    postponed.kernel = kernel
-                    postponed.equation = functools.partial(self._change, v, rate)
-                    late[id(v)] = postponed
+        pairs = [(v, g) for v, g in zip(variables, gradients, strict=True) if id(v) in alone]
+        for v, gradient in sorted(pairs, key=lambda pair: alone[id(pair[0])] is not None):
+            kernel = alone[id(v)]
+            is_late = isinstance(gradient, Postponed)
+            if kernel in late or (kernel is None and (is_late or arithmetic.pays(gradient, large))):
+                late[id(v)] = postponed = gradient if is_late else Postponed(gradient)
+                postponed.kernel = late.get(kernel)
+                postponed.equation = functools.partial(self._change, v, rate)
         result: list[Tensor] = [
             late.get(id(v)) or (g.clipped() if isinstance(g, Postponed) else g)
             for g, v in zip(gradients, variables, strict=True)
@@ -360,8 +357,7 @@ class CompiledUpdate:
         is_faster = type(inner) in _SHARED and not tf.executing_eagerly()
         shares = is_faster and (not applies or arithmetic.runs_on_tensorflow_cpu())
         least = WORTH_AN_OPERATION if shares else 0
-        programs = None if applies else arithmetic.Programs(natives)
-        made: dict[tuple, Callable] = {}  # its scalars are computed once per device
+        made: dict[Hashable, Callable] = {}  # its scalars are computed once per device
 
         def of_group(
             first: Tensor,
@@ -387,10 +383,7 @@ class CompiledUpdate:
             if by_operation:
                 made[key](first.handle, gradients[0], *(slot.handle for slot in slots[0]))
                 return []
-            equation = made[key]
-            if programs and len(variables) == 1 and programs.pays(gradients[0]):
-                equation = functools.partial(programs.run, first.device, equation)
-            changes = _changes(equation, gradients, slots)
+            changes = _changes(made[key], gradients, slots)
             if not applies:
                 return changes
             for variable, change in zip(variables, changes, strict=True):
@@ -479,7 +472,7 @@ class CompiledUpdate:
 
 
 def _run_program(
-    programs: dict[tuple, Callable],
+    programs: dict[Hashable, Callable],
     equation: Equation,
     postponed: Sequence[Postponed],
     variables: Sequence[Tensor],
@@ -508,10 +501,8 @@ def _run_program(
 
     xs = [of_variable.gradient for of_variable, _, _ in members]
     handles = [[v.handle for v in (variable, *own)] for _, variable, own in members]
-    key = (variables[0].device, *(_kind(of_variable, v) for of_variable, v, _ in members))
-    if key not in programs:
-        programs[key] = tf.function(program, jit_compile=True, autograph=False)
-    programs[key](xs, handles)
+    key = (variables[0].device, *(_kind(of_variable) for of_variable, _, _ in members))
+    arithmetic.run_compiled(programs, key, program, xs, handles)
 
 
 def _read(handle: Tensor, like: Tensor) -> Tensor:
@@ -522,9 +513,8 @@ def _read(handle: Tensor, like: Tensor) -> Tensor:
     return value
 
 
-def _kind(postponed: Postponed, variable: Tensor) -> tuple[object, ...]:
-    parts = (postponed.clip, postponed.limit)
-    return (tuple(variable.shape), variable.dtype, *(part and part.key for part in parts))
+def _kind(postponed: Postponed) -> tuple[object, ...]:
+    return tuple(part and part.key for part in (postponed.clip, postponed.limit))
 
 
 def _changes(
