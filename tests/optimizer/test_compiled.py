@@ -1,5 +1,6 @@
 """The compiled update against Keras's own: weights and slots after 20 steps."""
 
+import contextlib
 import functools
 
 import keras
@@ -486,6 +487,79 @@ def test_whoever_watches_sees_what_was_clipped():
     optimizer.watch(watcher)
     tf.function(lambda: optimizer.apply([tf.ones(v.shape) for v in ours]), autograph=False)()
     assert watcher.clipped == [tuple(v.shape) for v in ours]
+
+
+LARGE = {
+    "elements": kgc.ExponentialClip(gamma=0.002),
+    "units": kgc.UpdateRatioClip(),
+    "gradient and update": kgc.Chain([kgc.AdaptiveClip(0.01), kgc.UpdateRatioClip()]),
+    "several": kgc.ClipMap(
+        {"first/.*": kgc.UpdateRatioClip(1e-3), "second/.*": kgc.UpdateRatioClip(5e-3)},
+        default=kgc.NormClip(0.1),
+    ),
+    "twice": kgc.Chain([kgc.UpdateRatioClip(), kgc.UpdateRatioClip(1e-3, biases=None)]),
+}
+
+
+def trained_large(make, clipper, compiled, replicas=0, watched=True):
+    """The weights, the optimizer and the monitor's samples of a network with large kernels."""
+    keras.utils.set_random_seed(0)
+    where = strategy(replicas)
+    with where.scope() if where else contextlib.nullcontext():
+        layers = [
+            keras.layers.Dense(1024, "tanh", name=name, kernel_initializer="he_normal")
+            for name in ("first", "second", "third")
+        ]
+        model = keras.Sequential(
+            [keras.Input((256,), name="x"), *layers, keras.layers.Dense(2, name="head")]
+        )
+        for v in model.trainable_variables:
+            v._path = v.path.removeprefix(f"{model.name}/")
+        optimizer = kgc.ClippedOptimizer(make(), clipper, compiled=compiled, telemetry=watched)
+        model.compile(optimizer, "mse")
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(16, size)).astype("float32") for size in (256, 2))
+    monitor = kgc.ClipMonitor(every=1)
+    model.fit(
+        x, 10 * y, batch_size=4, verbose=0, shuffle=False, callbacks=[monitor] if watched else []
+    )
+    copies = [getattr(v.value, "values", [v.value]) for v in model.trainable_variables]
+    return [[copy.numpy() for copy in of] for of in copies], optimizer, monitor.history
+
+
+@pytest.mark.parametrize(
+    ("inner", "name", "replicas"),
+    [
+        *(("momentum", "units", 0), ("Adam", "units", 2), ("AdamW", "gradient and update", 0)),
+        *(("nesterov, schedule", "elements", 2), ("Adam, AMSGrad, EMA", "several", 0)),
+        *(("Adam", "twice", 0), ("SGD", "units", 4)),
+    ],
+)
+def test_one_program_clips_and_updates_a_large_kernel_and_its_bias(inner, name, replicas):
+    make, clipper = BY_KERNELS[inner], LARGE[name]
+    ours, optimizer, seen = trained_large(make, clipper, "auto", replicas)
+    plain, left, wanted = trained_large(make, clipper, False)
+    assert optimizer.compiled == "yes" and left.compiled.startswith("no")
+    for copies, [want] in zip(ours, plain, strict=True):
+        for copy in copies:
+            np.testing.assert_allclose(
+                copy, want, rtol=2e-5, atol=1e-4 if "Adam" in inner else 1e-6
+            )
+    for figure in ("norm_after", "clip_fraction", "angle"):
+        got, want = (np.array(history[figure]) for history in (seen, wanted))
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=0.02, err_msg=figure)
+    fractions = [o.read_telemetry()["layer_clip_fraction"] for o in (optimizer, left)]
+    np.testing.assert_allclose(*fractions, atol=1e-3)
+    assert max(fractions[0]) > 0, "nothing was clipped"
+
+
+def test_whoever_watches_a_large_kernel_changes_nothing():
+    watched, alone = (
+        trained_large(BY_KERNELS["Adam"], LARGE["units"], "auto", watched=watched)[0]
+        for watched in (True, False)
+    )
+    for [a], [b] in zip(watched, alone, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["exponential", "update ratio"])
