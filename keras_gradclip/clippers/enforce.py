@@ -337,7 +337,7 @@ class _Rule:
             unit spans) or each element (with None); biases after their kernels.
         by_kernel: of the biases among these, positions of the kernels whose units limit them.
         alone: of `parts`, those that no other clipper limits, with the position of the kernel for a
-            bias of one, and None for the others.
+            bias of one, and None for the others; in float32 or float64.
     """
 
     def __init__(
@@ -385,7 +385,8 @@ class _Rule:
 
     def find_alone(self, limits: Mapping[int, int]) -> None:
         """Sets `alone`, given the number of clippers that limit each variable."""
-        own = [i for i in self.parts if limits[i] == 1]
+        is_plain = [str(v.dtype) in ("float32", "float64") for v in self.variables]
+        own = [i for i in self.parts if limits[i] == 1 and is_plain[i]]
         self.alone = dict.fromkeys(i for i in own if i not in self.by_kernel)
         kernels = {i: self.by_kernel[i] for i in own if i in self.by_kernel}
         self.alone |= {i: k[0] for i, k in kernels.items() if len(k) == 1 and k[0] in self.alone}
@@ -544,8 +545,9 @@ class _Clip:
             pays = not kernels and arithmetic.pays(x, self.rule.large)
             if pays and axes is None:
                 pays = len(_limit(self.clipper, weight, self.hyper).shape) > 0
-            is_late = isinstance(kernel, Postponed) and not arithmetic.is_sparse(before)
-            if i in self.rule.alone and (is_late or (pays and postpones)):
+            fits = isinstance(kernel, Postponed) and not arithmetic.is_sparse(before)
+            if i in self.rule.alone and (fits or (pays and postpones)):
+                x = ops.cast(x, self.rule.variables[i].dtype)
                 self.clipped[i] = Postponed(x, part, kernel)
                 continue
             if pays:
@@ -608,8 +610,8 @@ class _Clip:
         xs, limits = [], []
         for i in members:
             before, axes = self.before[i], self.rule.parts[i]
-            is_late = isinstance(before, Postponed)
-            x = before.change() if is_late else arithmetic.values(before)
+            is_postponed = isinstance(before, Postponed)
+            x = before.change() if is_postponed else arithmetic.values(before)
             xs.append(x if axes is None else ops.sqrt(arithmetic.unit_squares(x, axes)))
             limits.append(_limit(self.clipper, fresh._weight([i], axes), self.hyper))
         shares = arithmetic.fractions_over(xs, limits, [self.counts[i] for i in members])

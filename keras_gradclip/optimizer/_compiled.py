@@ -259,8 +259,9 @@ class CompiledUpdate:
             default(strategy, left, learning_rate)
 
     def has_equation(self) -> bool:
-        """Whether the weight updates are known before they are applied, here and now."""
-        if type(self._inner) not in _EQUATIONS or self._reason:
+        """Whether weight updates can be computed here without applying them."""
+        inner = self._inner
+        if type(inner) not in _EQUATIONS or self._reason or inner.loss_scale_factor:
             return False
         import tensorflow as tf
 
@@ -281,22 +282,25 @@ class CompiledUpdate:
         """
         if not self.has_equation():
             return None
+        import tensorflow as tf
+
         natives = [v.value for v in variables]
         if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
         large = arithmetic.worth_compiling(variables)
         rate = arithmetic.read(learning_rate)
-        late: dict[int | None, Postponed] = {}  # by id of the variable
+        postponed: dict[int | None, Postponed] = {}  # by id of the variable
         pairs = [(v, g) for v, g in zip(variables, gradients, strict=True) if id(v) in alone]
         for v, gradient in sorted(pairs, key=lambda pair: alone[id(pair[0])] is not None):
-            kernel = alone[id(v)]
-            is_late = isinstance(gradient, Postponed)
-            if kernel in late or (kernel is None and (is_late or arithmetic.pays(gradient, large))):
-                late[id(v)] = postponed = gradient if is_late else Postponed(gradient)
-                postponed.kernel = late.get(kernel)
-                postponed.equation = functools.partial(self._change, v, rate)
+            kernel, is_known = alone[id(v)], isinstance(gradient, Postponed)
+            fits = kernel is None and (is_known or arithmetic.pays(gradient, large))
+            if fits or kernel in postponed:
+                one = gradient if is_known else Postponed(tf.cast(gradient, v.dtype))
+                one.kernel = postponed.get(kernel)
+                one.equation = functools.partial(self._change, v, rate)
+                postponed[id(v)] = one
         result: list[Tensor] = [
-            late.get(id(v)) or (g.clipped() if isinstance(g, Postponed) else g)
+            postponed.get(id(v)) or (g.clipped() if isinstance(g, Postponed) else g)
             for g, v in zip(gradients, variables, strict=True)
         ]
         now = [i for i, x in enumerate(result) if not isinstance(x, Postponed)]
@@ -366,14 +370,14 @@ class CompiledUpdate:
             slots: list[list[Tensor]],
             rate: Scalar,
         ) -> list[Tensor]:
-            is_late = isinstance(gradients[0], Postponed)  # and so are all
-            by_operation = applies and first.shape.num_elements() >= least and not is_late
+            is_program = isinstance(gradients[0], Postponed)  # and so are all
+            by_operation = applies and first.shape.num_elements() >= least and not is_program
             make = (_KERNELS if by_operation else _EQUATIONS)[type(inner)]
             key = (make, first.device, first.dtype)
             if key not in made:
                 step = tf.cast(arithmetic.read(inner.iterations) + 1, first.dtype)
                 made[key] = make(inner, tf.cast(rate, first.dtype), step)
-            if is_late:
+            if is_program:
                 _run_program(made, made[key], gradients, variables, slots)
                 return []
             gradients = [

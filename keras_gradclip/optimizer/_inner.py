@@ -227,11 +227,6 @@ class InnerUpdate:
                 cross_replica=True,
             )
 
-    def may_postpone(self) -> bool:
-        """Whether the clip of a large gradient may be left to the update."""
-        is_plain = not self.is_held and not self._inner.loss_scale_factor
-        return is_plain and self.compiled.has_equation()
-
     def finalize(self, variables: Sequence[keras.Variable]) -> None:
         """Finalises the weights as the inner optimizer does."""
         finalize = type(self._inner).finalize_variable_values
@@ -320,12 +315,12 @@ class InnerUpdate:
     ) -> None:
         """Assigns new weights, or runs the programs that compute them."""
         pairs = list(zip(variables, results, strict=True))
-        late = [(v, result) for v, result in pairs if isinstance(result, Postponed)]
+        left = [(v, result) for v, result in pairs if isinstance(result, Postponed)]
         done = [(v, result) for v, result in pairs if not isinstance(result, Postponed)]
         if done:
             aggregation.assign_each(*zip(*done, strict=True))
-        if late:
-            self.compiled.run([v for v, _ in late], [result for _, result in late], learning_rate)
+        if left:
+            self.compiled.run([v for v, _ in left], [result for _, result in left], learning_rate)
 
     def _limit_difference(
         self,

@@ -121,10 +121,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             if self._is_auto:
                 self.use(choose(self.inner_optimizer, variables, self.strategy))
             self._clip.resolve(variables)
-            self._inner_update.limited, self._inner_update.alone = (
-                self._clip.limited,
-                self._clip.alone,
-            )
+            self._inner_update.limited = self._clip.limited
+            self._inner_update.alone = self._clip.alone
             steps = self.gradient_accumulation_steps
             self.gradient_accumulation_steps = None  # the base class would accumulate as well
             super().build(variables)
@@ -287,7 +285,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if_present: Mapping[int, Tensor],
     ) -> None:
         """Clips and rescales; applies the inner optimizer's update, limited by some clippers."""
-        postpones = not if_present and self._inner_update.may_postpone()
+        postpones = not if_present and self._inner_update.compiled.has_equation()
         update = self._clip.clip(gradients, postpones)
         limit = None
         if self._clip.enforcer.on_updates and not self._inner_update.is_held:
