@@ -536,9 +536,8 @@ class _Clip:
             if before is None:
                 continue
             self.counts[i] = self.rule.counts[i]
-            part = self._part(i, axes)
             if isinstance(before, Postponed):
-                before.limit = part
+                before.limit = self._part(i, axes)
                 continue
             x, weight = arithmetic.values(before), self._weight([i], axes)
             kernel = self.clipped[kernels[0]] if kernels else None
@@ -548,11 +547,12 @@ class _Clip:
             fits = isinstance(kernel, Postponed) and not arithmetic.is_sparse(before)
             if i in self.rule.alone and (fits or (pays and postpones)):
                 x = ops.cast(x, self.rule.variables[i].dtype)
-                self.clipped[i] = Postponed(x, part, kernel)
+                self.clipped[i] = Postponed(x, self._part(i, axes), kernel)
                 continue
             if pays:
+                key, clip, _ = self._part(i, axes)
                 arguments = (x, weight.values, None)
-                y, norm = arithmetic.run_compiled(self.programs, part.key, part.clip, *arguments)
+                y, norm = arithmetic.run_compiled(self.programs, (key, x.dtype), clip, *arguments)
                 if norm is not None:
                     weight.norm = norm
             else:

@@ -344,12 +344,15 @@ def _description(every: int, samplers: Mapping[str, Sampler]) -> Config:
     everything = [v for sampler in samplers.values() for v in sampler.variables]
     named = zip(names_of(everything), layers_of(everything), strict=True)
     clippers = {label: sampler.optimizer.clipper for label, sampler in samplers.items()}
+    remembers = False
     variables = []
     for label, clipper in clippers.items():
         own = samplers[label].variables
         rules = clipper.rule_of(own) if clipper else [("*", None)] * len(own)
         assignments = clipper.assignments(own) if clipper else []
-        of_updates = Enforcer(assignments, own, False).limited_updates()
+        enforcer = Enforcer(assignments, own, False)
+        remembers |= bool(enforcer.state)
+        of_updates = enforcer.limited_updates()
         for i, (rule, chosen) in enumerate(rules):
             path, layer = next(named)
             variables.append(
@@ -368,7 +371,7 @@ def _description(every: int, samplers: Mapping[str, Sampler]) -> Config:
         "every": every,
         "clipper": serialized.get("", serialized) if any(clippers.values()) else None,
         "clipper_text": "; ".join(_labelled(n, _text(one)) for n, one in clippers.items()),
-        "remembers": any(sampler.optimizer.remembers for sampler in samplers.values()),
+        "remembers": remembers,
         "variables": variables,
     }
 

@@ -51,8 +51,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             and count it in `skipped_steps`. Under mixed_float16 this always happens, and the
             loss scale falls.
         skip_spikes: σ, a number such as 6: skip an update, on every replica, whose global norm
-            is above mean + σ·std of the last 128 norms (once 64 of them are known), and count it
-            in `skipped_steps`. Gradients that are not finite are then skipped as well.
+            is not finite, or above mean + σ·std of the last 128 norms (once 64 are known), and
+            count it in `skipped_steps`.
         telemetry: record the figures of `read_telemetry`: True at every update, which costs two
             or three more passes over the gradients; an int n at every n-th, from the first after
             a reset. `ClippedModel` turns it on with n = 8.
@@ -62,9 +62,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             differ only by rounding. The property `compiled` reports what is done.
 
     Raises:
-        ValueError: an inner optimizer with its own clipping or accumulation, a
-            LossScaleOptimizer or another ClippedOptimizer inside, a strategy that is not
-            supported (CentralStorage, ParameterServer, TPU), or a wrong argument.
+        ValueError: a wrong argument, an inner optimizer that clips, accumulates or scales by
+            itself, or an unsupported strategy (CentralStorage, ParameterServer, TPU).
     """
 
     def __init__(
@@ -428,11 +427,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def held(self) -> AbstractContextManager[None]:
         """A context in which an update does everything except change the weights."""
         return self._inner_update.held()
-
-    @property
-    def remembers(self) -> bool:
-        """Whether the clipper has a running state."""
-        return bool(self._clip.state)
 
     # Files ------------------------------------------------------------------------------------
 
