@@ -556,10 +556,11 @@ class _Clip:
                 if norm is not None:
                     weight.norm = norm
             else:
-                y = self._clip(x, weight, self.hyper)
+                y = self._clip(x, weight)
             self.clipped[i] = arithmetic.with_values(before, y)
 
     def _part(self, i: int, axes: tuple[int, ...] | None) -> Part:
+        """The clip of a variable as a function of tensors, which XLA can compile."""
         size, rule = self.rule.sizes[i], self.rule
         is_bias, shape = i in rule.by_kernel, rule.variables[i].shape
 
@@ -569,16 +570,16 @@ class _Clip:
             weight = Weight(size, lambda: values, [lambda: values], axes)
             if is_bias and of_kernel is not None:
                 weight.norm = norms_for_bias(rule.units[i], shape, [of_kernel])
-            y = self._clip(x, weight, self.hyper)
+            y = self._clip(x, weight)
             return y, None if axes is None else weight.norm
 
         letters = rule.units[i].letters if is_bias else None
         kind = (rule.name, tuple(shape), rule.variables[i].dtype, axes, letters)
         return Part(kind, clip, functools.partial(self._read, i))
 
-    def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
+    def _clip(self, x: Tensor, weight: Weight) -> Tensor:
         """A gradient with each unit of the weight, or each element, within its limit."""
-        limit, axes = _limit(self.clipper, weight, hyper), weight.axes
+        limit, axes = _limit(self.clipper, weight, self.hyper), weight.axes
         if axes is None:
             limit = ops.cast(limit, x.dtype)
             y = arithmetic.clip_between(x, -limit, limit)
@@ -586,7 +587,7 @@ class _Clip:
             norm = ops.sqrt(arithmetic.unit_squares(x, axes))
             y = arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
         if self.clipper.rescale == "alpha":
-            y = arithmetic.scale(y, self.clipper.growth(weight, hyper))
+            y = arithmetic.scale(y, self.clipper.growth(weight, self.hyper))
         elif self.clipper.rescale:
             y = arithmetic.rescaled(self.clipper.rescale, x, y)
         return y

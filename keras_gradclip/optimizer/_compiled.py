@@ -323,7 +323,7 @@ class CompiledUpdate:
         postponed: Sequence[Postponed],
         learning_rate: Scalar,
     ) -> None:
-        """Updates variables by programs that clip; in replica context."""
+        """Updates variables by the programs that clip their gradients; in replica context."""
         rate = arithmetic.read(learning_rate)
         _compat.merge_call(self._run, [v.value for v in variables], list(postponed), rate, True)
 
@@ -352,8 +352,8 @@ class CompiledUpdate:
     ) -> list[Tensor]:
         """Updates native variables, or returns their weight updates; in cross-replica context.
 
-        A variable is updated by a TensorFlow op; small ones together by the equation, as is every
-        weight update that is only returned.
+        A variable is updated by a TensorFlow op, small ones together by the equation, and those
+        with a `Postponed` clip by an XLA program; what is only returned, by the equation.
         """
         import tensorflow as tf
 
