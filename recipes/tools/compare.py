@@ -84,7 +84,9 @@ def folder_of(output: Path, row: study.Row) -> Path:
     return output / "".join(c if c.isalnum() or c in "-.=" else "_" for c in name)
 
 
-def run_cell(recipe: Recipe, values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def run_cell(
+    recipe: Recipe, values: Mapping[str, Any], folder: Path, expect: study.Expect | None = None
+) -> dict[str, Any]:
     """Trains one run and returns its results; resumes an interrupted run in `folder`."""
     import pandas as pd
 
@@ -93,7 +95,7 @@ def run_cell(recipe: Recipe, values: Mapping[str, Any], folder: Path) -> dict[st
     resume = (folder / CONFIG).exists()
     options = dataclasses.replace(recipe.options(**values), resume=resume)
     try:
-        result = run(recipe, options, folder)
+        result = run(recipe, options, folder, study.first_steps(expect))
     except TrainingDiverged as error:
         rows = pd.DataFrame(files.read_csv(folder / HISTORY), columns=_OF_HISTORY)
         return {

@@ -7,6 +7,7 @@ resumes, and cells can be added.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import textwrap
 import time
@@ -18,12 +19,16 @@ from recipes.errors import RecipeError, plain_errors
 from recipes.plugin import files
 
 if TYPE_CHECKING:  # slow imports that flags do not need
+    import keras
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+#: A function of the expected seconds of a whole run, and of what is left of it.
+Expect = Callable[[float, float], None]
 
+_FIRST_STEPS = 5.0  # seconds that an expectation is based on
 MOST_LINES = 6  # most clippers in one panel; more get a panel each
 _COLOURS = [f"C{k}" for k in range(10) if k != 7]  # without grey
 
@@ -35,13 +40,14 @@ class Cell:
     Attributes:
         key: the columns that identify it.
         name: its name in the log.
-        job: runs it and returns the other columns, except "seconds".
+        job: runs it and returns the other columns, except "seconds"; takes None, or an `Expect`
+            that it may call once.
         cost: its duration relative to the other cells.
     """
 
     key: Row
     name: str
-    job: Callable[[], Row]
+    job: Callable[[Expect | None], Row]
     cost: float = 1.0
 
 
@@ -127,7 +133,9 @@ class StudyFile:
         for number, cell in enumerate(left, start=1):
             print(f"{number} of {len(left)}: {cell.name}", flush=True)
             begun, cost = time.monotonic(), cost - cell.cost
-            row = {**dict.fromkeys(self.results, ""), **cell.key, **cell.job()}
+            is_first = not paces and not usual
+            expect = functools.partial(_print_expected, cost / cell.cost) if is_first else None
+            row = {**dict.fromkeys(self.results, ""), **cell.key, **cell.job(expect)}
             seconds = time.monotonic() - begun
             row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
             paces.append(float(row["seconds"]) / cell.cost)
@@ -158,6 +166,38 @@ def _estimate(paces: Sequence[float], cost: float) -> str:
     if not paces:
         return "the first one tells how long"
     return f"about {duration(statistics.median(paces) * cost)}"
+
+
+def _print_expected(others: float, seconds: float, left: float) -> None:
+    print(f"  about {duration(left + others * seconds)} in all, by its first steps", flush=True)
+
+
+def first_steps(expect: Expect | None) -> list[keras.callbacks.Callback]:
+    """A Keras callback that calls `expect` after some steps; none for None."""
+    if expect is None:
+        return []
+    import keras
+
+    tell = expect
+
+    class FirstSteps(keras.callbacks.Callback):
+        began: tuple[float, float] | None = None
+        is_done = False
+
+        def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
+            self.epoch = epoch
+
+        def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+            of_epoch = (batch + 1) / self.params["steps"]
+            now, share = time.monotonic(), (self.epoch + of_epoch) / self.params["epochs"]
+            self.began = self.began or (now, share)
+            seconds = now - self.began[0]
+            if not self.is_done and seconds > _FIRST_STEPS:
+                self.is_done = True
+                whole = seconds / (share - self.began[1])
+                tell(whole, whole * (1 - share))
+
+    return [FirstSteps()]
 
 
 # ----------------------------------------------------------------------------- table and picture

@@ -1,5 +1,6 @@
 """The runner of studies: what is run again, what it says of the time, the table, the picture."""
 
+import functools
 import math
 
 import pandas as pd
@@ -16,7 +17,7 @@ def cells(jobs, *names, cost=1.0):
         jobs.append(name)
         return {"status": "learned"}
 
-    return [study.Cell({"name": n, "rate": 0.1}, n, lambda n=n: job(n), cost) for n in names]
+    return [study.Cell({"name": n, "rate": 0.1}, n, lambda _, n=n: job(n), cost) for n in names]
 
 
 def file_of(folder):
@@ -83,6 +84,35 @@ def test_the_time_that_is_left_follows_from_the_rows(tmp_path, capsys):
     other = study.StudyFile(tmp_path / "other.csv", ("name", "rate"), ("status", "seconds"))
     other.run(cells([], "a", cost=3.0), str, pace=20.0)
     assert "1 of 1 runs to do: about 60 s\n" in capsys.readouterr().out
+
+
+def test_the_first_run_tells_the_time_of_all_by_its_steps(tmp_path, capsys, monkeypatch):
+    """Ten seconds of start, then a tenth of the run in every ten seconds."""
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+
+    def job(first_epoch, expect):
+        for steps in study.first_steps(expect):
+            steps.set_params({"epochs": 10, "steps": 1})
+            now[0] += 10
+            for epoch in range(first_epoch, 10):
+                steps.on_epoch_begin(epoch)
+                now[0] += 10
+                steps.on_train_batch_end(0)
+        return {"status": "learned"}
+
+    def out_of(folder, first_epoch):
+        jobs = [functools.partial(job, first_epoch) for _ in range(3)]
+        cells = [
+            study.Cell({"name": n, "rate": 0.1}, n, j) for n, j in zip("abc", jobs, strict=True)
+        ]
+        study.StudyFile(folder, ("name", "rate"), ("status", "seconds"), ("rate",)).run(cells, str)
+        return capsys.readouterr().out
+
+    assert "by its first steps" in (out := out_of(tmp_path / "new.csv", 0))
+    assert "1 of 3: a\n  about 280 s in all" in out.replace("5 min", "280 s")
+    assert out.count("first steps") == 1
+    assert "about 200 s in all" in out_of(tmp_path / "resumed.csv", 8).replace("3 min", "200 s")
 
 
 def test_rows_that_are_dropped_leave_the_columns_of_the_user(tmp_path):
