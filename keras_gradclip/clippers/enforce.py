@@ -109,7 +109,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass
 class Postponed:
-    """A large gradient, or that of its bias, which XLA clips in the program of the update.
+    """A large gradient, or that of its bias, which XLA clips by units in the program of the update.
 
     TensorFlow writes the result of each operation to memory, such a program only the new weight.
 
@@ -336,8 +336,8 @@ class _Rule:
         parts: positions of the variables that have one limit for each unit (with the axes that a
             unit spans) or each element (with None); biases after their kernels.
         by_kernel: of the biases among these, positions of the kernels whose units limit them.
-        alone: of `parts`, those that no other clipper limits, with the position of the kernel for a
-            bias of one, and None for the others; in float32 or float64.
+        alone: of the units in `parts`, those that no other clipper limits, with None; and their
+            biases, with the position of the kernel; in float32 or float64.
     """
 
     def __init__(
@@ -384,10 +384,13 @@ class _Rule:
         self.counts = {i: number_of_units(variables[i], axes or ()) for i, axes in parts}
 
     def find_alone(self, limits: Mapping[int, int]) -> None:
-        """Sets `alone`, given the number of clippers that limit each variable."""
+        """Sets `alone`, given the number of clippers that limit each variable.
+
+        Not for elements: XLA would compute their limits anew for the weight and for each slot.
+        """
         is_plain = [str(v.dtype) in ("float32", "float64") for v in self.variables]
-        own = [i for i in self.parts if limits[i] == 1 and is_plain[i]]
-        self.alone = dict.fromkeys(i for i in own if i not in self.by_kernel)
+        own = {i: axes for i, axes in self.parts.items() if limits[i] == 1 and is_plain[i]}
+        self.alone = dict.fromkeys(i for i, axes in own.items() if axes is not None)
         kernels = {i: self.by_kernel[i] for i in own if i in self.by_kernel}
         self.alone |= {i: k[0] for i, k in kernels.items() if len(k) == 1 and k[0] in self.alone}
 
