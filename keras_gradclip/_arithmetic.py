@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import keras
 import numpy as np
@@ -368,33 +367,38 @@ def merge_duplicate_rows(gradient: Gradient) -> Tensor:
     return tf.IndexedSlices(merged, rows, gradient.dense_shape)
 
 
-def worth_compiling(variables: Sequence[keras.Variable]) -> set[tuple[int, ...]]:
-    """The shapes of large variables whose operations are worth an XLA program each."""
-    sizes: dict[tuple[int, ...], int] = {}
-    for v in variables:
-        sizes[tuple(v.shape)] = sizes.get(tuple(v.shape), 0) + size_of(v)
-    return {
-        shape
-        for shape, size in sizes.items()
-        if size >= WORTH_COMPILING and math.prod(shape) >= SMALL
-    }
+class Programs:
+    """Functions of one large gradient, compiled by XLA, which goes through memory only once.
 
+    Gradients of one shape share a program. The variables' shapes decide where it pays.
+    """
 
-def pays(x: Tensor, shapes: Collection[tuple[int, ...]]) -> bool:
-    """Whether operations on `x`, of one of `shapes`, are worth a program here and now."""
-    if backend.backend() != "tensorflow" or tuple(x.shape) not in shapes:
-        return False
-    import tensorflow as tf
+    def __init__(self, variables: Sequence[keras.Variable]) -> None:
+        sizes: dict[tuple[int, ...], int] = {}
+        for v in variables:
+            sizes[tuple(v.shape)] = sizes.get(tuple(v.shape), 0) + size_of(v)
+        self._shapes = {
+            shape
+            for shape, size in sizes.items()
+            if size >= WORTH_COMPILING and math.prod(shape) >= SMALL
+        }
+        self._programs: dict[object, Callable[..., Tensor]] = {}
 
-    return not tf.executing_eagerly() and not _compat.is_traced_for_xla()
+    def pays(self, x: Tensor) -> bool:
+        """Whether a program for `x` is worth its compilation."""
+        if backend.backend() != "tensorflow" or tuple(x.shape) not in self._shapes:
+            return False
+        import tensorflow as tf
 
+        return not tf.executing_eagerly() and not _compat.is_traced_for_xla()
 
-def run_compiled(
-    programs: dict[Hashable, Callable], key: Hashable, function: Callable[..., Any], *args: object
-) -> Any:
-    """`function(*args)` as an XLA program, which goes through memory once; one for each `key`."""
-    import tensorflow as tf
+    def run(
+        self, key: Hashable, function: Callable[..., Tensor], x: Tensor, *args: object
+    ) -> Tensor:
+        """`function(x, *args)`, compiled; `key` distinguishes it from other functions."""
+        import tensorflow as tf
 
-    if key not in programs:  # TensorFlow warns of a function with many traces
-        programs[key] = tf.function(function, jit_compile=True, autograph=False)
-    return programs[key](*args)
+        key = (key, tuple(x.shape), x.dtype)
+        if key not in self._programs:  # TensorFlow warns of a function with many traces
+            self._programs[key] = tf.function(function, jit_compile=True, autograph=False)
+        return self._programs[key](x, *args)

@@ -6,12 +6,11 @@ clipped. Gradients may be dense, sparse or None, of any float dtype, and may con
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
@@ -63,14 +62,12 @@ class Weight:
         read: returns the weight; for a sparse gradient, only the rows in the gradient.
         measured: for each variable in the scope a function that returns what a norm is taken over.
         axes: for units, the axes that one unit spans; None: all.
-        compute: computes `norm` in another way.
     """
 
     size: int
     read: Callable[[], Tensor]
     measured: Sequence[Callable[[], Tensor]]
     axes: Sequence[int] | None = None
-    compute: Callable[[], Tensor] | None = None
 
     @property
     def values(self) -> Tensor:
@@ -80,8 +77,6 @@ class Weight:
     @functools.cached_property
     def norm(self) -> Tensor:
         """The L2 norm, a float32 scalar; for units one norm each, broadcastable to `values`."""
-        if self.compute is not None:
-            return self.compute()
         squares = [arithmetic.unit_squares(read(), self.axes) for read in self.measured]
         total = squares[0] if len(squares) == 1 else ops.sum(ops.stack(squares))
         return ops.minimum(ops.sqrt(total), arithmetic.LARGEST)
@@ -90,57 +85,6 @@ class Weight:
     def rms(self) -> Tensor:
         """The root mean square, a float32 scalar."""
         return self.norm / math.sqrt(max(self.size, 1))
-
-
-class Part(NamedTuple):
-    """The clip of one variable by units or elements, for a compiled program.
-
-    Attributes:
-        key: the same for variables that one program can serve.
-        clip: a function of (gradient or weight update, weight, norms of the kernel's units; None
-            but for biases) that returns the clipped one and the norms of the weight's units.
-        read: returns the weight.
-    """
-
-    key: tuple[object, ...]
-    clip: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-    read: Callable[[], Tensor]
-
-
-@dataclasses.dataclass
-class Postponed:
-    """A large gradient, or that of its bias, which XLA clips by units in the program of the update.
-
-    TensorFlow writes the result of each operation to memory, such a program only the new weight.
-
-    Attributes:
-        gradient: before the clip.
-        clip: the clip of the gradient; None: there is none.
-        kernel: for a bias, that of its kernel.
-        equation: the weight update as a function of the clipped gradient, if there is a `limit`.
-        limit: the limit of the weight update; None: there is none.
-    """
-
-    gradient: Tensor
-    clip: Part | None = None
-    kernel: Postponed | None = None
-    equation: Callable[[Tensor], Tensor] | None = None
-    limit: Part | None = None
-
-    def clipped(self) -> Tensor:
-        """The clipped gradient, for figures."""
-        return self._clipped()[0]
-
-    def _clipped(self) -> tuple[Tensor, Tensor | None]:
-        if self.clip is None:
-            return self.gradient, None
-        norm = None if self.kernel is None else self.kernel._clipped()[1]
-        return self.clip.clip(self.gradient, self.clip.read(), norm)
-
-    def change(self) -> Tensor:
-        """The weight update before its limit, for figures."""
-        assert self.equation is not None
-        return self.equation(self.clipped())
 
 
 class Assignment(NamedTuple):
@@ -258,20 +202,12 @@ class Enforcer:
         self.on_gradients: list[_Rule] = []
         self.on_updates: list[_Rule] = []
         self.state: dict[str, object] = {}
-        large = arithmetic.worth_compiling(variables)
+        programs = arithmetic.Programs(variables)
         for assignment in assignments:
             late = assignment.clipper.stage == "update" and not update_is_scaled_gradient
-            rule = _Rule(assignment, self.variables, large)
+            rule = _Rule(assignment, self.variables, programs)
             (self.on_updates if late else self.on_gradients).append(rule)
             self.state |= {rule.name + name: value for name, value in rule.state.items()}
-        for rules in (self.on_gradients, self.on_updates):
-            limits = collections.Counter(i for rule in rules for i in rule.limited())
-            for rule in rules:
-                rule.find_alone(limits)
-
-    def alone_on_updates(self) -> dict[int, int | None]:
-        """`_Rule.alone` of all rules for weight updates."""
-        return {i: kernel for rule in self.on_updates for i, kernel in rule.alone.items()}
 
     def limited_updates(self) -> set[int]:
         """Positions of the variables whose weight update may be limited."""
@@ -301,7 +237,6 @@ class Enforcer:
         state: State,
         hyper: Hyper,
         weights: Sequence[Tensor | None] | None = None,
-        postpones: bool = False,
     ) -> tuple[list[Gradient], State, ClipStats]:
         """The clipped gradients, the changed state, and a `ClipStats`.
 
@@ -311,19 +246,18 @@ class Enforcer:
             hyper: the values of all clippers, and "learning_rate" (1 if missing).
             weights: None; or, if `grads` are weight updates, the weights before them. Then the new
                 weights are returned, not the clipped updates.
-            postpones: return some of the gradients as `Postponed`.
         """
         clipped, new_state, stats = list(grads), {}, []
         rules = self.on_gradients if weights is None else self.on_updates
         for rule in rules:
-            clipped, own_state, own_stats = rule.clip(clipped, weights, state, hyper, postpones)
+            adds = weights is not None and rule is rules[-1]
+            clipped, own_state, own_stats = rule.clip(clipped, weights, state, hyper, adds)
             new_state.update({rule.name + name: value for name, value in own_state.items()})
             stats.append(own_stats)
         if weights is not None:
-            clipped = [
-                c if c is None or isinstance(c, Postponed) else weight + c
-                for c, weight in zip(clipped, weights, strict=True)
-            ]
+            added = set() if rules[-1].calls_apply else rules[-1].limited()
+            left = {i for i, c in enumerate(clipped) if c is not None} - added
+            clipped = [weights[i] + c if i in left else c for i, c in enumerate(clipped)]
         together = stats[0] if len(stats) == 1 else combined(stats, self.variables)
         return clipped, new_state, together
 
@@ -336,25 +270,22 @@ class _Rule:
         parts: positions of the variables that have one limit for each unit (with the axes that a
             unit spans) or each element (with None); biases after their kernels.
         by_kernel: of the biases among these, positions of the kernels whose units limit them.
-        alone: of the units in `parts`, those that no other clipper limits, with None; and their
-            biases, with the position of the kernel; in float32 or float64.
     """
 
     def __init__(
         self,
         assignment: Assignment,
         variables: Sequence[keras.Variable],
-        large: Collection[tuple[int, ...]],
+        programs: arithmetic.Programs,
     ) -> None:
         self.name, self.clipper, self.members, self.calls_apply = assignment
-        self.variables, self.large = variables, large
+        self.variables, self.programs = variables, programs
         self.names = [*self.clipper.hyperparameters()]
         self.sizes = [size_of(v) for v in variables]
         self.units: list[Unit] = []
         self.wholes: list[list[int]] = []
         self.parts: dict[int, tuple[int, ...] | None] = {}
         self.by_kernel: dict[int, list[int]] = {}
-        self.alone: dict[int, int | None] = {}
         own = [variables[i] for i in self.members]
         if self.calls_apply:
             self.state = self.clipper.init(own)
@@ -383,17 +314,6 @@ class _Rule:
         parts = self.parts.items()
         self.counts = {i: number_of_units(variables[i], axes or ()) for i, axes in parts}
 
-    def find_alone(self, limits: Mapping[int, int]) -> None:
-        """Sets `alone`, given the number of clippers that limit each variable.
-
-        Not for elements: XLA would compute their limits anew for the weight and for each slot.
-        """
-        is_plain = [str(v.dtype) in ("float32", "float64") for v in self.variables]
-        own = {i: axes for i, axes in self.parts.items() if limits[i] == 1 and is_plain[i]}
-        self.alone = dict.fromkeys(i for i, axes in own.items() if axes is not None)
-        kernels = {i: self.by_kernel[i] for i in own if i in self.by_kernel}
-        self.alone |= {i: k[0] for i, k in kernels.items() if len(k) == 1 and k[0] in self.alone}
-
     def limited(self) -> set[int]:
         """Positions of the variables that may be clipped."""
         return {*self.members} if self.calls_apply else {*itertools.chain(*self.wholes, self.parts)}
@@ -415,11 +335,11 @@ class _Rule:
         weights: Sequence[Tensor | None] | None,
         state: State,
         hyper: Hyper,
-        postpones: bool,
+        adds: bool,
     ) -> tuple[list[Gradient], State, ClipStats]:
         """The clipped gradients, the clipper's new state, and a `ClipStats`.
 
-        `postpones`: see `Enforcer.clip`.
+        `adds`: the weights are added, while they are at hand.
         """
         own_state = {name: state[self.name + name] for name in self.state}
         own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
@@ -432,11 +352,11 @@ class _Rule:
             own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
         if self.clipper.stage == "update" and weights is None:
             own_hyper = {**own_hyper, DIVISOR: rate}
-        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper)
+        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper, adds)
         if self.wholes:
             own_state = clip.wholes(own_state)
         if self.parts:
-            clip.parts(postpones)
+            clip.parts()
         unit = "elements" if self.clipper.scope == "element" else "norms"
         counts = [clip.counts.get(i, 0.0) for i in range(len(grads))]
         return clip.clipped, own_state, ClipStats(clip.fractions, counts, unit)
@@ -474,6 +394,7 @@ class _Clip:
         clipped: the same after the clip.
         weights: the weights before weight updates; None: the present ones.
         hyper: the values of the clipper's hyper-parameters, and `DIVISOR`.
+        adds: the weights are added to what is clipped.
         counts: the number of elements, or norms, by position.
         factors: of each whole scope its variables, and what they were multiplied by.
     """
@@ -484,9 +405,9 @@ class _Clip:
     clipped: list[Gradient]
     weights: Sequence[Tensor | None] | None
     hyper: Hyper
+    adds: bool
     counts: dict[int, float] = dataclasses.field(default_factory=dict)
     factors: list[tuple[list[int], Tensor]] = dataclasses.field(default_factory=list)
-    programs: dict[Hashable, Callable] = dataclasses.field(default_factory=dict)
     _known: dict[object, Weight] = dataclasses.field(default_factory=dict)
 
     def wholes(self, state: State) -> State:
@@ -515,6 +436,7 @@ class _Clip:
                 y = arithmetic.scale(x, factor)
                 if self.clipper.rescale:
                     y = arithmetic.rescaled(self.clipper.rescale, x, y)
+                y = self._read(i) + y if self.adds else y
                 self.clipped[i] = arithmetic.with_values(self.before[i], y)
                 self.counts[i] = 1.0 / len(of)
         return state
@@ -532,57 +454,23 @@ class _Clip:
         every = ops.unstack(limits, num=number)
         return [every[n] for n in squares], state
 
-    def parts(self, postpones: bool) -> None:
+    def parts(self) -> None:
         """The same for each unit of a variable; or G' = clip(g, −L, L) for each element."""
         for i, axes in self.rule.parts.items():
-            before, kernels = self.before[i], self.rule.by_kernel.get(i)
-            if before is None:
+            if self.before[i] is None:
                 continue
-            self.counts[i] = self.rule.counts[i]
-            if isinstance(before, Postponed):
-                before.limit = self._part(i, axes)
-                continue
-            x, weight = arithmetic.values(before), self._weight([i], axes)
-            kernel = self.clipped[kernels[0]] if kernels else None
-            pays = not kernels and arithmetic.pays(x, self.rule.large)
-            if pays and axes is None:
-                pays = len(_limit(self.clipper, weight, self.hyper).shape) > 0
-            fits = isinstance(kernel, Postponed) and not arithmetic.is_sparse(before)
-            if i in self.rule.alone and (fits or (pays and postpones)):
-                x = ops.cast(x, self.rule.variables[i].dtype)
-                self.clipped[i] = Postponed(x, self._part(i, axes), kernel)
-                continue
-            if pays:
-                key, clip, _ = self._part(i, axes)
-                arguments = (x, weight.values, None)
-                y, norm = arithmetic.run_compiled(self.programs, (key, x.dtype), clip, *arguments)
-                if norm is not None:
-                    weight.norm = norm
+            x, weight = arithmetic.values(self.before[i]), self._weight([i], axes)
+            pays = i not in self.rule.by_kernel and self.rule.programs.pays(x)
+            if pays and (axes or len(_limit(self.clipper, weight, self.hyper).shape) > 0):
+                y = self._compiled(x, weight)
             else:
-                y = self._clip(x, weight)
-            self.clipped[i] = arithmetic.with_values(before, y)
+                y = self._clip(x, weight, self.hyper)
+            self.clipped[i] = arithmetic.with_values(self.before[i], y)
+            self.counts[i] = self.rule.counts[i]
 
-    def _part(self, i: int, axes: tuple[int, ...] | None) -> Part:
-        """The clip of a variable as a function of tensors, which XLA can compile."""
-        size, rule = self.rule.sizes[i], self.rule
-        is_bias, shape = i in rule.by_kernel, rule.variables[i].shape
-
-        def clip(
-            x: Tensor, values: Tensor, of_kernel: Tensor | None
-        ) -> tuple[Tensor, Tensor | None]:
-            weight = Weight(size, lambda: values, [lambda: values], axes)
-            if is_bias and of_kernel is not None:
-                weight.norm = norms_for_bias(rule.units[i], shape, [of_kernel])
-            y = self._clip(x, weight)
-            return y, None if axes is None else weight.norm
-
-        letters = rule.units[i].letters if is_bias else None
-        kind = (rule.name, tuple(shape), rule.variables[i].dtype, axes, letters)
-        return Part(kind, clip, functools.partial(self._read, i))
-
-    def _clip(self, x: Tensor, weight: Weight) -> Tensor:
+    def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
         """A gradient with each unit of the weight, or each element, within its limit."""
-        limit, axes = _limit(self.clipper, weight, self.hyper), weight.axes
+        limit, axes = _limit(self.clipper, weight, hyper), weight.axes
         if axes is None:
             limit = ops.cast(limit, x.dtype)
             y = arithmetic.clip_between(x, -limit, limit)
@@ -590,17 +478,27 @@ class _Clip:
             norm = ops.sqrt(arithmetic.unit_squares(x, axes))
             y = arithmetic.scale(x, arithmetic.clip_factor(norm, limit))
         if self.clipper.rescale == "alpha":
-            y = arithmetic.scale(y, self.clipper.growth(weight, self.hyper))
+            y = arithmetic.scale(y, self.clipper.growth(weight, hyper))
         elif self.clipper.rescale:
             y = arithmetic.rescaled(self.clipper.rescale, x, y)
+        return weight.values + y if self.adds else y
+
+    def _compiled(self, x: Tensor, weight: Weight) -> Tensor:
+        """`_clip` as an XLA program, which also computes the weight's norms of units."""
+        size, axes = weight.size, weight.axes
+
+        def clip(x: Tensor, values: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor | None]:
+            weight = Weight(size, lambda: values, [lambda: values], axes)
+            return self._clip(x, weight, hyper), None if axes is None else weight.norm
+
+        arguments = (x, weight.values, self.hyper)
+        y, norm = self.rule.programs.run((self.rule.name, axes, self.adds), clip, *arguments)
+        if axes is not None:
+            weight.norm = norm
         return y
 
     def fractions(self) -> list[Tensor | None]:
         """The clipped share of each variable's elements, or norms; None without a limit."""
-        # May be called in one graph and then in another: norms must be of the same as the result.
-        fresh = self
-        if any(isinstance(x, Postponed) for x in self.clipped):
-            fresh = dataclasses.replace(self, _known={})
         result: list[Tensor | None] = [None] * len(self.before)
         if self.factors:
             clipped = arithmetic.float32(ops.stack([factor for _, factor in self.factors]) < 1.0)
@@ -613,11 +511,9 @@ class _Clip:
             return result
         xs, limits = [], []
         for i in members:
-            before, axes = self.before[i], self.rule.parts[i]
-            is_postponed = isinstance(before, Postponed)
-            x = before.change() if is_postponed else arithmetic.values(before)
+            x, axes = arithmetic.values(self.before[i]), self.rule.parts[i]
             xs.append(x if axes is None else ops.sqrt(arithmetic.unit_squares(x, axes)))
-            limits.append(_limit(self.clipper, fresh._weight([i], axes), self.hyper))
+            limits.append(_limit(self.clipper, self._weight([i], axes), self.hyper))
         shares = arithmetic.fractions_over(xs, limits, [self.counts[i] for i in members])
         for i, share in zip(members, shares, strict=True):
             result[i] = share
@@ -637,14 +533,9 @@ class _Clip:
         weight = Weight(size, rows, [rows] if has_rows else measured, axes)
         if i in self.rule.by_kernel:
             units = self.rule.units
-            kernels = [self._weight([k], units[k].axes) for k in self.rule.by_kernel[i]]
-
-            def norm() -> Tensor:
-                shape = self.rule.variables[i].shape
-                norms = norms_for_bias(units[i], shape, [kernel.norm for kernel in kernels])
-                return arithmetic.matching_rows(norms, self.before[i])
-
-            weight.compute = norm
+            norms = [self._weight([k], units[k].axes).norm for k in self.rule.by_kernel[i]]
+            norm = norms_for_bias(units[i], self.rule.variables[i].shape, norms)
+            weight.norm = arithmetic.matching_rows(norm, self.before[i])
         self._known[key] = weight
         return weight
 

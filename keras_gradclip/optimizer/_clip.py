@@ -36,8 +36,6 @@ class Clip:
         state: the clipper's running state by name; empty before `build`.
         enforcer: enforces the clipper's limits; set by `resolve`.
         limited: `id` to position of the variables whose weight update may be limited.
-        alone: `id` of those among them that one clipper limits by itself, to that of the kernel for
-            a bias, and to None.
     """
 
     def __init__(
@@ -80,10 +78,6 @@ class Clip:
         assignments = self.clipper.assignments(variables) if self.clipper else []
         self.enforcer = Enforcer(assignments, variables, is_plain_sgd(self._inner))
         self.limited = {id(variables[i]): i for i in self.enforcer.limited_updates()}
-        self.alone = {
-            id(variables[i]): None if kernel is None else id(variables[kernel])
-            for i, kernel in self.enforcer.alone_on_updates().items()
-        }
         warn_of_remarks(self.enforcer)
 
     def build(self) -> None:
@@ -117,8 +111,8 @@ class Clip:
                 values[key] = now  # changed since; otherwise keep the given number
         return self.clipper.with_hyperparameters(values)
 
-    def clip(self, gradients: list[Gradient], postpones: bool) -> ClippedUpdate:
-        """Clips and rescales gradients, and counts what was clipped; see `Enforcer.clip`."""
+    def clip(self, gradients: list[Gradient]) -> ClippedUpdate:
+        """Clips and rescales gradients, and counts what was clipped."""
         state = {key: arithmetic.read(v) for key, v in self.state.items()}
         calls = self._inner.iterations
         hyper = {name: current_value(v, calls) for name, v in self.thresholds.items()}
@@ -126,7 +120,7 @@ class Clip:
             rate = self._inner.learning_rate
             hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
             hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
-        clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper, postpones=postpones)
+        clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper)
         return ClippedUpdate(gradients, clipped, stats, hyper, {**state, **new_state})
 
     def clip_changes(
@@ -135,7 +129,7 @@ class Clip:
         finish: Callable[[ClippedUpdate], None],
         variables: Sequence[keras.Variable],
         changes: Sequence[Tensor],
-        before: Sequence[Tensor | None],
+        before: Sequence[Tensor],
     ) -> list[Tensor]:
         """Limits the weight updates of the inner optimizer.
 
@@ -143,11 +137,11 @@ class Clip:
             update: the result of `clip`.
             finish: called with `update` and the new statistics and state.
             variables: the variables.
-            changes: the weight updates, one per variable; some are `Postponed`.
-            before: the weights before the update; None for those.
+            changes: the weight updates, one per variable.
+            before: the weights before the update.
 
         Returns:
-            The new weights; `Postponed` stay, with their limit.
+            The new weights.
         """
         assert update.stats is not None
         every = self.enforcer.variables

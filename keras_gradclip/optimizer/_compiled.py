@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import keras
-from keras import backend, ops
+from keras import backend
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat
 from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
-from keras_gradclip.clippers.enforce import Postponed
 from keras_gradclip.names import path_of
 
 if TYPE_CHECKING:
@@ -131,29 +130,12 @@ def _adam_equation(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) 
     return change
 
 
-def _sgd_equation(inner: keras.optimizers.Optimizer, lr: Tensor, step: Tensor) -> Equation:
-    import tensorflow as tf
-
-    del step
-    momentum = tf.cast(inner.momentum, lr.dtype)
-
-    def change(gradient: Tensor, slots: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        if not slots:
-            return -(gradient * lr), []
-        new = slots[0] * momentum - gradient * lr
-        return new * momentum - gradient * lr if inner.nesterov else new, [new]
-
-    return change
-
-
-#: Keras's equations, for limited updates, and for programs that clip and update.
+#: Keras's equations, for limited updates, and for very small variables.
 _EQUATIONS: dict[type, MakeEquation] = {
-    keras.optimizers.SGD: _sgd_equation,
     keras.optimizers.Adam: _adam_equation,
     keras.optimizers.AdamW: _adam_equation,
 }
-#: Optimizers whose equation is faster for smaller variables than TensorFlow's op, in elements.
-_SHARED = (keras.optimizers.Adam, keras.optimizers.AdamW)
+#: In elements. For smaller variables the plain equation is faster than TensorFlow's op.
 WORTH_AN_OPERATION = 1 << 13
 
 # Optimizers with many element-wise operations. Others use norms or matrix products, which XLA
@@ -258,74 +240,24 @@ class CompiledUpdate:
         if left:
             default(strategy, left, learning_rate)
 
-    def has_equation(self) -> bool:
-        """Whether weight updates can be computed here without applying them."""
-        inner = self._inner
-        if type(inner) not in _EQUATIONS or self._reason or inner.loss_scale_factor:
-            return False
-        import tensorflow as tf
-
-        return not tf.executing_eagerly() and not _compat.is_traced_for_xla()
-
     def steps(
-        self,
-        gradients: Gradients,
-        variables: Sequence[keras.Variable],
-        learning_rate: Scalar,
-        alone: Mapping[int, int | None],
+        self, gradients: Gradients, variables: Sequence[keras.Variable], learning_rate: Scalar
     ) -> list[Tensor] | None:
         """The weight updates, not yet applied, with the slots updated; in replica context.
 
-        Those of large variables whose `id` is in `alone`, and of their biases, are `Postponed`.
-
         None if there is no such function: then update the weights and take the difference.
         """
-        if not self.has_equation():
+        if type(self._inner) not in _EQUATIONS or self._reason:
             return None
         import tensorflow as tf
 
+        if tf.executing_eagerly() or _compat.is_traced_for_xla():
+            return None
         natives = [v.value for v in variables]
         if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
-        large = arithmetic.worth_compiling(variables)
         rate = arithmetic.read(learning_rate)
-        postponed: dict[int | None, Postponed] = {}  # by id of the variable
-        pairs = [(v, g) for v, g in zip(variables, gradients, strict=True) if id(v) in alone]
-        for v, gradient in sorted(pairs, key=lambda pair: alone[id(pair[0])] is not None):
-            kernel, is_known = alone[id(v)], isinstance(gradient, Postponed)
-            fits = kernel is None and (is_known or arithmetic.pays(gradient, large))
-            if fits or kernel in postponed:
-                one = gradient if is_known else Postponed(tf.cast(gradient, v.dtype))
-                one.kernel = postponed.get(kernel)
-                one.equation = functools.partial(self._change, v, rate)
-                postponed[id(v)] = one
-        result: list[Tensor] = [
-            postponed.get(id(v)) or (g.clipped() if isinstance(g, Postponed) else g)
-            for g, v in zip(gradients, variables, strict=True)
-        ]
-        now = [i for i, x in enumerate(result) if not isinstance(x, Postponed)]
-        lists = [[of[i] for i in now] for of in (natives, result)]
-        for i, change in zip(now, _compat.merge_call(self._run, *lists, rate, False), strict=True):
-            result[i] = change
-        return result
-
-    def _change(self, variable: keras.Variable, rate: Tensor, gradient: Tensor) -> Tensor:
-        """The weight update of a variable, computed for figures; nothing is applied."""
-        make = _EQUATIONS[type(self._inner)]
-        step = ops.cast(arithmetic.read(self._inner.iterations) + 1, variable.dtype)
-        equation = make(self._inner, ops.cast(rate, variable.dtype), step)
-        slots = _compat.slots(self._inner, variable) or ()
-        return equation(gradient, [arithmetic.read(slot) for slot in slots])[0]
-
-    def run(
-        self,
-        variables: Sequence[keras.Variable],
-        postponed: Sequence[Postponed],
-        learning_rate: Scalar,
-    ) -> None:
-        """Updates variables by the programs that clip their gradients; in replica context."""
-        rate = arithmetic.read(learning_rate)
-        _compat.merge_call(self._run, [v.value for v in variables], list(postponed), rate, True)
+        return _compat.merge_call(self._run, natives, list(gradients), rate, False)
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
         if arithmetic.is_sparse(gradient):
@@ -352,16 +284,17 @@ class CompiledUpdate:
     ) -> list[Tensor]:
         """Updates native variables, or returns their weight updates; in cross-replica context.
 
-        A variable is updated by a TensorFlow op, small ones together by the equation, and those
-        with a `Postponed` clip by an XLA program; what is only returned, by the equation.
+        A variable is updated by a TensorFlow op; small ones together by the equation, as is every
+        weight update that is only returned.
         """
         import tensorflow as tf
 
         inner = self._inner
-        is_faster = type(inner) in _SHARED and not tf.executing_eagerly()
-        shares = is_faster and (not applies or arithmetic.runs_on_tensorflow_cpu())
+        has_equation = type(inner) in _EQUATIONS and not tf.executing_eagerly()
+        shares = has_equation and (not applies or arithmetic.runs_on_tensorflow_cpu())
         least = WORTH_AN_OPERATION if shares else 0
-        made: dict[Hashable, Callable] = {}  # its scalars are computed once per device
+        programs = None if applies else arithmetic.Programs(natives)
+        made: dict[tuple, Callable] = {}  # its scalars are computed once per device
 
         def of_group(
             first: Tensor,
@@ -370,16 +303,12 @@ class CompiledUpdate:
             slots: list[list[Tensor]],
             rate: Scalar,
         ) -> list[Tensor]:
-            is_program = isinstance(gradients[0], Postponed)  # and so are all
-            by_operation = applies and first.shape.num_elements() >= least and not is_program
+            by_operation = applies and first.shape.num_elements() >= least
             make = (_KERNELS if by_operation else _EQUATIONS)[type(inner)]
             key = (make, first.device, first.dtype)
             if key not in made:
                 step = tf.cast(arithmetic.read(inner.iterations) + 1, first.dtype)
                 made[key] = make(inner, tf.cast(rate, first.dtype), step)
-            if is_program:
-                _run_program(made, made[key], gradients, variables, slots)
-                return []
             gradients = [
                 tf.ensure_shape(tf.cast(g, v.dtype), v.shape)
                 for g, v in zip(gradients, variables, strict=True)
@@ -387,7 +316,10 @@ class CompiledUpdate:
             if by_operation:
                 made[key](first.handle, gradients[0], *(slot.handle for slot in slots[0]))
                 return []
-            changes = _changes(made[key], gradients, slots)
+            equation = made[key]
+            if programs and len(variables) == 1 and programs.pays(gradients[0]):
+                equation = functools.partial(programs.run, first.device, equation)
+            changes = _changes(equation, gradients, slots)
             if not applies:
                 return changes
             for variable, change in zip(variables, changes, strict=True):
@@ -396,14 +328,9 @@ class CompiledUpdate:
 
         slots = [[slot.value for slot in _compat.slots(inner, v) or ()] for v in natives]
         groups: dict[object, list[int]] = {}  # small variables of a device together
-        for i, (v, gradient) in enumerate(zip(natives, gradients, strict=True)):
-            local = strategy.experimental_local_results(gradient)[0]
-            key: object = i
-            if isinstance(local, Postponed):
-                key = id(local.kernel or local)
-            elif v.shape.num_elements() < least:
-                key = (v.device, v.dtype)
-            groups.setdefault(key, []).append(i)
+        for i, v in enumerate(natives):
+            is_small = v.shape.num_elements() < least
+            groups.setdefault((v.device, v.dtype) if is_small else i, []).append(i)
         result: dict[int, Tensor] = {}
         for group in groups.values():
             lists = [[of[i] for i in group] for of in (natives, gradients, slots)]
@@ -473,52 +400,6 @@ class CompiledUpdate:
                 self._inner.update_step(gradient, variable, rate)
 
         return tf.function(run, jit_compile=True, autograph=False)
-
-
-def _run_program(
-    programs: dict[Hashable, Callable],
-    equation: Equation,
-    postponed: Sequence[Postponed],
-    variables: Sequence[Tensor],
-    slots: Sequence[Sequence[Tensor]],
-) -> None:
-    """Clips and updates a kernel and its biases in one XLA program, the same for one shape."""
-    import tensorflow as tf
-
-    members = sorted(
-        zip(postponed, variables, slots, strict=True), key=lambda member: bool(member[0].kernel)
-    )
-
-    def program(xs: Sequence[Tensor], handles: Sequence[Sequence[Tensor]]) -> None:
-        norms: list[Tensor | None] = [None, None]
-        for (of_variable, variable, _), x, own in zip(members, xs, handles, strict=True):
-            weight, *old = (_read(handle, variable) for handle in own)
-            if of_variable.clip:
-                x, norm = of_variable.clip.clip(x, weight, norms[0])
-                norms[0] = norms[0] if of_variable.kernel else norm
-            x, new = equation(x, old)
-            if of_variable.limit:
-                x, norm = of_variable.limit.clip(x, weight, norms[1])
-                norms[1] = norms[1] if of_variable.kernel else norm
-            for handle, value in zip(own, (weight + x, *new), strict=True):
-                tf.raw_ops.AssignVariableOp(resource=handle, value=value)
-
-    xs = [of_variable.gradient for of_variable, _, _ in members]
-    handles = [[v.handle for v in (variable, *own)] for _, variable, own in members]
-    key = (variables[0].device, *(_kind(of_variable) for of_variable, _, _ in members))
-    arithmetic.run_compiled(programs, key, program, xs, handles)
-
-
-def _read(handle: Tensor, like: Tensor) -> Tensor:
-    import tensorflow as tf
-
-    value = tf.raw_ops.ReadVariableOp(resource=handle, dtype=like.dtype)
-    value.set_shape(like.shape)
-    return value
-
-
-def _kind(postponed: Postponed) -> tuple[object, ...]:
-    return tuple(part and part.key for part in (postponed.clip, postponed.limit))
 
 
 def _changes(

@@ -19,12 +19,11 @@ from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
 from keras_gradclip import _validation as validation
 from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
-from keras_gradclip.clippers.enforce import Postponed
 from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._compiled import CompiledUpdate
 
 #: A function of (variables, their weight updates, the weights before) that returns the new weights.
-Limit = Callable[[Sequence[keras.Variable], Gradients, Gradients], list[Tensor]]
+Limit = Callable[[Sequence[keras.Variable], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 def check_inner(inner: object, wrapper: type) -> keras.optimizers.Optimizer:
@@ -162,7 +161,6 @@ class InnerUpdate:
     Attributes:
         compiled: how the inner optimizer's variables are updated.
         limited: `id` of the variables whose weight update may be limited.
-        alone: see `Clip`.
         is_held: whether a `held` context is active.
     """
 
@@ -172,7 +170,6 @@ class InnerUpdate:
         self._inner = inner
         self.compiled = CompiledUpdate(inner, compiled)
         self.limited: Collection[int] = ()
-        self.alone: Mapping[int, int | None] = {}
         self.is_held = False
         self._strategy = strategy
         self._entered = 0
@@ -292,35 +289,16 @@ class InnerUpdate:
             (free if is_free else limited).append((gradient, variable))
         if limited:
             gradients, variables = map(list, zip(*limited, strict=True))
-            pairs = (gradients, variables)
-            changes = self.compiled.steps(*pairs, learning_rate, self.alone) if is_whole else None
+            changes = self.compiled.steps(gradients, variables, learning_rate) if is_whole else None
             if changes is None:
                 self._limit_difference(default, limit, gradients, variables, learning_rate)
             else:
-                before = [
-                    None if isinstance(change, Postponed) else arithmetic.read(v)
-                    for v, change in zip(variables, changes, strict=True)
-                ]
-                self._assign(variables, limit(variables, changes, before), learning_rate)
+                before = [arithmetic.read(v) for v in variables]
+                aggregation.assign_each(variables, limit(variables, changes, before))
         else:
             limit([], [], [])
         if free:
             default(*zip(*free, strict=True), learning_rate)
-
-    def _assign(
-        self,
-        variables: Sequence[keras.Variable],
-        results: Sequence[Tensor | Postponed],
-        learning_rate: Scalar,
-    ) -> None:
-        """Assigns new weights, or runs the programs that compute them."""
-        pairs = list(zip(variables, results, strict=True))
-        left = [(v, result) for v, result in pairs if isinstance(result, Postponed)]
-        done = [(v, result) for v, result in pairs if not isinstance(result, Postponed)]
-        if done:
-            aggregation.assign_each(*zip(*done, strict=True))
-        if left:
-            self.compiled.run([v for v, _ in left], [result for _, result in left], learning_rate)
 
     def _limit_difference(
         self,

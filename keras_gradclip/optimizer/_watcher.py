@@ -9,7 +9,7 @@ from typing import Protocol
 import keras
 
 from keras_gradclip._types import Gradients, Hyper, State
-from keras_gradclip.clippers.enforce import ClipStats, Postponed
+from keras_gradclip.clippers.base import ClipStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,22 +18,17 @@ class ClippedUpdate:
 
     Attributes:
         gradients: before the clip; reduced over replicas and micro-batches, unscaled.
-        results: after the clip; some are `Postponed`.
+        clipped: after the clip.
         stats: the clipper's statistics; None without a clipper.
         hyper: the thresholds in force.
         state: the clippers' state after the clip.
     """
 
     gradients: Gradients
-    results: Gradients
+    clipped: Gradients
     stats: ClipStats | None
     hyper: Hyper
     state: State
-
-    @property
-    def clipped(self) -> Gradients:
-        """The gradients after the clip."""
-        return [x.clipped() if isinstance(x, Postponed) else x for x in self.results]
 
 
 class Watcher(Protocol):

@@ -121,7 +121,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
                 self.use(choose(self.inner_optimizer, variables, self.strategy))
             self._clip.resolve(variables)
             self._inner_update.limited = self._clip.limited
-            self._inner_update.alone = self._clip.alone
             steps = self.gradient_accumulation_steps
             self.gradient_accumulation_steps = None  # the base class would accumulate as well
             super().build(variables)
@@ -284,8 +283,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if_present: Mapping[int, Tensor],
     ) -> None:
         """Clips and rescales; applies the inner optimizer's update, limited by some clippers."""
-        postpones = not if_present and self._inner_update.compiled.has_equation()
-        update = self._clip.clip(gradients, postpones)
+        update = self._clip.clip(gradients)
         limit = None
         if self._clip.enforcer.on_updates and not self._inner_update.is_held:
             limit = functools.partial(self._clip.clip_changes, update, self._finish)
@@ -293,7 +291,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             self._finish(update)
         variables = self._trainable_variables
         self._inner_update(
-            [new_values.get(i, update.results[i]) for i in indices],
+            [new_values.get(i, update.clipped[i]) for i in indices],
             [variables[i] for i in indices],
             limit,
             {id(variables[i]): flag for i, flag in if_present.items()},

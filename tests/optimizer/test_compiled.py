@@ -533,7 +533,7 @@ def trained_large(make, clipper, compiled, replicas=0, watched=True):
         *(("Adam, AMSGrad, EMA", "several", 0), ("nesterov, schedule", "twice", 0)),
     ],
 )
-def test_one_program_clips_and_updates_a_large_kernel_and_its_bias(inner, name, replicas):
+def test_programs_of_large_kernels_give_the_same_as_keras_own_code(inner, name, replicas):
     make, clipper = BY_KERNELS[inner], LARGE[name]
     ours, optimizer, seen = trained_large(make, clipper, "auto", replicas)
     plain, left, wanted = trained_large(make, clipper, False)
