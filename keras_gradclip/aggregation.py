@@ -263,8 +263,8 @@ def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
     return [None if g is None else next(sums) for g in grads]
 
 
-def only_with(gradients: Gradients) -> contextlib.AbstractContextManager:
-    """A context whose operations run only in a step that computes gradients.
+def only_with(gradients: Gradients | None) -> contextlib.AbstractContextManager:
+    """A context whose operations run only in a step that computes gradients; None ends one.
 
     Where the size of the data is unknown, TensorFlow begins one step more at its end, and runs
     whatever does not depend on the batch: counts would rise, in Keras too. The last gradient is
@@ -274,6 +274,8 @@ def only_with(gradients: Gradients) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     import tensorflow as tf
 
+    if gradients is None:
+        return tf.control_dependencies(None)
     last = next(g for g in reversed(gradients) if g is not None)
     return tf.control_dependencies([tf.convert_to_tensor(getattr(last, "values", last))])
 

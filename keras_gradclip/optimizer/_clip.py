@@ -120,7 +120,8 @@ class Clip:
             rate = self._inner.learning_rate
             hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
             hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
-        clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper)
+        with aggregation.only_with(None):
+            clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper)
         return ClippedUpdate(gradients, clipped, stats, hyper, {**state, **new_state})
 
     def clip_changes(
@@ -151,7 +152,8 @@ class Clip:
         for i, change, weight in zip(places, changes, before, strict=True):
             if i is not None:
                 given[i], weights[i] = change, weight
-        clipped, state, stats = self.enforcer.clip(given, update.state, update.hyper, weights)
+        with aggregation.only_with(None):
+            clipped, state, stats = self.enforcer.clip(given, update.state, update.hyper, weights)
         stats = combined([update.stats, stats], every)
         finish(dataclasses.replace(update, stats=stats, state={**update.state, **state}))
         return [

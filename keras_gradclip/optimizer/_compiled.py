@@ -17,7 +17,7 @@ import keras
 from keras import backend
 
 from keras_gradclip import _arithmetic as arithmetic
-from keras_gradclip import _compat
+from keras_gradclip import _compat, aggregation
 from keras_gradclip._types import Gradient, Gradients, Scalar, Strategy, Tensor
 from keras_gradclip.names import path_of
 
@@ -232,11 +232,12 @@ class CompiledUpdate:
             (left if reason else chosen).append((gradient, variable))
             if reason:
                 self._refuse(variable, reason)
-        if type(self._inner) in _KERNELS:
-            gradients, natives = ([pair[k] for pair in chosen] for k in range(2))
-            self._run(strategy, natives, gradients, learning_rate, True)
-        else:
-            left += self._update_by_xla(strategy, chosen, learning_rate)
+        with aggregation.only_with(None):
+            if type(self._inner) in _KERNELS:
+                gradients, natives = ([pair[k] for pair in chosen] for k in range(2))
+                self._run(strategy, natives, gradients, learning_rate, True)
+            else:
+                left += self._update_by_xla(strategy, chosen, learning_rate)
         if left:
             default(strategy, left, learning_rate)
 
@@ -257,7 +258,8 @@ class CompiledUpdate:
         if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
         rate = arithmetic.read(learning_rate)
-        return _compat.merge_call(self._run, natives, list(gradients), rate, False)
+        with aggregation.only_with(None):
+            return _compat.merge_call(self._run, natives, list(gradients), rate, False)
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
         if arithmetic.is_sparse(gradient):
