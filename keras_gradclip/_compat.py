@@ -361,8 +361,6 @@ def decay_by_one_rate(
     if getattr(type(optimizer), DECAY) is not getattr(keras.optimizers.Optimizer, DECAY):
         default(variables)
         return
-    if optimizer.weight_decay is None:
-        return
     import tensorflow as tf
 
     def of_one(variable: Tensor, rate: Scalar) -> None:
