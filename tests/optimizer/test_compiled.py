@@ -529,8 +529,15 @@ def trained_large(make, clipper, compiled, replicas=0, watched=True):
 @pytest.mark.parametrize(
     ("inner", "name", "replicas"),
     [
-        *(("momentum", "units", 4), ("Adam", "units", 2), ("AdamW", "gradient and update", 0)),
-        *(("Adam, AMSGrad, EMA", "several", 0), ("nesterov, schedule", "twice", 0)),
+        *(("momentum", "units", 4), ("Adam", "units", 2)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("AdamW", "gradient and update", 0),
+                ("Adam, AMSGrad, EMA", "several", 0),
+                ("nesterov, schedule", "twice", 0),
+            )
+        ),
     ],
 )
 def test_programs_of_large_kernels_give_the_same_as_keras_own_code(inner, name, replicas):

@@ -26,7 +26,7 @@ def fast(monkeypatch):
     calls = []
     monkeypatch.setenv("COLUMNS", "200")  # a terminal wide enough to search the table for words
 
-    def run(recipe, options, folder):
+    def run(recipe, options, folder, callbacks):
         calls.append(options)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def test_a_model_stays_until_its_run_has_a_row(fast, tmp_path, monkeypatch):
 def test_an_interrupted_cell_goes_on(fast, tmp_path, monkeypatch, capsys):
     finish = training.run
 
-    def interrupted(recipe, options, folder):
+    def interrupted(recipe, options, folder, callbacks):
         if options.clipper == "none":
             folder.mkdir(parents=True)
             (folder / "config.json").write_text("{}")
