@@ -127,7 +127,7 @@ def test_an_interrupted_cell_goes_on(fast, tmp_path, monkeypatch, capsys):
             folder.mkdir(parents=True)
             (folder / "config.json").write_text("{}")
             raise KeyboardInterrupt
-        return finish(recipe, options, folder)
+        return finish(recipe, options, folder, callbacks)
 
     flags = ["--learning-rates", "0.01", "--seeds", "0", *FLAGS]
     monkeypatch.setattr(training, "run", interrupted)
