@@ -315,7 +315,7 @@ def train(file: runner.StudyFile, studies: Sequence[Study], data_dir: str) -> pd
     """The runs of studies that have no row yet; the rows of all."""
     images = functools.cache(load_images)
 
-    def job(study: Study, clipper, key: dict, expect: None) -> dict:
+    def job(study: Study, clipper, key: dict, others: float | None) -> dict:
         name, _, side = study.data.partition("@")
         rate, seed = float(key["learning_rate"]), int(key["seed"])
         data = images(name, int(side), data_dir)

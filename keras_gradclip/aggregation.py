@@ -35,21 +35,30 @@ def _is_traced_by_jax(x: Tensor) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def concrete_value(variable: keras.Variable) -> np.ndarray | None:
-    """The present value of a variable, also while a step is traced.
+def has_value(variable: keras.Variable) -> bool:
+    """Whether a variable has a value outside of the step that is being traced.
 
-    None while JAX traces, and for a variable that the current trace of TensorFlow created.
+    False while JAX traces, and for a variable that the current trace of TensorFlow created.
     """
     value = variable.value if isinstance(variable, keras.Variable) else variable
-    if _is_traced_by_jax(value):
-        return None
     if not is_tensorflow():
-        return ops.convert_to_numpy(value)
+        return not _is_traced_by_jax(value)
     import tensorflow as tf
 
     with tf.init_scope():
-        first = getattr(value, "values", [value])[0]
-        return first.numpy() if first.is_initialized() else None
+        return bool(getattr(value, "values", [value])[0].is_initialized())
+
+
+def concrete_value(variable: keras.Variable) -> np.ndarray | None:
+    """The present value of a variable, also while a step is traced; None if it has none."""
+    if not has_value(variable):
+        return None
+    if not is_tensorflow():
+        return ops.convert_to_numpy(variable.value)
+    import tensorflow as tf
+
+    with tf.init_scope():
+        return getattr(variable.value, "values", [variable.value])[0].numpy()
 
 
 @contextlib.contextmanager
@@ -263,8 +272,8 @@ def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
     return [None if g is None else next(sums) for g in grads]
 
 
-def only_with(gradients: Gradients | None) -> contextlib.AbstractContextManager:
-    """A context whose operations run only in a step that computes gradients; None ends one.
+def only_with(gradients: Gradients) -> contextlib.AbstractContextManager:
+    """A context whose operations run only in a step that computes gradients.
 
     Where the size of the data is unknown, TensorFlow begins one step more at its end, and runs
     whatever does not depend on the batch: counts would rise, in Keras too. The last gradient is
@@ -274,10 +283,20 @@ def only_with(gradients: Gradients | None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     import tensorflow as tf
 
-    if gradients is None:
-        return tf.control_dependencies(None)
     last = next(g for g in reversed(gradients) if g is not None)
     return tf.control_dependencies([tf.convert_to_tensor(getattr(last, "values", last))])
+
+
+def without_waiting() -> contextlib.AbstractContextManager:
+    """A context inside `only_with` for operations that depend on gradients anyway.
+
+    The many small ones before them (constants, reads of variables) then run at once.
+    """
+    if backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies(None)
 
 
 def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> None:

@@ -86,7 +86,7 @@ def advice(
             f"the outputs have the scale of the targets (the loss is {_name_of(unscaled[0])}), "
             "which the initial weights are no measure of: a guard that clips a tenth of the updates"
         )
-    if any(aggregation.concrete_value(v) is None for v in variables):
+    if not all(map(aggregation.has_value, variables)):
         return guard, (
             "the first step creates the weights, so that their norms are not known (call the model "
             "on a batch before `fit` to go by them): a guard that clips a tenth of the updates"

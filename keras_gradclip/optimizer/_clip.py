@@ -120,7 +120,7 @@ class Clip:
             rate = self._inner.learning_rate
             hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
             hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
-        with aggregation.only_with(None):
+        with aggregation.without_waiting():
             clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper)
         return ClippedUpdate(gradients, clipped, stats, hyper, {**state, **new_state})
 
@@ -152,7 +152,7 @@ class Clip:
         for i, change, weight in zip(places, changes, before, strict=True):
             if i is not None:
                 given[i], weights[i] = change, weight
-        with aggregation.only_with(None):
+        with aggregation.without_waiting():
             clipped, state, stats = self.enforcer.clip(given, update.state, update.hyper, weights)
         stats = combined([update.stats, stats], every)
         finish(dataclasses.replace(update, stats=stats, state={**update.state, **state}))
@@ -172,7 +172,7 @@ class Clip:
             self.keep(self.enforcer.state)
 
     def on_new_rate(self) -> None:
-        """Tells the clipper if a schedule, or a callback that is one, has set the learning rate."""
+        """Tells the clipper if a schedule, or a callback like one, has set the learning rate."""
         if not (self.state and self._needs_rate):
             return
         goes_on = _compat.is_called_by(

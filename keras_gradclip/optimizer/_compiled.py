@@ -232,7 +232,7 @@ class CompiledUpdate:
             (left if reason else chosen).append((gradient, variable))
             if reason:
                 self._refuse(variable, reason)
-        with aggregation.only_with(None):
+        with aggregation.without_waiting():
             if type(self._inner) in _KERNELS:
                 gradients, natives = ([pair[k] for pair in chosen] for k in range(2))
                 self._run(strategy, natives, gradients, learning_rate, True)
@@ -258,7 +258,7 @@ class CompiledUpdate:
         if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
         rate = arithmetic.read(learning_rate)
-        with aggregation.only_with(None):
+        with aggregation.without_waiting():
             return _compat.merge_call(self._run, natives, list(gradients), rate, False)
 
     def _unfit(self, gradient: Gradient, variable: Tensor) -> str | None:
@@ -311,13 +311,13 @@ class CompiledUpdate:
             if key not in made:
                 step = tf.cast(arithmetic.read(inner.iterations) + 1, first.dtype)
                 made[key] = make(inner, tf.cast(rate, first.dtype), step)
-            gradients = [
-                tf.ensure_shape(tf.cast(g, v.dtype), v.shape)
-                for g, v in zip(gradients, variables, strict=True)
-            ]
+            gradients = [tf.cast(g, v.dtype) for g, v in zip(gradients, variables, strict=True)]
             if by_operation:
                 made[key](first.handle, gradients[0], *(slot.handle for slot in slots[0]))
                 return []
+            gradients = [
+                tf.ensure_shape(g, v.shape) for g, v in zip(gradients, variables, strict=True)
+            ]
             equation = made[key]
             if programs and len(variables) == 1 and programs.pays(gradients[0]):
                 equation = functools.partial(programs.run, first.device, equation)

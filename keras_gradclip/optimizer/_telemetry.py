@@ -171,10 +171,11 @@ class Telemetry:
         number = int(aggregation.to_numpy(self.nonfinite))
         return path_of(self._variables[number - 1]) if number else None
 
-    def set_interval(self, every: bool | int) -> None:
-        """Sets `every`, and resets all figures."""
-        is_word = isinstance(every, bool)
-        self.every = every if is_word else validation.count("ClippedOptimizer", "telemetry", every)
+    def set_interval(self, every: bool | int | None) -> None:
+        """Sets `every` (None: off), and resets all figures."""
+        if not isinstance(every, bool):
+            every = validation.steps("ClippedOptimizer", "telemetry", every) or False
+        self.every = every
         self.reset()
 
     def reset(self) -> None:

@@ -219,11 +219,9 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             ) from None
         gradients: list[Gradient] = [None] * len(self._trainable_variables)
         for i, gradient in zip(named, grads, strict=True):
-            before = gradients[i]
-            if before is None or gradient is None:
-                gradients[i] = before if gradient is None else gradient
-            else:  # a variable that is named twice
-                gradients[i] = arithmetic.dense(before) + arithmetic.dense(gradient)
+            if gradient is not None and gradients[i] is not None:  # a variable named twice
+                gradient = arithmetic.dense(gradients[i]) + arithmetic.dense(gradient)
+            gradients[i] = gradients[i] if gradient is None else gradient
         return gradients, [*dict.fromkeys(named)]
 
     def _written(self) -> list[keras.Variable]:
@@ -362,9 +360,13 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """The moving averages, as `SwapEMAWeights` expects them under a loss scale."""
         return self.inner_optimizer._model_variables_moving_average
 
-    def exclude_from_weight_decay(self, *args: object, **kwargs: object) -> None:
-        """Excludes variables from the inner optimizer's weight decay; arguments as there."""
-        self.inner_optimizer.exclude_from_weight_decay(*args, **kwargs)
+    def exclude_from_weight_decay(
+        self,
+        var_list: Sequence[keras.Variable] | None = None,
+        var_names: Sequence[str] | None = None,
+    ) -> None:
+        """Excludes variables from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
 
     def scale_loss(self, loss: Scalar) -> Scalar:
         """`loss` times the inner optimizer's fixed loss scale, if it has one."""
@@ -386,7 +388,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
     @property
     def first_nonfinite_variable(self) -> str | None:
-        """The path of the first variable whose skipped or measured gradient was not finite."""
+        """Path of the first variable with a non-finite gradient, skipped or measured; or None."""
         return self._telemetry.first_nonfinite()
 
     @property

@@ -85,7 +85,7 @@ def folder_of(output: Path, row: study.Row) -> Path:
 
 
 def run_cell(
-    recipe: Recipe, values: Mapping[str, Any], folder: Path, expect: study.Expect | None = None
+    recipe: Recipe, values: Mapping[str, Any], folder: Path, others: float | None = None
 ) -> dict[str, Any]:
     """Trains one run and returns its results; resumes an interrupted run in `folder`."""
     import pandas as pd
@@ -95,7 +95,7 @@ def run_cell(
     resume = (folder / CONFIG).exists()
     options = dataclasses.replace(recipe.options(**values), resume=resume)
     try:
-        result = run(recipe, options, folder, study.first_steps(expect))
+        result = run(recipe, options, folder, study.first_steps(others))
     except TrainingDiverged as error:
         rows = pd.DataFrame(files.read_csv(folder / HISTORY), columns=_OF_HISTORY)
         return {

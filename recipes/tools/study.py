@@ -7,7 +7,6 @@ resumes, and cells can be added.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 import textwrap
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.command_line import import_tensorflow
 from recipes.errors import RecipeError, plain_errors
 from recipes.plugin import files
 
@@ -25,10 +25,8 @@ if TYPE_CHECKING:  # slow imports that flags do not need
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-#: A function of the expected seconds of a whole run, and of what is left of it.
-Expect = Callable[[float, float], None]
 
-_FIRST_STEPS = 5.0  # seconds that an expectation is based on
+_FIRST_STEPS = 5.0  # seconds that an estimate is based on
 MOST_LINES = 6  # most clippers in one panel; more get a panel each
 _COLOURS = [f"C{k}" for k in range(10) if k != 7]  # without grey
 
@@ -40,14 +38,13 @@ class Cell:
     Attributes:
         key: the columns that identify it.
         name: its name in the log.
-        job: runs it and returns the other columns, except "seconds"; takes None, or an `Expect`
-            that it may call once.
+        job: runs it and returns the other columns, except "seconds"; takes what `first_steps` does.
         cost: its duration relative to the other cells.
     """
 
     key: Row
     name: str
-    job: Callable[[Expect | None], Row]
+    job: Callable[[float | None], Row]
     cost: float = 1.0
 
 
@@ -134,8 +131,8 @@ class StudyFile:
             print(f"{number} of {len(left)}: {cell.name}", flush=True)
             begun, cost = time.monotonic(), cost - cell.cost
             is_first = not paces and not usual
-            expect = functools.partial(_print_expected, cost / cell.cost) if is_first else None
-            row = {**dict.fromkeys(self.results, ""), **cell.key, **cell.job(expect)}
+            others = cost / cell.cost if is_first else None
+            row = {**dict.fromkeys(self.results, ""), **cell.key, **cell.job(others)}
             seconds = time.monotonic() - begun
             row |= {"seconds": row["seconds"] or f"{seconds:.1f}"}
             paces.append(float(row["seconds"]) / cell.cost)
@@ -168,17 +165,15 @@ def _estimate(paces: Sequence[float], cost: float) -> str:
     return f"about {duration(statistics.median(paces) * cost)}"
 
 
-def _print_expected(others: float, seconds: float, left: float) -> None:
-    print(f"  about {duration(left + others * seconds)} in all, by its first steps", flush=True)
+def first_steps(others: float | None) -> list[keras.callbacks.Callback]:
+    """A Keras callback that prints, after some steps, how long a run and `others` after it take.
 
-
-def first_steps(expect: Expect | None) -> list[keras.callbacks.Callback]:
-    """A Keras callback that calls `expect` after some steps; none for None."""
-    if expect is None:
+    None: the time is known, and there is no callback.
+    """
+    if others is None:
         return []
+    import_tensorflow()
     import keras
-
-    tell = expect
 
     class FirstSteps(keras.callbacks.Callback):
         began: tuple[float, float] | None = None
@@ -194,8 +189,8 @@ def first_steps(expect: Expect | None) -> list[keras.callbacks.Callback]:
             seconds = now - self.began[0]
             if not self.is_done and seconds > _FIRST_STEPS:
                 self.is_done = True
-                whole = seconds / (share - self.began[1])
-                tell(whole, whole * (1 - share))
+                left = seconds / (share - self.began[1]) * (1 - share + others)
+                print(f"  about {duration(left)} in all, by its first steps", flush=True)
 
     return [FirstSteps()]
 

@@ -47,12 +47,12 @@ RESULTS = (
 COSTS = {"vgg16": 0.8, "vgg19": 1.6, "googlenet": 0.6, "inception_v2": 0.4, "resnet50": 1.0}
 
 
-def train(name: str, folder: Path, flags: Sequence[str], expect: object = None) -> Row:
+def train(name: str, folder: Path, flags: Sequence[str], others: float | None = None) -> Row:
     """Trains a recipe, or resumes it, in a process of its own; returns the rest of its row.
 
     Of a process that failed that is "error", its last line.
     """
-    del expect  # the process shows its own progress
+    del others  # the process shows its own progress
     command = [sys.executable, "-m", RECIPES[name][0], *flags, "--output", str(folder)]
     if "task" in (settings := find_recipe(name).settings):  # one of two recipes in a script
         command += ["--task", str(settings["task"])]

@@ -467,6 +467,14 @@ def test_an_epoch_of_skipped_updates_is_no_epoch_of_zero_gradients():
     assert np.isnan(history["grad_norm"][0]) and np.isnan(history["clip_fraction"][0])
 
 
+def test_the_interval_of_telemetry_is_checked_where_it_is_set():
+    optimizer = kgc.ClippedOptimizer("sgd", "absolute", telemetry=None)
+    assert optimizer.telemetry is False
+    with pytest.raises(ValueError, match="`telemetry` must be a whole number"):
+        optimizer.telemetry = -3
+    assert optimizer.telemetry is False
+
+
 def test_telemetry_needs_to_be_on():
     optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), "absolute")
     with pytest.raises(ValueError, match="telemetry=True"):

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -91,8 +93,8 @@ def test_the_first_run_tells_the_time_of_all_by_its_steps(tmp_path, capsys, monk
     now = [0.0]
     monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
 
-    def job(first_epoch, expect):
-        for steps in study.first_steps(expect):
+    def job(first_epoch, others):
+        for steps in study.first_steps(others):
             steps.set_params({"epochs": 10, "steps": 1})
             now[0] += 10
             for epoch in range(first_epoch, 10):
@@ -113,6 +115,13 @@ def test_the_first_run_tells_the_time_of_all_by_its_steps(tmp_path, capsys, monk
     assert "1 of 3: a\n  about 280 s in all" in out.replace("5 min", "280 s")
     assert out.count("first steps") == 1
     assert "about 200 s in all" in out_of(tmp_path / "resumed.csv", 8).replace("3 min", "200 s")
+
+
+@pytest.mark.slow
+def test_tensorflow_is_quiet_in_a_study():
+    code = "from recipes.tools import study; study.first_steps(1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_rows_that_are_dropped_leave_the_columns_of_the_user(tmp_path):

@@ -67,7 +67,7 @@ def row(name, **values):
 def test_a_failed_recipe_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     ran = []
 
-    def train(name, folder, argv, expect):
+    def train(name, folder, argv, others):
         ran.append((name, folder.name, argv))
         if name == "vgg16" and len(ran) < 4:
             return {"error": "OSError: disk full"}
