@@ -91,8 +91,7 @@ def _clips(which: str):
 
     def ours(clipper):
         hyper = {k: tf.Variable(v) for k, v in clipper.hyperparameters().items()}
-        if clipper.needs_learning_rate:
-            hyper["learning_rate"] = tf.Variable(0.1)
+        hyper["learning_rate"] = tf.Variable(0.1)
         state = {k: tf.Variable(v) for k, v in clipper.init(variables).items()}
 
         def clip(gradients):

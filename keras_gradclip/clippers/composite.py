@@ -33,11 +33,6 @@ class Composite(Clipper):
         raise NotImplementedError  # abstract: Chain's and ClipMap's
 
     @property
-    def needs_learning_rate(self) -> bool:  # type: ignore[override]
-        """Whether any part does."""
-        return any(clipper.needs_learning_rate for _, clipper in self._parts())
-
-    @property
     def has_rules(self) -> bool:  # type: ignore[override]
         """Whether any part does."""
         return any(clipper.has_rules for _, clipper in self._parts())

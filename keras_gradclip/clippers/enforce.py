@@ -30,10 +30,9 @@ from keras_gradclip.clippers.units import (
 )
 from keras_gradclip.names import SCOPES, scope_numbers, size_of
 
-#: Keys of `hyper`: the optimizer's learning rate; whether it is a variable instead of a schedule;
-#: and the divisor of limits, which is the learning rate for limits on SGD's update. Clippers get
-#: only the first: the others are names that no parameter can have.
-LEARNING_RATE, RATE_IS_SET, DIVISOR = "learning_rate", "rate is set", "divide by"
+#: Keys of `hyper` beside hyper-parameters: the optimizer's learning rate, and whether it is a
+#: variable instead of a schedule.
+LEARNING_RATE, RATE_IS_SET = "learning_rate", "rate is set"
 
 
 class ClipStats(NamedTuple):
@@ -122,8 +121,6 @@ class Limit:
     rescale: str | None = None
     #: The axes of units, by path of the variable; () for those of the layers.
     axes: Sequence[tuple[str, tuple[int, ...]]] | None = None
-    #: Whether it needs `hyper["learning_rate"]`.
-    needs_learning_rate: bool = False
 
     def hyperparameters(self) -> Mapping[str, Threshold]:
         """The live hyper-parameters: name to float or LearningRateSchedule."""
@@ -142,7 +139,7 @@ class Limit:
                 "learning_rate".
 
         Returns:
-            A float32 scalar, or a tensor that broadcasts to the gradient (or to `weight.norm`).
+            A float32 scalar, or a tensor of the shape of `weight.values` (or of `weight.norm`).
         """
         raise NotImplementedError(f"{type(self).__name__} has neither `limit` nor `limits`")
 
@@ -350,8 +347,6 @@ class _Rule:
         own_hyper = {**own_hyper, LEARNING_RATE: rate, RATE_IS_SET: hyper.get(RATE_IS_SET)}
         if own_state:
             own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
-        if self.clipper.stage == "update" and weights is None:
-            own_hyper = {**own_hyper, DIVISOR: rate}
         clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper, adds)
         if self.wholes:
             own_state = clip.wholes(own_state)
@@ -393,7 +388,7 @@ class _Clip:
         before: the gradients, or weight updates, one entry a variable.
         clipped: the same after the clip.
         weights: the weights before weight updates; None: the present ones.
-        hyper: the values of the clipper's hyper-parameters, and `DIVISOR`.
+        hyper: the values of the clipper's hyper-parameters, and the learning rate.
         adds: the weights are added to what is clipped.
         counts: the number of elements, or norms, by position.
         factors: of each whole scope its variables, and what they were multiplied by.
@@ -424,7 +419,7 @@ class _Clip:
             parts = [arithmetic.sum_of_squares(arithmetic.values(self.before[i])) for i in of]
             squares[number] = parts[0] if len(parts) == 1 else ops.sum(ops.stack(parts))
         if type(self.clipper).limits is Limit.limits:
-            limits = [_limit(self.clipper, self._weight(of), self.hyper) for of in scopes.values()]
+            limits = [self._limit(self._weight(of), self.hyper) for of in scopes.values()]
         else:
             limits, state = self._limits_from_memory(squares, state)
         sizes = [sum(self.rule.sizes[i] for i in of) for of in scopes.values()]
@@ -461,7 +456,7 @@ class _Clip:
                 continue
             x, weight = arithmetic.values(self.before[i]), self._weight([i], axes)
             pays = i not in self.rule.by_kernel and self.rule.programs.pays(x)
-            if pays and (axes or len(_limit(self.clipper, weight, self.hyper).shape) > 0):
+            if pays and (axes or len(self._limit(weight, self.hyper).shape) > 0):
                 y = self._compiled(x, weight)
             else:
                 y = self._clip(x, weight, self.hyper)
@@ -470,7 +465,7 @@ class _Clip:
 
     def _clip(self, x: Tensor, weight: Weight, hyper: Hyper) -> Tensor:
         """A gradient with each unit of the weight, or each element, within its limit."""
-        limit, axes = _limit(self.clipper, weight, hyper), weight.axes
+        limit, axes = self._limit(weight, hyper), weight.axes
         if axes is None:
             limit = ops.cast(limit, x.dtype)
             y = arithmetic.clip_between(x, -limit, limit)
@@ -513,11 +508,18 @@ class _Clip:
         for i in members:
             x, axes = arithmetic.values(self.before[i]), self.rule.parts[i]
             xs.append(x if axes is None else ops.sqrt(arithmetic.unit_squares(x, axes)))
-            limits.append(_limit(self.clipper, self._weight([i], axes), self.hyper))
+            limits.append(self._limit(self._weight([i], axes), self.hyper))
         shares = arithmetic.fractions_over(xs, limits, [self.counts[i] for i in members])
         for i, share in zip(members, shares, strict=True):
             result[i] = share
         return result
+
+    def _limit(self, weight: Weight, hyper: Hyper) -> Tensor:
+        """The clipper's limit; divided by the learning rate if it limits SGD's update."""
+        limit = ops.convert_to_tensor(self.clipper.limit(weight, hyper))
+        if self.clipper.stage == "update" and self.weights is None:
+            return limit / ops.maximum(hyper[LEARNING_RATE], arithmetic.TINY)
+        return limit
 
     def _weight(self, members: Sequence[int], axes: tuple[int, ...] | None = None) -> Weight:
         """The `Weight` of some variables together, or of the units or elements of one."""
@@ -543,12 +545,6 @@ class _Clip:
         """The value of a variable's weight."""
         given = None if self.weights is None else self.weights[i]
         return arithmetic.read(self.rule.variables[i]) if given is None else given
-
-
-def _limit(clipper: Limit, weight: Weight, hyper: Hyper) -> Tensor:
-    """The clipper's limit; divided by the learning rate if it limits SGD's update."""
-    limit = ops.convert_to_tensor(clipper.limit(weight, hyper))
-    return limit / ops.maximum(hyper[DIVISOR], arithmetic.TINY) if DIVISOR in hyper else limit
 
 
 def combined(stats: Sequence[ClipStats], variables: Sequence[keras.Variable]) -> ClipStats:

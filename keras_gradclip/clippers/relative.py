@@ -194,7 +194,6 @@ class UpdateRatioClip(ByUnit):
     )
     axes: Axes = parameter(None, help="variable path to the axes of a unit, see unit_axes")
     stage = "update"
-    needs_learning_rate = True
     measures: ClassVar[str | None] = "unit_step"
     card: ClassVar[Card | None] = Card(
         "no step moves a unit by more than κ of its own norm: ‖η·g‖ at most κ·max(‖W‖, ε)",

@@ -45,13 +45,6 @@ class Clip:
         add_variable: Callable[..., keras.Variable],
     ) -> None:
         self.clipper, self._inner, self._add_variable = clipper, inner, add_variable
-        self._needs_rate = clipper is not None and clipper.needs_learning_rate
-        if self._needs_rate and getattr(inner, "learning_rate", None) is None:
-            raise ValueError(
-                f"ClippedOptimizer: `inner_optimizer` ({type(inner).__name__}) has no learning "
-                f"rate, which the clipper {clipper} divides by. Use one that does not, e.g. "
-                "AdaptiveClip(0.01)."
-            )
         self.thresholds: dict[str, object] = {}
         for key, value in (clipper.hyperparameters() if clipper else {}).items():
             if not validation.is_schedule(value):
@@ -65,7 +58,8 @@ class Clip:
         """Assigns clippers to variables, and warns of unexpected assignments.
 
         Raises:
-            ValueError: a ClipMap's rule matches none of the variables, or two rules collide.
+            ValueError: a ClipMap's rule matches none of the variables, or two rules collide; a
+                limit on the weight update, but no learning rate.
         """
         if self.clipper is not None:
             every = list(variables)
@@ -76,6 +70,13 @@ class Clip:
             self.clipper.check_variables(every)
             warn_of_muon(self._inner, self.clipper, variables)
         assignments = self.clipper.assignments(variables) if self.clipper else []
+        is_update = any(a.clipper.stage == "update" for a in assignments)
+        if is_update and self._inner.learning_rate is None:
+            raise ValueError(
+                f"ClippedOptimizer: `inner_optimizer` ({type(self._inner).__name__}) has no "
+                f"learning rate, which the clipper {self.clipper} divides by. Use one that does "
+                "not, e.g. AdaptiveClip(0.01)."
+            )
         self.enforcer = Enforcer(assignments, variables, is_plain_sgd(self._inner))
         self.limited = {id(variables[i]): i for i in self.enforcer.limited_updates()}
         warn_of_remarks(self.enforcer)
@@ -116,9 +117,9 @@ class Clip:
         state = {key: arithmetic.read(v) for key, v in self.state.items()}
         calls = self._inner.iterations
         hyper = {name: current_value(v, calls) for name, v in self.thresholds.items()}
-        if self._needs_rate:
-            rate = self._inner.learning_rate
-            hyper[LEARNING_RATE] = arithmetic.float32(arithmetic.read(rate))
+        rate = self._inner.learning_rate
+        if rate is not None:
+            hyper[LEARNING_RATE] = current_value(rate, calls)
             hyper[RATE_IS_SET] = isinstance(rate, keras.Variable)
         with aggregation.without_waiting():
             clipped, new_state, stats = self.enforcer.clip(gradients, state, hyper)
@@ -173,7 +174,7 @@ class Clip:
 
     def on_new_rate(self) -> None:
         """Tells the clipper if a schedule, or a callback like one, has set the learning rate."""
-        if not (self.state and self._needs_rate):
+        if not self.state:
             return
         goes_on = _compat.is_called_by(
             keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau

@@ -52,6 +52,25 @@ def test_a_parameter_may_have_any_name(name):
     np.testing.assert_allclose(clipped, [2.4, 3.2], rtol=1e-6)
 
 
+@pytest.mark.parametrize("inner", ["SGD", "Adam"])
+@pytest.mark.parametrize("stage", ["update", "gradient"])
+def test_a_limit_of_ones_own_gets_the_learning_rate(inner, stage):
+    class Own(kgc.Clipper):
+        scope = "global"
+
+        def limit(self, weight, hyper):
+            return 0.01 if stage == "update" else 0.01 / hyper["learning_rate"]
+
+    Own.stage = stage
+    variable = keras.Variable(np.ones((4, 3), "float32"))
+    optimizer = kgc.ClippedOptimizer(getattr(keras.optimizers, inner)(0.1), kgc.Chain([Own()]))
+    optimizer.build([variable])
+    optimizer.apply([5 * keras.ops.ones((4, 3))], [variable])
+    size = np.linalg.norm(keras.ops.convert_to_numpy(variable) - 1)
+    want = 0.01 if (inner, stage) != ("Adam", "gradient") else 0.1 * np.sqrt(12)
+    np.testing.assert_allclose(size, want, rtol=1e-3)
+
+
 def test_hints():
     with pytest.raises(dataclasses.FrozenInstanceError, match=r'clip_hyperparameters\["threshold"'):
         kgc.AbsoluteClip().threshold = 0.2

@@ -86,8 +86,9 @@ def test_inner_optimizer_without_a_learning_rate():
     class Rateless(keras.optimizers.SGD):
         learning_rate = None
 
+    optimizer = kgc.ClippedOptimizer(Rateless(), kgc.Chain([kgc.UpdateRatioClip()]))
     with pytest.raises(ValueError, match=r"Rateless.*no learning rate"):
-        kgc.ClippedOptimizer(Rateless(), kgc.Chain([kgc.UpdateRatioClip()]))
+        optimizer.build([keras.Variable([1.0])])
 
 
 def ratios(model, before):
