@@ -7,7 +7,7 @@
 Trains the recipe for all updates of its run, or `--steps`, measures each layer's gradients, and
 discards the weights. Other options are passed to the recipe. It trains without a clip, because a
 clip changes the norms; if a recipe diverges without one, give one, such as `--clipper norm
---max-norm 1`.
+--max-norm 1`. A `--beta` or `--eps` of that clipper is the one of the written files, too.
 
 Writes into `runs/calibration-RECIPE` (or `--output`), over the files of an earlier calibration:
 
@@ -101,8 +101,9 @@ def measure(recipe: Recipe, options: Options, steps: int | None, percentile: flo
                 )
             )
         try:
+            same = {n: v for n, v in options.clipping.items() if n in ("beta", "eps")}
             found = kgc.calibrate(
-                run.model, run.feed.training(0), count, percentile, callbacks=callbacks
+                run.model, run.feed.training(0), count, percentile, callbacks=callbacks, **same
             )
         except TrainingDiverged as error:
             raise RecipeError(

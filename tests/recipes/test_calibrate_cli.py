@@ -85,9 +85,11 @@ def test_it_watches_unclipped_unless_told():
     assert calibrate.options_of(TINY, ["--clipper", "norm"]).clipper == "norm"
 
 
-def test_accumulation_counts_updates(tmp_path):
-    rest = [*QUIET, "--accumulate", "2", "--epochs", "1"]
-    assert calibrate.calibrate(TINY, rest, None, 90.0, tmp_path / "c").updates == 4
+def test_accumulation_counts_updates_and_beta_is_the_clippers(tmp_path):
+    rest = [*QUIET, "--accumulate", "2", "--epochs", "1", "--clipper", "exponential"]
+    found = calibrate.calibrate(TINY, [*rest, "--beta", "0.9"], None, 90.0, tmp_path / "c")
+    assert found.updates == 4
+    assert found.beta == 0.9
 
 
 @pytest.mark.parametrize(
