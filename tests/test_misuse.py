@@ -175,6 +175,9 @@ def test_live_thresholds_refuse_what_the_constructor_refuses():
             optimizer.clip_hyperparameters["threshold"] = value
     with pytest.raises(KeyError, match="treshold"):
         optimizer.clip_hyperparameters["treshold"] = 0.1
+    chain = kgc.ClippedOptimizer(inner(), kgc.Chain([kgc.PercentileClip(90.0)]))
+    with pytest.raises(ValueError, match="`percentile` must be above 0 and at most 100"):
+        chain.clip_hyperparameters["0/percentile"] = 150
     with pytest.raises(TypeError, match="cannot be deleted"):
         del optimizer.clip_hyperparameters["threshold"]
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)

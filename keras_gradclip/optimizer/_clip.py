@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -45,7 +46,7 @@ class Clip:
         add_variable: Callable[..., keras.Variable],
     ) -> None:
         self.clipper, self._inner, self._add_variable = clipper, inner, add_variable
-        self.thresholds: dict[str, object] = {}
+        self.thresholds: dict[str, Any] = {}
         for key, value in (clipper.hyperparameters() if clipper else {}).items():
             if not validation.is_schedule(value):
                 name = "clip_" + "".join(c if c.isalnum() else "_" for c in key)
@@ -104,7 +105,7 @@ class Clip:
         """The clipper with the present thresholds."""
         if self.clipper is None:
             return None
-        current = ClipHyperparameters(self.thresholds, self._inner.iterations)
+        current = ClipHyperparameters(self)
         values = dict(self.clipper.hyperparameters())
         for key, given in values.items():
             now = given if validation.is_schedule(given) else current[key]
@@ -198,13 +199,14 @@ class ClipHyperparameters(MutableMapping):
     `model.jax_state_sync()` first, as for the learning rate.
     """
 
-    def __init__(self, values: Mapping[str, keras.Variable], iterations: keras.Variable) -> None:
-        self._values, self._iterations = values, iterations
+    def __init__(self, clip: Clip) -> None:
+        self._clip, self._values = clip, clip.thresholds
 
     def __getitem__(self, name: str) -> float:
         value = self._values[self._known(name)]
         if validation.is_schedule(value):
-            value = value(ops.convert_to_tensor(aggregation.to_numpy(self._iterations)))
+            iterations = aggregation.to_numpy(self._clip._inner.iterations)
+            value = value(ops.convert_to_tensor(iterations))
         return float(aggregation.to_numpy(value))
 
     def __setitem__(self, name: str, value: Scalar) -> None:
@@ -217,6 +219,8 @@ class ClipHyperparameters(MutableMapping):
         is_symbolic = ops.is_tensor(value) and not hasattr(value, "__float__")
         if not is_symbolic:
             value = validation.positive("clip_hyperparameters", name, value)
+            assert self._clip.clipper is not None
+            self._clip.clipper.with_hyperparameters({name: value})  # checks its own bounds
         current.assign(value)
 
     def __delitem__(self, name: str) -> None:

@@ -323,7 +323,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     @property
     def clip_hyperparameters(self) -> ClipHyperparameters:
         """The live thresholds, to read and to set: `["threshold"] = 0.05`."""
-        return ClipHyperparameters(self._clip.thresholds, self.iterations)
+        return ClipHyperparameters(self._clip)
 
     # The inner optimizer ----------------------------------------------------------------------
 
