@@ -43,7 +43,7 @@ class ActivationGate:
 
     Raises:
         ValueError: a number is not above 0, or a regular expression is invalid; once the model is
-            known, no layer matches.
+            known, an expression matches no layer.
     """
 
     clip_value: float = 0.1
@@ -112,7 +112,7 @@ class ActivationGate:
         `compile(activation_gate=)` or `insert`.
 
         Raises:
-            ValueError: the model is built and the gate selects no layer of it.
+            ValueError: the model is built and an expression matches none of its layers.
         """
         instrument(self, model)
         for layer in _gateable(model):
@@ -169,12 +169,14 @@ class ActivationGate:
 
     def _check_layers(self, model: keras.Model) -> None:
         layers = _gateable(model)
-        if not any(self.selects(layer) for layer in layers):
-            raise ValueError(
-                f"ActivationGate: layers={self.layers!r} selects no layer of {model.name!r}; its "
-                f"layers begin with {[layer.name for layer in layers][:8]}. An expression must "
-                "match the whole name."
-            )
+        for pattern in self.layers or (None,):
+            gate = dataclasses.replace(self, layers=pattern)
+            if not any(gate.selects(layer) for layer in layers):
+                raise ValueError(
+                    f"ActivationGate: layers={pattern!r} selects no layer of {model.name!r}; its "
+                    f"layers begin with {[layer.name for layer in layers][:8]}. An expression must "
+                    "match the whole name."
+                )
 
     def get_config(self) -> Config:
         """The JSON-able arguments."""

@@ -323,8 +323,9 @@ def test_insert_needs_a_graph():
     model(data(2)[0])
     with pytest.raises(ValueError, match="ClippedModel"):
         GATE.insert(model)
-    with pytest.raises(ValueError, match="selects no layer"):
-        kgc.ActivationGate(layers="conv9").insert(net())
+    for layers in ("conv9", ["head", "conv9"]):
+        with pytest.raises(ValueError, match="'conv9' selects no layer"):
+            kgc.ActivationGate(layers=layers).insert(net())
     with pytest.raises(ValueError, match="gated already"):
         GATE.insert(GATE.insert(net(keras.Model)))
 
