@@ -215,15 +215,19 @@ class ClippedTrainStep(_compat.LocalSymbolicBuild):
         (`keras.utils.set_random_seed`).
         """
         wrapper = find(getattr(self, "optimizer", None))
-        if wrapper is not None and wrapper.watchers:  # left by an interrupted `fit`
-            wrapper.watchers, self.train_function = (), None
+        watchers = wrapper.watchers if wrapper is not None else ()
         strategy = self._distribute_strategy
-        if not aggregation.spans_workers(strategy):
-            return super().fit(*args, **kwargs)  # type: ignore[misc]
-        given = inspect.signature(super().fit).bind(*args, **kwargs)  # type: ignore[misc]
-        with chief_writes(strategy, given.arguments.get("callbacks")) as callbacks:
-            given.arguments["callbacks"] = callbacks
-            return super().fit(*given.args, **given.kwargs)  # type: ignore[misc]
+        try:
+            if not aggregation.spans_workers(strategy):
+                return super().fit(*args, **kwargs)  # type: ignore[misc]
+            given = inspect.signature(super().fit).bind(*args, **kwargs)  # type: ignore[misc]
+            with chief_writes(strategy, given.arguments.get("callbacks")) as callbacks:
+                given.arguments["callbacks"] = callbacks
+                return super().fit(*given.args, **given.kwargs)  # type: ignore[misc]
+        except BaseException:
+            if wrapper is not None and wrapper.watchers != watchers:  # left by callbacks
+                wrapper.watchers, self.train_function = watchers, None
+            raise
 
     def evaluate(self, *args: object, **kwargs: object) -> Config | list[float]:
         """Evaluates as in Keras, without the two figures."""

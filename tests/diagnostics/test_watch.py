@@ -116,6 +116,19 @@ def test_an_interrupted_fit_leaves_no_monitor(model_class):
     assert not model.optimizer.watchers
 
 
+@pytest.mark.parametrize("model_class", [kgc.ClippedModel, keras.Model])
+def test_fit_calls_a_watcher_added_before(model_class):
+    model = stacked(model_class)
+    model.optimizer.build(model.trainable_variables)
+    sampler = Sampler("toy", model.optimizer, {"norm": lambda v: v.norm_before}, batches=9)
+    model.optimizer.watch(sampler)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, Y, verbose=0, callbacks=[_Interrupt()])
+    assert model.optimizer.watchers == (sampler,)
+    model.fit(X, Y, batch_size=len(X), verbose=0)
+    assert len(sampler.fetch()) == 2
+
+
 def test_updates_beyond_the_buffer_are_warned_of():
     model = sixfold()
     model.optimizer.build(model.trainable_variables)
