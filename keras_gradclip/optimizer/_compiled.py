@@ -254,7 +254,7 @@ class CompiledUpdate:
 
         if tf.executing_eagerly() or _compat.is_traced_for_xla():
             return None
-        natives = [v.value for v in variables]
+        natives = [v.value if isinstance(v, keras.Variable) else v for v in variables]
         if any(self._unfit(g, v) for g, v in zip(gradients, natives, strict=True)):
             return None
         rate = arithmetic.read(learning_rate)

@@ -473,6 +473,24 @@ def trained_on_two_devices(make, clipper, compiled):
     return [v.numpy() for v in ours], optimizer
 
 
+@pytest.mark.parametrize("accumulate", (None, 2))
+def test_variables_of_tensorflow(accumulate):
+    def trained(step_of):
+        variables = [tf.Variable(tf.ones((4, 3))), tf.Variable(tf.ones(3))]
+        optimizer = kgc.ClippedOptimizer(
+            optimizers.Adam(0.1), kgc.UpdateRatioClip(1e-2), accumulate
+        )
+        step = step_of(lambda: optimizer.apply([2.0 * v for v in variables], variables))
+        for _ in range(4):
+            step()
+        return [v.numpy() for v in variables]
+
+    eager, traced = trained(lambda step: step), trained(tf.function)
+    np.testing.assert_allclose(traced[0], eager[0], rtol=1e-6)
+    np.testing.assert_allclose(traced[0], 0.99 ** (4 // (accumulate or 1)), rtol=1e-5)
+    np.testing.assert_allclose(traced[1], eager[1], rtol=1e-6)
+
+
 def test_whoever_watches_sees_what_was_clipped():
     class Seen:
         state = ()
