@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import keras
 
-from keras_gradclip._layers import owners_of
+from keras_gradclip._layers import ByVariable, owners_of
 from keras_gradclip._validation import did_you_mean as did_you_mean
 
+_SAVED: ByVariable[str] = ByVariable()
 
-def path_of(variable: keras.Variable) -> str:
-    """`variable.path`; the name of a `tf.Variable`, which has no path."""
+
+def as_saved(variables: Sequence[keras.Variable], paths: Sequence[str] | None) -> list[str]:
+    """Gives variables the paths under which their optimizer was saved; returns their paths.
+
+    Keras loads a subclassed model under other paths: `net/dense/kernel` as `dense_1/kernel`.
+    Paths that differ in more than a prefix and numbers are of another model, and not given.
+    """
+    own = [path_of(v) for v in variables]
+    if paths is not None and len(paths) == len(own) and all(map(_are_alike, own, paths)):
+        for variable, before, path in zip(variables, own, paths, strict=True):
+            if path != before:
+                _SAVED[variable] = path
+    return [path_of(v) for v in variables]
+
+
+def _are_alike(*paths: str) -> bool:
+    first, second = ("/" + re.sub(r"_\d+(?=/)", "", path) for path in paths)
+    return first.endswith(second) or second.endswith(first)
+
+
+def path_of(variable: keras.Variable, as_saved: bool = True) -> str:
+    """`variable.path`, or that in its file; the name of a `tf.Variable`, which has no path."""
+    if as_saved and variable in _SAVED:
+        return _SAVED[variable]
     path = getattr(variable, "path", None) or getattr(variable, "name", None) or "variable"
     return str(path).removesuffix(":0")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -192,8 +193,11 @@ class ClipMap(Composite):
         paths = tuple(path_of(v) for v in variables)
         by_name = _matches(tuple(hits), tuple(names_of(variables)))
         by_path = _matches(tuple(hits), paths)
-        for path, own, shared in zip(paths, by_name, by_path, strict=True):
-            matches = own or shared
+        used = {*itertools.chain(*by_name, *by_path)}
+        rest = tuple(name for name in hits if name not in used)  # written for a loaded model
+        by_own = _matches(rest, tuple(path_of(v, as_saved=False) for v in variables))
+        for path, *found in zip(paths, by_name, by_path, by_own, strict=True):
+            matches = next(filter(None, found), ())
             if len(matches) > 1 and not self.ordered:
                 raise ValueError(
                     f"ClipMap: the rules {list(matches)} all match the variable {path!r}, and a "

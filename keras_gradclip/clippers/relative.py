@@ -36,6 +36,7 @@ class ByUnit(Clipper):
                     f"axes, such as unit_axes(model), but is {self.axes!r}."
                 ) from error
             object.__setattr__(self, "axes", known)
+            object.__setattr__(self, "has_rules", True)  # by path
 
     def check_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Raises a ValueError if `axes` names an axis that a variable does not have."""

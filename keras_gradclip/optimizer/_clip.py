@@ -18,6 +18,7 @@ from keras_gradclip._layers import networks_of
 from keras_gradclip._types import Gradient, Scalar, State, Tensor
 from keras_gradclip.clippers.base import Clipper, current_value
 from keras_gradclip.clippers.enforce import LEARNING_RATE, RATE_IS_SET, Enforcer, combined
+from keras_gradclip.names import as_saved
 from keras_gradclip.optimizer._advice import warn_of_muon, warn_of_remarks
 from keras_gradclip.optimizer._inner import is_plain_sgd
 from keras_gradclip.optimizer._watcher import ClippedUpdate
@@ -35,6 +36,7 @@ class Clip:
         clipper: the given clipper, with its initial thresholds.
         thresholds: live thresholds by name: a variable, or a schedule.
         state: the clipper's running state by name; empty before `build`.
+        paths: those of the variables, as saved with rules by path; None before `resolve`.
         enforcer: enforces the clipper's limits; set by `resolve`.
         limited: `id` to position of the variables whose weight update may be limited.
     """
@@ -54,6 +56,7 @@ class Clip:
                 value = add_variable((), initializer, "float32", aggregation="none", name=name)
             self.thresholds[key] = value
         self.state: dict[str, keras.Variable] = {}
+        self.paths: Sequence[str] | None = None
 
     def resolve(self, variables: Sequence[keras.Variable]) -> None:
         """Assigns clippers to variables, and warns of unexpected assignments.
@@ -68,6 +71,7 @@ class Clip:
                 own = {id(v) for v in variables}
                 beside = (v for network in networks_of(variables) for v in network.variables)
                 every += {id(v): v for v in beside if id(v) not in own}.values()
+                self.paths = as_saved(every, self.paths)
             self.clipper.check_variables(every)
             warn_of_muon(self._inner, self.clipper, variables)
         assignments = self.clipper.assignments(variables) if self.clipper else []

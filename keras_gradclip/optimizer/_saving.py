@@ -83,9 +83,10 @@ def arguments_of(
     owner = cls.__name__
     arguments = inspect.signature(cls).parameters
     takes_all = any(a.kind is a.VAR_KEYWORD for a in arguments.values())  # a subclass may
-    known = (*arguments, *(config if takes_all else ()))
+    known = ("paths", *arguments, *(config if takes_all else ()))
     validation.config(owner, config, known, needed=("inner_optimizer",))
     config = copy.deepcopy(dict(config))  # Keras writes into the config that it reads
+    config.pop("paths", None)
     config["inner_optimizer"] = validation.made_of(
         owner,
         "inner_optimizer",

@@ -472,12 +472,15 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
             "telemetry": self.telemetry,
             "name": self.name,
             "compiled": self._inner_update.compiled.mode,
+            **({"paths": self._clip.paths} if self._clip.paths else {}),
         }
 
     @classmethod
     def from_config(cls, config: Config, custom_objects: Config | None = None) -> ClippedOptimizer:
         """The optimizer of a config, without its state."""
-        return cls(**arguments_of(cls, config, custom_objects))
+        optimizer = cls(**arguments_of(cls, config, custom_objects))
+        optimizer._clip.paths = config.get("paths")
+        return optimizer
 
 
 def find(optimizer: keras.optimizers.Optimizer | None) -> ClippedOptimizer | None:

@@ -145,6 +145,84 @@ def test_another_threshold_is_told_also_of_what_was_not_trained():
         other.load_own_variables(store)
 
 
+@keras.saving.register_keras_serializable("test_saving")
+class OwnClass(keras.Model):
+    """Its layers' paths differ once it is loaded: own_class/dense_1/kernel, dense/kernel."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table, self.a, self.b = (
+            keras.layers.Embedding(9, 4),
+            keras.layers.Dense(4, activation="tanh"),
+            keras.layers.Dense(3),
+        )
+
+    def call(self, x):
+        return self.b(self.a(keras.ops.mean(self.table(x), axis=1)))
+
+
+def by_path(model):
+    guard = kgc.PercentileClip(50.0, window=4, scope="layer")
+    first, second = (v.path for v in (model.a.kernel, model.b.kernel))
+    return kgc.ClipMap({first: guard, second: None, ".*bias": kgc.AbsoluteClip(1e-3)})
+
+
+@pytest.mark.parametrize(
+    "clipper",
+    [
+        by_path,
+        lambda model: "auto",
+        lambda model: kgc.ClipMap({".*/dense_1/.*": kgc.AbsoluteClip(1e-4)}),
+        lambda model: kgc.AdaptiveClip(1e-3, axes={model.a.kernel.path: (1,)}),
+    ],
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_model_of_a_class_of_its_own_goes_on_with_its_rules(clipper, tmp_path):
+    x, y = np.arange(80).reshape(16, 5) % 9, np.arange(16) % 3
+    keras.utils.clear_session()
+    keras.layers.Dense(1)  # takes a name
+    model = OwnClass()
+    model(x)
+    inner = keras.optimizers.Adam(0.1)
+    scores = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(kgc.ClippedOptimizer(inner, clipper(model)), scores, run_eagerly=True)
+
+    def train(model):
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        return model.optimizer.variables
+
+    train(model)
+    model.save(tmp_path / "m.keras")
+    keras.utils.clear_session()
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert [v.path for v in loaded.variables] != [v.path for v in model.variables]
+    rules = [c.optimizer.clipper.rule_of(c.trainable_variables) for c in (model, loaded)]
+    assert rules[0] == rules[1]
+    for a, b in zip(train(model), train(loaded), strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+
+    loaded.save(tmp_path / "m.keras")  # once more; then rules for the paths that it has now
+    again = keras.models.load_model(tmp_path / "m.keras")
+    again.compile(kgc.ClippedOptimizer("sgd", by_path(again)), scores, run_eagerly=True)
+    train(again)
+    assert again.optimizer.clipper.rule_of([again.a.kernel])[0][0] == again.a.kernel.path
+
+
+def test_an_optimizer_of_another_model_takes_no_paths_along():
+    def named(*names):
+        layers = [keras.layers.Dense(2, name=name) for name in names]
+        return keras.Sequential([keras.Input((2,)), *layers])
+
+    first = kgc.ClippedOptimizer("sgd", kgc.ClipMap({".*head/.*": None}, kgc.AbsoluteClip(0.1)))
+    first.build(named("body", "head").trainable_variables)
+    second = kgc.ClippedOptimizer.from_config(first.get_config())
+    variables = named("head", "body").trainable_variables
+    second.build(variables)
+    rules = [name for name, _ in second.clipper.rule_of(variables)]
+    assert rules == [".*head/.*", ".*head/.*", "default", "default"]
+
+
 def test_saved_on_replicas_loaded_on_one_device(tmp_path):
     with strategy(2).scope():
         model = compiled(accumulate=3)
