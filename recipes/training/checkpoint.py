@@ -162,10 +162,16 @@ def find_start(setup: Setup, folder: Path) -> Start:
         with plain_errors():
             content = load_backup(backup)
             check_fits(content, setup.model)
-        rows = _tables(setup, folder, content["step"] // steps)
+        done = content["step"] // steps
+        rows = _tables(setup, folder, done)
+        if len(rows[0]) < done:
+            raise RecipeError(
+                f"{folder / folders.HISTORY}: has {counted(len(rows[0]), 'row')} for the "
+                f"{counted(done, 'epoch')} of {backup.name}: restore the file, or start a new run"
+            )
         start = Start(content["step"], content["seconds"], *rows, content)
     elif options.resume and result.exists():
-        rows = _tables(setup, folder, options.epochs)
+        rows = _tables(setup, folder, math.inf)
         if len(rows[0]) < options.epochs:
             raise RecipeError(
                 f"--resume: the run in {folder} ended after {counted(len(rows[0]), 'epoch')}, "
@@ -185,7 +191,7 @@ def find_start(setup: Setup, folder: Path) -> Start:
     return start
 
 
-def _tables(setup: Setup, folder: Path, epochs: int) -> tuple[Rows, Rows]:
+def _tables(setup: Setup, folder: Path, epochs: float) -> tuple[Rows, Rows]:
     """The rows of `history.csv` and `layers.csv` up to an epoch; later ones are trained again."""
     needed = [setup.recipe.monitor]
     if setup.options.select_best == "beats-test":

@@ -92,6 +92,15 @@ def test_an_epoch_that_is_begun_again_has_its_own_metrics(whole, tmp_path):
         assert rows == expected
 
 
+def test_a_history_that_lacks_epochs_of_the_backup_is_named(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / folders.HISTORY).unlink()
+    assert main(RECIPE, ["--resume", "--output", str(folder), "--epochs", "4"]) == 2
+    assert "history.csv: has 0 rows for the 3 epochs of backup.npz" in capsys.readouterr().err
+    assert not (folder / folders.HISTORY).exists()
+
+
 def test_backup_holds_the_states_of_random_layers_and_the_optimizer(whole):
     paths = " ".join(backup_of(whole)["paths"])
     for part in ("seed_generator_state", "momentum", "velocity", "moving_mean", "iteration"):

@@ -125,6 +125,9 @@ def test_a_finished_run_keeps_its_result_and_no_backup(finished, capsys):
     names = (folders.HISTORY, folders.CONFIG)
     before = [(folder / name).read_bytes() for name in names]
     argv = ["--resume", "--output", str(folder)]
+    assert main(RECIPE, [*argv, "--epochs", "1"]) == 0  # fewer than it has: they stay
+    assert json.loads((folder / folders.RESULT).read_text()) == result
+    capsys.readouterr()
     assert main(RECIPE, argv) == 0
     printed = capsys.readouterr().out
     assert f"Best accuracy: {100 * result['best']:.2f}%" in printed
