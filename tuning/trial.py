@@ -111,8 +111,9 @@ class RecipeTuner(SearchTuner):
         best = (max if direction == "max" else min)(rows, key=lambda row: row[name])
         metrics = {key: value for key, value in best.items() if isinstance(value, float)}
         for key in ("clip_fraction", "grad_norm"):
-            if key in best:
-                metrics[key] = math.fsum(row[key] for row in rows) / len(rows)
+            values = [row[key] for row in rows if not math.isnan(row.get(key, math.nan))]
+            if values:  # an epoch without an update has NaN
+                metrics[key] = math.fsum(values) / len(values)
         return {**metrics, DIVERGED: 0.0, "epochs": float(len(rows))}
 
 

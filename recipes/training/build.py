@@ -110,6 +110,12 @@ def prepared(recipe: Recipe, options: Options) -> Iterator[Setup]:
         data = recipe.load_data(options) if recipe.load_data else load_named(options)
         sharded = strategy if cluster else None
         feed = Feed(data, options.batch_size, options.seed, options.limit_steps, sharded)
+        steps = options.epochs * feed.steps
+        if options.accumulate > steps:
+            raise RecipeError(
+                f"--accumulate {options.accumulate}: the run has {counted(steps, 'step')}, too few "
+                "for one update; accumulate less, or give more --epochs"
+            )
         # After the data, whose preparation may draw random numbers.
         keras.utils.set_random_seed(options.seed)
         with strategy.scope() if strategy else contextlib.nullcontext(), plain_errors():

@@ -218,7 +218,9 @@ def _last_learning_rate(optimizer: Any) -> float:
 
 
 def percent(share: float) -> str:
-    """A share of 0 to 1 as percent, in at most 9 characters."""
+    """A share of 0 to 1 as percent, in at most 9 characters; NaN as nothing."""
+    if math.isnan(share):  # of an epoch without an update
+        return ""
     return "<0.001 %" if 0 < share < 1e-5 else f"{100 * share:.3g} %"
 
 

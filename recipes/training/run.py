@@ -79,8 +79,9 @@ def _rows(recipe: Recipe, result: Result) -> Sequence[tuple[str, str]]:
         rows += recipe.report(result)
     if not math.isnan(result.clip_fraction):
         rows.append(("clipped", f"{100 * result.clip_fraction:.3g} % (mean over the epochs)"))
-    if "grad_norm" in result.history[-1]:
-        rows.append(("gradient norm, last epoch", f"{result.history[-1]['grad_norm']:.4g}"))
+    norm = result.history[-1].get("grad_norm", math.nan)
+    if not math.isnan(norm):  # of an epoch without an update
+        rows.append(("gradient norm, last epoch", f"{norm:.4g}"))
     skipped = sum(int(row.get("skipped", 0)) for row in result.history)
     if skipped:
         rows.append(("skipped updates", f"{skipped} (gradients that were not finite)"))

@@ -116,7 +116,8 @@ def _result(setup: "Setup", start: "Start", folder: Path, started: float) -> Res
     plots.draw_curves(rows, start.layers, folder / "curves.png", title, metric)
     kept = recipe.kept_epoch(setup.options.select_best, rows)
     place = (recipe.kept_epoch("improve", rows) or 0) if kept is None else kept
-    fractions = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
+    fractions = [row.get("clip_fraction", math.nan) for row in rows]
+    fractions = [value for value in fractions if not math.isnan(value)]  # of epochs with updates
     return Result(
         recipe=recipe.name,
         output=folder,

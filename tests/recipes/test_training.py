@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import time
 import zipfile
@@ -188,6 +189,19 @@ def test_impossible_threshold(capsys, tmp_path):
 def test_batch_must_divide_by_devices(capsys, tmp_path):
     argv = ["--devices", "3", "--batch-size", "64", "--output", str(tmp_path / "run")]
     assert "--batch-size 64 is not divisible by --devices 3" in fails(capsys, argv, 2)
+
+
+def test_a_run_without_an_update_is_refused(capsys, tmp_path):
+    flags = ["--accumulate", "3", "--epochs", "1", "--limit-steps", "2"]
+    assert main(RECIPE, [*flags, "--output", str(tmp_path / "run")]) == 2
+    assert "--accumulate 3: the run has 2 steps, too few for one" in capsys.readouterr().err
+
+
+def test_an_epoch_without_an_update_has_no_share_of_the_mean(tmp_path, capsys):
+    result = quick(tmp_path, accumulate=3, epochs=2, verbose="line")
+    first, second = (row["clip_fraction"] for row in result.history)
+    assert math.isnan(first) and result.clip_fraction == second > 0
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_jit_on_several_cpus(capsys, tmp_path):
