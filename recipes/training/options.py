@@ -22,6 +22,7 @@ from recipes.plugin import command_line, declarations, files
 
 NONE = "none"
 _LARGEST = 2**31 - 1  # what TensorFlow counts elements with
+_FLOAT32 = (2.0**-126, 2.0**128 - 2.0**104)  # the normal numbers, in which weights are computed
 
 
 def flag_of(name: str) -> str:
@@ -98,6 +99,8 @@ class Option:
             return f"{high:.10g} or less"
         if self.above is not None and value <= self.above:
             return f"more than {self.above:g}"
+        if self.kind is float and value and not _FLOAT32[0] <= abs(value) <= _FLOAT32[1]:
+            return f"within the range of float32, {_FLOAT32[0]:.3g} to {_FLOAT32[1]:.3g}"
         return ""
 
     def add_to(self, group: argparse._ArgumentGroup, default: object) -> None:
