@@ -9,6 +9,7 @@ from recipes.data.image_folder import IMAGE_FOLDER, image_folder_splits
 from recipes.data.sets import LARGE_SHUFFLE_BUFFER, SMALL_SHUFFLE_BUFFER, Data, Split, normalise
 from recipes.data.stream import Feed
 from recipes.data.tfds import EMBEDDED, tfds_splits
+from recipes.errors import DataError
 
 __all__ = ["Data", "Feed", "Split", "load", "load_named"]
 # Data sets not to mirror: digits and signs would change their meaning.
@@ -55,13 +56,19 @@ def load(
         DataError: the data set is unknown, not prepared, or has no images with labels.
     """
     if files := dataset == IMAGE_FOLDER:
+        if splits:
+            raise DataError(
+                f"splits={splits!r}: an image folder has none to name; lay it out as "
+                "train/CLASS/FILE, with validation/ and test/ alike"
+            )
         parts, class_names, note = image_folder_splits(data_dir, on_bad_data)
-        small = False
+        buffer = parts[0].size  # all, for they are sorted by class; a path takes little memory
     else:
         parts, class_names, note, small = tfds_splits(dataset, data_dir, download, splits)
+        buffer = SMALL_SHUFFLE_BUFFER if small else LARGE_SHUFFLE_BUFFER
     read = tf.io.read_file if files else tf.identity
     if augment == "auto":
-        augment = "shift" if small else "imagenet"
+        augment = "imagenet" if files or not small else "shift"
     if flip is None:
         flip = augment != "none" and not any(word in dataset.lower() for word in _NEVER_FLIPPED)
     decoding: dict[str, Any] = {"image_size": image_size, "augment": augment}
@@ -87,7 +94,7 @@ def load(
         preprocess_eval,
         num_outputs=len(class_names),
         name=dataset,
-        shuffle_buffer=SMALL_SHUFFLE_BUFFER if small or files else LARGE_SHUFFLE_BUFFER,
+        shuffle_buffer=buffer,
         note=note,
         class_names=class_names,
         decoding=decoding,

@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from recipes.data import images
 from recipes.data.sets import Split
 from recipes.errors import DataError, first_line
+from recipes.words import counted
 
 IMAGE_FOLDER = "image_folder"  # the data set's name
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG")
@@ -57,7 +58,7 @@ def image_problem(path: str | Path) -> str | None:
     except UnidentifiedImageError:
         return "cannot identify image file"
     except Exception as error:  # PIL's decoders raise many types
-        return first_line(error)
+        return getattr(error, "strerror", None) or first_line(error)
     if words:
         return f"TensorFlow cannot decode it: {words}; save it again, e.g. as PNG"
     return (
@@ -123,16 +124,18 @@ def image_folder_splits(
     classes = _folders(home)
     like_splits = {"train", *_VALIDATION, *_TEST}.intersection(classes if not by_split else ())
     if len(classes) < 2 or len(like_splits) == len(classes):
+        found = counted(len(classes), "class folder")
+        if like_splits:
+            found = "splits without class folders"
         names = f" ({', '.join(classes)})" if classes else ""
         raise DataError(
-            f"{home} holds {len(classes)} class folders{names}: two are needed, as CLASS/FILE or "
+            f"{home} holds {found}{names}: two classes are needed, as CLASS/FILE or "
             "train/CLASS/FILE"
         )
     if like_splits:
         names = ", ".join(sorted(like_splits))
-        print(
-            f"warning: {home}: {names} read as classes, since they hold no folders", file=sys.stderr
-        )
+        role = "a class, since it holds" if len(like_splits) == 1 else "classes, since they hold"
+        print(f"warning: {home}: {names} read as {role} no folders", file=sys.stderr)
 
     def rows(folder: Path) -> list[Row]:
         unknown = sorted(set(_folders(folder)) - set(classes))
@@ -142,20 +145,32 @@ def image_folder_splits(
 
     train = rows(home)
     empty = set(range(len(classes))) - {label for _, label, _ in train}
-    if train and empty:
+    if not train:
+        raise DataError(
+            f"{home}: no images in its class folders, such as {classes[0]!r}: they are read as "
+            "CLASS/FILE or train/CLASS/FILE (in small letters), and no deeper"
+        )
+    if empty:
         raise DataError(
             f"the class {classes[min(empty)]!r} of {home} holds no images: add some, or remove its "
             "folder"
         )
-    parts, held_out = [], []
+    parts, held_out, unread = [], [], set(_folders(base)) - {home.name} if by_split else set()
     for role, spelt, first in (("validation", _VALIDATION, 10), ("test", _TEST, 5)):
         folders = [base / name for name in spelt if by_split and (base / name).is_dir()]
         if folders:
             parts.append(rows(folders[0]))
+            unread.discard(folders[0].name)
         else:
             taken, train = _tenth(train, first)
             parts.append(taken)
             held_out.append(role)
+    if unread:
+        print(
+            f"warning: {base}: not read: {', '.join(sorted(unread))}; the splits are train, "
+            "validation (or val) and test",
+            file=sys.stderr,
+        )
     for role, part in zip(("train", "validation", "test"), (train, *parts), strict=True):
         if not part:
             raise DataError(
@@ -163,6 +178,8 @@ def image_folder_splits(
                 f"folder {role}/CLASS/FILE"
             )
     note = f"{' and '.join(held_out)}: held out of {home.name}/" if held_out else ""
+    # In a fixed random order, so that an evaluation of the first batches sees every class.
+    parts = [[part[i] for i in np.random.default_rng(0).permutation(len(part))] for part in parts]
     return [_split(part) for part in (train, *parts)], tuple(classes), note
 
 

@@ -486,6 +486,22 @@ def test_class_folders_alone_are_split_in_three(tmp_path, capsys):
     ]
 
 
+def test_the_first_batches_of_an_evaluation_have_every_class(tmp_path):
+    root = str(image_folder(tmp_path, {"train": 20, "validation": 20, "test": 20}))
+    loaded = data.load("image_folder", data_dir=root, image_size=32)
+    for split in (loaded.validation, loaded.test):
+        labels = [int(label) for _, label, _ in split.dataset]
+        assert set(labels[:8]) == {0, 1} and sum(labels) == 20
+    assert loaded.shuffle_buffer >= loaded.train.size  # the files are sorted by class
+
+
+def test_a_folder_that_is_no_split_is_warned_of(tmp_path, capsys):
+    sizes = {"train": 20, "valid": 2, "val": 2, "validation": 2}
+    root = image_folder(tmp_path, sizes)
+    data.load("image_folder", data_dir=str(root), image_size=32)
+    assert f"warning: {root}: not read: val, valid; the splits are" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size, sizes", [(3, None), (4, (4, 2, 2)), (9, (14, 2, 2))])
 def test_few_images_of_a_class_are_in_all_parts(size, sizes, tmp_path):
     root = str(image_folder(tmp_path, {"train": size}))
