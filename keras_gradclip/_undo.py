@@ -63,14 +63,14 @@ class Undo:
         On JAX and PyTorch, `LossScaleOptimizer` skips without calling the wrapper.
         """
         outer = self._model.optimizer
-        is_called = outer is self._wrapper or aggregation.is_tensorflow()
+        is_called = outer is self._wrapper or backend.backend() == "tensorflow"
         return [self._wrapper._skipped, *([] if is_called else [outer.dynamic_scale])]
 
     def around(self, step: Callable[[Tensor], Logs]) -> Callable[[Tensor], Logs]:
         """A train step that calls `step` and restores the model if its update was skipped."""
 
         def restoring_step(data: Tensor) -> Logs:
-            if aggregation.is_tensorflow():
+            if backend.backend() == "tensorflow":
                 _compat.build_metrics(self._model, step, data)
             optimizer, trained = self._model.optimizer, self._model.trainable_variables
             if not optimizer.built:  # the counter of skips has to exist before the step
@@ -113,12 +113,9 @@ class Undo:
         return ops.logical_or(ops.equal(calls % self._steps, 0), ops.equal(has_copies, 0.0))
 
     def of_state(self, before: Sequence, after: Sequence) -> tuple:
-        """The state after a step on JAX, restored if the update was skipped.
+        """The state `after` a step on JAX, restored if the update was skipped.
 
-        Args:
-            before: the state that the train step got: the values of the trainable variables, the
-                others, the optimizer's and the metrics'.
-            after: the state that it returned.
+        A state is the values of the trainable variables, the others, the optimizer's, the metrics'.
         """
         optimizer = self._model.optimizer.variables
         old, new = (dict(zip(map(id, optimizer), s[2], strict=True)) for s in (before, after))

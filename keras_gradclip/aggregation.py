@@ -21,11 +21,6 @@ from keras_gradclip import _compat
 from keras_gradclip._types import Gradients, Scalar, Strategy, Tensor
 
 
-def is_tensorflow() -> bool:
-    """Whether Keras runs on TensorFlow."""
-    return backend.backend() == "tensorflow"
-
-
 def _is_traced_by_jax(x: Tensor) -> bool:
     """Whether JAX is tracing the step that computes `x`."""
     if backend.backend() != "jax":
@@ -41,7 +36,7 @@ def has_value(variable: keras.Variable) -> bool:
     False while JAX traces, and for a variable that the current trace of TensorFlow created.
     """
     value = variable.value if isinstance(variable, keras.Variable) else variable
-    if not is_tensorflow():
+    if backend.backend() != "tensorflow":
         return not _is_traced_by_jax(value)
     import tensorflow as tf
 
@@ -53,7 +48,7 @@ def concrete_value(variable: keras.Variable) -> np.ndarray | None:
     """The present value of a variable, also while a step is traced; None if it has none."""
     if not has_value(variable):
         return None
-    if not is_tensorflow():
+    if backend.backend() != "tensorflow":
         return ops.convert_to_numpy(variable.value)
     import tensorflow as tf
 
@@ -83,7 +78,7 @@ def outside_of_traces(variables: Sequence[keras.Variable] = ()) -> Iterator[None
 
 def can_leave_the_trace(variables: Sequence[keras.Variable] = ()) -> bool:
     """Whether variables can be created outside of the tf.function being traced."""
-    if not is_tensorflow() or current_strategy() is not None:
+    if backend.backend() != "tensorflow" or current_strategy() is not None:
         return False
     import tensorflow as tf
 
@@ -98,7 +93,7 @@ def can_leave_the_trace(variables: Sequence[keras.Variable] = ()) -> bool:
 
 def current_strategy() -> Strategy | None:
     """The `tf.distribute` strategy in scope, or None."""
-    if not is_tensorflow():
+    if backend.backend() != "tensorflow":
         return None
     import tensorflow as tf
 
@@ -301,7 +296,7 @@ def without_waiting() -> contextlib.AbstractContextManager:
 
 def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> None:
     """Assigns each replica's values to its own copies of the variables, without a reduction."""
-    if not is_tensorflow():
+    if backend.backend() != "tensorflow":
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
         return
@@ -359,7 +354,7 @@ def cond(
     if _is_traced_by_jax(flag):
         _stateless_cond(flag, true_fn, false_fn, args, state, reads)
         return
-    if not is_tensorflow():
+    if backend.backend() != "tensorflow":
         # Not `ops.cond`: JAX traces its branches even in eager mode, and would assign tracers.
         (true_fn if bool(flag) else false_fn)(*args)
         return
@@ -428,7 +423,7 @@ def counter(shape: Sequence[int], name: str) -> keras.Variable:
 
 def to_numpy(value: Tensor) -> Tensor:
     """A copy of a tensor or variable on the host."""
-    if is_tensorflow() and hasattr(value, "numpy"):
+    if backend.backend() == "tensorflow" and hasattr(value, "numpy"):
         return value.numpy()  # also under MirroredStrategy, where `int(...)` raises
     return ops.convert_to_numpy(value)
 

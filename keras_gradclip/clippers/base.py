@@ -121,9 +121,6 @@ class Clipper(Limit):
             grads: one gradient per variable (None and `tf.IndexedSlices` allowed).
             variables: the variables, in the same order.
 
-        Returns:
-            A list of gradients of the same shapes and dtypes.
-
         Raises:
             ValueError: the two lists differ in length, or a rule does not fit the variables.
         """

@@ -182,12 +182,7 @@ class ClipMap(Composite):
         )
 
     def _assign(self, variables: Sequence[keras.Variable], check: bool = False) -> list[str]:
-        """The name of each variable's rule.
-
-        Raises:
-            ValueError: two rules of a dict match one variable; with `check`, also a rule
-                without a match.
-        """
+        """The name of each variable's rule; `check` refuses a rule without a match."""
         hits = dict.fromkeys((name for name, _ in self.rules), 0)
         names = []
         paths = tuple(path_of(v) for v in variables)

@@ -14,8 +14,6 @@ from keras_gradclip.clippers.enforce import Weight
 from keras_gradclip.declarations import Card, parameter
 
 ALPHA_NOTE = "'alpha' multiplies by exp(β·W) and belongs to ExponentialClip."
-#: The attribute of `Weight` that is W.
-WEIGHTS = {"elementwise": "values", "rms": "rms"}
 
 
 @register("absolute")
@@ -51,7 +49,7 @@ class AbsoluteClip(Clipper):
     )
 
     def limit(self, weight: Weight, hyper: Hyper) -> Tensor:
-        """C."""
+        """The threshold c."""
         return hyper["threshold"]
 
 
@@ -114,4 +112,5 @@ class ExponentialClip(Clipper):
         """exp(β·W), kept finite."""
         if self.weight == "none":
             return arithmetic.exp_of(hyper["beta"], ops.ones((), "float32"))
-        return arithmetic.exp_of(hyper["beta"], getattr(weight, WEIGHTS[self.weight]))
+        w = weight.rms if self.weight == "rms" else weight.values
+        return arithmetic.exp_of(hyper["beta"], w)

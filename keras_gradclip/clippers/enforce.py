@@ -334,10 +334,7 @@ class _Rule:
         hyper: Hyper,
         adds: bool,
     ) -> tuple[list[Gradient], State, ClipStats]:
-        """The clipped gradients, the clipper's new state, and a `ClipStats`.
-
-        `adds`: the weights are added, while they are at hand.
-        """
+        """See `Enforcer.clip`; `adds`: the weights are added, while they are at hand."""
         own_state = {name: state[self.name + name] for name in self.state}
         own_hyper: Hyper = {name: hyper[self.name + name] for name in self.names}
         rate = hyper.get(LEARNING_RATE, 1.0)
@@ -347,7 +344,7 @@ class _Rule:
         own_hyper = {**own_hyper, LEARNING_RATE: rate, RATE_IS_SET: hyper.get(RATE_IS_SET)}
         if own_state:
             own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
-        clip = _Clip(self, self.clipper, grads, list(grads), weights, own_hyper, adds)
+        clip = _Enforcement(self, self.clipper, grads, list(grads), weights, own_hyper, adds)
         if self.wholes:
             own_state = clip.wholes(own_state)
         if self.parts:
@@ -379,12 +376,12 @@ class _Rule:
 
 
 @dataclasses.dataclass
-class _Clip:
-    """One clipper in one update.
+class _Enforcement:
+    """One rule in one update.
 
     Attributes:
-        rule: the clipper's.
-        clipper: the clipper.
+        rule: the clipper with its variables.
+        clipper: the clipper alone.
         before: the gradients, or weight updates, one entry a variable.
         clipped: the same after the clip.
         weights: the weights before weight updates; None: the present ones.
@@ -406,7 +403,7 @@ class _Clip:
     _known: dict[object, Weight] = dataclasses.field(default_factory=dict)
 
     def wholes(self, state: State) -> State:
-        """G' = g·min(1, L/‖g‖), ‖·‖ over a variable, a layer or the model; returns the new state.
+        """Clips by g' = g·min(1, L/‖g‖), ‖·‖ over each whole scope; returns the new state.
 
         All scopes at once: a memory takes all norms, and small scopes share operations.
         """
@@ -450,7 +447,7 @@ class _Clip:
         return [every[n] for n in squares], state
 
     def parts(self) -> None:
-        """The same for each unit of a variable; or G' = clip(g, −L, L) for each element."""
+        """Clips each unit of a variable in the same way; or by g' = clip(g, −L, L) each element."""
         for i, axes in self.rule.parts.items():
             if self.before[i] is None:
                 continue

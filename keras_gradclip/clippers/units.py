@@ -252,16 +252,9 @@ def kernels_of_biases(
 
 
 def norms_for_bias(unit: Unit, shape: Sequence[int], of_kernels: Sequence[Tensor]) -> Tensor:
-    """The norm of the unit of each element of a bias.
+    """The norm of the unit of each element of a bias; the smallest, if it is added to several.
 
-    Args:
-        unit: the bias's unit.
-        shape: the bias's shape.
-        of_kernels: the norms of its kernels' units, one tensor per kernel; axes that a unit spans
-            have size 1.
-
-    Returns:
-        A tensor of `shape`. An element that is added to several units gets their smallest norm.
+    `of_kernels` are the norms of its kernels' units; axes that a unit spans have size 1.
     """
     shape = tuple(int(d) for d in shape)
     if len(of_kernels) > 1:

@@ -84,14 +84,10 @@ class Accumulation:
         self.flags.assign(marks)
 
     def others(self, named: Sequence[int], gradients: Gradients) -> dict[int, Tensor]:
-        """Variables to which only other calls may have added: position to a boolean scalar.
+        """Positions of variables to which only other calls may have added, and whether one did.
 
-        The scalar is true if one did; it is a tensor because a traced call does not know the other
-        calls.
-
-        Args:
-            named: the positions of the variables of this call.
-            gradients: their gradients, one entry per variable.
+        The latter is a boolean tensor, because a traced call does not know the others. `named` are
+        the positions of this call's variables.
         """
         flags = arithmetic.read(self.flags)[1]
         known = aggregation.concrete_value(self.flags)  # may come from a file

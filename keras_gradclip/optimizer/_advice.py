@@ -58,12 +58,7 @@ def choose(
 def advice(
     inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> tuple[Clipper | None, str]:
-    """The clipper and the reason; docs/choosing.md has the rule as a table.
-
-    Args:
-        inner: the inner optimizer, built.
-        variables: the network's trainable variables.
-    """
+    """The clipper for a built optimizer, and the reason; docs/choosing.md has a table."""
     guard = PercentileClip(90.0, window=20, scope="layer")
     matrices = muon_matrices(inner, variables)
     if matrices:
@@ -195,12 +190,7 @@ def _begins_near_zero(variable: keras.Variable, unit: Unit) -> bool:
 def step_bound(
     inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> UpdateRatioClip:
-    """The `UpdateRatioClip` for this optimizer and the network's number of kernels.
-
-    Args:
-        inner: the inner optimizer.
-        variables: the network's trainable variables.
-    """
+    """The `UpdateRatioClip` for this optimizer and the network's number of kernels."""
     kernels = count_kernels(variables)
     if is_plain_sgd(inner) and inner.momentum:
         ratio = _ratio(WITH_MOMENTUM, kernels)
@@ -216,12 +206,7 @@ def count_kernels(variables: Sequence[keras.Variable]) -> int:
 def muon_matrices(
     inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> list[str]:
-    """The paths of the variables that `keras.optimizers.Muon` updates by Muon's rule.
-
-    Args:
-        inner: an optimizer built with `variables`.
-        variables: the trainable variables.
-    """
+    """The paths of the variables that `keras.optimizers.Muon`, if built, updates by Muon's rule."""
     muon = getattr(keras.optimizers, "Muon", None)
     if muon is None or not isinstance(inner, muon):
         return []

@@ -27,13 +27,8 @@ from keras_gradclip.optimizer._watcher import ClippedUpdate
 class Clip:
     """Clips the gradients of an optimizer, or its weight updates.
 
-    Args:
-        clipper: the clipper; None clips nothing.
-        inner: the inner optimizer.
-        add_variable: the method of the optimizer that creates variables.
-
     Attributes:
-        clipper: the given clipper, with its initial thresholds.
+        clipper: the given clipper, with its initial thresholds; None clips nothing.
         thresholds: live thresholds by name: a variable, or a schedule.
         state: the clipper's running state by name; empty before `build`.
         paths: those of the variables, as saved with rules by path; None before `resolve`.
@@ -138,17 +133,9 @@ class Clip:
         changes: Sequence[Tensor],
         before: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Limits the weight updates of the inner optimizer.
+        """The new weights, from those before and the limited weight updates (`changes`).
 
-        Args:
-            update: the result of `clip`.
-            finish: called with `update` and the new statistics and state.
-            variables: the variables.
-            changes: the weight updates, one per variable.
-            before: the weights before the update.
-
-        Returns:
-            The new weights.
+        Calls `finish` with `update`, the result of `clip`, and the new statistics and state.
         """
         assert update.stats is not None
         every = self.enforcer.variables

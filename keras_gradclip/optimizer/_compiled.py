@@ -156,16 +156,8 @@ _REPLACED = ("apply", "apply_gradients", "update_step", "assign", "assign_add", 
 class CompiledUpdate:
     """Runs the updates of one inner optimizer, or leaves them to Keras.
 
-    Args:
-        inner: a Keras optimizer.
-        mode: "auto" compiles where possible and faster, True insists, False leaves all to Keras.
-
-    Attributes:
-        mode: as given.
-
-    Raises:
-        ValueError: `mode` is True and nothing can be compiled; or, at the first update, one of
-            the variables cannot be.
+    `mode` "auto" compiles where possible and faster; True insists, and raises a ValueError for a
+    variable that cannot be; False leaves all to Keras.
     """
 
     def __init__(self, inner: keras.optimizers.Optimizer, mode: bool | str) -> None:

@@ -23,7 +23,7 @@ from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._compiled import CompiledUpdate
 
 #: A function of (variables, their weight updates, the weights before) that returns the new weights.
-Limit = Callable[[Sequence[keras.Variable], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+Limiter = Callable[[Sequence[keras.Variable], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 def check_inner(inner: object, wrapper: type) -> keras.optimizers.Optimizer:
@@ -100,12 +100,7 @@ def is_plain_sgd(inner: keras.optimizers.Optimizer) -> bool:
 
 
 class Conditionally:
-    """Updates some variables only if a flag is true, with any optimizer.
-
-    Args:
-        inner: a Keras optimizer.
-        flags: `id` of a variable to a boolean scalar.
-    """
+    """Updates the variables with a flag (`id` to a boolean scalar) only if it is true."""
 
     def __init__(self, inner: keras.optimizers.Optimizer, flags: Mapping[int, Tensor]) -> None:
         self._inner = inner
@@ -174,7 +169,7 @@ class InnerUpdate:
         self._strategy = strategy
         self._entered = 0
         self._changes = contextlib.ExitStack()
-        self._limits: dict[int, Limit] = {}  # per replica, each a thread
+        self._limits: dict[int, Limiter] = {}  # per replica, each a thread
         self._may_split = _compat.updates_are_separable(inner)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -196,16 +191,13 @@ class InnerUpdate:
         self,
         gradients: Gradients,
         variables: Sequence[keras.Variable],
-        limit: Limit | None = None,
+        limit: Limiter | None = None,
         if_present: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Applies clipped gradients.
+        """Applies clipped gradients, or new values of variables that are overwritten.
 
-        Args:
-            gradients: clipped gradients, or new values of variables that are overwritten.
-            variables: the variables, in the same order.
-            limit: limits the weight updates before they are applied.
-            if_present: `id` of a variable to a boolean scalar; if false, the variable stays.
+        `limit` limits the weight updates before they are applied; for `if_present` see
+        `Conditionally`.
         """
         if self.is_held:
             return
@@ -237,7 +229,7 @@ class InnerUpdate:
         aggregation.copy_each(self._strategy, pairs)
 
     @contextlib.contextmanager
-    def _changed(self, limit: Limit | None, if_present: Mapping[int, Tensor]) -> Iterator[None]:
+    def _changed(self, limit: Limiter | None, if_present: Mapping[int, Tensor]) -> Iterator[None]:
         """Modifies the inner optimizer within the context.
 
         Replicas are threads that take turns: the first one to enter modifies it, and the last one
@@ -303,7 +295,7 @@ class InnerUpdate:
     def _limit_difference(
         self,
         default: Callable[..., None],
-        limit: Limit,
+        limit: Limiter,
         gradients: Gradients,
         variables: Sequence[keras.Variable],
         learning_rate: Scalar,

@@ -43,28 +43,23 @@ class DynamicLossScale:
         outer.dynamic_scale.assign(ops.where(was_finite, scale, scale * 0.5))
 
 
-def is_wrapped(
+def take_over(
     optimizer: keras.optimizers.Optimizer, factor: object, kind: type[keras.optimizers.Optimizer]
 ) -> bool:
-    """Whether the `LossScaleOptimizer` is known that has assigned a `loss_scale_factor`.
+    """Takes over the `LossScaleOptimizer` that assigns a `loss_scale_factor` to the optimizer.
 
     Its constructor assigns None to the optimizer that it wraps, its only trace. From then on it
     checks for finite gradients after the sum over replicas; Keras's checks the first replica's.
 
-    Args:
-        optimizer: a ClippedOptimizer.
-        factor: the assigned value.
-        kind: `ClippedOptimizer`, whose `apply` takes a `DynamicLossScale`.
-
-    Raises:
-        ValueError: the factor is not None.
+    `kind` is `ClippedOptimizer`, whose `apply` takes a `DynamicLossScale`. Returns whether the
+    `LossScaleOptimizer` was found; raises a ValueError if the factor is not None.
     """
     if factor is not None:
         raise ValueError(
             f"ClippedOptimizer: set loss_scale_factor={factor!r} on the inner optimizer."
         )
     optimizer.inner_optimizer.loss_scale_factor = None
-    if not aggregation.is_tensorflow():
+    if keras.backend.backend() != "tensorflow":
         return True
     outer = _compat.find_wrapping_loss_scale(optimizer)
     if outer is None:

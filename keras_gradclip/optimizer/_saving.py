@@ -21,11 +21,7 @@ def load(
 ) -> None:
     """Loads the variables of the same name and shape; warns of the others if state is lost.
 
-    Args:
-        own: the optimizer's variables by their names in files.
-        store: the saved values.
-        built: whether the optimizer is built.
-        is_auto: whether its clipper is still to be chosen.
+    `is_auto`: the optimizer's clipper is still to be chosen.
     """
     saved = {name: store[name] for name in store.keys()}  # noqa: SIM118 (HDF5)
     fitting = {
@@ -55,11 +51,7 @@ def load(
 
 
 def set_all(variables: Sequence[keras.Variable] | None, weights: Sequence[Tensor]) -> None:
-    """Sets `variables` (None: the optimizer is not built) to `weights`.
-
-    Raises:
-        ValueError: not built, or weights of other shapes.
-    """
+    """Sets `variables` (None: the optimizer is not built) to `weights` of the same shapes."""
     if variables is None:
         raise ValueError(
             "ClippedOptimizer: `set_weights` needs a built optimizer. Call "

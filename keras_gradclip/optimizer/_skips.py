@@ -41,10 +41,10 @@ class SpikeWindow:
         """The variables by their names in files."""
         return {"spikes:norms": self.norms, "spikes:seen": self.seen}
 
-    def is_spike(self, gradients: Gradients) -> Tensor:
-        """Whether to skip these gradients, a boolean scalar; stores their norm.
+    def add(self, gradients: Gradients) -> Tensor:
+        """Stores the norm of these gradients; returns whether to skip them, a boolean scalar.
 
-        A non-finite norm (its elements may be finite) is a spike and is not stored.
+        A non-finite norm (its elements may be finite) is skipped, and not stored.
         """
         present = [arithmetic.values(g) for g in gradients if g is not None]
         norm = ops.sqrt(ops.sum(ops.stack(arithmetic.sums_of_squares(present))))

@@ -20,7 +20,7 @@ from keras_gradclip.optimizer._accumulation import Accumulation, is_overwritten
 from keras_gradclip.optimizer._advice import AUTO, choose
 from keras_gradclip.optimizer._clip import Clip, ClipHyperparameters
 from keras_gradclip.optimizer._inner import InnerUpdate, check_inner
-from keras_gradclip.optimizer._loss_scale import DynamicLossScale, is_wrapped
+from keras_gradclip.optimizer._loss_scale import DynamicLossScale, take_over
 from keras_gradclip.optimizer._saving import arguments_of, load, set_all
 from keras_gradclip.optimizer._skips import SpikeWindow
 from keras_gradclip.optimizer._telemetry import Telemetry
@@ -263,7 +263,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if self._spikes is None:
             is_kept = arithmetic.all_finite(gradients)
         else:
-            is_kept = ops.logical_not(self._spikes.is_spike(gradients))
+            is_kept = ops.logical_not(self._spikes.add(gradients))
         aggregation.cond(
             is_kept,
             step,
@@ -375,7 +375,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def __setattr__(self, name: str, value: object) -> None:
         """Detects, by its assignment, a `LossScaleOptimizer` that wraps this optimizer."""
         if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
-            self._is_scaled_elsewhere = not is_wrapped(self, value, ClippedOptimizer)
+            self._is_scaled_elsewhere = not take_over(self, value, ClippedOptimizer)
         else:
             super().__setattr__(name, value)
 
