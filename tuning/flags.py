@@ -122,11 +122,19 @@ def check(args: argparse.Namespace) -> None:
             raise RecipeError(f"{name} belongs to {' or '.join(aliases)}, not among --clippers")
         if owners[0][1].kind == "word":
             _check_words(name, value, _words(owners))
-        elif not 0 <= value[0] < value[1] < float("inf"):
-            low, high = value
-            raise RecipeError(f"{name}: must be 0 <= low < high, but is {low:g} to {high:g}")
-    if args.fix_learning_rate and args.learning_rate_range:
-        raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
+        else:
+            _check_range(name, *value)
+    if args.learning_rate_range:
+        if args.fix_learning_rate:
+            raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
+        _check_range("--learning-rate-range", *args.learning_rate_range)
+    if args.calibration and not Path(args.calibration).is_file():
+        raise RecipeError(f"--calibration {args.calibration}: no such file")
+
+
+def _check_range(flag: str, low: float, high: float) -> None:
+    if not 0 <= low < high < float("inf"):
+        raise RecipeError(f"{flag}: must be 0 <= low < high, but is {low:g} to {high:g}")
 
 
 def _check_words(flag: str, words: Sequence[str], known: Sequence[str]) -> None:
@@ -185,7 +193,10 @@ def recipe_options(
     if args.tuner == "hyperband":
         quiet["keep_backup"] = True  # its next round resumes from there
     given = {**small, **quiet, **given}
-    rates(args, recipe.options(**given).learning_rate)  # checks that the range has it
+    options = recipe.options(**given)
+    if options.strategy == "multiworker":
+        raise RecipeError("--strategy multiworker: a trial runs on one machine; see --workers")
+    rates(args, options.learning_rate)  # checks that the range has it
     return given
 
 

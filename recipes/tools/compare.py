@@ -166,6 +166,9 @@ def compare(
     shared.setdefault("verbose", "quiet")
     if recipe.options(**shared).strategy == "multiworker":
         raise RecipeError("--strategy multiworker: a comparison runs on one machine")
+    varied = ("learning_rate", "seed")
+    for flag in (opts.flag_of(name) for name in varied if name in parsed.given):
+        raise RecipeError(f"{flag}: differs from run to run here: use {flag}s")
     clipping = opts.clipping_names(recipe.extra_options)
     cells = []
     for rate, seed, clipper in itertools.product(learning_rates, seeds, clippers):
@@ -178,7 +181,6 @@ def compare(
         cells.append(study.Cell(key, f"{clipper} at {rate:g}, seed {seed}", job))
     output.mkdir(parents=True, exist_ok=True)
     # Options of all cells: rows with different ones must not share a table.
-    varied = ("learning_rate", "seed")
     common = {n: v for n, v in recipe.options(**shared).saved.items() if n not in varied}
     settings = output / "compare.json"
     if settings.exists():

@@ -160,6 +160,8 @@ def test_rows_of_other_options_do_not_mix(fast, tmp_path, capsys, before, now):
         (["--clippers", "none", "--threshhold", "1"], ["--threshhold"]),
         (["--learning-rates", "-1"], ["learning-rate"]),
         (["--strategy", "multiworker"], ["--strategy multiworker", "one machine"]),
+        (["--learning-rate", "1"], ["--learning-rate: ", "use --learning-rates"]),
+        (["--seed", "1"], ["--seed: ", "use --seeds"]),
     ],
 )
 def test_mistakes_cost_no_training(fast, tmp_path, capsys, flags, words):
