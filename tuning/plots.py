@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from keras_gradclip.files import read_csv
 from keras_gradclip.tuning.space import threshold_of
@@ -158,7 +158,7 @@ def _curves(axis, done, objective, folder: Path | None) -> None:
     axis.set_title("learning curves of the best (red: the unclipped baseline)", size=9)
     axis.set_xlabel("epoch")
     _label(axis.yaxis, objective)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize="small")

@@ -233,11 +233,13 @@ def _text(value: object) -> str:
 
 
 def log_axis(axis: Axes) -> None:
-    """Makes the x axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    """Makes the x axis logarithmic, with plain numbers at 1, 2 and 5 of each of a few decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)  # more would overlap
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
 

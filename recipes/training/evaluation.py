@@ -125,6 +125,11 @@ def print_classes(folder: Path) -> None:
         show_table(table, "test images by class")
 
 
+def _short(name: str) -> str:
+    """A name of at most 24 characters; names that end in numbers stay apart."""
+    return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"
+
+
 def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:
     """Draws a confusion matrix; each row shows shares of its class."""
     from matplotlib.colors import PowerNorm
@@ -139,7 +144,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], path: Path, title: 
     image = axis.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
     figure.colorbar(image, ax=axis, label="% of the class", fraction=0.046, pad=0.02)
     ticks = range(0, size, -(-size // _NAMED))
-    labels = [f"{names[i]:.24}" for i in ticks]
+    labels = [_short(names[i]) for i in ticks]
     font = min(9, 700 / len(labels))
     wide = len(labels) * max(map(len, labels)) > 40
     axis.set_yticks(ticks, labels, fontsize=font, parse_math=False)

@@ -35,6 +35,7 @@ def draw_curves(
     """
     run = pd.DataFrame(history).apply(pd.to_numeric, errors="coerce").set_index("epoch")
     norms, shares = (_by_layer(layers, name) for name in ("grad_norm", "clip_fraction"))
+    norms = norms.replace(np.inf, np.nan)  # no quantile lies between a number and infinity
     mosaic: list[Any] = [["loss", "metric"], ["norm", "share"]]
     heights = [2.9, 2.9]  # inches
     if len(shares):
@@ -94,11 +95,18 @@ def _by_layer(layers: Sequence[Mapping[str, Any]], name: str) -> pd.DataFrame:
     return table.pivot_table(name, "layer", "epoch", aggfunc="last", sort=False, dropna=False)
 
 
+class _PlainMinor(LogFormatter):
+    """Labels minor ticks where there is room, as 0.7 and not 7e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _logarithmic(axis: Any) -> None:
     """A logarithmic axis with plain numbers."""
     axis.set_yscale("log", nonpositive="mask")
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axis.yaxis.set_minor_formatter(_PlainMinor(minor_thresholds=(1, 0.4)))
 
 
 def _heat_map(axis: Any, percent: pd.DataFrame) -> None:

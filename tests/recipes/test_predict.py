@@ -196,6 +196,12 @@ def test_classes_as_table_and_picture(size, tmp_path, capsys):
         assert all(words in printed for words in (names[0], "80.0 %", "[red] Ä"))
 
 
+def test_long_names_stay_apart_in_the_picture():
+    names = [f"a class with a long name {i:03}" for i in range(20)]
+    short = {evaluation._short(name) for name in names}
+    assert len(short) == 20 and max(map(len, short)) == 24
+
+
 def test_a_run_without_classes_prints_none(tmp_path, capsys):
     evaluation.print_classes(tmp_path)
     assert capsys.readouterr().out == ""

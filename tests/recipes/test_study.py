@@ -1,12 +1,14 @@
 """The runner of studies: what is run again, what it says of the time, the table, the picture."""
 
 import functools
+import itertools
 import math
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from recipes.errors import RecipeError
 from recipes.tools import study
@@ -173,6 +175,23 @@ def test_the_picture_marks_what_diverged_and_labels_what_was_tried():
     assert list(crosses.get_xdata()) == [0.1, 1.0]  # at the foot, whatever the accuracy there
     assert crosses.get_transform() == axis.get_xaxis_transform()
     assert "x: a run diverged" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("low", [1e-20, 1e-5, 0.002, 0.5, 90])
+def test_the_labels_of_a_logarithmic_axis_do_not_overlap(low):
+    figure = Figure(figsize=(5, 3))
+    axis = figure.subplots()
+    axis.scatter([low, 100], [0, 1])
+    study.log_axis(axis)
+    figure.draw_without_rendering()
+    low, high = axis.get_xlim()
+    labels = [
+        label
+        for x, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True)
+        if low <= x <= high
+    ]
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_a_measure_that_no_run_has_yet_is_drawn_empty():

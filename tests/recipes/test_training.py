@@ -11,10 +11,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib.figure import Figure
 from tiny_recipe import RECIPE
 
 from recipes.errors import RecipeError, TrainingDiverged
-from recipes.training import build, checkpoint, main, run
+from recipes.training import build, checkpoint, main, plots, run
 from recipes.training import callbacks as cb
 from recipes.training import folder as folders
 from recipes.training import options as opts
@@ -146,6 +147,22 @@ def test_saved_config_runs_again_to_the_same_end(finished, tmp_path):
     assert folders.read_history(again / folders.HISTORY) == folders.read_history(
         folder / folders.HISTORY
     )
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_curves_of_an_infinite_norm(finished, tmp_path):
+    folder, _ = finished
+    history, layers = (folders.read_history(folder / n) for n in (folders.HISTORY, folders.LAYERS))
+    layers[0]["grad_norm"] = math.inf
+    plots.draw_curves(history, layers, tmp_path / "curves.png", "title", "accuracy")
+
+
+def test_numbers_on_a_logarithmic_axis_are_plain():
+    axis = Figure().subplots()
+    axis.set_ylim(0.6, 0.95)
+    plots._logarithmic(axis)
+    labels = [label.get_text() for label in axis.get_yticklabels(minor=True)]
+    assert "0.7" in labels and not any("e" in label for label in labels)
 
 
 def test_folder_with_something_in_it_is_left_alone(finished, capsys):
