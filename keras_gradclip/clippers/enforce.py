@@ -344,7 +344,10 @@ class _Rule:
         own_hyper = {**own_hyper, LEARNING_RATE: rate, RATE_IS_SET: hyper.get(RATE_IS_SET)}
         if own_state:
             own_state, own_hyper = self.clipper.advance(own_state, own_hyper)
-        clip = _Enforcement(self, self.clipper, grads, list(grads), weights, own_hyper, adds)
+        of_sgd = self.clipper.stage == "update" and weights is None
+        clip = _Enforcement(
+            self, self.clipper, grads, list(grads), weights, own_hyper, adds, of_sgd
+        )
         if self.wholes:
             own_state = clip.wholes(own_state)
         if self.parts:
@@ -387,6 +390,7 @@ class _Enforcement:
         weights: the weights before weight updates; None: the present ones.
         hyper: the values of the clipper's hyper-parameters, and the learning rate.
         adds: the weights are added to what is clipped.
+        of_sgd: the limit is one of SGD's update η·g, and enforced on g.
         counts: the number of elements, or norms, by position.
         factors: of each whole scope its variables, and what they were multiplied by.
     """
@@ -398,6 +402,7 @@ class _Enforcement:
     weights: Sequence[Tensor | None] | None
     hyper: Hyper
     adds: bool
+    of_sgd: bool
     counts: dict[int, float] = dataclasses.field(default_factory=dict)
     factors: list[tuple[list[int], Tensor]] = dataclasses.field(default_factory=list)
     _known: dict[object, Weight] = dataclasses.field(default_factory=dict)
@@ -439,11 +444,13 @@ class _Enforcement:
         """The limits of a clipper with memory, which takes the norms of all scopes."""
         zero, number = ops.zeros((), "float32"), len(self.rule.wholes)
         norms = ops.sqrt(ops.stack([squares.get(n, zero) for n in range(number)]))
+        rate = ops.maximum(self.hyper[LEARNING_RATE], arithmetic.TINY) if self.of_sgd else None
+        norms = norms if rate is None else norms * rate
         usable = ops.logical_and(ops.isfinite(norms), norms > 0)
         # Keep unusable norms out of the memory's arithmetic: 0·inf is NaN.
         safe = ops.where(usable, norms, ops.zeros_like(norms))
         limits, state = self.clipper.limits(safe, usable, state, self.hyper)
-        every = ops.unstack(limits, num=number)
+        every = ops.unstack(limits if rate is None else limits / rate, num=number)
         return [every[n] for n in squares], state
 
     def parts(self) -> None:
@@ -514,9 +521,7 @@ class _Enforcement:
     def _limit(self, weight: Weight, hyper: Hyper) -> Tensor:
         """The clipper's limit; divided by the learning rate if it limits SGD's update."""
         limit = ops.convert_to_tensor(self.clipper.limit(weight, hyper))
-        if self.clipper.stage == "update" and self.weights is None:
-            return limit / ops.maximum(hyper[LEARNING_RATE], arithmetic.TINY)
-        return limit
+        return limit / ops.maximum(hyper[LEARNING_RATE], arithmetic.TINY) if self.of_sgd else limit
 
     def _weight(self, members: Sequence[int], axes: tuple[int, ...] | None = None) -> Weight:
         """The `Weight` of some variables together, or of the units or elements of one."""

@@ -71,6 +71,27 @@ def test_a_limit_of_ones_own_gets_the_learning_rate(inner, stage):
     np.testing.assert_allclose(size, want, rtol=1e-3)
 
 
+@pytest.mark.parametrize("inner", ["SGD", "Adam"])
+def test_a_memory_of_updates_is_one_of_updates(inner):
+    class Own(kgc.Clipper):
+        scope, stage = "global", "update"
+
+        def memory(self, scopes):
+            return {"last": np.zeros((scopes,), "float32")}
+
+        def limits(self, norms, usable, state, hyper):
+            return 0.01 * keras.ops.ones_like(norms), {"last": norms}
+
+    variable = keras.Variable(np.ones((4, 3), "float32"))
+    optimizer = kgc.ClippedOptimizer(getattr(keras.optimizers, inner)(0.1), Own())
+    optimizer.build([variable])
+    optimizer.apply([keras.ops.ones((4, 3))], [variable])  # Adam's first update has this size, too
+    last = keras.ops.convert_to_numpy(optimizer._clip.state["last"])
+    np.testing.assert_allclose(last, 0.1 * np.sqrt(12), rtol=1e-3)
+    size = np.linalg.norm(keras.ops.convert_to_numpy(variable) - 1)
+    np.testing.assert_allclose(size, 0.01, rtol=1e-3)
+
+
 def test_hints():
     with pytest.raises(dataclasses.FrozenInstanceError, match=r'clip_hyperparameters\["threshold"'):
         kgc.AbsoluteClip().threshold = 0.2
