@@ -57,6 +57,11 @@ def _describe(options: argparse.Namespace) -> str:
             reason = why if chosen == clipper else ""
     else:
         clipper = get({"class_name": options.clipper, "config": options.clipping})
+    if options.clipper == AUTO and clipper is None:
+        raise ValueError(
+            f"describe: {options.model} was saved without the optimizer that --clipper auto "
+            "chooses for. Name another clipper."
+        )
     if clipper is None:
         raise ValueError(
             f"describe: {options.model} was compiled without a clipper. Name one by --clipper."

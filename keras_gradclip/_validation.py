@@ -86,8 +86,9 @@ def is_schedule(value: object) -> TypeGuard[Any]:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """A phrase such as `", did you mean 'absolute'?"`; empty if none of `words` is similar."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    plain = {each.lstrip("-"): each for each in words}  # all flags have the dashes in common
+    close = difflib.get_close_matches(word.lstrip("-"), plain, n=1)
+    return f", did you mean {plain[close[0]]!r}?" if close else ""
 
 
 def threshold(owner: str, name: str, value: object, **bounds: float | None) -> Any:

@@ -35,9 +35,11 @@ class TrainingDiverged(RunFailed):
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, or its type."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    """The first line of an error's message that tells something, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0] == "in user code:":  # TensorFlow's; the error is below its stack
+        return lines[-1]
+    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from keras_gradclip.declarations import declared
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model compiled with a clipper, and a plain one."""
+    """A model compiled with a clipper, one without, and one that is not compiled."""
     folder = tmp_path_factory.mktemp("models")
     for name, model_class in (("clipped", kgc.ClippedModel), ("plain", keras.Model)):
         inputs = keras.Input((4,))
@@ -24,6 +24,7 @@ def files(tmp_path_factory):
         clipper = {"clipper": kgc.NormClip(2.0)} if name == "clipped" else {}
         model.compile("sgd", "mse", **clipper)
         model.save(folder / f"{name}.keras")
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).save(folder / "bare.keras")
     (folder / "broken.keras").write_text("no model\n")
     return folder
 
@@ -103,6 +104,7 @@ def test_flags_are_answered_before_keras_is_imported(words, status, tmp_path):
         (["describe", "nowhere.keras"], "there is no file 'nowhere.keras'"),
         (["describe", "{broken}"], "cannot be loaded as a Keras model"),
         (["describe", "{plain}"], "was compiled without a clipper"),
+        (["describe", "{bare}", "--clipper", "auto"], "without the optimizer that --clipper auto"),
         (["describe", "{plain}", "--clipper", "norn"], "did you mean 'norm'?"),
         (["describe", "{plain}", "--clipper", "norm", "--max-norm=-1"], "`max_norm` must be"),
         (["describe", "{plain}", "--clipper", "norm", "--max-norm=x"], "invalid float value"),
@@ -115,9 +117,8 @@ def test_flags_are_answered_before_keras_is_imported(words, status, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, files, capsys):
-    arguments = [
-        a.format(plain=files / "plain.keras", broken=files / "broken.keras") for a in arguments
-    ]
+    paths = {name: files / f"{name}.keras" for name in ("plain", "bare", "broken")}
+    arguments = [a.format(**paths) for a in arguments]
     try:
         status = main(arguments)
     except SystemExit as stop:

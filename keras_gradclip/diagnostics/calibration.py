@@ -245,9 +245,10 @@ class Calibration:
         ]
         total = "–" if self.global_norm is None else f"{self.global_norm:.3g}"
         left_out = f", {self.nonfinite} left out as not finite" if self.nonfinite else ""
+        counted = f"{self.updates} update{'' if self.updates == 1 else 's'}"
         lines.append(
-            f"global norm: {total}; percentile {self.percentile:g} of {self.updates} updates"
-            f"{left_out}; exponential: gamma at beta={self.beta:g}"
+            f"global norm: {total}; percentile {self.percentile:g} of {counted}{left_out}; "
+            f"exponential: gamma at beta={self.beta:g}"
         )
         cells = [cell for column in columns[1:] for cell in column]
         if "–" in cells:

@@ -15,7 +15,7 @@ from keras_gradclip.clippers import selectable
 from keras_gradclip.clippers.units import units_of
 from recipes import models
 from recipes.data import Data, Feed, load_named
-from recipes.errors import RecipeError, plain_errors
+from recipes.errors import RecipeError, first_line, plain_errors
 from recipes.training import evaluation, multiworker
 from recipes.training.losses import SmoothedCrossentropy
 from recipes.training.options import Options
@@ -154,7 +154,7 @@ def make_strategy(options: Options, cluster: multiworker.Cluster | None = None) 
             )
     names = [device.name for device in tf.config.list_logical_devices(kind)]
     if len(names) < count:
-        raise RecipeError(f"--devices {count}: there are {len(names)} {kind}s")
+        raise RecipeError(f"--devices {count}: this machine has {counted(len(names), kind)}")
     # Between CPUs TensorFlow would use collective operations, which fix the size of their group
     # for the rest of the process; a search or a comparison uses several sizes.
     reduction = None if kind == "GPU" else tf.distribute.ReductionToOneDevice()
@@ -184,7 +184,10 @@ def build_clipper(options: Options) -> kgc.Clipper | None:
     """
     with plain_errors():
         if options.clip_config is not None:
-            return kgc.get(options.clip_config)
+            try:
+                return kgc.get(options.clip_config)
+            except (ValueError, TypeError) as error:
+                raise RecipeError(f"--clip-config: {first_line(error)}") from error
         if options.clipper == "none":
             return None
         return selectable()[options.clipper](**options.clipping)

@@ -6,6 +6,7 @@ Keras, except for the clippers of `--import`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -13,7 +14,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from recipes.command_line import Parser, import_tensorflow
@@ -381,7 +382,8 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
     first = {name: values[-1] for name, values in early.items() if values}
     for names in (recipe.settings.get("imports"), first.get("import")):
         import_modules(names)
-    config = read_config(first["config"], recipe) if "config" in first else {}
+    with _about("--config"):
+        config = read_config(first["config"], recipe) if "config" in first else {}
     clipper = first.get("clipper") or {**recipe.settings, **config}.get("clipper", Options.clipper)
     program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else recipe.name
     parser = build_parser(recipe, str(clipper), program)
@@ -396,8 +398,18 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
     given = vars(found)
     given.pop("config", None)
     if isinstance(given.get("clip_config"), str):
-        given["clip_config"] = read_clip_config(given["clip_config"])
+        with _about("--clip-config"):
+            given["clip_config"] = read_clip_config(given["clip_config"])
     return Parsed(given, config, resolve(recipe, config, given))
+
+
+@contextlib.contextmanager
+def _about(flag: str) -> Iterator[None]:
+    """Puts a flag before the message of a `RecipeError`, which begins with the flag's value."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{flag} {error}") from None
 
 
 def resolve(recipe, config: Mapping, given: Mapping) -> Options:

@@ -187,6 +187,11 @@ def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(words, near):
         parse(*words)
 
 
+def test_two_dashes_alone_make_no_flag_similar():
+    with pytest.raises(RecipeError, match=r"unrecognized arguments: --lr 1 \(see"):
+        parse("--lr", "1")
+
+
 COMMANDS = [
     *(script_of(name) for name in RECIPES),
     *(f"recipes/tools/{n}.py" for n in ("calibrate", "cluster", "compare", "zoo")),

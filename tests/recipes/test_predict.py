@@ -98,7 +98,7 @@ MISTAKES = {
     "a list": (["{tmp}/list.keras", "{image}"], "{tmp}/list.classes.json: holds no 'classes'"),
     "no zip": (["{tmp}/text.keras", "{image}"], "text.keras"),
     "other names": (["{tmp}/few.keras", "{image}"], "4 outputs, and the file of its class names 1"),
-    "a bad size": (["{tmp}/size.keras", "{image}"], ""),
+    "a bad size": (["{tmp}/size.keras", "{image}"], "'size' must be"),
 }
 
 

@@ -231,7 +231,7 @@ def test_jit_on_several_cpus(capsys, tmp_path):
 def test_too_many_devices(capsys, tmp_path):
     argv = ["--devices", "64", "--batch-size", "64", "--output", str(tmp_path / "run")]
     tf.config.list_logical_devices()  # TensorFlow has started: no more of them
-    assert re.search(r"--devices 64: there are \d+ ", fails(capsys, argv, 2))
+    assert re.search(r"--devices 64: this machine has \d+ ", fails(capsys, argv, 2))
 
 
 def test_missing_data_set(capsys, tmp_path):
