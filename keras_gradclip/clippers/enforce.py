@@ -21,6 +21,7 @@ from keras_gradclip._types import Gradient, Hyper, Limits, State, Tensor, Thresh
 from keras_gradclip.clippers.units import (
     BIAS,
     KERNEL,
+    OTHER,
     Unit,
     kernels_of_biases,
     norms_for_bias,
@@ -320,8 +321,11 @@ class _Rule:
         result: dict[int, str] = {}
         for i in self.members if self.units else ():
             unit, shape = self.units[i], self.variables[i].shape
-            if self.clipper.biases == "unit" and unit.kind == BIAS and i not in self.by_kernel:
+            is_free = self.clipper.biases == "unit" and i not in self.by_kernel
+            if is_free and unit.kind == BIAS:
                 result[i] = "free: a bias without its kernel among the trained variables"
+            elif is_free and unit.kind == OTHER and not unit.is_known:
+                result[i] = "free: a vector without a kernel of as many units in its layer"
             elif not unit.is_known and unit.kind == KERNEL and sum(int(d) != 1 for d in shape) > 2:
                 result[i] = f"units over the axes {unit.axes}: a guess, pass `axes`"
         return result

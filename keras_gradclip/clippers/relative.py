@@ -157,8 +157,9 @@ class UpdateRatioClip(ByUnit):
             "variable", a kernel; "layer", all kernels of a layer.
         biases: "unit" limits each by its unit in the layer's kernel (in recurrent layers the
             recurrent kernel; for a GRU's bias of two rows either kernel), and warns of biases
-            without a limit because their kernel is not trained; None does not limit biases. γ and
-            β of a normalisation are never limited.
+            without a limit because their kernel is not trained, and of other vectors without a
+            kernel; None does not limit biases. γ and β of a normalisation and the slopes of PReLU
+            are never limited.
         anneal: None keeps κ; "learning_rate" uses κ·η/η_max, so that updates vanish at the end of
             a schedule. η_max is the largest learning rate since it was last set (except by a
             schedule, LearningRateScheduler or ReduceLROnPlateau) or since

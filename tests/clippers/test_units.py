@@ -241,6 +241,27 @@ def test_a_bias_that_stays_free_is_named_and_warned_of_once():
     assert len(rows) == 1 and rows[0].startswith("a/bias")
 
 
+class Scale(L.Layer):
+    """A layer of somebody's own, with a vector and no kernel."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=shape[-1:], initializer="ones", name="scale")
+
+    def call(self, x):
+        return x * self.scale
+
+
+def test_a_vector_without_a_kernel_is_warned_of():
+    inputs = keras.Input((3,))
+    outputs = L.PReLU()(L.LayerNormalization()(Scale(name="own")(L.Dense(3)(inputs))))
+    clipper, variables = kgc.UpdateRatioClip(), keras.Model(inputs, outputs).trainable_variables
+    with pytest.warns(UserWarning, match=r"free: a vector.*\['own/scale'\]") as caught:
+        kgc.ClippedOptimizer("sgd", clipper).build(variables)
+    assert len(caught) == 1
+    assert clipper.describe(variables).count("free: ") == 1
+    assert "free: " not in kgc.UpdateRatioClip(biases=None).describe(variables)
+
+
 class Odd(L.Layer):
     """A layer of somebody's own, with a kernel (height, width, out, in)."""
 

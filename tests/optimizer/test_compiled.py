@@ -476,7 +476,7 @@ def trained_on_two_devices(make, clipper, compiled):
 @pytest.mark.parametrize("accumulate", (None, 2))
 def test_variables_of_tensorflow(accumulate):
     def trained(step_of):
-        variables = [tf.Variable(tf.ones((4, 3))), tf.Variable(tf.ones(3))]
+        variables = [tf.Variable(tf.ones((4, 3))), tf.Variable(tf.ones((2, 2)))]
         optimizer = kgc.ClippedOptimizer(
             optimizers.Adam(0.1), kgc.UpdateRatioClip(1e-2), accumulate
         )
