@@ -141,6 +141,13 @@ def clip_hyperparameters(
         if name not in names:
             near = did_you_mean(name, names)
             raise ValueError(f"clip_hyperparameters: no clipper has a parameter {name!r}{near}.")
+        own, given = name.rpartition("/")[2], varied[name]
+        words = {w or NONE for ps in known.values() if own in ps for w in ps[own].choices}
+        if wrong := words and {*([given] if isinstance(given, str) else given or ())} - words:
+            raise ValueError(
+                f"clip_hyperparameters: `{name}` must be some of {', '.join(sorted(words))}, but "
+                f"has {', '.join(sorted(map(repr, wrong)))}."
+            )
     declare.word("clipper", clippers)
     for alias in clippers:
         if alias == NONE:

@@ -181,7 +181,9 @@ def test_points_make_a_grid_with_its_ends():
         ({"threshold": [0.1]}, "range of 'absolute/threshold'"),
         ({"threshold": ("low", "high")}, "range of 'absolute/threshold'"),
         ({"groups": ["conv.*"]}, "`groups` must be a dict"),
-        ({"scope": "layre"}, r"\['layre'\] holds nothing for 'norm'"),
+        ({"scope": "layre"}, "`scope` must be some of .*, but has 'layre'"),
+        ({"exponential/weight": ("rms", "rsm")}, "`exponential/weight` .*, but has 'rsm'"),
+        ({"rescale": (None, "norm")}, "`rescale` must be some of .*, but has None"),
     ],
 )
 def test_wrong_spaces_are_refused(options, message):
