@@ -17,6 +17,7 @@ import keras
 from keras import ops
 
 from keras_gradclip import _arithmetic as arithmetic
+from keras_gradclip import _validation as validation
 from keras_gradclip._types import Gradient, Hyper, Limits, State, Tensor, Threshold
 from keras_gradclip.clippers.units import (
     BIAS,
@@ -34,6 +35,13 @@ from keras_gradclip.names import SCOPES, scope_numbers, size_of
 #: Keys of `hyper` beside hyper-parameters: the optimizer's learning rate, and whether it is a
 #: variable instead of a schedule.
 LEARNING_RATE, RATE_IS_SET = "learning_rate", "rate is set"
+#: The words of `Limit`'s attributes.
+WORDS: dict[str, tuple] = {
+    "scope": ("element", "unit", *SCOPES),
+    "stage": ("gradient", "update"),
+    "biases": ("own", "unit", None),
+    "rescale": (None, "norm", "max", "alpha"),
+}
 
 
 class ClipStats(NamedTuple):
@@ -288,6 +296,9 @@ class _Rule:
         if self.calls_apply:
             self.state = self.clipper.init(own)
             return
+        for word, words in WORDS.items():
+            kind = type(self.clipper).__name__
+            validation.choice(kind, word, getattr(self.clipper, word), words)
         scope, biases, limited = self.clipper.scope, self.clipper.biases, list(self.members)
         if scope == "unit" or biases != "own":
             self.units = with_axes(units_of(variables), variables, self.clipper.axes)
