@@ -72,18 +72,18 @@ class Clipper(Limit):
                     f"ClipMap({{{path_of(variable)!r}: None}}, default=...)."
                 )
 
-    def assignments(self, variables: Sequence[keras.Variable]) -> list[Assignment]:
-        """The clippers and the variables that each limits, in the order of clipping."""
-        has_own = type(self).apply is not Clipper.apply
+    def assignments(
+        self, variables: Sequence[keras.Variable], inherited: bool = False
+    ) -> list[Assignment]:
+        """The clippers and the variables that each limits, in the order of clipping.
+
+        `inherited`: those that `super().apply` in an override of `apply` enforces.
+        """
+        has_own = type(self).apply is not Clipper.apply and not inherited
         return [Assignment("", self, tuple(range(len(variables))), has_own)]
 
     def _enforcer(self, variables: Sequence[keras.Variable]) -> Enforcer:
-        # `super().apply` in an override enforces the inherited limit.
-        assignments = [
-            a._replace(calls_apply=a.calls_apply and a.clipper is not self)
-            for a in self.assignments(variables)
-        ]
-        return Enforcer(assignments, variables)
+        return Enforcer(self.assignments(variables, inherited=True), variables)
 
     def init(self, variables: Sequence[keras.Variable]) -> dict[str, object]:
         """The running state before the first update: name to NumPy array."""

@@ -33,6 +33,27 @@ class Composite(Clipper):
     def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
         raise NotImplementedError  # abstract: Chain's and ClipMap's
 
+    def _groups(self, variables: Sequence[keras.Variable]) -> list[tuple[str, Clipper, list[int]]]:
+        """The parts and the positions of the variables that each clips."""
+        return [(name, part, [*range(len(variables))]) for name, part in self._parts()]
+
+    def assignments(
+        self, variables: Sequence[keras.Variable], inherited: bool = False
+    ) -> list[Assignment]:
+        """See `Clipper`: those of the parts, unless a subclass overrides `apply`."""
+        if type(self).apply is not Clipper.apply and not inherited:
+            return super().assignments(variables)
+        return [
+            a._replace(name=f"{name}/{a.name}", members=tuple(members[k] for k in a.members))
+            for name, part, members in self._groups(variables)
+            for a in part.assignments([variables[i] for i in members])
+        ]
+
+    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
+        """Raises a ValueError if a part cannot be used with its variables."""
+        for _, part, members in self._groups(variables):
+            part.check_variables([variables[i] for i in members])
+
     @property
     def has_rules(self) -> bool:  # type: ignore[override]
         """Whether any part does."""
@@ -71,13 +92,6 @@ class Composite(Clipper):
             new = {name: values[key] for name, key in own.items() if key in values}
             parts[part] = clipper.with_hyperparameters(new)
         return self._with_parts(parts)
-
-
-def _inside(name: str, assignment: Assignment, members: Sequence[int]) -> Assignment:
-    """A part's assignment as one of the composite, whose variables are at `members`."""
-    return assignment._replace(
-        name=f"{name}/{assignment.name}", members=tuple(members[k] for k in assignment.members)
-    )
 
 
 def _prefixes(clipper: Clipper) -> list[str]:
@@ -177,9 +191,8 @@ class ClipMap(Composite):
 
     def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
         pairs = [(name, parts.get(name)) for name, _ in self.rules]
-        return ClipMap(
-            pairs if self.ordered else dict(pairs), parts.get(DEFAULT), self.allow_unmatched
-        )
+        rules = pairs if self.ordered else dict(pairs)
+        return dataclasses.replace(self, rules=rules, default=parts.get(DEFAULT))
 
     def _assign(self, variables: Sequence[keras.Variable], check: bool = False) -> list[str]:
         """The name of each variable's rule; `check` refuses a rule without a match."""
@@ -215,8 +228,7 @@ class ClipMap(Composite):
     def check_variables(self, variables: Sequence[keras.Variable]) -> None:
         """Raises a ValueError on collisions and on rules that match nothing."""
         self._assign(variables, check=True)
-        for _, clipper, members in self._groups(variables):
-            clipper.check_variables([variables[i] for i in members])
+        super().check_variables(variables)
 
     def _groups(self, variables: Sequence[keras.Variable]) -> list[tuple[str, Clipper, list[int]]]:
         assigned = self._assign(variables)
@@ -231,14 +243,6 @@ class ClipMap(Composite):
         """The rule and the clipper, if any, that apply to each variable."""
         clippers = dict(self._all())
         return [(name, clippers[name]) for name in self._assign(variables)]
-
-    def assignments(self, variables: Sequence[keras.Variable]) -> list[Assignment]:
-        """See `Clipper`: each variable by the rule that matches it."""
-        return [
-            _inside(name, assignment, members)
-            for name, clipper, members in self._groups(variables)
-            for assignment in clipper.assignments([variables[i] for i in members])
-        ]
 
     def get_config(self) -> Config:
         """The JSON-able rules; keeps the order of a list."""
@@ -325,21 +329,7 @@ class Chain(Composite):
         return [(str(i), c) for i, c in enumerate(self.clippers)]
 
     def _with_parts(self, parts: dict[str, Clipper]) -> Clipper:
-        return Chain([parts[str(i)] for i in range(len(self.clippers))])
-
-    def check_variables(self, variables: Sequence[keras.Variable]) -> None:
-        """Raises a ValueError if one of the clippers cannot be used with these variables."""
-        for clipper in self.clippers:
-            clipper.check_variables(variables)
-
-    def assignments(self, variables: Sequence[keras.Variable]) -> list[Assignment]:
-        """See `Clipper`: all variables by each clipper in turn."""
-        everything = range(len(variables))
-        return [
-            _inside(name, assignment, everything)
-            for name, clipper in self._parts()
-            for assignment in clipper.assignments(variables)
-        ]
+        return dataclasses.replace(self, clippers=[*parts.values()])
 
     def get_config(self) -> Config:
         """The JSON-able clippers."""

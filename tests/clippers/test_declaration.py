@@ -92,6 +92,38 @@ def test_a_memory_of_updates_is_one_of_updates(inner):
     np.testing.assert_allclose(size, 0.01, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["scope", "stage", "biases", "rescale"])
+def test_an_unknown_word_of_ones_own_is_refused(name):
+    class Own(kgc.AbsoluteClip):
+        pass
+
+    object.__setattr__(clipper := Own(), name, "layers")
+    with pytest.raises(ValueError, match=f"Own: `{name}` must be one of .* but is 'layers'"):
+        kgc.Chain([clipper]).describe([keras.Variable([1.0])])
+
+
+@pytest.mark.parametrize("cls", [kgc.NormClip, kgc.Chain, kgc.ClipMap])
+def test_an_apply_of_ones_own_is_called_everywhere(cls):
+    class Own(cls):
+        def apply(self, *args):
+            clipped, state, stats = super().apply(*args)
+            return [2 * g for g in clipped], state, stats
+
+    part = kgc.NormClip(0.5, "global")
+    arguments = {kgc.NormClip: (0.5, "global"), kgc.Chain: ([part],), kgc.ClipMap: ({".*": part},)}
+    own, variable = Own(*arguments[cls]), keras.Variable([0.0, 0.0])
+    gradient = keras.ops.convert_to_tensor([3.0, 4.0])
+    np.testing.assert_allclose(own([gradient], [variable])[0], [0.6, 0.8], rtol=1e-6)
+    for clipper in (own, kgc.Chain([own])):
+        optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), clipper)
+        variable.assign([0.0, 0.0])
+        optimizer.build([variable])
+        optimizer.apply([gradient], [variable])
+        got = keras.ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(got, [-0.6, -0.8], rtol=1e-6)
+    assert type(own.with_hyperparameters({})) is Own
+
+
 def test_hints():
     with pytest.raises(dataclasses.FrozenInstanceError, match=r'clip_hyperparameters\["threshold"'):
         kgc.AbsoluteClip().threshold = 0.2
