@@ -116,7 +116,7 @@ def _losses_of(
     """
     trained = [x for x in living_layers() if _is_in(vars(x).get("optimizer"), inner)]
     models = [x for x in trained or networks if getattr(x, "compiled", False)]
-    losses = [model.loss for model in models]
+    losses = [m.add_loss if m.loss is None and m.losses else m.loss for m in models]
     return [loss for loss in keras.tree.flatten(losses) if loss is not None]
 
 

@@ -398,6 +398,21 @@ def test_auto_bounds_updates_by_weights_where_outputs_have_their_scale(losses, i
     assert isinstance(optimizer.clipper, kgc.UpdateRatioClip) == is_bounded
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="builds before the first call")
+@pytest.mark.parametrize("loss, is_bounded", [(None, False), ("categorical_crossentropy", True)])
+def test_a_loss_that_a_layer_adds_is_one_of_its_own(loss, is_bounded):
+    class Reconstruction(L.Layer):
+        def call(self, x, y):
+            self.add_loss(keras.ops.mean(keras.ops.square(x - y)))
+            return y
+
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, Reconstruction()(inputs, L.Dense(3)(inputs)))
+    model.compile(kgc.ClippedOptimizer("sgd", "auto"), loss)
+    model.fit(np.ones((4, 3)), None if loss is None else np.ones((4, 3)), verbose=0)
+    assert isinstance(model.optimizer.clipper, kgc.UpdateRatioClip) == is_bounded
+
+
 def test_auto_goes_by_the_loss_that_its_optimizer_is_compiled_with():
     """Not by that of another model of the same layers, in any order."""
     layers = [keras.Input((2,)), L.Dense(4), L.Dense(3)]
