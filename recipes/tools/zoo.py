@@ -29,7 +29,7 @@ try:
     from recipes.registry import RECIPES, find_recipe
     from recipes.tools import study
     from recipes.training import options as opts
-    from recipes.training.folder import CLASSES, CONFIG, RESULT, folder_named
+    from recipes.training.folder import CLASSES, CONFIG, RESULT, differences, folder_named
     from recipes.training.recipe import at_chance
     from recipes.words import show_table
 except ModuleNotFoundError as error:
@@ -123,8 +123,16 @@ def train_all(arguments: argparse.Namespace, rest: list[str], flags: list[str]) 
     if not names:
         raise RecipeError(f"--only {arguments.only!r}: names no recipe")
     for name in names:  # report a misspelt flag once
-        if opts.parse(find_recipe(name), rest, flags).options.strategy == "multiworker":
+        recipe = find_recipe(name)
+        options = opts.parse(recipe, rest, flags).options
+        if options.strategy == "multiworker":
             raise RecipeError("--strategy multiworker: a zoo runs on one machine")
+        if arguments.resume and (path := output / name / CONFIG).exists():
+            saved = (opts.read_config(path, recipe), options.saved)
+            if changed := differences(*(opts.with_defaults(recipe, values) for values in saved)):
+                raise RecipeError(
+                    f"--resume: {path.parent} was trained with other values: {changed}"
+                )
     if output.exists() and any(output.iterdir()) and not arguments.resume:
         raise RecipeError(
             f"--output {output} is not empty: name another folder, or keep what is finished "

@@ -101,6 +101,16 @@ def test_a_mistake_in_the_flags_costs_no_training(tmp_path, monkeypatch, capsys)
     assert "one machine" in capsys.readouterr().err
 
 
+def test_rows_of_other_options_do_not_mix(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "alexnet").mkdir()
+    saved = zoo.find_recipe("alexnet").options(epochs=2).saved
+    (tmp_path / "alexnet" / "config.json").write_text(json.dumps(saved))
+    flags = ["--only", "alexnet", "--output", str(tmp_path), "--resume", "--epochs", "3"]
+    assert zoo.main(flags) == 2
+    assert "alexnet was trained with other values: epochs (2, now 3)" in capsys.readouterr().err
+
+
 def test_a_run_at_chance_is_called_so(tmp_path):
     for name in ("alexnet", "vgg16"):
         (tmp_path / name).mkdir()
