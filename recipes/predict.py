@@ -53,7 +53,8 @@ def _model_of(run: Path) -> Path:
     if run.is_dir():
         if not (run / "best.keras").is_file():
             raise RecipeError(
-                f"{run} has no best.keras: it is not the folder of a run, or the run kept no epoch"
+                f"{run} has no best.keras: it is not the folder of a run, or the run has kept no "
+                "epoch so far"
             )
         return run / "best.keras"
     if not run.is_file() or run.suffix != ".keras":

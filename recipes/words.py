@@ -21,7 +21,7 @@ def show_table(table: pd.DataFrame, title: str, console: Console | None = None) 
 
     page = Table(title=title)
     for number, name in enumerate(table.columns):
-        page.add_column(name, justify="right" if number else "left")
+        page.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in table.to_numpy():
         page.add_row(*row)
     (console or Console(markup=False)).print(page)
