@@ -7,7 +7,6 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import keras
 
@@ -71,8 +70,6 @@ def _describe(options: argparse.Namespace) -> str:
 
 
 def _load(path: str, *, compile: bool) -> keras.Model:
-    if not Path(path).is_file():
-        raise ValueError(f"describe: there is no file {path!r}. Name a file of model.save(...).")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the optimizer's state, which is not needed

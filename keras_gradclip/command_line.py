@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -198,6 +199,10 @@ def _parse_describe(
         if value is not None:
             owner = declarations[options.clipper].name
             options.clipping[parameter.name] = parameter.check(owner, value)
+    if not os.path.isfile(options.model):  # Path.is_file raises on long names
+        raise ValueError(
+            f"describe: there is no file {options.model!r}. Name a file of model.save(...)."
+        )
     return options
 
 

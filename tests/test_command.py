@@ -84,6 +84,7 @@ def test_the_declarations_that_command_lines_read_are_those_of_the_clippers():
         (["describe", "--help-clippers"], 0),
         (["describe", "m.keras", "--clipper", "norm", "--max-norm=-1"], 2),
         (["describe", "m.keras", "--cliper", "norm"], 2),
+        (["describe", "nowhere.keras"], 2),
         (["reports"], 2),
     ],
 )
