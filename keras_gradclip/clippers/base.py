@@ -186,7 +186,7 @@ class Clipper(Limit):
                 "describe: `model` has no trainable variables. Build it first, e.g. by calling "
                 "it on a batch."
             )
-        self.check_variables(variables)
+        self.check_variables([*getattr(model, "variables", variables)])  # frozen ones have rules
         rows = [("variable", "shape", "rule", "clipper")]
         rules, remarks = self.rule_of(variables), self._enforcer(variables).remarks()
         for variable, (rule, clipper), remark in zip(variables, rules, remarks, strict=True):

@@ -164,6 +164,7 @@ def test_a_rule_may_name_a_frozen_layer(make, is_built):
     clipper = kgc.ClipMap({".*body/.*": None, ".*head/.*": kgc.NormClip(1.0)})
     model.compile(kgc.ClippedOptimizer("sgd", clipper), "mse")
     model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    assert "body" not in clipper.describe(model)
     wrong = make([*inputs, body, keras.layers.Dense(2, name="head")])
     wrong.compile(kgc.ClippedOptimizer("sgd", kgc.ClipMap({"bodi/.*": None})), "mse")
     with pytest.raises(ValueError, match="matches none"):
