@@ -256,6 +256,7 @@ def draw_frames(frames: Sequence, predictions: np.ndarray, path: Path, count: in
     chosen = sorted({int(i) for g in groups for i in (g[np.argmax(sharp[g])], g[len(g) // 2])})
     rows = -(-len(chosen) // 3)
     figure = Figure(figsize=(10, 2 * rows), layout="constrained", dpi=100)
+    figure.suptitle("frames of the test part: the log's angle green, the model's red", size=10)
     for axis, i in zip(figure.subplots(rows, 3, squeeze=False).flat, chosen, strict=False):
         frame, prediction = frames[i], float(predictions[i])
         with Image.open(frame.center) as image:
