@@ -137,7 +137,8 @@ def _of_layer(layer: keras.layers.Layer, variable: keras.Variable) -> Unit | Non
     name, shape = str(variable.name), tuple(int(d) for d in variable.shape)
     rank = len(shape)
     whole = tuple(range(rank))
-    if isinstance(layer, L.PReLU) or is_normalisation(layer):
+    is_float8_scale = getattr(variable, "overwrite_with_gradient", False)
+    if isinstance(layer, L.PReLU) or is_normalisation(layer) or is_float8_scale:
         return Unit(OTHER, whole)
     if isinstance(layer, L.EinsumDense) and name in ("kernel", "bias"):
         return _of_einsum(layer, name, shape)

@@ -246,6 +246,8 @@ class Scale(L.Layer):
 
     def build(self, shape):
         self.scale = self.add_weight(shape=shape[-1:], initializer="ones", name="scale")
+        self.float8 = self.add_weight(shape=(), initializer="ones", name="float8_scale")
+        self.float8.overwrite_with_gradient = True  # is no gradient, and never limited
 
     def call(self, x):
         return x * self.scale
