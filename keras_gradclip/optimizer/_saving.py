@@ -24,14 +24,11 @@ def load(
     `is_auto`: the optimizer's clipper is still to be chosen.
     """
     saved = {name: store[name] for name in store.keys()}  # noqa: SIM118 (HDF5)
-    fitting = {
-        name
-        for name, variable in own.items()
-        if name in saved and tuple(saved[name].shape) == tuple(variable.shape)
-    }
-    for name in fitting:
-        own[name].assign(saved[name])
-    missing = {*own, *saved} - fitting - {"touched"}  # which is set from the sums
+    missing = {*own, *saved} - {"touched"}  # which is set from the sums
+    for name, variable in own.items():  # in this order: on several workers it may be a reduction
+        if name in saved and tuple(saved[name].shape) == tuple(variable.shape):
+            variable.assign(saved[name])
+            missing.discard(name)
     if not built:  # a counter, or a clipper that "auto" chooses again
         chosen_anew = {name for name in missing if is_auto and name.startswith("hyper:")}
         missing = missing - {"skipped"} - chosen_anew

@@ -32,8 +32,8 @@ class Telemetry:
     """
 
     def __init__(self, every: bool | int) -> None:
+        self.every = _interval(every)
         self.build(())  # the figures of nothing
-        self.set_interval(every)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the state for the optimizer's variables."""
@@ -173,12 +173,16 @@ class Telemetry:
 
     def set_interval(self, every: bool | int | None) -> None:
         """Sets `every` (None: off), and resets all figures."""
-        if not isinstance(every, bool):
-            every = validation.steps("ClippedOptimizer", "telemetry", every) or False
-        self.every = every
+        self.every = _interval(every)
         self.reset()
 
     def reset(self) -> None:
         """Resets all figures."""
         for variable in (self.means, self.counts):
             variable.assign(np.zeros(variable.shape, str(variable.dtype)))
+
+
+def _interval(every: bool | int | None) -> bool | int:
+    if isinstance(every, bool):
+        return every
+    return validation.steps("ClippedOptimizer", "telemetry", every) or False

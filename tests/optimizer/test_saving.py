@@ -9,6 +9,7 @@ import pytest
 from helpers import data, loss, net, strategy, weights
 
 import keras_gradclip as kgc
+from keras_gradclip.optimizer import _saving
 from keras_gradclip.optimizer.clipped_optimizer import find
 
 tf = pytest.importorskip("tensorflow")
@@ -362,3 +363,18 @@ def test_backup_and_restore_callback(tmp_path):
         run([backup, Stop()])
     resumed = run([keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))])
     np.testing.assert_array_equal(resumed, run([]))
+
+
+def test_every_worker_loads_in_the_same_order():
+    """The assignment of a sum over replicas is a reduction; a set of names differs by process."""
+    order, names = [], [f"accumulator:{i}" for i in range(20)]
+
+    class Variable:
+        shape = ()
+
+        def assign(self, value):
+            order.append(int(value))
+
+    own = {name: Variable() for name in names}
+    _saving.load(own, {name: np.array(i) for i, name in enumerate(names)}, True, False)
+    assert order == [*range(20)]

@@ -176,7 +176,7 @@ def test_every_recipe_learns_with_clipping_on(tmp_path, name):
     result = zoo.train(name, tmp_path / name, ["--verbose", "line", "--no-tensorboard"])
     assert "error" not in result
     if result["monitor"] == "val_accuracy":
-        assert result["best"] >= 0.9
+        assert result["best"] > 0.9 - 1e-6  # Keras computes it in float32
     else:
         from recipes.data import driving_log, rendered
 
