@@ -25,6 +25,16 @@ from keras_gradclip.optimizer._compiled import CompiledUpdate
 #: A function of (variables, their weight updates, the weights before) that returns the new weights.
 Limiter = Callable[[Sequence[keras.Variable], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
+#: Settings that Keras's base class has, so that setting them on the wrapper would do nothing.
+OF_INNER = (
+    *("clipnorm", "clipvalue", "global_clipnorm"),
+    *("weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency"),
+)
+SET_INNER = (
+    "ClippedOptimizer: setting `{0}` here would do nothing. Set weight decay and averages on "
+    "`inner_optimizer`, and pass a clipper to clip."
+)
+
 
 def check_inner(inner: object, wrapper: type) -> keras.optimizers.Optimizer:
     """Returns the inner optimizer if `wrapper` can wrap it.

@@ -19,7 +19,7 @@ from keras_gradclip.names import path_of
 from keras_gradclip.optimizer._accumulation import Accumulation, is_overwritten
 from keras_gradclip.optimizer._advice import AUTO, choose
 from keras_gradclip.optimizer._clip import Clip, ClipHyperparameters
-from keras_gradclip.optimizer._inner import InnerUpdate, check_inner
+from keras_gradclip.optimizer._inner import OF_INNER, SET_INNER, InnerUpdate, check_inner
 from keras_gradclip.optimizer._loss_scale import DynamicLossScale, take_over
 from keras_gradclip.optimizer._saving import arguments_of, load, set_all
 from keras_gradclip.optimizer._skips import SpikeWindow
@@ -32,7 +32,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     """Wraps an optimizer so that it applies clipped gradients.
 
     The gradient is clipped after accumulation, the sum over all replicas, and unscaling. Works in
-    any `keras.Model` and in custom loops, and has the interface of the inner optimizer.
+    any `keras.Model` and in custom loops. Settings are those of `inner_optimizer`.
 
     ```python
     optimizer = ClippedOptimizer(keras.optimizers.AdamW(1e-3), AbsoluteClip(0.1))
@@ -373,8 +373,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         return self.inner_optimizer.scale_loss(loss)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Detects, by its assignment, a `LossScaleOptimizer` that wraps this optimizer."""
-        if name == "loss_scale_factor" and "inner_optimizer" in self.__dict__:
+        """Refuses the inner optimizer's settings; detects a `LossScaleOptimizer` around this."""
+        is_made = "inner_optimizer" in self.__dict__
+        if is_made and name in OF_INNER:
+            raise AttributeError(SET_INNER.format(name))
+        if is_made and name == "loss_scale_factor":
             self._is_scaled_elsewhere = not take_over(self, value, ClippedOptimizer)
         else:
             super().__setattr__(name, value)
@@ -431,10 +434,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     # Files ------------------------------------------------------------------------------------
 
     def _saved(self) -> dict[str, keras.Variable]:
-        """The wrapper's own variables by their names in files.
-
-        Telemetry and the first non-finite gradient are not saved.
-        """
+        """The wrapper's own variables by their names in files, without telemetry's."""
         named = {"calls": self._iterations, **self._clip.saved()}
         if self.built:
             named["skipped"] = self._skipped
