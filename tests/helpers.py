@@ -29,6 +29,14 @@ CLIPPERS = {
 }
 
 
+@contextlib.contextmanager
+def shapes_only():
+    """Models built here have shapes only: VGG's 550 MB of weights are never allocated."""
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    keras.utils.clear_session()  # else the next `predict` of any model allocates them
+
+
 def needs_muon():
     """Skip where Keras's own Muon fails: 3.12's asks a native variable for its path."""
     matrix = keras.Variable(np.ones((2, 2), "float32"))

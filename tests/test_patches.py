@@ -44,6 +44,7 @@ OWN = (
     "model.py setattr(self, attribute, ",  # train_function, as Keras does
     "optimizer/_inner.py with self._changed(",
     "optimizer/_loss_scale.py object.__setattr__(outer, name, variable)",  # as `build` does
+    "optimizer/clipped_optimizer.py optimizer._clip.paths =",
     "optimizer/clipped_optimizer.py self._inner_update.limited =",
     "optimizer/clipped_optimizer.py self._telemetry.every =",
     "optimizer/clipped_optimizer.py super().__setattr__(",

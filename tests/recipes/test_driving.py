@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import shapes_only
 from PIL import Image
 
 from recipes.data import driving_log as driving
@@ -435,7 +436,7 @@ def test_the_networks_have_one_linear_output(name, shape, parameters):
 
     recipe = find_recipe(name)
     options = recipe.options()
-    with keras.StatelessScope(initialize_variables=False):
+    with shapes_only():
         model = recipe.build(1, options.image_size, keras.Model, options)
     assert model.input_shape == (None, *shape, 3) and model.output_shape == (None, 1)
     assert model.count_params() == parameters

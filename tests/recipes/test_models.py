@@ -7,6 +7,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+from helpers import shapes_only
 
 import keras_gradclip as kgc
 from recipes import models
@@ -16,8 +17,7 @@ NAMES = ["alexnet", "vgg16", "vgg19", "googlenet", "inception_v2", "resnet50"]
 
 
 def build_unallocated(name, *args, **kwargs):
-    """The network with shapes only: VGG's 550 MB of weights are never allocated."""
-    with keras.StatelessScope(initialize_variables=False):
+    with shapes_only():
         return models.build(name, *args, **kwargs)
 
 
@@ -240,7 +240,7 @@ def test_equals_keras_applications(full_size, name):
         "vgg19": keras.applications.VGG19,
         "resnet50": keras.applications.ResNet50,
     }[name]
-    with keras.StatelessScope(initialize_variables=False):
+    with shapes_only():
         reference = application(weights=None)
     # Same variables in the same order: pretrained weight files load.
     assert [v.shape for v in full_size[name].weights] == [v.shape for v in reference.weights]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import shapes_only
 
 from recipes.errors import RecipeError
 from recipes.tools import zoo
@@ -35,7 +36,7 @@ def test_recipes_have_valid_settings_and_build(name):
     assert recipe.name == name
     assert options.clipper != "none"
     assert "python recipes/" in recipe.description
-    with keras.StatelessScope(initialize_variables=False):
+    with shapes_only():
         if recipe.build:
             model = recipe.build(1, options.image_size, keras.Model, options)
         else:
