@@ -178,7 +178,7 @@ def image_folder_splits(
                 f"folder {role}/CLASS/FILE"
             )
     note = f"{' and '.join(held_out)}: held out of {home.name}/" if held_out else ""
-    # In a fixed random order, so that an evaluation of the first batches sees every class.
+    # Shuffled once: with `--limit-steps` the first batches have every class.
     parts = [[part[i] for i in np.random.default_rng(0).permutation(len(part))] for part in parts]
     return [_split(part) for part in (train, *parts)], tuple(classes), note
 

@@ -54,7 +54,7 @@ def test_a_parameter_may_have_any_name(name):
 
 @pytest.mark.parametrize("inner", ["SGD", "Adam"])
 @pytest.mark.parametrize("stage", ["update", "gradient"])
-def test_a_limit_of_ones_own_gets_the_learning_rate(inner, stage):
+def test_a_custom_limit_gets_the_learning_rate(inner, stage):
     class Own(kgc.Clipper):
         scope = "global"
 
@@ -93,7 +93,7 @@ def test_a_memory_of_updates_is_one_of_updates(inner):
 
 
 @pytest.mark.parametrize("name", ["scope", "stage", "biases", "rescale"])
-def test_an_unknown_word_of_ones_own_is_refused(name):
+def test_an_unknown_word_in_a_custom_clipper_is_refused(name):
     class Own(kgc.AbsoluteClip):
         pass
 
@@ -103,7 +103,7 @@ def test_an_unknown_word_of_ones_own_is_refused(name):
 
 
 @pytest.mark.parametrize("cls", [kgc.NormClip, kgc.Chain, kgc.ClipMap])
-def test_an_apply_of_ones_own_is_called_everywhere(cls):
+def test_a_custom_apply_is_called_everywhere(cls):
     class Own(cls):
         def apply(self, *args):
             clipped, state, stats = super().apply(*args)

@@ -242,7 +242,7 @@ def test_a_bias_that_stays_free_is_named_and_warned_of_once():
 
 
 class Scale(L.Layer):
-    """A layer of somebody's own, with a vector and no kernel."""
+    """A custom layer with a vector and no kernel."""
 
     def build(self, shape):
         self.scale = self.add_weight(shape=shape[-1:], initializer="ones", name="scale")

@@ -178,7 +178,7 @@ def by_path(model):
     ],
 )
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_a_model_of_a_class_of_its_own_goes_on_with_its_rules(clipper, tmp_path):
+def test_a_loaded_subclassed_model_keeps_its_rules(clipper, tmp_path):
     x, y = np.arange(80).reshape(16, 5) % 9, np.arange(16) % 3
     keras.utils.clear_session()
     keras.layers.Dense(1)  # takes a name
