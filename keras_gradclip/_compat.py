@@ -23,13 +23,14 @@ from keras.src.models.functional import Functional as Functional
 
 # Whether the arguments of `keras.Model` are inputs and outputs.
 from keras.src.models.model import functional_init_arguments as functional_init_arguments
-from keras.src.random import seed_generator
 
 from keras_gradclip._types import Scalar, Strategy, Tensor
 
 T = TypeVar("T")
 # New in Keras 3.15; nothing is an instance of an empty tuple.
 MultiOptimizer: type | tuple = getattr(keras.optimizers, "MultiOptimizer", ())
+# Where Keras keeps the generator of `keras.random` without a seed; it has a constant since 3.13.
+_GLOBAL_SEED_GENERATOR = "global_seed_generator"
 
 
 @contextlib.contextmanager
@@ -266,12 +267,12 @@ def is_traced_for_xla() -> bool:
 
 def get_global_seed_generator() -> keras.random.SeedGenerator | None:
     """The generator of `keras.random` without a seed; None before its first use."""
-    return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    return global_state.get_global_attribute(_GLOBAL_SEED_GENERATOR)
 
 
 def set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> None:
     """Restores the result of `get_global_seed_generator`."""
-    global_state.set_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR, generator)
+    global_state.set_global_attribute(_GLOBAL_SEED_GENERATOR, generator)
 
 
 @contextlib.contextmanager
