@@ -36,12 +36,14 @@ PAIRS = [
 ]
 TESTS = [
     "tests/clippers",
+    "tests/diagnostics",
     "tests/optimizer",
     "tests/test_compat.py",
     "tests/test_gate.py",
     "tests/test_kernels.py",
     "tests/test_misuse.py",
     "tests/test_model.py",
+    "tests/tuning/test_hypermodel.py",
     "tests/tuning/test_space.py",
     "tests/tuning/test_oracles.py",
 ]
