@@ -14,6 +14,7 @@ import numpy as np
 import keras_gradclip as kgc
 from keras_gradclip import _compat
 from keras_gradclip._types import Config
+from keras_gradclip._validation import choice
 from keras_gradclip.optimizer.clipped_optimizer import find
 from keras_gradclip.tuning._kerastuner import infer_metric_direction
 from keras_gradclip.tuning.divergence import DIVERGED, exploded, worst_score
@@ -258,4 +259,4 @@ def as_objective(objective: object, direction: str | None = None) -> kt.Objectiv
             f"objective: whether {objective!r} should be large or small is not known. Pass "
             "keras_tuner.Objective(name, direction), or --direction max or min."
         )
-    return kt.Objective(objective, direction)
+    return kt.Objective(objective, choice("objective", "direction", direction, ("max", "min")))

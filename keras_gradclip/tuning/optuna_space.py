@@ -29,8 +29,10 @@ def suggest(trial: optuna.trial.BaseTrial, **space: object) -> dict[str, Value]:
         A dict of the active hyper-parameters by name.
 
     Raises:
-        ValueError: as `clip_hyperparameters`.
+        ValueError: not a trial; or as `clip_hyperparameters`.
     """
+    if not hasattr(trial, "suggest_float"):
+        raise ValueError(f"suggest: `trial` must be an optuna.Trial, but is {trial!r}.")
     return clip_hyperparameters(_TrialParameters(trial), **space)  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ import math
 
 import keras_tuner as kt
 
+from keras_gradclip._validation import choice, steps
 from keras_gradclip.tuning._kerastuner import (
     BASELINE,
     CONFIRMS,
@@ -101,8 +102,8 @@ def make_oracle(
         confirm: then repeat the best clipped and the best unclipped trial.
         **options: the oracle's options: seed, hyperparameters, max_epochs, factor ...
     """
-    if tuner not in ORACLES:
-        raise ValueError(f"make_oracle: `tuner`={tuner!r} must be one of {', '.join(ORACLES)}.")
+    choice("make_oracle", "tuner", tuner, tuple(ORACLES))
+    max_trials = steps("make_oracle", "max_trials", max_trials)
     if max_trials is None and tuner in ("random", "bayesian"):
         raise ValueError(f"make_oracle: `max_trials` must be a number for {tuner!r}.")
     oracle = ORACLES[tuner](objective=objective, **options)

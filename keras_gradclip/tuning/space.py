@@ -130,8 +130,10 @@ def clip_hyperparameters(
     """
     declare = _Declaration(hp, points, groups)
     known = searchable()
-    clippers = [clippers] if isinstance(clippers, str) else list(clippers)
-    if not clippers or len({*clippers} & {NONE, *known}) < len(clippers):
+    clippers = _listed(clippers)
+    if not clippers or any(
+        clippers.count(each) > 1 or each not in (NONE, *known) for each in clippers
+    ):
         raise ValueError(
             f"clip_hyperparameters: `clippers` must be some of {', '.join((NONE, *known))}, each "
             f"once, but is {clippers}."
@@ -143,10 +145,10 @@ def clip_hyperparameters(
             raise ValueError(f"clip_hyperparameters: no clipper has a parameter {name!r}{near}.")
         own, given = name.rpartition("/")[2], varied[name]
         words = {w or NONE for ps in known.values() if own in ps for w in ps[own].choices}
-        if wrong := words and {*([given] if isinstance(given, str) else given or ())} - words:
+        if wrong := [repr(each) for each in _listed(given) if words and each not in [*words]]:
             raise ValueError(
                 f"clip_hyperparameters: `{name}` must be some of {', '.join(sorted(words))}, but "
-                f"has {', '.join(sorted(map(repr, wrong)))}."
+                f"has {', '.join(wrong)}."
             )
     declare.word("clipper", clippers)
     for alias in clippers:
@@ -173,6 +175,11 @@ class _Declaration:
     def __init__(
         self, hp: kt.HyperParameters, points: int | None, groups: Mapping[str, str] | None
     ) -> None:
+        if not hasattr(hp, "conditional_scope"):
+            raise ValueError(
+                "clip_hyperparameters: `hp` must be a keras_tuner.HyperParameters, but is "
+                f"{hp!r}. For an Optuna trial call `suggest`."
+            )
         if points is not None and not (isinstance(points, int) and points >= 2):
             raise ValueError(f"clip_hyperparameters: `points`={points!r} must be 2 or more.")
         if groups is not None and not isinstance(groups, Mapping):
@@ -194,12 +201,11 @@ class _Declaration:
         if given is None and not p.threshold:
             return
         if p.kind == "word":
-            given = [given] if isinstance(given, str) else given
             words = [word or NONE for word in p.choices]
-            own = [word for word in given or () if word in words]
+            own = [word for word in _listed(given) if word in words]
             if not own:
                 raise ValueError(
-                    f"clip_hyperparameters: `{p.name}` {list(given or ())} holds nothing for "
+                    f"clip_hyperparameters: `{p.name}` {_listed(given)} holds nothing for "
                     f"{alias!r}, which takes {', '.join(words)}."
                 )
             if own != [p.default or NONE]:  # `to_clipper` uses the default anyway
@@ -263,10 +269,10 @@ def to_clipper(
     Raises:
         ValueError: "clipper" is missing or unknown, or a threshold is missing.
     """
-    alias = values.get("clipper")
+    alias = _checked("to_clipper", values).get("clipper")
     if alias == NONE:
         return None
-    if alias not in selectable():
+    if alias not in [*selectable()]:
         raise ValueError(
             "to_clipper: `values` must hold 'clipper', one of "
             f"{', '.join((NONE, *selectable()))}, but it is {alias!r}."
@@ -306,7 +312,7 @@ def to_gate(values: Mapping[str, Value], initial_learning_rate: float) -> kgc.Ac
         values: as for `to_clipper`.
         initial_learning_rate: lr₀ of the gate's equation.
     """
-    if not values.get("activation_gate"):
+    if not _checked("to_gate", values).get("activation_gate"):
         return None
     return kgc.ActivationGate(
         clip_value=_rounded(values["gate/clip_value"]),
@@ -329,8 +335,10 @@ def layer_groups(model: keras.Model) -> dict[str, str]:
         {"stem": regex, "head": regex, "stages": ".*"}, in the order of matching.
 
     Raises:
-        ValueError: fewer than three layers with kernels.
+        ValueError: not a model, or fewer than three layers with kernels.
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"layer_groups: `model` must be a built keras.Model, but is {model!r}.")
     runs: list[list[str]] = []  # each begins with a layer that has a kernel
     variables = model.trainable_variables
     for variable, unit in zip(variables, units_of(variables), strict=True):
@@ -344,7 +352,7 @@ def layer_groups(model: keras.Model) -> dict[str, str]:
     if len(runs) < 3:
         raise ValueError(
             f"layer_groups: {model.name!r} has {len(runs)} layers with kernels; stem, stages and "
-            "head take three or more. Give `groups` by hand."
+            "head take three or more. Build the model first, or give `groups` by hand."
         )
     return {"stem": _any_of(runs[0]), "head": _any_of(runs[-1]), "stages": ".*"}
 
@@ -384,6 +392,23 @@ def combinations(hp: kt.HyperParameters) -> Iterator[Values]:
 
 def _threshold_names(alias: str, threshold: str, groups: Iterable[str] | None) -> list[str]:
     return [f"{alias}/{threshold}{f'/{group}' if group else ''}" for group in groups or [""]]
+
+
+def _checked(owner: str, values: Mapping[str, Value]) -> Mapping[str, Value]:
+    """The values of a trial; raises a ValueError if they are no dict."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{owner}: `values` must be a dict from name to value, such as `hp.values`, but is "
+            f"{values!r}."
+        )
+    return values
+
+
+def _listed(words: object) -> list:
+    """A list of one or several words; None is an empty one."""
+    if words is None or isinstance(words, str) or not isinstance(words, Iterable):
+        return [] if words is None else [words]
+    return list(words)
 
 
 def _any_of(layers: Sequence[str]) -> str:

@@ -422,6 +422,8 @@ def test_objectives():
         as_objective("steering")
     with pytest.raises(ValueError, match="metric's name"):
         as_objective(["val_loss", "loss"])
+    with pytest.raises(ValueError, match="`direction` must be one of 'max', 'min'"):
+        as_objective("val_loss", "down")
 
 
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,12 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "optuna.md"
 SPACE = {"learning_rate": (1e-4, 1e-2), "activation_gate": True, "scope": ("layer", "global")}
 
 
+def test_what_is_no_trial_is_refused():
+    for other in (None, optuna.create_study(), kt.HyperParameters()):
+        with pytest.raises(ValueError, match=r"suggest: `trial` must be an optuna\.Trial"):
+            suggest(other)
+
+
 @pytest.mark.slow
 def test_a_study_needs_no_scipy():
     """The extra `optuna` does not bring it."""

@@ -298,5 +298,12 @@ def test_nothing_is_confirmed_where_all_diverged(tmp_path):
 
 
 def test_unknown_tuner():
-    with pytest.raises(ValueError, match="must be one of random"):
+    with pytest.raises(ValueError, match="`tuner` must be one of 'random'"):
         make_oracle("genetic", "val_loss")
+
+
+def test_a_search_of_no_trials_is_refused():
+    """It would never end, because 0 is also no limit."""
+    for number in (0, -1, "3"):
+        with pytest.raises(ValueError, match="`max_trials` must be a whole number of at least 1"):
+            make_oracle("random", "val_loss", number)

@@ -184,6 +184,9 @@ def test_points_make_a_grid_with_its_ends():
         ({"scope": "layre"}, "`scope` must be some of .*, but has 'layre'"),
         ({"exponential/weight": ("rms", "rsm")}, "`exponential/weight` .*, but has 'rsm'"),
         ({"rescale": (None, "norm")}, "`rescale` must be some of .*, but has None"),
+        ({"rescale": 3}, "`rescale` must be some of .*, but has 3"),
+        ({"clippers": None}, "`clippers` must be some of"),
+        ({"clippers": [["norm"]]}, "`clippers` must be some of"),
     ],
 )
 def test_wrong_spaces_are_refused(options, message):
@@ -197,6 +200,12 @@ def test_wrong_spaces_are_refused(options, message):
         (lambda: to_clipper({}), "must hold 'clipper'"),
         (lambda: to_clipper({"clipper": "agc"}), "'agc'"),
         (lambda: to_clipper({"clipper": "absolute"}), "lack 'absolute/threshold'"),
+        (lambda: to_clipper(None), "to_clipper: `values` must be a dict"),
+        (lambda: to_clipper(kt.HyperParameters()), "to_clipper: `values` must be a dict"),
+        (lambda: to_gate([], 1.0), "to_gate: `values` must be a dict"),
+        (lambda: layer_groups(3), "layer_groups: `model` must be a built keras.Model"),
+        (lambda: layer_groups(keras.Sequential()), "has 0 layers with kernels.* Build the model"),
+        (lambda: clip_hyperparameters(None), "`hp` must be .* call `suggest`"),
     ],
 )
 def test_clippers_outside_of_the_space_are_refused(call, message):
