@@ -61,7 +61,7 @@ def _scores(figure, rows, names, objective) -> None:
     shades = ScalarMappable(LogNorm(0.01, 100), "viridis")
     best = contest(rows)[1]
     for axis, name in zip(axes, names, strict=True):
-        for row in done:
+        for row in sorted(done, key=lambda row: row.clipped):  # unclipped: below, and larger
             if name in row.values:
                 y = row.score
                 colour: Any = _UNCLIPPED
@@ -72,7 +72,7 @@ def _scores(figure, rows, names, objective) -> None:
                     row.values[name],
                     np.clip(y, bottom, top),
                     marker=mark,
-                    s=160 if row.confirms else 60,
+                    s=(160 if row.confirms else 60) * (1 if row.clipped else 2.5),
                     color=colour,
                     edgecolor="black" if row.clipped else colour,
                     zorder=3,
@@ -80,7 +80,7 @@ def _scores(figure, rows, names, objective) -> None:
                 )
         lost = [r.values[name] for r in rows if r.status == "diverged" and name in r.values]
         worst = [bottom if is_max else top] * len(lost)
-        axis.scatter(lost, worst, marker="x", color=_UNCLIPPED, s=64, clip_on=False)
+        axis.scatter(lost, worst, marker="x", color=_UNCLIPPED, s=64, clip_on=False, zorder=4)
         if best is not None and best.status == "completed":
             axis.axhline(best.score, color=_UNCLIPPED)
             axis.axhspan(best.lowest, best.highest, color=_UNCLIPPED, alpha=0.15)

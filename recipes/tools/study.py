@@ -257,7 +257,7 @@ def picture(
     guess: float | None = None,
     label: Callable[[str], str] = str,
 ) -> Figure:
-    """Draws measures over the learning rate: for each clipper the mean as a line, runs as dots.
+    """Draws measures over the learning rate: for each clipper the means as a line of bars, runs as dots.
 
     A cross at the bottom marks a learning rate at which a run diverged. More than `MOST_LINES`
     clippers get one panel each, of the first measure, beside the first clipper's line.
@@ -303,8 +303,8 @@ def _line(
     by_rate = runs.groupby("learning_rate")
     # If all runs diverged, only the cross is drawn.
     means = by_rate[measure].mean().where(by_rate["status"].agg(lambda s: set(s) != {"diverged"}))
-    style = "--" if colour == "black" else "-"
-    axis.plot(means.index, means, style, label=label, linewidth=1.6, color=colour)
+    style = "_--" if colour == "black" else "_-"  # a bar shows a mean that no line reaches
+    axis.plot(means.index, means, style, label=label, linewidth=1.6, ms=12, color=colour)
     left = runs[~lost]
     axis.scatter(left["learning_rate"], left[measure], s=9, color=colour, alpha=0.6)
     rates = runs["learning_rate"][lost].unique()

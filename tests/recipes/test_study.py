@@ -171,6 +171,7 @@ def test_the_picture_marks_what_diverged_and_labels_what_was_tried():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.01", "0.1", "1"]
     none = next(line for line in axis.lines if line.get_label() == "none")
     assert list(none.get_ydata())[:2] == [91.0, 80.0] and math.isnan(none.get_ydata()[2])
+    assert none.get_marker() == "_"  # a mean without a neighbour has no line
     crosses = next(line for line in axis.lines if line.get_marker() == "x")
     assert list(crosses.get_xdata()) == [0.1, 1.0]  # at the foot, whatever the accuracy there
     assert crosses.get_transform() == axis.get_xaxis_transform()

@@ -9,6 +9,7 @@ import math
 import keras_tuner as kt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import keras_gradclip as kgc
 from keras_gradclip.tuning.oracles import BASELINE, make_oracle
@@ -243,6 +244,17 @@ def test_the_picture_shows_what_clips_and_what_diverged(tmp_path, objective):
         plots.draw(changed, tmp_path / "b.png", objective, "net")
         second = pixels(tmp_path / "b.png")
         assert first.shape == second.shape and (first != second).any(axis=2).sum() > 50
+
+
+def test_a_clipped_and_an_unclipped_trial_in_one_place_are_both_visible():
+    figure = Figure()
+    rows = [row("1", 0.8, 0.02), row("0", 0.8), row("2", 0.2, 0.1)]
+    rows.append(row("3", math.nan, 0.1, status="diverged"))
+    plots._scores(figure, rows, ["learning_rate"], ACCURACY)
+    below, above, _, cross = figure.axes[0].collections
+    assert np.array_equal(below.get_offsets(), above.get_offsets())
+    assert below.get_sizes()[0] > above.get_sizes()[0]
+    assert cross.get_zorder() > above.get_zorder()  # not behind what is beyond the scale
 
 
 @pytest.mark.parametrize(
