@@ -257,10 +257,10 @@ def picture(
     guess: float | None = None,
     label: Callable[[str], str] = str,
 ) -> Figure:
-    """Draws measures over the learning rate: for each clipper the means as a line of bars, runs as dots.
+    """Draws measures over the learning rate: for each clipper its runs as dots, means as bars.
 
-    A cross at the bottom marks a learning rate at which a run diverged. More than `MOST_LINES`
-    clippers get one panel each, of the first measure, beside the first clipper's line.
+    Lines join the means. A cross at the bottom marks a rate at which a run diverged. More than
+    `MOST_LINES` clippers get one panel each, of the first measure, beside the first clipper's line.
 
     Args:
         rows: with the columns clipper, learning_rate, status and the measures (in %, or NaN).
