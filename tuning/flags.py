@@ -79,7 +79,7 @@ OPTIONS = {
         _option("search_gate", False, "also search the activation gate", bool),
         _option("groups", False, "a separate threshold for stem, stages and head", bool),
         _option("fix_learning_rate", False, "search at the recipe's own learning rate", bool),
-        _option("points", 4, "grid: values per number", int, low=2),
+        _option("points", None, "grid: values per number (default: 4)", int, low=2),
     ),
 }
 
@@ -128,6 +128,8 @@ def check(args: argparse.Namespace) -> None:
         if args.fix_learning_rate:
             raise RecipeError("--learning-rate-range and --fix-learning-rate: give one of them")
         _check_range("--learning-rate-range", *args.learning_rate_range)
+    if args.points and args.tuner != "grid":
+        raise RecipeError("--points needs --tuner grid")
     if args.calibration and not Path(args.calibration).is_file():
         raise RecipeError(f"--calibration {args.calibration}: no such file")
 
@@ -290,7 +292,7 @@ def search_space(args: argparse.Namespace, recipe: Any, given: Mapping[str, Any]
             if alias in clippers
         },
         "activation_gate": args.search_gate,
-        "points": args.points if args.tuner == "grid" else None,
+        "points": (args.points or 4) if args.tuner == "grid" else None,
         "groups": layer_groups(build_network(recipe, options, 10)) if args.groups else None,
     }
     if args.fix_learning_rate:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from recipes.errors import RecipeError
-from recipes.training.options import Option
+from recipes.training.options import Option, Options, flag_of
 
 if TYPE_CHECKING:  # --help need not wait for TensorFlow
     from recipes.data.driving_log import Drive
@@ -83,8 +83,9 @@ def load(options: argparse.Namespace) -> "Drive":
             f"--dataset {options.dataset}: the task steering reads a driving_log.csv; name its "
             "folder with --data-dir, or choose --task signs"
         )
-    if options.dead_zone:
-        print("warning: --dead-zone has no effect any more", file=sys.stderr)
+    for name in ("dead_zone", "splits", "augment", "flip", "download", "label_smoothing"):
+        if getattr(options, name) != getattr(Options, name, None):
+            print(f"warning: {flag_of(name)} has no effect on steering", file=sys.stderr)
     return driving_log.load(
         options.data_dir or rendered.rendered_drive(),
         (options.image_size, options.image_width),

@@ -162,14 +162,16 @@ def compare(
     if recipe.monitor != "val_accuracy":
         raise RecipeError(f"{recipe.name} is not a classifier: there is no accuracy to compare")
     parsed = opts.parse(recipe, rest)
-    shared = {**parsed.config, **parsed.given, "tensorboard": False}
-    shared.setdefault("verbose", "quiet")
+    shared = {**parsed.config, "tensorboard": False, "verbose": "quiet", **parsed.given}
     if recipe.options(**shared).strategy == "multiworker":
         raise RecipeError("--strategy multiworker: a comparison runs on one machine")
     varied = ("learning_rate", "seed")
     for flag in (opts.flag_of(name) for name in varied if name in parsed.given):
         raise RecipeError(f"{flag}: differs from run to run here: use {flag}s")
     clipping = opts.clipping_names(recipe.extra_options)
+    for flag in (opts.flag_of(name) for name in clipping if name in parsed.given):
+        if OWN not in clippers:
+            raise RecipeError(f"{flag}: changes {OWN!r}, which is not among --clippers")
     cells = []
     for rate, seed, clipper in itertools.product(learning_rates, seeds, clippers):
         chosen = clipper_values(recipe, clipper)

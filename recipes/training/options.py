@@ -24,6 +24,8 @@ from recipes.plugin import command_line, declarations, files
 NONE = "none"
 _LARGEST = 2**31 - 1  # what TensorFlow counts elements with
 _FLOAT32 = (2.0**-126, 2.0**128 - 2.0**104)  # the normal numbers, in which weights are computed
+# Options without an effect unless another one has a value.
+_NEEDS = {"momentum": ("optimizer", "sgd"), "worker_timeout": ("strategy", "multiworker")}
 
 
 def flag_of(name: str) -> str:
@@ -400,7 +402,11 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
     if isinstance(given.get("clip_config"), str):
         with _about("--clip-config"):
             given["clip_config"] = read_clip_config(given["clip_config"])
-    return Parsed(given, config, resolve(recipe, config, given))
+    options = resolve(recipe, config, given)
+    for name, (other, value) in _NEEDS.items():
+        if name in given and not options.resume and getattr(options, other) != value:
+            raise RecipeError(f"{flag_of(name)} needs {flag_of(other)} {value}")
+    return Parsed(given, config, options)
 
 
 @contextlib.contextmanager

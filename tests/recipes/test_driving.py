@@ -376,7 +376,13 @@ def test_a_run_with_a_dead_zone_goes_on_without(drive, capsys):
     """Its config.json still names the option."""
     options = small().options(dead_zone=0.125, data_dir=str(drive))
     assert steering.load(options).train.size
-    assert "warning: --dead-zone has no effect any more" in capsys.readouterr().err
+    assert "warning: --dead-zone has no effect on steering" in capsys.readouterr().err
+
+
+def test_options_of_images_by_class_have_no_effect_on_steering(drive, capsys):
+    steering.load(small().options(flip=False, augment="none", data_dir=str(drive)))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"warning: --{n} has no effect on steering" for n in ("augment", "flip")]
 
 
 @pytest.mark.slow

@@ -60,6 +60,8 @@ def test_saved_config_gives_the_same_options(tmp_path):
         (["--clipper", "norm", "--beta", "0.5"], "--beta belongs to --clipper exponential"),
         (["--clipper", "none", "--threshold", "0.1"], "--threshold belongs to"),
         (["--gate-gamma", "0.1"], "--gate-gamma needs --activation-gate"),
+        (["--optimizer", "adam", "--momentum", "0.5"], "--momentum needs --optimizer sgd"),
+        (["--worker-timeout", "9"], "--worker-timeout needs --strategy multiworker"),
         (["--config", "absent.json"], "absent.json: No such file"),
     ],
 )
@@ -89,6 +91,13 @@ def test_broken_configs_name_file_key_and_value(tmp_path, content, message):
         parse("--config", write(tmp_path / "c.json", content))
     assert message in str(error.value)
     assert "c.json" in str(error.value)
+
+
+def test_what_the_recipe_or_a_file_sets_may_go_unused(tmp_path):
+    sgd = Recipe(name="sgd", settings={"optimizer": "sgd", "momentum": 0.9})
+    config = write(tmp_path / "c.json", {"momentum": 0.8, "worker_timeout": 9})
+    assert opts.parse(sgd, ["--optimizer", "adam", "--config", config]).options.momentum == 0.8
+    assert opts.parse(RECIPE, ["--resume", "--worker-timeout", "9"]).options.resume
 
 
 def test_an_int_will_do_for_a_float(tmp_path):
