@@ -138,15 +138,12 @@ class ActivationGate:
 
     def _insert(self, model: keras.Model) -> keras.Model:
         if isinstance(model, keras.Sequential):
-            gated: list[keras.layers.Layer] = []
+            gated: list = [*model.inputs] if model.built else []  # whose dtype counts
             for layer in model.layers:
                 if self.selects(layer):
                     gated.append(GatedInput(self, name=f"{layer.name}_gate"))
                 gated.append(self._insert(layer) if isinstance(layer, keras.Model) else layer)
-            result = keras.Sequential(gated, name=model.name, trainable=model.trainable)
-            if model.built:
-                result.build(model.input_shape)
-            return result
+            return keras.Sequential(gated, name=model.name, trainable=model.trainable)
         if not isinstance(model, _compat.Functional):
             raise ValueError(
                 f"ActivationGate: insert works on functional and sequential models, but "
@@ -192,26 +189,21 @@ class ActivationGate:
 
 
 @keras.saving.register_keras_serializable(package="keras_gradclip")
-class GatedInput(keras.layers.Layer):
+class GatedInput(keras.layers.Identity):
     """The identity, with the gradient of an `ActivationGate`.
 
     Input and output are tensors of any shape and dtype; integers pass without a gate.
     """
 
     def __init__(self, gate: ActivationGate, **kwargs: Tensor) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # layers may differ from the global policy
         if isinstance(gate, Mapping):
             gate = keras.saving.deserialize_keras_object(dict(gate))
         self.gate = gate
-        self.supports_masking = True
 
     def call(self, inputs: Tensor) -> Tensor:
         """Returns `inputs`."""
         return _map_floats(self.gate, inputs)
-
-    def compute_output_shape(self, input_shape: tuple) -> Tensor:
-        """The shape of the input."""
-        return input_shape
 
     def get_config(self) -> Config:
         """The JSON-able arguments."""

@@ -300,6 +300,38 @@ def test_integer_inputs_and_masks_pass():
     np.testing.assert_array_equal(model.predict(x, verbose=0), want)
 
 
+@pytest.mark.parametrize("kind", [keras.Sequential, keras.Model])
+@pytest.mark.parametrize("dtypes", [("mixed_float16", "float32"), ("float32", "float64")])
+def test_insert_is_the_identity_for_layers_of_another_dtype_than_the_policy(dtypes, kind):
+    policy, dtype = dtypes
+    x = np.array([[70000.0, 1.00000001, 1e-9, -3.0]], dtype)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((4,), dtype=dtype)
+        layer = keras.layers.Dense(4, kernel_initializer="identity", dtype=dtype)
+        made = keras.Sequential([inputs, layer])
+        model = GATE.insert(made if kind is keras.Sequential else kind(inputs, layer(inputs)))
+    finally:
+        keras.config.set_dtype_policy(before)
+    np.testing.assert_array_equal(model(x).numpy(), x)
+    assert {layer.output.dtype for layer in model.layers} == {dtype}
+
+
+def test_insert_keeps_whole_numbers_of_a_sequential_model():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")  # which has no 3001
+    try:
+        layers = keras.Input((2,), dtype="int32"), keras.layers.Embedding(4000, 1)
+        model = keras.Sequential([*layers, keras.layers.Dense(1)])
+        gated = GATE.insert(model)
+    finally:
+        keras.config.set_dtype_policy(before)
+    model.layers[0].embeddings.assign(np.arange(4000.0)[:, None] % 2)
+    x = np.array([[3000, 3001]])
+    np.testing.assert_array_equal(gated(x).numpy(), model(x).numpy())
+
+
 def test_operations_in_a_graph_are_not_gated():
     inputs = keras.Input((5, 1))
     h = keras.layers.GRU(3, return_sequences=True)(keras.layers.Masking()(inputs))
