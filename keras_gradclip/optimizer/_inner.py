@@ -222,7 +222,7 @@ class InnerUpdate:
         if self._strategy is not None and self._inner.use_ema and period:
             aggregation.cond(
                 ops.equal(self._inner.iterations % period, 0),
-                functools.partial(self._overwrite_by_averages, variables),
+                self._overwrite_in_training,
                 cross_replica=True,
             )
 
@@ -233,6 +233,15 @@ class InnerUpdate:
             self._inner.finalize_variable_values(variables)
         elif self._inner.use_ema:
             self._overwrite_by_averages(variables)
+
+    def _overwrite_in_training(self) -> None:
+        """Overwrites all weights, also those without a gradient, and constrains them, as Keras."""
+        variables = _compat.trainable_variables(self._inner)
+        self._overwrite_by_averages(variables)
+        assert self._strategy is not None
+        for v in variables:
+            if v.constraint is not None:
+                self._strategy.extended.update(v.value, lambda x, v=v: x.assign(v.constraint(x)))
 
     def _overwrite_by_averages(self, variables: Sequence[keras.Variable]) -> None:
         pairs = _compat.moving_averages(self._inner, variables)

@@ -171,6 +171,33 @@ def test_ema_overwrite_frequency(replicas):
     assert config["ema_overwrite_frequency"] == 3
 
 
+def averaged(replicas):
+    """Two weights after their averages overwrote them; the first had no gradient then."""
+    scope = strategy(replicas)
+    with scope.scope() if scope else contextlib.nullcontext():
+        free, unit = keras.Variable([3.0, 4.0]), keras.Variable([[0.6], [0.8]])
+        unit.constraint = keras.constraints.UnitNorm()
+        inner = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3)
+        optimizer = kgc.ClippedOptimizer(inner, kgc.AbsoluteClip(1.0))
+        optimizer.build([free, unit])
+
+    def step():
+        of_unit = tf.constant([[2.0], [-2.0]]) / max(replicas, 1)
+        optimizer.apply([tf.ones(2) / max(replicas, 1), of_unit], [free, unit])
+
+    def last_step():
+        optimizer.apply([None, tf.constant([[2.0], [-2.0]]) / max(replicas, 1)], [free, unit])
+
+    for function in (step, step, last_step):
+        scope.run(tf.function(function)) if scope else function()
+    return [keras.ops.convert_to_numpy(v) for v in (free, unit)]
+
+
+def test_averages_overwrite_as_on_one_device():
+    for got, want in zip(averaged(2), averaged(0), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "replicas, steps_per_execution",
     [(2, 3), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((4, 16), (4, 2)))],
