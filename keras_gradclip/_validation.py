@@ -26,13 +26,16 @@ def positive(
     *,
     below: float | None = None,
     at_most: float | None = None,
+    advice: str = "",
 ) -> float:
     """`value` as a float.
 
     Raises:
         ValueError: `value` is not a finite number above 0, is outside the range of float32, or
-            exceeds the upper bound `below` (exclusive) or `at_most` (inclusive).
+            exceeds the upper bound `below` (exclusive) or `at_most` (inclusive). `advice`
+            says how to turn the matter off.
     """
+    advice = f". {advice}" if advice else "."
     is_number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
     result = None
     try:
@@ -49,12 +52,12 @@ def positive(
         )
     if not math.isfinite(result) or result <= 0:
         raise ValueError(
-            f"{owner}: `{name}` must be a finite number above 0, but is {result!r}. {CLIP_NOTHING}"
+            f"{owner}: `{name}` must be a finite number above 0, but is {result!r}{advice}"
         )
     if result < _SMALLEST or not fits_float32(result):
         raise ValueError(
             f"{owner}: `{name}` must be within the range of float32, {_SMALLEST:.3g} to "
-            f"{_LARGEST:.3g}, but is {result!r}. {CLIP_NOTHING}"
+            f"{_LARGEST:.3g}, but is {result!r}{advice}"
         )
     if below is not None and result >= below:
         raise ValueError(
@@ -105,7 +108,7 @@ def threshold(owner: str, name: str, value: object, **bounds: float | None) -> A
             f"{owner}: `{name}` must be a positive number or a LearningRateSchedule, but is "
             "None. To clip nothing, pass `clipper=None`."
         )
-    return positive(owner, name, value, **bounds)
+    return positive(owner, name, value, advice=CLIP_NOTHING, **bounds)
 
 
 def _check_constants(owner: str, name: str, schedule: Any) -> None:

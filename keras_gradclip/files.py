@@ -26,8 +26,11 @@ def replace_file(path: PathLike, write: Callable[[str], object]) -> None:
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(scratch):
+            error.filename = str(path)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise
     # The renaming is on the disk only once the folder is; not every system can do that.
     with contextlib.suppress(OSError):

@@ -25,6 +25,15 @@ def test_a_full_disk_leaves_the_file_of_before(tmp_path, monkeypatch, moment):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("place", ["missing/page.html", "file/page.html", "folder"])
+def test_a_file_that_cannot_be_written_is_named(tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=str(tmp_path / place)) as error:
+        files.write_text(tmp_path / place, "")
+    assert ".partial" not in str(error.value)
+
+
 def test_csv_and_json_come_back(tmp_path):
     table, text = tmp_path / "t.csv", tmp_path / "t.json"
     assert files.read_csv(table) == []

@@ -209,7 +209,8 @@ class ClipHyperparameters(MutableMapping):
             )
         is_symbolic = ops.is_tensor(value) and not hasattr(value, "__float__")
         if not is_symbolic:
-            value = validation.positive("clip_hyperparameters", name, value)
+            advice = validation.CLIP_NOTHING
+            value = validation.positive("clip_hyperparameters", name, value, advice=advice)
             assert self._clip.clipper is not None
             self._clip.clipper.with_hyperparameters({name: value})  # checks its own bounds
         current.assign(value)

@@ -30,7 +30,9 @@ class SpikeWindow:
     """
 
     def __init__(self, sigmas: float) -> None:
-        self.sigmas = validation.positive("ClippedOptimizer", "skip_spikes", sigmas)
+        self.sigmas = validation.positive(
+            "ClippedOptimizer", "skip_spikes", sigmas, advice="To skip no spike, pass None."
+        )
 
     def build(self, add_variable: Callable[..., keras.Variable]) -> None:
         """Creates the state; every replica writes the same values to its copy."""
