@@ -51,11 +51,11 @@ class ClipMonitor(keras.callbacks.Callback):
 
     `fit`'s history gets, averaged over the epoch's samples: `grad_norm_after` (global L2 norm
     after the clip), `grad_max` (largest element before it), `clip_angle` (degrees between the
-    whole gradient before and after), `nonfinite_fraction` (share of updates with a non-finite
-    gradient), and `grad_norm_p50`, `_p90`, `_p99` (percentiles over the samples of the global L2
-    norm before the clip). A plain model with a ClippedOptimizer gets `grad_norm` (before the clip)
-    and `clip_fraction` (of all elements) as well; a ClippedModel has its own. All samples are in
-    `history`, and in `run_dir`:
+    whole gradient before and after), `nonfinite_fraction` (share of the epoch's updates with a
+    non-finite gradient), and `grad_norm_p50`, `_p90`, `_p99` (percentiles over the samples of the
+    global L2 norm before the clip). A plain model with a ClippedOptimizer gets `grad_norm` (before
+    the clip) and `clip_fraction` (of all elements) as well; a ClippedModel has its own. All samples
+    are in `history`, and in `run_dir`:
 
     - `monitor.csv`, a row per sample and variable: `step` (updates before it), `epoch`, `variable`
       (its path; where a second layer has the same one, with `#2` behind the layer),
@@ -130,6 +130,7 @@ class ClipMonitor(keras.callbacks.Callback):
         self._active_logs: list[Log] = []
         self._epoch = 0
         self._wholes: list[dict[str, float]] = []  # one dict per sample of the epoch
+        self._nonfinite = np.zeros(2)  # the epoch's updates: not finite, all
         self._fetched_batch = 0
 
     # Keras calls these -----------------------------------------------------------------------
@@ -157,9 +158,9 @@ class ClipMonitor(keras.callbacks.Callback):
             self._active_logs = list(self.logs)
             if self.tensorboard and self.run_dir is not None:
                 self._active_logs.append(to_tensorboard(self.run_dir / "tensorboard"))
+        self._open()  # which may fail: no watcher is to stay then
         for sampler in self._samplers:
             sampler.optimizer.watch(sampler)
-        self._open()
         self.model.make_train_function(force=True)  # trace the step with the watcher
 
     def _open(self, at_last: bool = False) -> None:
@@ -185,7 +186,7 @@ class ClipMonitor(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
         """Requests a measurement of the first update."""
         self._epoch, self._fetched_batch = epoch, 0
-        self._wholes = []
+        self._wholes, self._nonfinite = [], np.zeros(2)
         for sampler in self._samplers:
             sampler.force()
 
@@ -206,6 +207,8 @@ class ClipMonitor(keras.callbacks.Callback):
         rest = [sampler.fetch_skipped() for sampler in self._samplers]
         if any(sample.skipped.any() for sample in rest):
             self._keep(max(sample.step for sample in rest), rest)
+        else:
+            self._nonfinite[1] += max(sample.updates for sample in rest)
         if logs is not None:
             for name, mean in self._means().items():  # a ClippedModel logs two of them itself
                 logs.setdefault(name, mean)
@@ -252,6 +255,8 @@ class ClipMonitor(keras.callbacks.Callback):
         }
         whole = whole_of(row, self._sizes)
         self._wholes.append(whole)
+        updates = max(sample.updates for sample in samples if sample)
+        self._nonfinite += updates * whole["nonfinite_fraction"], updates
         entry = {"step": step, "epoch": self._epoch, **row, "thresholds": thresholds}
         for name, value in entry.items():
             self.history[name].append(value)
@@ -270,8 +275,9 @@ class ClipMonitor(keras.callbacks.Callback):
         """Means over the epoch's samples; NaN if none has finite gradients."""
         finite = [whole for whole in self._wholes if math.isfinite(whole["grad_norm"])]
         samples = {name: [whole[name] for whole in finite] for name in WHOLE}
-        samples["nonfinite_fraction"] = [whole["nonfinite_fraction"] for whole in self._wholes]
         means = {name: float(np.mean(v)) if v else math.nan for name, v in samples.items()}
+        if self._wholes:
+            means["nonfinite_fraction"] = float(self._nonfinite[0] / self._nonfinite[1])
         norms = samples["grad_norm"] or [math.nan]
         for percentile in (50, 90, 99):
             means[f"grad_norm_p{percentile}"] = float(np.percentile(norms, percentile))

@@ -108,14 +108,16 @@ class Sample(NamedTuple):
     Attributes:
         step: the number of updates before it.
         figures: a float64 array `[variables]` by name; 0 without a gradient.
-        skipped: for each variable the share of the updates since the last sample, this one
-            included, that were skipped and in which its gradient was not finite.
+        updates: the number of updates since the last sample, this one included.
+        skipped: for each variable the share of `updates` that were skipped and in which its
+            gradient was not finite.
         learning_rate: the inner optimizer's; 0 if it has none.
         thresholds: the thresholds in force, by name.
     """
 
     step: int
     figures: dict[str, np.ndarray]
+    updates: int
     skipped: np.ndarray
     learning_rate: float
     thresholds: dict[str, float]
@@ -271,7 +273,7 @@ class Sampler:
                 Sample(
                     int(arrays["step"][slot]),
                     dict(zip(self.figures, figures, strict=True)),
-                    self._skipped_since(arrays["counts"][slot]),
+                    *self._skipped_since(arrays["counts"][slot]),
                     rate,
                     dict(zip(self._thresholds, thresholds, strict=True)),
                 )
@@ -283,12 +285,12 @@ class Sampler:
         inner, thresholds = self.optimizer.inner_optimizer, self.optimizer.clip_hyperparameters
         counts = np.array(aggregation.to_numpy(self._counts))
         step = int(aggregation.to_numpy(inner.iterations))
-        return Sample(step, {}, self._skipped_since(counts), 0.0, {**thresholds})
+        return Sample(step, {}, *self._skipped_since(counts), 0.0, {**thresholds})
 
-    def _skipped_since(self, counts: np.ndarray) -> np.ndarray:
+    def _skipped_since(self, counts: np.ndarray) -> tuple[int, np.ndarray]:
         updates, *nonfinite = counts - self._fetched_counts
         self._fetched_counts = counts
-        return np.array(nonfinite) / max(updates, 1)
+        return int(updates), np.array(nonfinite) / max(updates, 1)
 
     @property
     def updates(self) -> int:
@@ -339,6 +341,11 @@ def watched_optimizers(
             "optimizer=model.generator_optimizer)."
         )
     built = [wrapper for wrapper in wrappers if wrapper.built]
+    if built and not any(map(_compat.trainable_variables, built)):
+        raise ValueError(
+            f"{owner}: the optimizer has no variables, since no weight was trainable when it was "
+            "built. Set `trainable=True` on a layer, and compile again."
+        )
     # A MultiOptimizer builds only the optimizers that have variables.
     return built if built and optimizer is None else wrappers
 

@@ -213,6 +213,17 @@ def test_nonfinite_gradients_are_named(skip):
     assert np.isfinite(monitor.history["norm_before"][2]).all()
 
 
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_the_share_of_nonfinite_updates_is_of_all_updates(every):
+    x, y = data(80)
+    x[:4] = x[44:48] = np.nan
+    model = net(keras.Model)
+    model.compile(kgc.ClippedOptimizer("sgd", CLIPPER, skip_nonfinite=True), loss())
+    monitor = kgc.ClipMonitor(every=every)
+    history = model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[monitor]).history
+    assert history["nonfinite_fraction"] == [pytest.approx(2 / 20)]
+
+
 def rows_of(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -322,6 +333,15 @@ def test_after_training_the_step_has_no_trace_of_it():
 def test_misuse_is_named(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def test_a_folder_that_cannot_be_written_leaves_no_monitor(tmp_path):
+    model, (x, y) = net(keras.Model), data(16)
+    model.compile(kgc.ClippedOptimizer("sgd", CLIPPER), loss())
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        model.fit(x, y, verbose=0, callbacks=[kgc.ClipMonitor(tmp_path / "file")])
+    assert not model.optimizer.watchers
 
 
 def test_a_model_without_a_clipped_optimizer_is_refused():
