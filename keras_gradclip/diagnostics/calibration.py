@@ -68,7 +68,7 @@ class Calibration:
         samples: what the thresholds are percentiles of: for each clipper a float64 array
             `[updates, layers]` (NaN where the clipper does not apply), and for "global" one
             `[updates]`; not in the JSON of `save`.
-        percentile: the percentile, in 0..100.
+        percentile: the percentile, above 0 and at most 100.
         nonfinite: the number of updates excluded because a gradient was not finite.
         beta: β of the exponential clipper.
         eps: ε of the adaptive clipper.
@@ -86,7 +86,7 @@ class Calibration:
         updates: the number of updates measured.
 
     Raises:
-        ValueError: a percentile outside 0..100.
+        ValueError: a percentile that is not above 0 and at most 100.
     """
 
     layers: list[str]
@@ -169,7 +169,8 @@ class Calibration:
             others = [other for other, of in self.thresholds.items() if any(of.values())]
             raise ValueError(
                 f"Calibration: `kind` {kind!r} has no threshold for any layer: their gradients are "
-                f"zero, or no layer has a kernel. Others: {', '.join(others) or 'none'}."
+                "zero, or no layer has a kernel of two or more units. Others: "
+                f"{', '.join(others) or 'none'}."
             )
         measure, paths = selectable()[kind].measures, self._paths()
         rules = {}
@@ -254,7 +255,7 @@ class Calibration:
         if "–" in cells:
             lines.append(
                 "–: no threshold, the layer is left alone: its gradient is zero or missing, or it "
-                "has no kernel, which adaptive and update_ratio need"
+                "has no kernel of two or more units, which adaptive and update_ratio need"
             )
         if any(cell.endswith("*") for cell in cells):
             lines.append(
@@ -297,7 +298,7 @@ def calibrate(
     batch_size: int | None = None,
     beta: float = 0.7,
     eps: float = 1e-3,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
     optimizer: keras.optimizers.Optimizer | Sequence[keras.optimizers.Optimizer] | None = None,
 ) -> Calibration | Calibrations:
     """Suggests a threshold for each layer and each clipper, from the model's own gradients.
@@ -324,13 +325,13 @@ def calibrate(
         data: what `fit` takes as x, repeated as needed unless it is a generator; or a tuple
             (x, y) or (x, y, sample_weight).
         steps: the number of updates to measure.
-        percentile: in 0..100, as in `numpy.percentile`.
+        percentile: above 0 and at most 100, as in `numpy.percentile`.
         follow: True trains meanwhile: the figures are those of the first `steps` updates of a
             run. False keeps the present weights.
         batch_size: for (x, y) arrays, as in `fit`.
         beta: β for the exponential clipper's γ.
         eps: ε of the adaptive clipper.
-        callbacks: additional Keras callbacks for the measured `fit`.
+        callbacks: Keras callbacks for the measured `fit`.
         optimizer: the built optimizer or optimizers to measure, if training uses others than the
             model's own, as a GAN does.
 
@@ -342,7 +343,7 @@ def calibrate(
         ValueError: an argument out of its range, a model that is not built or has no
             `ClippedOptimizer`, or no update with finite gradients.
     """
-    if np.ndim(steps) or hasattr(steps, "shape"):  # y, as in `fit`
+    if np.ndim(steps):  # y, as in `fit`
         raise ValueError(
             f"calibrate: `steps` must be a number, but is of type {type(steps).__name__}. Pass x "
             "and y as one tuple: calibrate(model, (x, y))."
@@ -383,7 +384,7 @@ def calibrate(
             epochs=count * max(one.gradient_accumulation_steps or 1 for one in optimizers),
             shuffle=isinstance(data, tuple),  # a data set sets its own order
             verbose=0,
-            callbacks=[watch, *callbacks],
+            callbacks=[watch, callbacks or ()],  # Keras flattens them
         )
         watch.fetch()
         skipped = [sampler.updates - sampler.samples for sampler in samplers]
@@ -453,6 +454,11 @@ def _suggest(
     """The `Calibration` of one optimizer's samples."""
     variables, inner = sampler.variables, sampler.optimizer.inner_optimizer
     kept = [s for s in samples if np.isfinite([*s.figures.values()]).all()]
+    if not samples and not skipped:
+        raise ValueError(
+            "calibrate: no update was made. `data` is empty or too short for an update, or "
+            f"training does not use the optimizer {inner.name!r}."
+        )
     if not kept:
         raise ValueError(
             f"calibrate: none of {len(samples) + skipped} updates had finite gradients. Lower the "

@@ -126,7 +126,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     head, has_head = list(columns), False
     rows: list[dict[str, str]] = []
     problems: list[str] = []
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    lines = path.read_bytes().decode("utf-8-sig", "replace").split("\n")
     for number, line in enumerate(lines, 1):
         whole = line.rstrip("\r").replace("\0", "")
         problem = "NUL bytes" if "\0" in line else ""  # left by a power cut; a row may follow

@@ -226,7 +226,7 @@ def test_a_kind_without_any_threshold():
     samples = {"norm": np.ones((4, 1)), "update_ratio": np.full((4, 1), np.nan)}
     samples["global"] = np.ones(4)
     vectors = kgc.Calibration(["scale"], {}, samples, percentile=90.0)
-    with pytest.raises(ValueError, match=r"no layer has a kernel. Others: norm"):
+    with pytest.raises(ValueError, match=r"no layer has a kernel of .*\. Others: norm"):
         vectors.clip_map()
     assert vectors.clip_map("norm").rules
 
@@ -326,8 +326,32 @@ def test_not_finite_updates_are_left_out():
     ],
 )
 def test_misuse_is_named(arguments, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=word) as error:
         kgc.calibrate(compiled(), dataset(), **arguments)
+    assert "clipper=None" not in str(error.value)  # no remedy for a wrong percentile
+
+
+def test_numbers_of_numpy_and_callbacks_as_fit_takes_them():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(kgc.ClippedOptimizer("sgd"), "mse", run_eagerly=True)
+    for callbacks in (None, keras.callbacks.LambdaCallback()):
+        data = np.ones((1, 2)), np.ones((1, 1))
+        found = kgc.calibrate(model, data, steps=np.int64(1), callbacks=callbacks)
+        assert found.updates == 1
+
+
+def test_no_update_at_all_is_not_a_matter_of_finite_gradients():
+    with pytest.raises(ValueError, match=r"no update was made\. `data` is empty"):
+        kgc.calibrate(compiled(), dataset().filter(lambda *_: False), steps=2)
+    model = compiled()
+    model.trainable = False
+    model.compile(keras.optimizers.SGD(0.1), loss(), clipper=None)
+    for watch in (
+        lambda: kgc.calibrate(model, dataset()),
+        lambda: model.fit(dataset(), verbose=0, callbacks=[kgc.ClipMonitor()]),
+    ):
+        with pytest.raises(ValueError, match=r"has no variables.* Set `trainable=True`"):
+            watch()
 
 
 def test_sample_weights_count():

@@ -60,6 +60,13 @@ def test_samples_without_a_header_are_refused(content, tmp_path):
         kgc.report(run)
 
 
+def test_a_table_saved_by_a_spreadsheet_is_whole(tmp_path):
+    run = write_run(tmp_path / "r", [{}])
+    path = run / "monitor.csv"
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert read_run(run).problems == ()
+
+
 @pytest.mark.parametrize(
     "line", ["12,0,conv1/kern", "x,0,conv1/kernel,1,1,0,1,0,0", "\0\0\0", '"' + "x" * 200_000]
 )
