@@ -206,8 +206,15 @@ def _parse_describe(
     return options
 
 
+def escape_output() -> None:
+    """Lets stdout write the number of a character that its encoding lacks, as stderr does."""
+    if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def answer_before_keras(arguments: Sequence[str]) -> None:
     """Prints `--help` or a mistake and exits, without importing Keras."""
+    escape_output()
     try:
         if not imports_of(arguments):  # they may register clippers with flags
             parse(arguments, declared())

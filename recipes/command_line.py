@@ -64,6 +64,7 @@ def exit_status(
         The exit status: 0; 1 for a run that failed; 2 for a mistake in flags, config or data;
         130 after Ctrl-C.
     """
+    command_line.escape_output()
     try:
         return work() or 0
     except (Exception, KeyboardInterrupt) as error:

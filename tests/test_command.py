@@ -1,5 +1,6 @@
 """`python -m keras_gradclip`: its three commands, and one line for every mistake."""
 
+import os
 import subprocess
 import sys
 
@@ -96,6 +97,13 @@ def test_flags_are_answered_before_keras_is_imported(words, status, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "keras_gradclip.command_line" in imported
     assert not {"keras", "tensorflow", "numpy"} & imported
+
+
+def test_a_terminal_that_lacks_a_letter_gets_its_number():
+    program = [sys.executable, "-m", "keras_gradclip", "describe", "m.keras", "--help-clippers"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and r"\u03ba, the largest" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,12 @@ def print_result(recipe: Recipe, result: Result) -> None:
     from recipes.training import evaluation  # imports TensorFlow
 
     table = Table(title=f"{recipe.name} on {result.data.name}", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     for row in _rows(recipe, result):
         table.add_row(*row)
     evaluation.print_classes(result.output)
-    Console().print(table)
+    Console(markup=False).print(table)
     if recipe.monitor == "val_accuracy":
         print(f"Best accuracy: {100 * result.best:.2f}%")
     print(f"Time taken: {result.seconds:.0f} seconds")

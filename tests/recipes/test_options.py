@@ -1,19 +1,23 @@
 """Flags, configs and the checks that they share."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from tiny_recipe import RECIPE
 
 from keras_gradclip.files import replace_file, write_json
+from recipes.command_line import exit_status
 from recipes.errors import RecipeError
 from recipes.registry import RECIPES, find_recipe, script_of
-from recipes.training import Recipe
+from recipes.training import Recipe, Result
 from recipes.training import options as opts
+from recipes.training.run import print_result
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,6 +146,25 @@ def test_an_option_of_a_recipe_may_take_the_place_of_a_fixed_one():
     recipe = Recipe(name="small", extra_options=(width,))
     assert recipe.options().image_size == 20
     assert recipe.options(image_size=4).image_size == 4
+
+
+def test_a_terminal_that_lacks_a_letter_gets_its_number(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert exit_status(lambda: print("b\udcffad ü κ", flush=True)) == 0
+    assert out.buffer.getvalue() == b"b\\udcffad \xfc \\u03ba\n"
+
+
+def test_the_closing_table_shows_all_of_a_folder_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "30")
+    folder = tmp_path / "run[a]" / "[" / "]"
+    result = Result(
+        *("tiny", folder, "val_accuracy", 0.5, 0, True, [{"epoch": 1}], {}, 9, 0.1, 1.0),
+        data=types.SimpleNamespace(name="digits"),
+    )
+    print_result(RECIPE, result)
+    shown = "".join(c for c in capsys.readouterr().out if not c.isspace() and c != "│")
+    assert "".join(str(folder).split()) in shown and "gradient" not in shown
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):
