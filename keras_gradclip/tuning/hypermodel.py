@@ -191,7 +191,13 @@ class _Watch(keras.callbacks.Callback):
         self.model.stop_training = True
 
     def on_epoch_begin(self, epoch: int, logs: Config | None = None) -> None:
-        self._optimizer = cast(kgc.ClippedOptimizer, find(self.model.optimizer))
+        optimizer = find(self.model.optimizer)
+        if optimizer is None:
+            raise ValueError(
+                "ClipHyperModel: the model was compiled again after `build`, without the trial's "
+                "clipper, by `optimizer=` of the tuner or in `fit`. Give the optimizer in `build`."
+            )
+        self._optimizer = optimizer
         self._optimizer.reset_telemetry()
 
     def on_train_batch_end(self, batch: int, logs: Config | None = None) -> None:

@@ -251,6 +251,15 @@ def test_a_fit_of_its_own_that_diverges_ranks_last(kind):
     assert result == {"val_accuracy": -math.inf, "diverged": 1.0}
 
 
+def test_a_model_that_is_compiled_anew_without_its_clipper_is_refused():
+    """As a tuner does for its argument `optimizer`."""
+    hyper, hp, (x, y) = ClipHyperModel(build_model), kt.HyperParameters(), data()
+    model = hyper.build(hp)
+    model.compile("sgd", model.loss)
+    with pytest.raises(ValueError, match="compiled again after `build`"):
+        hyper.fit(hp, model, x, y, verbose=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner", ["random", "hyperband"])
 def test_the_stock_tuners_rank_a_diverged_trial_last(tuner, tmp_path):
