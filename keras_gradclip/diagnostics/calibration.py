@@ -384,7 +384,7 @@ def calibrate(
             epochs=count * max(one.gradient_accumulation_steps or 1 for one in optimizers),
             shuffle=isinstance(data, tuple),  # a data set sets its own order
             verbose=0,
-            callbacks=[watch, callbacks or ()],  # Keras flattens them
+            callbacks=keras.tree.flatten([watch, callbacks or ()]),
         )
         watch.fetch()
         skipped = [sampler.updates - sampler.samples for sampler in samplers]
