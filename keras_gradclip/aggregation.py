@@ -363,7 +363,13 @@ def cond(
     strategy = current_strategy() if merges else None
     if strategy is None or tf.__internal__.distribute.strategy_supports_no_merge_call():
         call_args = () if cross_replica else args
-        branches = (functools.partial(fn, *call_args) for fn in (true_fn, false_fn))
+        branches = [functools.partial(fn, *call_args) for fn in (true_fn, false_fn)]
+        if not merges and not tf.executing_eagerly():
+            # One operation where the branch is not taken; TensorFlow runs through it otherwise.
+            branches = [
+                tf.function(fn, autograph=False, experimental_attributes={"_noinline": True})
+                for fn in branches
+            ]
         tf.cond(flag, *branches)
         return
 
