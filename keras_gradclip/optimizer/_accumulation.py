@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import keras
 import numpy as np
@@ -83,29 +84,45 @@ class Accumulation:
         ]
         self.flags.assign(marks)
 
-    def others(self, named: Sequence[int], gradients: Gradients) -> dict[int, Tensor]:
-        """Positions of variables to which only other calls may have added, and whether one did.
+    def apply(
+        self,
+        named: Sequence[int],
+        gradients: Gradients,
+        update: Callable[[list[int], Gradients, dict[int, Tensor]], None],
+        state: Sequence[keras.Variable],
+    ) -> None:
+        """Calls `update` with positions, sums, and flags as in `Conditionally`; clears the sums.
 
-        The latter is a boolean tensor, because a traced call does not know the others. `named` are
-        the positions of this call's variables.
+        The flags are those of variables to which only other calls may have added, because a traced
+        call does not know the others. `named` are the positions of this call's variables, and
+        `state` are the variables that `update` may write.
         """
-        flags = arithmetic.read(self.flags)[1]
         known = aggregation.concrete_value(self.flags)  # may come from a file
         touched = self._touched if known is None else {*self._touched, *np.flatnonzero(known[1])}
-        return {
-            i: flags[i] > 0
+        others = [
+            i
             for i, variable in enumerate(self._variables)
-            if gradients[i] is None
-            and getattr(variable, "trainable", True)
-            and (i not in named or i in touched)
-        }
-
-    def take(self, positions: Iterable[int]) -> Gradients:
-        """The sums at these positions; None elsewhere."""
-        chosen = set(positions)
-        return [
-            arithmetic.read(total) if i in chosen else None for i, total in enumerate(self.sums)
+            if gradients[i] is None and getattr(variable, "trainable", True)
         ]
+        unused = [i for i in others if i in named and i not in touched]
+        flags = arithmetic.read(self.flags)[1]
+
+        def run(others: Collection[int]) -> None:
+            indices = sorted({*others, *(i for i, g in enumerate(gradients) if g is not None)})
+            sums = [
+                arithmetic.read(total) if i in indices else None
+                for i, total in enumerate(self.sums)
+            ]
+            update(indices, sums, {i: flags[i] > 0 for i in others})
+            self.clear(indices)
+
+        used = functools.partial(run, [i for i in others if i not in unused])
+        if not unused:
+            used()
+            return
+        # A function that is traced later may add to them.
+        is_used = ops.any(ops.stack([flags[i] for i in unused]) > 0)
+        aggregation.cond(is_used, functools.partial(run, others), used, state=state)
 
     def clear(self, positions: Iterable[int]) -> None:
         """Clears these sums, and those of variables frozen since."""

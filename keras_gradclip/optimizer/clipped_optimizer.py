@@ -176,13 +176,14 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         gradients, named = self._collect(grads, trainable_variables)
         with aggregation.only_with(gradients):
             if self._accumulation is None:
-                self._update(named, scale, gradients, {})
+                self._update(scale, named, gradients, {})
             else:
                 self._accumulation.add(gradients)
+                update, state = functools.partial(self._update, scale), self._written()
                 aggregation.cond(
                     self._accumulation.is_due(self._iterations),
-                    functools.partial(self._update_accumulated, named, scale, gradients),
-                    state=self._written(),
+                    functools.partial(self._accumulation.apply, named, gradients, update, state),
+                    state=state,
                 )
             self._iterations.assign_add(1)
 
@@ -228,20 +229,10 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         """All variables that an update may write."""
         return [*self._trainable_variables, *self.variables]
 
-    def _update_accumulated(
-        self, named: Sequence[int], scale: DynamicLossScale | None, gradients: list[Gradient]
-    ) -> None:
-        """Applies the sums, including those of variables named only by earlier calls."""
-        assert self._accumulation is not None
-        others = self._accumulation.others(named, gradients)
-        indices = sorted({*(i for i, g in enumerate(gradients) if g is not None), *others})
-        self._update(indices, scale, self._accumulation.take(indices), others)
-        self._accumulation.clear(indices)
-
     def _update(
         self,
-        indices: Sequence[int],
         scale: DynamicLossScale | None,
+        indices: Sequence[int],
         gradients: list[Gradient],
         if_present: dict[int, Tensor],
     ) -> None:

@@ -138,6 +138,18 @@ def test_it_is_keras_in_graphs_and_on_replicas(pattern, steps, name, replicas, c
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not IS_TENSORFLOW, reason="one traced function for each set of variables")
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize(("name", "replicas"), [("AdamW", 0), ("SGD", 2)])
+def test_a_function_traced_later_may_add(name, replicas):
+    """As the losses of tasks drawn at random, with no gradient for another task's head."""
+    pattern = [[0], [0], [1], [0], [1], [2], [1], [1], [0], [2]]
+    want = wanted(MAKERS[name], pattern, 2, 20)
+    ours = got(MAKERS[name], pattern, 2, 20, graph=True, replicas=replicas, with_none=True)
+    for a, b in zip(ours, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "steps"),
     [("SGD", None), ("AdamW", 2), ("RMSprop", 3), ("EMA", 3)],
