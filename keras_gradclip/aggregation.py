@@ -118,20 +118,6 @@ def check_strategy(strategy: Strategy | None) -> None:
         )
 
 
-def check_scope(strategy: Strategy | None) -> None:
-    """Raises a ValueError on several replicas if an optimizer's `strategy` is None."""
-    if strategy is not None or backend.backend() != "tensorflow":
-        return
-    import tensorflow as tf
-
-    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-        raise ValueError(
-            "ClippedOptimizer: it was created outside the strategy that its model trains "
-            "under, and every replica would count its steps. Create it inside "
-            "`strategy.scope()`."
-        )
-
-
 def spans_workers(strategy: Strategy | None) -> TypeGuard[Strategy]:
     """Whether `strategy` is a `MultiWorkerMirroredStrategy` over a cluster."""
     if strategy is None:
@@ -251,11 +237,23 @@ def check_replica_context() -> None:
 
 
 def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
-    """The gradients summed over the replicas in one all-reduce; None stays None."""
-    if strategy is None or strategy.num_replicas_in_sync == 1:
+    """The gradients summed over the replicas in one all-reduce; None stays None.
+
+    Raises:
+        ValueError: there are several replicas, but the optimizer's `strategy` is None.
+    """
+    if backend.backend() != "tensorflow":
         return grads
     import tensorflow as tf
 
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        return grads
+    if strategy is None:
+        raise ValueError(
+            "ClippedOptimizer: it was created outside the strategy that its model trains "
+            "under, and every replica would count its steps. Create it inside "
+            "`strategy.scope()`."
+        )
     present = [g for g in grads if g is not None]
     if spans_workers(strategy):
         # On a worker with one replica, a variable's value that is read inside a cond has no device

@@ -44,9 +44,9 @@ class SpikeWindow:
         return {"spikes:norms": self.norms, "spikes:seen": self.seen}
 
     def add(self, gradients: Gradients) -> Tensor:
-        """Stores the norm of these gradients; returns whether to skip them, a boolean scalar.
+        """Stores the norm of these gradients; returns whether to apply them, a boolean scalar.
 
-        A non-finite norm (its elements may be finite) is skipped, and not stored.
+        A non-finite norm (its elements may be finite) is no spike, but skipped and not stored.
         """
         present = [arithmetic.values(g) for g in gradients if g is not None]
         norm = ops.sqrt(ops.sum(ops.stack(arithmetic.sums_of_squares(present))))
@@ -63,4 +63,4 @@ class SpikeWindow:
         is_here = ops.logical_and(ops.equal(places, seen % WINDOW), is_evidence)
         self.norms.assign(ops.where(is_here, ops.where(is_spike, limit, norm), norms))
         self.seen.assign(seen + ops.cast(is_evidence, "int32"))
-        return ops.logical_or(is_spike, ops.logical_not(is_finite))
+        return ops.logical_and(is_finite, ops.logical_not(is_spike))

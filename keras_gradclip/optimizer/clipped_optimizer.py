@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import keras
-from keras import backend, ops
+from keras import backend
 
 from keras_gradclip import _arithmetic as arithmetic
 from keras_gradclip import _compat, aggregation
@@ -87,7 +87,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         validation.choice(owner, "compiled", compiled, ("auto", True, False))
         strategy = aggregation.current_strategy()
         aggregation.check_strategy(strategy)
-        super().__init__(learning_rate=_delegated, name=name)
+        super().__init__(learning_rate=float, name=name)  # never read: see `learning_rate`
         self.skip_nonfinite = skip_nonfinite
         self.gradient_accumulation_steps = steps
         self.inner_optimizer = inner_optimizer
@@ -114,7 +114,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = [*{id(v): v for v in variables}.values()]  # each once
-        aggregation.check_scope(self.strategy)
         with aggregation.outside_of_traces(variables), one_scan():
             self._inner_update.build(variables)
             if self._is_auto:
@@ -191,7 +190,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self, grads: Sequence[Gradient], trainable_variables: Sequence[keras.Variable] | None
     ) -> tuple[list[Gradient], list[int]]:
         """A gradient for each of the optimizer's variables, and the positions of the given ones."""
-        aggregation.check_scope(self.strategy)
         if self.strategy is not None:
             aggregation.check_replica_context()
         if trainable_variables is None and not self.built:
@@ -251,12 +249,9 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         if not (self.skip_nonfinite or self._spikes or scale or self._is_scaled_elsewhere):
             step(gradients, new_values, if_present)
             return
-        if self._spikes is None:
-            is_kept = arithmetic.all_finite(gradients)
-        else:
-            is_kept = ops.logical_not(self._spikes.add(gradients))
+        is_usable = self._spikes.add if self._spikes else arithmetic.all_finite
         aggregation.cond(
-            is_kept,
+            is_usable(gradients),
             step,
             functools.partial(self._skip, scale),
             (gradients, new_values, if_present),
@@ -489,8 +484,3 @@ def find_all(optimizer: keras.optimizers.Optimizer | None) -> list[ClippedOptimi
     while inner := getattr(optimizer, "inner_optimizer", None):
         optimizer = inner
     return [found for part in getattr(optimizer, "optimizers", ()) for found in find_all(part)]
-
-
-def _delegated() -> float:
-    """A placeholder for the wrapper's own learning rate, which is never read."""
-    return 0.0
