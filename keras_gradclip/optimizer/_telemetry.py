@@ -154,13 +154,14 @@ class Telemetry:
         mean_squares, clipped, counted = (
             np.bincount(number, row[:-1], minlength=len(layers)) for row in means
         )
-        fractions = np.divide(clipped, counted, out=np.zeros_like(counted), where=counted > 0)
         nothing = 0.0 if updates else float("nan")
+        out = np.full(len(layers), nothing)
+        fractions = np.divide(clipped, counted, out=out, where=counted > 0)
         return {
             "layers": layers,
-            "layer_grad_norm": np.sqrt(mean_squares).astype("float32"),
+            "layer_grad_norm": (np.sqrt(mean_squares) + nothing).astype("float32"),
             "layer_clip_fraction": fractions.astype("float32"),
-            "grad_norm": float(means[0, -1]) if updates else nothing,
+            "grad_norm": float(means[0, -1]) + nothing,
             "clip_fraction": clipped.sum() / counted.sum() if counted.any() else nothing,
             "updates": updates,
             "skipped": skipped,

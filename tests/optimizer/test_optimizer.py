@@ -481,6 +481,12 @@ def test_telemetry_needs_to_be_on():
         optimizer.read_telemetry()
 
 
+def test_telemetry_before_the_first_update():
+    figures = kgc.ClippedOptimizer("sgd", "absolute", telemetry=True).read_telemetry()
+    assert figures["layers"] == [] and figures["updates"] == 0
+    assert np.isnan([figures["grad_norm"], figures["clip_fraction"]]).all()
+
+
 def test_telemetry_by_hand():
     vs = variables()
     rng = np.random.default_rng(3)
@@ -507,4 +513,6 @@ def test_telemetry_by_hand():
         assert got["layer_grad_norm"][i] == pytest.approx(np.sqrt(np.mean(squares**2)), rel=1e-5)
         assert got["layer_clip_fraction"][i] == pytest.approx(np.mean(hit), rel=1e-5)
     optimizer.reset_telemetry()
-    assert optimizer.read_telemetry()["updates"] == 0
+    got = optimizer.read_telemetry()
+    assert got["layers"] == list(layers) and got["updates"] == 0
+    assert np.isnan(got["layer_grad_norm"]).all() and np.isnan(got["layer_clip_fraction"]).all()
