@@ -125,6 +125,7 @@ class Calibration:
 
     def clipper(self, kind: str, layer: str, segments: int = 1) -> Clipper | None:
         """The clipper of a layer in `clip_map`; None if it is not clipped."""
+        validation.choice("Calibration", "layer", layer, tuple(self.layers))
         limits = self.limits(kind, segments)[:, self.layers.index(layer)]
         return self._clipper(kind, limits, segments)
 
@@ -265,11 +266,10 @@ class Calibration:
             )
         return "\n".join([head, "-" * len(head), *lines])
 
+    __str__ = table
+
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
-
-    def __str__(self) -> str:
-        return self.table()
 
     def save(self, path: str | os.PathLike, kind: str = "update_ratio", segments: int = 1) -> None:
         """Writes JSON: the `ClipMap` under "clipper", for `--clip-config`, and all figures.

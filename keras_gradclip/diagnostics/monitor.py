@@ -367,7 +367,7 @@ def _description(every: int, samplers: Mapping[str, Sampler]) -> Config:
                     "layer": layer,
                     "shape": [int(d) for d in own[i].shape],
                     "rule": _labelled(label, rule),
-                    "clipper": _text(chosen),
+                    "clipper": str(chosen or "off"),
                     "limits": UPDATES if i in of_updates else "gradients" if chosen else "nothing",
                     "measures": getattr(chosen, "measures", None),
                 }
@@ -376,7 +376,7 @@ def _description(every: int, samplers: Mapping[str, Sampler]) -> Config:
     return {
         "every": every,
         "clipper": serialized.get("", serialized) if any(clippers.values()) else None,
-        "clipper_text": "; ".join(_labelled(n, _text(one)) for n, one in clippers.items()),
+        "clipper_text": "; ".join(_labelled(n, str(one or "off")) for n, one in clippers.items()),
         "remembers": remembers,
         "variables": variables,
     }
@@ -384,8 +384,3 @@ def _description(every: int, samplers: Mapping[str, Sampler]) -> Config:
 
 def _labelled(label: str, text: str) -> str:
     return f"{label}: {text}" if label else text
-
-
-def _text(clipper: object) -> str:
-    """A clipper as readable text."""
-    return "off" if clipper is None else str(clipper)

@@ -229,6 +229,8 @@ def test_a_kind_without_any_threshold():
     with pytest.raises(ValueError, match=r"no layer has a kernel of .*\. Others: norm"):
         vectors.clip_map()
     assert vectors.clip_map("norm").rules
+    with pytest.raises(ValueError, match="`layer` must be one of 'scale', but is 'scales'"):
+        vectors.clipper("norm", "scales")
 
 
 def test_map_table_and_file(tmp_path, calibrated):
