@@ -163,6 +163,11 @@ def find_start(setup: Setup, folder: Path) -> Start:
             content = load_backup(backup)
             check_fits(content, setup.model)
         done = content["step"] // steps
+        if done > options.epochs and not result.exists():  # its end would delete the backup
+            raise RecipeError(
+                f"--epochs {options.epochs}: the run in {folder} has trained {done}: give as many "
+                "or more"
+            )
         rows = _tables(setup, folder, done)
         if len(rows[0]) < done:
             raise RecipeError(

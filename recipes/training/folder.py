@@ -56,6 +56,8 @@ def folder_named(name: str, flag: str = "--output") -> Path:
         raise RecipeError(f"{flag} {name}: {error.strerror}; choose another") from None
     if not there.is_dir():
         raise RecipeError(f"{flag} {name}: {there} is a file, and not an empty folder")
+    if not os.access(there, os.W_OK):
+        raise RecipeError(f"{flag} {name}: {there} cannot be written; choose another")
     return path
 
 

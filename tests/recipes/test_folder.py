@@ -153,3 +153,11 @@ def test_a_python_without_the_packages_is_told_so_in_one_line(tmp_path, script):
     )
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
     assert ended.stderr.startswith("error: no module recipes: run `make venv`")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(monkeypatch, tmp_path):
+    """As by root on a disk that is mounted read-only, where only this call tells."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(RecipeError, match=f"--output .*: {tmp_path} cannot be written"):
+        folders.folder_named(str(tmp_path / "new" / "run"))
+    assert folders.folder_named(str(tmp_path.parent / "other"))

@@ -127,6 +127,17 @@ def test_resume_with_more_epochs_goes_on(whole, tmp_path):
     assert rows[:3] == folders.read_history(whole / folders.HISTORY)
 
 
+def test_an_interrupted_run_does_not_end_before_where_it_is(whole, tmp_path, capsys):
+    """Its end would delete the backup, and with it the epochs beyond."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / folders.RESULT).unlink()
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert main(RECIPE, ["--resume", "--output", str(folder), "--epochs", "2"]) == 2
+    assert "--epochs 2: the run in" in capsys.readouterr().err
+    assert files == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def test_a_run_of_version_0_1_goes_on_and_is_finished(whole, tmp_path, capsys):
     """Its history has no clip_fraction and no gradient norm; those of later epochs are averaged."""
     folder = tmp_path / "run"
