@@ -124,7 +124,13 @@ class Clipping:
 def _how_often(run: Run) -> Iterator[Finding]:
     limits_updates = run.limits_updates
     if not run.clipped.any():
-        yield _never(run, bool(limits_updates.all()))
+        reason = "the clip does nothing. Lower the threshold"
+        if limits_updates.all():
+            reason = "every weight update was below the limit. Lower the limit"
+        elif run.limits_norms.all():
+            norm = np.percentile(run.global_before, 90)
+            reason += f" (the 90th percentile of the global norm is {norm:.3g})"
+        yield Finding("bad", f"No layer was ever clipped: {reason}, or leave it out.")
         return
     whole, late = Clipping.of(run), Clipping.of(run.only(slice(len(run.steps) // 2, None)))
     # The warm-up's large gradients say nothing about the threshold to use later.
@@ -152,18 +158,6 @@ def _on_steps(run: Run, share: np.ndarray, mask: np.ndarray) -> str:
         f"on {percent(share[mask].mean())} of steps on average, at most on {percent(share[most])} "
         f"({run.layers[most]})"
     )
-
-
-def _never(run: Run, limits_updates: bool) -> Finding:
-    if limits_updates:
-        reason = "every weight update was below the limit. Lower the limit, or leave it out."
-    else:
-        suggestion = np.percentile(run.global_before, 90)
-        reason = (
-            "the clip does nothing. Lower the threshold (the 90th percentile of the global norm "
-            f"is {suggestion:.3g}), or leave it out."
-        )
-    return Finding("bad", f"No layer was ever clipped: {reason}")
 
 
 def _too_low(run: Run, clipping: Clipping, too_often: np.ndarray) -> Iterator[Finding]:
