@@ -147,6 +147,8 @@ def _of_layer(layer: keras.layers.Layer, variable: keras.Variable) -> Unit | Non
             both = ("kernel", "recurrent_kernel")
             return Unit(BIAS, whole, both if rank == 2 and shape[0] == 2 else both[1:])
         return Unit(KERNEL, _spread(shape, _columns(rank))) if "kernel" in name else None
+    if isinstance(layer, L.TorchModuleWrapper) and rank > 1:  # (out, in, ...), and tables by rows
+        return Unit(KERNEL, tuple(range(1, rank)), is_known=False)
     for classes, kernels_of, biased in _LAYERS:
         if isinstance(layer, classes):
             if name == "bias":

@@ -348,6 +348,17 @@ def test_a_loss_scale_optimizer_around():
     assert find(outer).read_telemetry()["updates"] == 3
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone")
+def test_the_units_of_pytorch_modules_are_rows():
+    import torch
+
+    layers = torch.nn.Linear(4, 6), torch.nn.Unflatten(1, (2, 3)), torch.nn.Conv1d(2, 5, 2)
+    module = torch.nn.Sequential(*layers, torch.nn.Flatten())
+    model = keras.Sequential([keras.layers.TorchModuleWrapper(module)])
+    model(np.zeros((1, 4), "float32"))
+    assert [*kgc.unit_axes(model).values()] == [(1,), (1, 2)]
+
+
 def test_mixed_float16():
     """The loss is scaled by 2**15, but the clip sees unscaled gradients."""
     keras.config.set_dtype_policy("mixed_float16")
