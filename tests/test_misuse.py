@@ -85,7 +85,7 @@ def test_an_inner_optimizer_that_clips_is_refused(argument):
         net().compile(keras.optimizers.SGD(0.1, **{argument: 0.5}), loss(), clipper="absolute")
 
 
-@pytest.mark.parametrize("name", ["clipvalue", "weight_decay", "use_ema"])
+@pytest.mark.parametrize("name", ["clipvalue", "weight_decay", "use_ema", "momentum"])
 def test_settings_of_the_inner_optimizer_are_refused_on_the_wrapper(name):
     optimizer = kgc.ClippedOptimizer("sgd", "absolute")
     with pytest.raises(AttributeError, match=f"`{name}`.*`inner_optimizer`"):

@@ -31,7 +31,7 @@ OF_INNER = (
     *("weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency"),
 )
 SET_INNER = (
-    "ClippedOptimizer: setting `{0}` here would do nothing. Set weight decay and averages on "
+    "ClippedOptimizer: setting `{0}` here would do nothing. Set what is the inner optimizer's on "
     "`inner_optimizer`, and pass a clipper to clip."
 )
 

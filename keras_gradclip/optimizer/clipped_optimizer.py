@@ -90,7 +90,6 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=float, name=name)  # never read: see `learning_rate`
         self.skip_nonfinite = skip_nonfinite
         self.gradient_accumulation_steps = steps
-        self.inner_optimizer = inner_optimizer
         self.strategy = strategy
         self._inner_update = InnerUpdate(inner_optimizer, strategy, compiled)
         self._is_scaled_elsewhere = False
@@ -102,6 +101,7 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         self.other_state: Callable[[], Sequence[keras.Variable]] = tuple  # on JAX, of a model
         self._is_auto = is_auto
         self._clip = Clip(given, inner_optimizer, self.add_variable)
+        self.inner_optimizer = inner_optimizer  # last: see `__setattr__`
 
     # The state --------------------------------------------------------------------------------
 
@@ -361,7 +361,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
     def __setattr__(self, name: str, value: object) -> None:
         """Refuses the inner optimizer's settings; detects a `LossScaleOptimizer` around this."""
         is_made = "inner_optimizer" in self.__dict__
-        if is_made and name in OF_INNER:
+        is_new = is_made and not name.startswith("_") and not hasattr(self, name)
+        if (is_new and hasattr(self.inner_optimizer, name)) or (is_made and name in OF_INNER):
             raise AttributeError(SET_INNER.format(name))
         if is_made and name == "loss_scale_factor":
             self._is_scaled_elsewhere = not take_over(self, value, ClippedOptimizer)
