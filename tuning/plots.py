@@ -72,7 +72,7 @@ def _scores(figure, rows, names, objective) -> None:
                     row.values[name],
                     np.clip(y, bottom, top),
                     marker=mark,
-                    s=(160 if row.confirms else 60) * (1 if row.clipped else 2.5),
+                    s=(160 if row.confirms else 60) * (1 if row.clipped else 2),
                     color=colour,
                     edgecolor="black" if row.clipped else colour,
                     zorder=3,

@@ -228,17 +228,13 @@ def verdict(rows: Sequence[TrialRow], objective) -> Verdict:
         return Verdict("not tested", f"Not tested: {scores}; {remedy}. {guess}")
     p_value = rank_test(clipped.scores, unclipped.scores)
     scores += f" (rank test over seeds: p = {p_value:.2g})"
-    helps = _ranks_better(clipped, unclipped, objective)
+    pairs = [np.sign(x - y) for x in clipped.scores for y in unclipped.scores if x != y]
+    helps = sum(pairs) > 0 if objective.direction == "max" else sum(pairs) < 0
     if p_value >= SIGNIFICANCE or helps != best.clipped:  # or means and ranks disagree
         return Verdict("not shown", f"Clipping is not shown to matter: {scores}. {guess}", p_value)
     if helps:
         return Verdict("helps", f"{choice}. It matters: {scores}.", p_value)
     return Verdict("harms", f"{choice}. Clipping harms: {scores}.", p_value)
-
-
-def _ranks_better(a: TrialRow, b: TrialRow, objective) -> bool:
-    sign = 1 if objective.direction == "max" else -1
-    return sum(np.sign(sign * (x - y)) for x in a.scores for y in b.scores if x != y) > 0
 
 
 def _runs(row: TrialRow, show: Callable[[float], str]) -> str:

@@ -230,7 +230,8 @@ class Search:
             if row.status == "diverged":
                 text += " (ranks last)"
             if row.status == "failed":
-                text += f": {_last_line(row.message)}"
+                lines = row.message.strip().splitlines() or ["see the worker's log"]
+                text += f": {lines[-1].strip()}"
             text += f"; best so far {show(best.score)} (trial {best.trial})" if best else ""
         self.say(f"trial {trial.trial_id}: {text}")
 
@@ -287,8 +288,3 @@ def _with_conditions(hp: Mapping[str, Any]) -> str:
     conditions = hp["config"].get("conditions") or []
     where = "".join(f" ({c['config']['name']}={c['config']['values']})" for c in conditions)
     return hp["config"]["name"] + where
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "see the worker's log"
