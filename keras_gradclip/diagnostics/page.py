@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STRAIGHT = 0.1
 #: Above this number, thresholds are drawn as their lowest, median and highest.
 SINGLE_THRESHOLDS = 6
-#: Most columns of a heat map; each is the mean of some samples.
+#: Most columns of a heat map; each is the mean of as many samples, but for the last.
 COLUMNS = 160
 #: Above this number of layers, a heat map names only some; the table has all.
 NAMED_LAYERS = 48
@@ -273,7 +273,8 @@ def _maps(run: Run) -> str:
     if not maps:
         return ""
     colours = colormaps["viridis"].with_extremes(bad="lightgrey")
-    columns = np.array_split(np.arange(len(run.steps)), min(len(run.steps), COLUMNS))
+    samples = np.arange(len(run.steps))
+    columns = np.split(samples, samples[:: -(-len(samples) // COLUMNS)][1:])
     at_x = np.unique(np.linspace(0, len(columns) - 1, 6).astype(int))
     at_y = np.arange(0, len(run.layers), -(-len(run.layers) // NAMED_LAYERS))
     height = len(maps) * (1.0 + 0.17 * min(len(run.layers), NAMED_LAYERS))

@@ -13,6 +13,7 @@ from helpers import train
 from run_files import CLIPPED, LAYERS, write_run
 
 import keras_gradclip as kgc
+from keras_gradclip.diagnostics import page as pages
 from keras_gradclip.diagnostics.findings import findings
 from keras_gradclip.diagnostics.samples import read_run
 
@@ -102,6 +103,16 @@ def test_a_long_clipper_and_many_thresholds_are_summed_up(tmp_path):
     still = [[i, f"rule{k}/max_norm", 1.0] for i in range(5) for k in range(9)]
     page = kgc.report(write_run(tmp_path / "still", [{}] * 5, thresholds=still))
     assert "Thresholds" not in page.read_text(encoding="utf-8")
+
+
+def test_each_column_of_a_map_has_as_many_samples(tmp_path, monkeypatch):
+    """Norms that alternate look the same from the first column to the last."""
+    figures = []
+    monkeypatch.setattr(pages, "_svg", lambda figure: figures.append(figure) or "")
+    kgc.report(write_run(tmp_path, [{}, {"conv1": {"norm_before": 3.0}}] * 150))
+    [cells] = [image.get_array() for axes in figures[-1].axes for image in axes.images]
+    assert cells.shape == (len(LAYERS), 150)
+    assert np.ptp(cells, axis=1).max() < 1e-12
 
 
 def test_names_cannot_break_the_page(tmp_path):
