@@ -154,12 +154,12 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     finite = run.finite
     bad = int(np.sum(np.any(run.figures["nonfinite"] > 0, axis=1)))
     is_off = run.description["clipper"] is None
-    norm, change = "–", ""
+    norm, change, clipped = "–", "", "–"
     if len(finite.steps):
         before, after = finite.global_before, finite.global_after
         norm = f"{np.median(before):.2g}"
         change = f"median; {percent(float(left_of(before, after)))} left after the clip"
-    clipped = percent(finite.clipped.sum() / max(finite.measured.sum(), 1))
+        clipped = percent(finite.clipped.sum() / finite.measured.sum())
     return [
         ("measured", f"{len(run.steps)}", f"updates {run.steps.min()} to {run.steps.max()}"),
         ("layers", f"{len(run.layers)}", f"{len(run.description['variables'])} variables"),

@@ -142,7 +142,10 @@ def test_names_cannot_break_the_page(tmp_path):
 )
 def test_a_run_without_any_norm_has_a_page(figures, tmp_path):
     run = write_run(tmp_path / "r", [dict.fromkeys(LAYERS, figures)] * 3)
-    assert parsed(kgc.report(run)).count["svg"] >= 1
+    path = kgc.report(run)
+    assert parsed(path).count["svg"] >= 1
+    clipped = "–" if np.isnan(figures["norm_before"]) else "0 %"
+    assert f"clipped<br><b>{clipped}</b>" in path.read_text(encoding="utf-8")
 
 
 def test_a_notebook_shows_the_page(tmp_path):
