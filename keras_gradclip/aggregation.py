@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeGuard
 
 import keras
@@ -305,17 +305,6 @@ def assign_each(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -
 
     natives = [v.value if isinstance(v, keras.Variable) else v for v in variables]
     _compat.merge_call(merged, natives, list(values))
-
-
-def copy_each(
-    strategy: Strategy | None, pairs: Iterable[tuple[keras.Variable, keras.Variable]]
-) -> None:
-    """Assigns the second variable of each pair to the first, in cross-replica context."""
-    for target, source in pairs:
-        if strategy is None:
-            target.assign(source)
-        else:
-            strategy.extended.update(target.value, _assign, args=(source.value,))
 
 
 def _assign(native: Tensor, value: Tensor) -> None:

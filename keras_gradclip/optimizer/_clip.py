@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -87,7 +86,7 @@ class Clip:
             array = np.asarray(value)
             self.state[key] = self._add_variable(
                 array.shape,
-                functools.partial(_constant, array),
+                keras.initializers.Constant(array),
                 str(array.dtype),
                 aggregation="none",
                 name=f"clip_state_{i}",
@@ -175,11 +174,6 @@ class Clip:
             state = {key: aggregation.to_numpy(v) for key, v in self.state.items()}
             rate = np.float32(aggregation.to_numpy(self._inner.learning_rate))
             self.keep(self.enforcer.scheduled(state, rate, is_new=not goes_on))
-
-
-def _constant(value: object, shape: Sequence[int], dtype: str | None = None) -> Tensor:
-    del shape
-    return ops.convert_to_tensor(value, dtype=dtype)
 
 
 class ClipHyperparameters(MutableMapping):

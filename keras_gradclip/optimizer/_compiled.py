@@ -222,8 +222,10 @@ class CompiledUpdate:
         for gradient, variable in pairs:
             reason = self._unfit(gradient, variable)
             (left if reason else chosen).append((gradient, variable))
+            if reason and self.mode is True:
+                raise ValueError(_cannot(f"{reason} of {path_of(variable)}"))
             if reason:
-                self._refuse(variable, reason)
+                self._refused[path_of(variable)] = reason
         with aggregation.without_waiting():
             if type(self._inner) in _KERNELS:
                 gradients, natives = ([pair[k] for pair in chosen] for k in range(2))
@@ -261,12 +263,6 @@ class CompiledUpdate:
         if type(self._inner) in _KERNELS and _compat.slots(self._inner, variable) is None:
             return "setting changed after the build"  # Keras raises the error
         return None
-
-    def _refuse(self, variable: Tensor, reason: str) -> None:
-        path = path_of(variable)
-        if self.mode is True:
-            raise ValueError(_cannot(f"{reason} of {path}"))
-        self._refused[path] = reason
 
     def _run(
         self,

@@ -244,8 +244,12 @@ class InnerUpdate:
                 self._strategy.extended.update(v.value, lambda x, v=v: x.assign(v.constraint(x)))
 
     def _overwrite_by_averages(self, variables: Sequence[keras.Variable]) -> None:
-        pairs = _compat.moving_averages(self._inner, variables)
-        aggregation.copy_each(self._strategy, pairs)
+        for v, average in _compat.moving_averages(self._inner, variables):
+            if self._strategy is None:
+                v.assign(average)
+            else:
+                new = (average.value,)
+                self._strategy.extended.update(v.value, lambda x, new: x.assign(new), args=new)
 
     @contextlib.contextmanager
     def _changed(self, limit: Limiter | None, if_present: Mapping[int, Tensor]) -> Iterator[None]:
