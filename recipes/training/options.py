@@ -394,6 +394,8 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
     for word in rest:  # the flag of another clipper
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and any(name in names for names in flags.values()):
+            if "--resume" in argv and "clipper" not in first:
+                raise RecipeError(f"{flag_of(name)}: give --clipper, too, or neither to --resume")
             _of_clipper(flags, str(clipper), {name: None})
     if rest:
         parser.refuse(rest, beside)
@@ -403,8 +405,9 @@ def parse(recipe, argv: Sequence[str], beside: Iterable[str] = ()) -> Parsed:
         with _about("--clip-config"):
             given["clip_config"] = read_clip_config(given["clip_config"])
     options = resolve(recipe, config, given)
-    for name, (other, value) in _NEEDS.items():
-        if name in given and not options.resume and getattr(options, other) != value:
+    for name, (other, value) in _NEEDS.items() if not options.resume else ():
+        is_set = given.get(name, getattr(Options, name)) != getattr(Options, name)
+        if is_set and getattr(options, other) != value:
             raise RecipeError(f"{flag_of(name)} needs {flag_of(other)} {value}")
     return Parsed(given, config, options)
 

@@ -64,6 +64,7 @@ def test_saved_config_gives_the_same_options(tmp_path):
         (["--clipper", "norm", "--beta", "0.5"], "--beta belongs to --clipper exponential"),
         (["--clipper", "none", "--threshold", "0.1"], "--threshold belongs to"),
         (["--gate-gamma", "0.1"], "--gate-gamma needs --activation-gate"),
+        (["--resume", "--max-norm", "1"], "--max-norm: give --clipper, too, or neither to"),
         (["--optimizer", "adam", "--momentum", "0.5"], "--momentum needs --optimizer sgd"),
         (["--worker-timeout", "9"], "--worker-timeout needs --strategy multiworker"),
         (["--config", "absent.json"], "absent.json: No such file"),
@@ -102,6 +103,13 @@ def test_what_the_recipe_or_a_file_sets_may_go_unused(tmp_path):
     config = write(tmp_path / "c.json", {"momentum": 0.8, "worker_timeout": 9})
     assert opts.parse(sgd, ["--optimizer", "adam", "--config", config]).options.momentum == 0.8
     assert opts.parse(RECIPE, ["--resume", "--worker-timeout", "9"]).options.resume
+
+
+def test_the_flags_of_saved_options_are_accepted():
+    """A search prints them in the command that trains with its best trial."""
+    saved = parse("--epochs", "5").saved
+    words = opts.as_words(RECIPE, {n: value for n, value in saved.items() if n != "recipe"})
+    assert {"--momentum", "--worker-timeout"} < {*words} and parse(*words).saved == saved
 
 
 def test_an_int_will_do_for_a_float(tmp_path):
