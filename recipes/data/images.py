@@ -22,17 +22,13 @@ def decode_train(
         orientation: the EXIF orientation, see `upright`.
     """
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
-    if augment == "imagenet":
-        image = upright(_decode_random_crop(encoded, crop_seed), orientation)
-        image = tf.image.resize(image, [image_size, image_size])
-    else:
-        image = upright(decode(encoded), orientation)
-        image = tf.image.resize(image, [image_size, image_size])
-        if augment == "shift":
-            border = max(1, image_size // 8)
-            edge = [[border, border], [border, border], [0, 0]]
-            image = tf.pad(image, edge, mode="SYMMETRIC")
-            image = tf.image.stateless_random_crop(image, [image_size, image_size, 3], crop_seed)
+    image = _decode_random_crop(encoded, crop_seed) if augment == "imagenet" else decode(encoded)
+    image = tf.image.resize(upright(image, orientation), [image_size, image_size])
+    if augment == "shift":
+        border = max(1, image_size // 8)
+        edge = [[border, border], [border, border], [0, 0]]
+        image = tf.pad(image, edge, mode="SYMMETRIC")
+        image = tf.image.stateless_random_crop(image, [image_size, image_size, 3], crop_seed)
     if flip:
         image = tf.image.stateless_random_flip_left_right(image, flip_seed)
     return tf.ensure_shape(image, [image_size, image_size, 3])
