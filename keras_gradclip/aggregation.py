@@ -265,6 +265,16 @@ def all_reduce_sum(grads: Gradients, strategy: Strategy | None) -> Gradients:
     return [None if g is None else next(sums) for g in grads]
 
 
+def all_reduce_max(values: Gradients, strategy: Strategy | None) -> Gradients:
+    """The largest of each value over the replicas, element by element; None stays None."""
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return values
+    import tensorflow as tf
+
+    gather = tf.distribute.get_replica_context().all_gather
+    return [x if x is None else tf.reduce_max(gather(x[None], axis=0), axis=0) for x in values]
+
+
 def only_with(gradients: Gradients) -> contextlib.AbstractContextManager:
     """A context whose operations run only in a step that computes gradients.
 

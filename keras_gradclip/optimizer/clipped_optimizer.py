@@ -238,7 +238,11 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
 
         `indices` are positions of the variables to update, unless their flag `if_present` is false.
         """
-        new_values = {i: gradients[i] for i in self._overwritten}  # new values, not gradients
+        new_values: dict[int, Gradient] = {}  # instead of gradients
+        if self._overwritten:
+            largest = [gradients[i] for i in self._overwritten]
+            largest = aggregation.all_reduce_max(largest, self.strategy)
+            new_values = dict(zip(self._overwritten, largest, strict=True))
         gradients = [None if i in new_values else g for i, g in enumerate(gradients)]
         gradients = aggregation.all_reduce_sum(gradients, self.strategy)
         gradients = [arithmetic.merge_duplicate_rows(g) for g in gradients]

@@ -295,6 +295,23 @@ def test_an_optimizer_made_and_built_outside_the_strategy_is_refused():
         mirrored.run(lambda: optimizer.apply([tf.ones(2)], [weight]))
 
 
+def test_new_scales_of_float8_are_the_largest_of_all_replicas():
+    mirrored = strategy(2)
+    with mirrored.scope():
+        weight, scale = keras.Variable([1.0]), keras.Variable([1.0, 1.0])
+        scale.overwrite_with_gradient = True
+        optimizer = kgc.ClippedOptimizer(keras.optimizers.SGD(1.0), kgc.AbsoluteClip(0.1))
+        optimizer.build([weight, scale])
+
+    def step():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        replica = tf.cast(replica, "float32")
+        optimizer.apply([tf.ones(1), tf.stack([2.0 + replica, 5.0 - replica])], [weight, scale])
+
+    mirrored.run(tf.function(step))
+    assert [copy.numpy().tolist() for copy in scale.value.values] == [[3.0, 5.0]] * 2
+
+
 # One all-reduce ------------------------------------------------------------------------------
 
 
