@@ -169,9 +169,9 @@ class Options:
     limit_steps: int | None = option(None, "most batches per epoch and per evaluation", low=1)
     select_best: str = option(
         "improve",
-        "the epoch kept: improve, the best in validation; beats-test, the last that scores higher "
-        "in validation than in test, which chooses by looking at the test set",
-        choices=("improve", "beats-test"),
+        "the epoch kept: improve, the best in validation; last; beats-test, the last that scores "
+        "higher in validation than in test, which chooses by looking at the test set",
+        choices=("improve", "last", "beats-test"),
     )
     dataset: str = option("mnist_embedded", "a TFDS name, or image_folder", group="data")
     data_dir: str | None = option(

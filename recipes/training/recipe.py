@@ -69,8 +69,8 @@ class Recipe:
         """The index of the epoch whose model is kept; None if none is.
 
         Args:
-            rule: "improve", the epoch that is best by `monitor`, or "beats-test", the last that is
-                better by it than by the same metric on the test split.
+            rule: "improve", the epoch that is best by `monitor`; "last"; or "beats-test", the last
+                that is better by it than by the same metric on the test split.
             history: a dict per epoch, as in `history.csv`.
         """
         sign = {"max": 1.0, "min": -1.0}[self.mode]
@@ -78,8 +78,9 @@ class Recipe:
         places = [i for i, score in enumerate(scores) if math.isfinite(score)]
         if rule == "improve":
             return max(places, key=scores.__getitem__, default=None)
-        better = [i for i in places if scores[i] > sign * history[i][self.test_metric]]
-        return better[-1] if better else None
+        if rule == "beats-test":
+            places = [i for i in places if scores[i] > sign * history[i][self.test_metric]]
+        return places[-1] if places else None
 
     def options(self, **values: object) -> Options:
         """The recipe's options with `values` in place of its settings, checked.
