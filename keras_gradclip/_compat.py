@@ -241,7 +241,7 @@ class LocalSymbolicBuild:
 
     def _local_batch(self, iterator: Iterable) -> Tensor:
         """The worker's part of the first batch; None without other workers."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: ClippedTrainStep's
 
     def _maybe_symbolic_build(
         self, iterator: Iterable | None = None, data_batch: Tensor = None

@@ -362,7 +362,7 @@ def cond(
         call_args = () if cross_replica else args
         branches = [functools.partial(fn, *call_args) for fn in (true_fn, false_fn)]
         if not merges and not tf.executing_eagerly():
-            # One operation where the branch is not taken; TensorFlow runs through it otherwise.
+            # TensorFlow visits each operation of an inlined branch, also if it is not taken.
             branches = [
                 tf.function(fn, autograph=False, experimental_attributes={"_noinline": True})
                 for fn in branches

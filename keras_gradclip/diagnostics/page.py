@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STRAIGHT = 0.1
 #: Above this number, thresholds are drawn as their lowest, median and highest.
 SINGLE_THRESHOLDS = 6
-#: Most columns of a heat map; each is the mean of as many samples, but for the last.
+#: Most columns of a heat map. Each averages the same number of samples; the last may have fewer.
 COLUMNS = 160
 #: Above this number of layers, a heat map names only some; the table has all.
 NAMED_LAYERS = 48

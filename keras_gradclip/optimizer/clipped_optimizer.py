@@ -87,7 +87,8 @@ class ClippedOptimizer(keras.optimizers.Optimizer):
         validation.choice(owner, "compiled", compiled, ("auto", True, False))
         strategy = aggregation.current_strategy()
         aggregation.check_strategy(strategy)
-        super().__init__(learning_rate=float, name=name)  # never read: see `learning_rate`
+        # A callable, for which Keras makes no variable; it is never called (see `learning_rate`).
+        super().__init__(learning_rate=float, name=name)
         self.skip_nonfinite = skip_nonfinite
         self.gradient_accumulation_steps = steps
         self.strategy = strategy
