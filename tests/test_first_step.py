@@ -201,7 +201,11 @@ INNER = {
 @pytest.mark.parametrize(
     ("replicas", "built", "inner"),
     [
-        *((None, "in the fit", inner) for inner in INNER),
+        *((None, "in the fit", inner) for inner in ("Nadam", "ScheduleFreeAdamW")),
+        *(
+            pytest.param(None, "in the fit", inner, marks=pytest.mark.slow)
+            for inner in ("SGD", "averaged")
+        ),
         (None, "before the fit", "ScheduleFreeAdamW"),
         pytest.param(2, "in the fit", "ScheduleFreeAdamW", marks=pytest.mark.slow),
     ],

@@ -94,6 +94,9 @@ SKIPS = [([0, 3, 7], None), ([1, 4], 2)]
 #: With accumulation where it is traced apart; under XLA, tests/optimizer/test_optimizer.py has it.
 SKIPS_OF = {"plain": SKIPS, "two replicas": SKIPS[1:]}  # without it, under a loss scale below
 
+#: The quick cases have these in parts.
+SLOW = ("two replicas, eager", "jit")
+
 
 @functools.cache
 def plain_run(*kept, steps):
@@ -102,7 +105,11 @@ def plain_run(*kept, steps):
 
 @pytest.mark.parametrize(
     ("case", "bad", "steps"),
-    [(case, *skip) for case in CASES for skip in SKIPS_OF.get(case, SKIPS[:1])],
+    [
+        pytest.param(case, *skip, marks=pytest.mark.slow if case in SLOW else ())
+        for case in CASES
+        for skip in SKIPS_OF.get(case, SKIPS[:1])
+    ],
 )
 def test_a_skipped_update_is_as_if_its_batches_had_not_come(case, bad, steps):
     window = steps or 1

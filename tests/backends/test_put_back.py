@@ -120,7 +120,16 @@ def test_a_model_trains_on_as_if_it_had_not_been_calibrated(name, eager):
 # Without `follow` no optimizer applies anything: one of each way to count is enough.
 @pytest.mark.parametrize(
     ("name", "follow"),
-    [*((name, True) for name in optimizers()), ("spikes", False), ("scaled", False)],
+    [
+        *((name, True) for name in ("nadam", "scaled")),
+        *(
+            pytest.param(name, True, marks=pytest.mark.slow)
+            for name in optimizers()
+            if name not in ("nadam", "scaled")
+        ),
+        ("spikes", False),
+        pytest.param("scaled", False, marks=pytest.mark.slow),
+    ],
 )
 def test_any_optimizer_goes_on(name, follow):
     check_trains_on_the_same(

@@ -105,8 +105,15 @@ class Late(keras.Model):
         return self.dense(x)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("bases", [(), (kgc.ClippedTrainStep,)])
+@pytest.mark.parametrize(
+    ("bases", "eager"),
+    [
+        ((), True),
+        ((kgc.ClippedTrainStep,), False),
+        pytest.param((), False, marks=pytest.mark.slow),
+        pytest.param((kgc.ClippedTrainStep,), True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_that_fit_builds(eager, bases, tmp_path):
     if eager and BACKEND == "jax":
         pytest.skip("eager steps on JAX are another matter")

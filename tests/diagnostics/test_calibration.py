@@ -104,7 +104,9 @@ def everything(model):
 
 
 # tests/backends/test_put_back.py trains on after it, on one device.
-@pytest.mark.parametrize("replicas, follow", [(0, False), (2, True)])
+@pytest.mark.parametrize(
+    "replicas, follow", [pytest.param(0, False, marks=pytest.mark.slow), (2, True)]
+)
 def test_nothing_is_changed(replicas, follow):
     """With batch normalisation, dropout, a running clipper, and an optimizer in mid-run."""
     x, y = data(64)

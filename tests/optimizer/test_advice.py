@@ -256,7 +256,13 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
+#: One of each way in which a bound could cost; the others are of the same kinds.
+QUICK = ("a head of zeros", "transformer", "linear regression", "LoRA, normalised")
+
+
+@pytest.mark.parametrize(
+    "task", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TASKS]
+)
 def test_auto_costs_little_at_a_rate_that_is_safe(task):
     make, optimizer, rate = TASKS[task]
     losses = {}

@@ -547,10 +547,11 @@ def trained_large(make, clipper, compiled, replicas=0, watched=True):
 @pytest.mark.parametrize(
     ("inner", "name", "replicas"),
     [
-        *(("momentum", "units", 4), ("Adam", "units", 2)),
+        ("Adam", "units", 2),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("momentum", "units", 4),
                 ("AdamW", "gradient and update", 0),
                 ("Adam, AMSGrad, EMA", "several", 0),
                 ("nesterov, schedule", "twice", 0),

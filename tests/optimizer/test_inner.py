@@ -83,7 +83,9 @@ def test_an_error_in_the_middle_leaves_it_as_it_was(replicas):
     assert inner.ema_overwrite_frequency == 2
 
 
-@pytest.mark.parametrize(("name", "replicas"), [("SGD", 0), ("AdamW", 2)])
+@pytest.mark.parametrize(
+    ("name", "replicas"), [("SGD", 0), pytest.param("AdamW", 2, marks=pytest.mark.slow)]
+)
 def test_taken_out_again_it_is_keras_own(replicas, name):
     """After phases under a clip that clips nothing, on replicas and without."""
 

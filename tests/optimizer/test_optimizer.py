@@ -321,8 +321,10 @@ def test_gradients_of_a_variable_that_comes_twice_are_added_up(is_built, steps):
     np.testing.assert_allclose(other.numpy(), [0.5])
 
 
-@pytest.mark.parametrize("steps", [None, 2])
-@pytest.mark.parametrize("replicas", [0, 2])
+@pytest.mark.parametrize(
+    ("replicas", "steps"),
+    [(0, None), (2, 2), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((0, 2), (2, None)))],
+)
 def test_the_end_of_data_of_unknown_size_is_no_step(replicas, steps):
     """Keras counts one more there, and Adam's rate with it."""
     x, y = data(48)

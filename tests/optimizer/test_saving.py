@@ -173,7 +173,10 @@ def by_path(model):
     [
         by_path,
         lambda model: "auto",
-        lambda model: kgc.ClipMap({".*/dense_1/.*": kgc.AbsoluteClip(1e-4)}),
+        pytest.param(
+            lambda model: kgc.ClipMap({".*/dense_1/.*": kgc.AbsoluteClip(1e-4)}),
+            marks=pytest.mark.slow,
+        ),
         lambda model: kgc.AdaptiveClip(1e-3, axes={model.a.kernel.path: (1,)}),
     ],
 )

@@ -114,7 +114,7 @@ MORE = ("RMSprop", "Lamb", "Nadam", "Adagrad", "Adamax", "Adafactor")
     ("name", "jit"),
     [
         *((name, False) for name in OTHERS),
-        ("Adam", True),
+        pytest.param("Adam", True, marks=pytest.mark.slow),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in MORE),
         pytest.param("RMSprop", True, marks=pytest.mark.slow),
     ],

@@ -207,7 +207,9 @@ def test_each_batch_is_split_over_the_workers(count, local):
     assert all(len(step) == batch for step in got)
 
 
-@pytest.mark.parametrize("size", [30, 31, 36, 37, 43, 85, 100])
+@pytest.mark.parametrize(
+    "size", [31, 36, 85, *(pytest.param(n, marks=pytest.mark.slow) for n in (30, 37, 43, 100))]
+)
 @pytest.mark.parametrize(("count", "local"), [(1, 1), (2, 1), (3, 1), (2, 2)])
 def test_evaluation_sees_every_example_once(count, local, size):
     data = numbered(size)

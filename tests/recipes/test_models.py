@@ -267,10 +267,10 @@ def test_dense_shapes_do_not_depend_on_the_image_size(full_size, name):
     ("name", "options"),
     [
         ("alexnet", {"dense_units": 32, "pool_grid": 2}),
-        ("vgg16", {"dense_units": 32, "pool_grid": 1}),
+        pytest.param("vgg16", {"dense_units": 32, "pool_grid": 1}, marks=pytest.mark.slow),
         ("googlenet", {}),
-        ("inception_v2", {}),
-        ("resnet50", {}),
+        pytest.param("inception_v2", {}, marks=pytest.mark.slow),
+        pytest.param("resnet50", {}, marks=pytest.mark.slow),
     ],
 )
 def test_forward_pass_gives_probabilities(name, options):

@@ -118,15 +118,20 @@ def accumulating():
 @pytest.mark.parametrize(
     ("model_class", "optimizer", "policy", "extra"),
     [
-        (keras.Model, "adam", "float32", {}),
+        pytest.param(keras.Model, "adam", "float32", {}, marks=pytest.mark.slow),
         (keras.Model, lambda: keras.optimizers.Adam(0.01), "mixed_float16", {}),
         (keras.Model, lambda: scaled(keras.optimizers.Adam(0.01)), "float32", {}),
-        (keras.Model, accumulating, "float32", {"run_eagerly": True}),
+        pytest.param(
+            *(keras.Model, accumulating, "float32", {"run_eagerly": True}), marks=pytest.mark.slow
+        ),
         (keras.Model, lambda: scaled(accumulating()), "float32", {"steps_per_execution": 2}),
         (CompiledByAlpha, lambda: keras.optimizers.Adam(0.01), "float32", {"alpha": 3.0}),
-        (kgc.ClippedModel, "adam", "float32", {}),
+        pytest.param(kgc.ClippedModel, "adam", "float32", {}, marks=pytest.mark.slow),
         (kgc.ClippedModel, "adam", "mixed_float16", {"skip_spikes": 9}),
-        (kgc.ClippedModel, accumulating, "float32", {"loss_weights": [2.0]}),
+        pytest.param(
+            *(kgc.ClippedModel, accumulating, "float32", {"loss_weights": [2.0]}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_model_of_a_trial_saves_and_goes_on_as_it_is(
@@ -383,6 +388,7 @@ def test_a_conditional_hyperparameter_that_is_not_in_use():
     assert float(model.optimizer.learning_rate) == pytest.approx(10**-1.5)
 
 
+@pytest.mark.slow
 def test_an_application_of_kerastuner_is_searched(tmp_path):
     """Its `build` compiles inside, and declares `learning_rate`."""
 

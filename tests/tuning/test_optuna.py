@@ -94,6 +94,7 @@ def _hang(url, flag):
     _study(url).optimize(objective, n_trials=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_trial_of_a_process_that_is_killed_goes_to_the_next(tmp_path):

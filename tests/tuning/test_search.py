@@ -163,6 +163,7 @@ def test_another_search_in_the_same_folder_is_refused(finished, change, named, c
     assert (finished / "search.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(tmp_path, monkeypatch):
     """A kill -9 in the second trial: the first is not run again, the second is."""
     monkeypatch.setenv("STARTS", str(tmp_path / "starts.txt"))
