@@ -40,6 +40,20 @@ def fresh_keras():
         _collected[:] = [time.monotonic()]
 
 
+@pytest.fixture
+def blank_pictures(request, monkeypatch):
+    """Empty pictures, for tests that look at none: one takes as long to draw as an epoch of theirs.
+
+    The marker `pictures` draws them.
+    """
+    if request.node.get_closest_marker("pictures"):
+        return
+    from matplotlib.figure import Figure
+
+    empty = lambda self, path, **_: Path(path).write_bytes(b"\x89PNG\r\n\x1a\n")  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", empty)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def frozen_imports():
     """What the imports made is not looked through again at each collection."""

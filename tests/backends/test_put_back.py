@@ -108,7 +108,7 @@ def check_trains_on_the_same(make, **arguments):
 
 
 @pytest.mark.parametrize("name", parts())
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_trains_on_as_if_it_had_not_been_calibrated(name, eager):
     if BACKEND == "torch" and name == "stateful":
         pytest.skip("Keras cannot train it on PyTorch: a gradient through a state of before")

@@ -31,6 +31,7 @@ import keras_gradclip as kgc
 from recipes.registry import RECIPES, find_recipe
 from recipes.training import main
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 HERE = Path(__file__).resolve().parent
 TOOLS = ("calibrate", "cluster", "compare", "zoo")
 WORDS = {

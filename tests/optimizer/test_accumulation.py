@@ -118,10 +118,10 @@ def test_it_is_keras_on_what_was_named(pattern, steps, name, with_none):
     ("pattern", "steps", "name", "replicas", "compiled"),
     [
         ("one after the other", 3, "AdamW", 0, "auto"),
-        ("out of step", 3, "SGD", 0, False),
+        pytest.param("out of step", 3, "SGD", 0, False, marks=pytest.mark.slow),
         ("out of step", 3, "SGD", 2, "auto"),
         ("overlapping", 2, "RMSprop", 0, "auto"),
-        ("frozen later", 3, "SGD", 0, "auto"),
+        pytest.param("frozen later", 3, "SGD", 0, "auto", marks=pytest.mark.slow),
         ("frozen and back", 2, "AdamW", 2, False),
         ("frozen later", 2, "limited", 0, "auto"),
         ("one after the other", 2, "limited", 2, "auto"),

@@ -46,7 +46,6 @@ PARITY = [
     (1, "map", "adam"),
     (2, "exponential", "adam"),
     (2, "norm-layer", "adamw"),
-    (2, "absolute-norm", "momentum"),
     (2, "chain", "adam"),
     (4, "norm-global", "ema"),  # and "map", whose telemetry is compared below
 ]

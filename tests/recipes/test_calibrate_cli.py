@@ -12,6 +12,8 @@ import keras_gradclip as kgc
 from recipes.tools import calibrate
 from recipes.training import main, run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 STEPS = 24  # three epochs of eight batches
 QUIET = ["--verbose", "quiet"]
 

@@ -14,6 +14,8 @@ from recipes.plugin import files
 from recipes.registry import find_recipe
 from recipes.tools import compare, study
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 FLAGS = ["--epochs", "1", "--limit-steps", "2"]
 
 
@@ -64,6 +66,7 @@ def arguments(folder, *more):
     return ["alexnet", "--output", str(folder), *more]
 
 
+@pytest.mark.pictures
 def test_every_cell_has_a_row_and_the_verdicts_are_right(fast, tmp_path, capsys):
     rates = ["--learning-rates", "0.01", "1.0", "--seeds", "0", "3"]
     assert compare.main(arguments(tmp_path, *rates, *FLAGS)) == 0

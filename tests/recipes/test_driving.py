@@ -14,6 +14,8 @@ from recipes.data import rendered
 from recipes.driving import steering
 from recipes.errors import DataError, RecipeError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 REAL_DRIVE = Path(__file__).resolve().parents[3] / "shared" / "drive"
 
 
@@ -339,6 +341,7 @@ def small(**settings):
     return dataclasses.replace(recipe, build=tiny, settings=settings)
 
 
+@pytest.mark.pictures
 def test_the_report_is_of_the_kept_model_on_the_frames_of_the_log(drive, tmp_path, capsys):
     import keras
 

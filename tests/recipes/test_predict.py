@@ -16,6 +16,8 @@ from recipes import predict
 from recipes.data import driving_log, load
 from recipes.training import evaluation, main
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SIDES = ("left", "right", "top Ä", "[red]bottom")
 
 
@@ -173,6 +175,7 @@ def test_only_labels_of_named_classes_are_counted(labels, sides, tmp_path):
     assert written == ({"classes.csv", "confusion.png"} if labels == "labels" else set())
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("size", [2, 3, 10, 100])
 def test_classes_as_table_and_picture(size, tmp_path, capsys):
     names = [r"$\frac", "[red] Ä", "no images", *(f"class {i}" for i in range(3, size))][:size]
@@ -207,6 +210,7 @@ def test_a_run_without_classes_prints_none(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.pictures
 def test_twenty_photos_from_training_to_predict(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place, side in (("my photos/linke Hälfte", "left"), ("my photos/right", "right")):

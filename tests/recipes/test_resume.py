@@ -16,6 +16,8 @@ from tiny_recipe import RECIPE
 from recipes.training import checkpoint, main, run
 from recipes.training import folder as folders
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 ROOT = Path(__file__).resolve().parents[2]
 # Eight steps an epoch, a backup every three: killed at step 13, the last backup is of step 12.
 KILLED = """

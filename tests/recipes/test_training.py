@@ -21,6 +21,8 @@ from recipes.training import folder as folders
 from recipes.training import options as opts
 from recipes.words import counted
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 QUICK = {"epochs": 1, "limit_steps": 2, "verbose": "quiet"}
 
 
@@ -497,6 +499,7 @@ def test_rules_for_the_best_model(rule, rows, kept):
     assert RECIPE.kept_epoch(rule, logs) == kept
 
 
+@pytest.mark.pictures
 def test_beats_test_evaluates_the_test_split_and_a_monitor_writes_a_report(tmp_path):
     result = quick(tmp_path, select_best="beats-test", monitor=1)
     assert 0 <= result.history[0]["test_accuracy"] <= 1

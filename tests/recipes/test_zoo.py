@@ -13,6 +13,8 @@ from helpers import shapes_only
 from recipes.errors import RecipeError
 from recipes.tools import zoo
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

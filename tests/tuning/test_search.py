@@ -16,6 +16,8 @@ import keras_gradclip as kgc
 from recipes.training.folder import read_history
 from tuning.search import main
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE = str(HERE / "search_recipe.py")

@@ -15,6 +15,8 @@ from filelock import FileLock
 
 from tuning.search import main
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,6 +43,7 @@ def check(folder, read_trials, trials=3):
     assert (folder / "search.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
+@pytest.mark.pictures
 def test_killed_at_any_write(search, fake_run, read_trials, monkeypatch):
     """Each start dies at a later one of its files than the start before."""
     replace, left = os.replace, [0]
@@ -61,6 +64,7 @@ def test_killed_at_any_write(search, fake_run, read_trials, monkeypatch):
     check(search.folder, read_trials)
 
 
+@pytest.mark.pictures
 def test_a_full_disk_is_one_line_and_goes_on_after_it(
     search, fake_run, read_trials, monkeypatch, capsys
 ):
