@@ -116,19 +116,24 @@ def float32(x: Tensor) -> Tensor:
     return ops.cast(x, "float32")
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """The sum of x² as a float32 scalar: float16 overflows at 256²."""
-    x = float32(x)
-    if backend.backend() == "tensorflow":
-        import tensorflow as tf
+def sum_of_squares(*xs: Tensor) -> Tensor:
+    """The sum of x² over all elements as a float32 scalar: float16 overflows at 256²."""
+    is_tensorflow = backend.backend() == "tensorflow"
+    parts = [_half_of_squares(x) if is_tensorflow else ops.sum(ops.square(float32(x))) for x in xs]
+    total = parts[0] if len(parts) == 1 else ops.sum(ops.stack(parts))
+    return 2.0 * total if is_tensorflow else total
 
-        if _is_for_xla_on_cpu(x):
-            squares = column_squares(x if len(x.shape) > 1 else x[:, None])
-            if squares.shape[-1] > LONG:
-                squares = column_squares(ops.reshape(ops.sqrt(squares), (-1, 1)))
-            return ops.sum(_apart(squares))
-        return 2.0 * tf.nn.l2_loss(x)  # one pass, no temporary
-    return ops.sum(ops.square(x))
+
+def _half_of_squares(x: Tensor) -> Tensor:
+    import tensorflow as tf
+
+    x = float32(x)
+    if not _is_for_xla_on_cpu(x):
+        return tf.nn.l2_loss(x)  # one pass, no temporary
+    squares = column_squares(x if len(x.shape) > 1 else x[:, None])
+    if squares.shape[-1] > LONG:
+        squares = column_squares(ops.reshape(ops.sqrt(squares), (-1, 1)))
+    return 0.5 * ops.sum(_apart(squares))
 
 
 def column_squares(x: Tensor) -> Tensor:

@@ -85,8 +85,11 @@ class Weight:
     @functools.cached_property
     def norm(self) -> Tensor:
         """The L2 norm, a float32 scalar; for units one norm each, broadcastable to `values`."""
-        squares = [arithmetic.unit_squares(read(), self.axes) for read in self.measured]
-        total = squares[0] if len(squares) == 1 else ops.sum(ops.stack(squares))
+        values = [read() for read in self.measured]
+        if self.axes is None:
+            total = arithmetic.sum_of_squares(*values)
+        else:
+            total = arithmetic.unit_squares(values[0], self.axes)
         return ops.minimum(ops.sqrt(total), arithmetic.LARGEST)
 
     @property
@@ -431,10 +434,10 @@ class _Enforcement:
         scopes = {number: of for number, of in enumerate(every) if of}
         if not scopes:
             return state
-        squares: dict[int, Tensor] = {}
-        for number, of in scopes.items():
-            parts = [arithmetic.sum_of_squares(arithmetic.values(self.before[i])) for i in of]
-            squares[number] = parts[0] if len(parts) == 1 else ops.sum(ops.stack(parts))
+        squares = {
+            number: arithmetic.sum_of_squares(*(arithmetic.values(self.before[i]) for i in of))
+            for number, of in scopes.items()
+        }
         if type(self.clipper).limits is Limit.limits:
             limits = [self._limit(self._weight(of), self.hyper) for of in scopes.values()]
         else:

@@ -467,7 +467,7 @@ def _checked(source: Mapping, recipe, origin: str = "") -> dict[str, Any]:
 def _check_together(values: Mapping[str, Any]) -> None:
     """Checks that options do not contradict each other."""
     for name in ("gate_clip_value", "gate_gamma"):
-        if values[name] is not None and not values["activation_gate"]:
+        if values[name] is not None and not (values["activation_gate"] or values["resume"]):
             raise RecipeError(f"{flag_of(name)} needs --activation-gate")
     devices, batch, strategy = (values[n] for n in ("devices", "batch_size", "strategy"))
     if batch % devices and strategy != "multiworker":

@@ -111,11 +111,13 @@ def test_backup_holds_the_states_of_random_layers_and_the_optimizer(whole):
 
 def test_resume_with_another_config_is_refused(whole, capsys):
     argv = ["--resume", "--output", str(whole), "--learning-rate", "0.5", "--seed", "9"]
+    argv += ["--gate-gamma", "0.1"]  # of a run that may have a gate
     assert main(RECIPE, argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --resume: ")
     assert "learning_rate (0.003, now 0.5)" in error
     assert "seed (0, now 9)" in error
+    assert "gate_gamma (None, now 0.1)" in error
     assert "epochs" not in error
 
 
