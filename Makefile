@@ -112,7 +112,6 @@ format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Three processes for two cores: some tests wait for processes of their own.
 # Three processes for two cores: some tests wait for processes that they start.
 test: lint
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
